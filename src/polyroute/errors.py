@@ -1,0 +1,34 @@
+"""The one exception that means "the input is wrong", as opposed to "polyroute is wrong"."""
+
+import difflib
+from collections.abc import Iterable
+
+__all__ = ["InputError", "did_you_mean"]
+
+
+class InputError(ValueError):
+    """Something the caller gave cannot be used.
+
+    The message is one sentence that names the thing and the fix. The command line prints it
+    without a stack trace and exits with code 2.
+    """
+
+
+def did_you_mean(name: str, known: Iterable[str]) -> str:
+    """A clause that offers the nearest known names, or lists a few where none is near.
+
+    Args:
+        name: what was asked for.
+        known: what exists.
+
+    Returns:
+        Text to put at the end of an error message, without a full stop.
+    """
+    names = sorted(known)
+    near = difflib.get_close_matches(name, names, n=3, cutoff=0.5)
+    if near:
+        return "did you mean " + " or ".join(repr(n) for n in near) + "?"
+    if not names:
+        return "none exist"
+    shown = ", ".join(repr(n) for n in names[:8])
+    return f"known: {shown}" + (f" and {len(names) - 8} more" if len(names) > 8 else "")

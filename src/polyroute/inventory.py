@@ -1,0 +1,234 @@
+"""The inventory: every skill of every adapted layer, stacked so that all layers are mixed at once.
+
+Layers of one shape form a *stack*. Mixing a stack is one batched matrix product for all its layers,
+heads and tasks; it happens once per forward, outside the layers, which then see plain rank-r
+factors.
+
+Shape letters: n layers of the stack, U distinct tasks, B examples, H heads, K skills, r rank,
+D width of a head's block (d_in / H or d_out / H).
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from polyroute.config import MHRConfig
+from polyroute.targets import Site
+
+__all__ = ["Factors", "Inventory"]
+
+Factors = tuple[Tensor, ...]
+"""What one layer applies: LoRA `(a [r, d_in], b [r, d_out])`, scale included in b; (IA)^3
+`(l [1, d_out],)`. With a leading axis B where examples differ."""
+
+
+@dataclass(frozen=True)
+class Stack:
+    """The layers of one shape."""
+
+    key: str
+    sites: tuple[int, ...]
+    """Positions in the list of sites."""
+    d_in: int
+    d_out: int
+
+
+class Inventory(nn.Module):
+    """Stacked skills.
+
+    Parameters are `lora_a[shape]` `[n, H, K, r, d_in/H]` and `lora_b[shape]`
+    `[n, H, K, r, d_out/H]`, or `ia3[shape]` `[n, H, K, 1, d_out/H]`. The rank comes before the width because every skinny
+    product of forward and backward is fastest in that layout.
+    """
+
+    def __init__(
+        self,
+        sites: Sequence[Site],
+        config: MHRConfig,
+        num_skills: int,
+        device: torch.device | None = None,
+    ) -> None:
+        super().__init__()
+        self.heads = config.heads
+        self.num_skills = num_skills
+        self.rank = 1 if config.adapter == "ia3" else config.rank
+        self.scale = config.scale
+        self.adapter = config.adapter
+        self.init = config.init
+        by_shape: dict[tuple[int, int], list[int]] = {}
+        for i, site in enumerate(sites):
+            by_shape.setdefault((site.d_in, site.d_out), []).append(i)
+        self.stacks = tuple(
+            Stack(f"{d_in}x{d_out}", tuple(members), d_in, d_out)
+            for (d_in, d_out), members in by_shape.items()
+        )
+        self.num_sites = len(sites)
+        self.kinds = ("ia3",) if config.adapter == "ia3" else ("lora_a", "lora_b")
+        for kind in self.kinds:
+            self.add_module(kind, nn.ParameterDict())
+        for stack in self.stacks:
+            for kind in self.kinds:
+                shape = (
+                    len(stack.sites),
+                    self.heads,
+                    num_skills,
+                    self.rank,
+                    self._block(kind, stack),
+                )
+                self._stacks_of(kind)[stack.key] = nn.Parameter(
+                    torch.empty(shape, dtype=torch.float32, device=device)
+                )
+        self.reset_parameters()
+
+    def _stacks_of(self, kind: str) -> nn.ParameterDict:
+        stacks = self.get_submodule(kind)
+        assert isinstance(stacks, nn.ParameterDict)
+        return stacks
+
+    def _block(self, kind: str, stack: Stack) -> int:
+        return (stack.d_in if kind == "lora_a" else stack.d_out) // self.heads
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """Draw A afresh and set B to zero ((IA)^3: all ones), so that nothing changes at the start.
+
+        A is uniform within 1/sqrt(3 d_in) (`mttl`) or 1/sqrt(d_in / H) (`peft`).
+        """
+        for stack in self.stacks:
+            for kind in self.kinds:
+                self._reset(self._stacks_of(kind)[stack.key], kind, stack)
+
+    def _reset(self, skills: Tensor, kind: str, stack: Stack) -> None:
+        if kind == "lora_a":
+            width = 3 * stack.d_in if self.init == "mttl" else stack.d_in / self.heads
+            skills.uniform_(-1 / math.sqrt(width), 1 / math.sqrt(width))
+        else:
+            skills.fill_(1.0 if kind == "ia3" else 0.0)
+
+    def mix(
+        self,
+        weights: Tensor | None,
+        router_of_site: Tensor,
+        *,
+        skills: Tensor | None = None,
+        gather: Tensor | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> list[Factors]:
+        """Average the factors of the skills, for all layers and all distinct tasks at once.
+
+            A_u[h] = sum_k w[u, h, k] A[h, k],   B_u[h] = alpha/r sum_k w[u, h, k] B[h, k]
+
+        The blocks of A are stacked along the input, those of B along the output (MHR; with one head
+        it is Poly). A and B are averaged apart, so the result has rank r.
+
+        Args:
+            weights: `[U, N, H, K]`, N routers; None takes one skill whole, see `skills`.
+            router_of_site: `[sites]`, each site's router.
+            skills: `[U]`, with `weights=None`: the one skill that each task uses.
+            gather: `[B]`, which of the U results each example uses; None where U is 1 or the
+                examples are the U rows themselves.
+            dtype: of the result; default that of the skills.
+
+        Returns:
+            For every site its factors; without the leading axis where U is 1.
+        """
+        out: list[list[Tensor]] = [[] for _ in range(self.num_sites)]
+        for stack in self.stacks:
+            members = router_of_site.new_tensor(stack.sites)
+            for kind in self.kinds:
+                inventory = self._stacks_of(kind)[stack.key]
+                scale = self.scale if kind == "lora_b" else 1.0
+                if weights is None:
+                    assert skills is not None
+                    mixed = _pick(inventory, skills, scale)
+                else:
+                    w_UnHK = weights.index_select(1, router_of_site[members])
+                    mixed = _mix(inventory, w_UnHK * scale if scale != 1.0 else w_UnHK)
+                if dtype is not None:
+                    mixed = mixed.to(dtype)
+                if mixed.shape[1] == 1:
+                    mixed = mixed.squeeze(1)
+                elif gather is not None:
+                    # One gather for all layers of the stack instead of one in each layer.
+                    mixed = mixed.index_select(1, gather)
+                # unbind once: indexing layer by layer costs a zero-filled copy each in backward.
+                for site, factor in zip(stack.sites, mixed.unbind(0), strict=True):
+                    out[site].append(factor)
+        return [tuple(factors) for factors in out]
+
+    @torch.no_grad()
+    def average(self) -> None:
+        """Replace the skills, in place, by their mean as the only skill, with one head.
+
+        The result computes what the uniform mixture computes (Poly-mu, MHR-mu), with 1/K of the
+        parameters.
+        """
+        for stack in self.stacks:
+            for kind in self.kinds:
+                stacks = self._stacks_of(kind)
+                mean = stacks[stack.key].mean(2, keepdim=True)
+                n, _, _, r, _ = mean.shape
+                merged = mean.permute(0, 2, 3, 1, 4).reshape(n, 1, 1, r, -1)
+                stacks[stack.key] = nn.Parameter(merged.clone())
+        self.num_skills = self.heads = 1
+
+    @torch.no_grad()
+    def add_skill(self, source: int | None) -> None:
+        """Append one skill: a copy of skill `source`, or the mean of all (None)."""
+        for stack in self.stacks:
+            for kind in self.kinds:
+                stacks = self._stacks_of(kind)
+                skills = stacks[stack.key]
+                if self.num_skills == 0:
+                    new = skills.new_empty(*skills.shape[:2], 1, *skills.shape[3:])
+                    self._reset(new, kind, stack)
+                elif source is None:
+                    new = skills.mean(2, keepdim=True)
+                else:
+                    new = skills[:, :, source : source + 1]
+                stacks[stack.key] = nn.Parameter(torch.cat([skills, new], dim=2))
+        self.num_skills += 1
+
+    @torch.no_grad()
+    def keep_skills(self, skills: Sequence[int]) -> None:
+        """Drop every skill but these, in place, in this order."""
+        for stack in self.stacks:
+            for kind in self.kinds:
+                stacks = self._stacks_of(kind)
+                stacks[stack.key] = nn.Parameter(stacks[stack.key][:, :, list(skills)].clone())
+        self.num_skills = len(skills)
+
+    def site_tensors(self, site: int) -> dict[str, Tensor]:
+        """The skills of one layer in the published layout, which checkpoints use.
+
+        Returns:
+            `lora_a` `[H, K, d_in/H, r]` and `lora_b` `[H, K, r, d_out/H]`, or `ia3`
+            `[H, K, 1, d_out/H]`; views of the parameters.
+        """
+        stack = next(s for s in self.stacks if site in s.sites)
+        row = stack.sites.index(site)
+        tensors = {kind: self._stacks_of(kind)[stack.key][row] for kind in self.kinds}
+        if "lora_a" in tensors:
+            tensors["lora_a"] = tensors["lora_a"].transpose(-1, -2)
+        return tensors
+
+
+def _mix(inventory: Tensor, w_UnHK: Tensor) -> Tensor:
+    """`[n, H, K, r, D]` and `[U, n, H, K]` to `[n, U, r, H D]`."""
+    n, heads, skills, rank, block = inventory.shape
+    rows = w_UnHK.shape[0]
+    w = w_UnHK.permute(1, 2, 0, 3).reshape(n * heads, rows, skills).to(inventory.dtype)
+    mixed = torch.bmm(w, inventory.reshape(n * heads, skills, rank * block))
+    mixed = mixed.view(n, heads, rows, rank, block).permute(0, 2, 3, 1, 4)
+    return mixed.reshape(n, rows, rank, heads * block)
+
+
+def _pick(inventory: Tensor, skills: Tensor, scale: float) -> Tensor:
+    """Skills taken whole: `[n, H, K, r, D]` to `[n, U, r, H D]`."""
+    picked = inventory.index_select(2, skills)
+    n, heads, rows, rank, block = picked.shape
+    picked = picked.permute(0, 2, 3, 1, 4).reshape(n, rows, rank, heads * block)
+    return picked * scale if scale != 1.0 else picked

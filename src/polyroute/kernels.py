@@ -1,0 +1,143 @@
+"""How a layer applies its factors: one function per case, all computing base(x) + x a^T b.
+
+The executor follows from the shape of the factors:
+
+- one task in the batch: factors `[r, d]`, all tokens of all examples in one 2-D product;
+- several: factors `[B, r, d]`, one batched product over examples.
+
+Where the base layer is an ordinary frozen linear layer, `LinearLoRA` and `LinearLoRAPerExample`
+compute the whole layer: the update is added in place to the fresh output, and in backward to the
+fresh input gradient, which saves one pass over the activations each way. Anything else (quantised
+layers, autocast, dropout, compiled code) takes the plain path.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+from torch.nn import functional as F  # noqa: N812 (its name everywhere)
+
+from polyroute.targets import weight_matrix
+
+__all__ = ["apply_ia3", "apply_lora"]
+
+
+class LinearLoRA(torch.autograd.Function):
+    """y = x W^T + c + (x a^T) b for one task: x `[N, d_in]`, a `[r, d_in]`, b `[r, d_out]`."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: Tensor
+    ) -> Tensor:
+        z = F.linear(x, a)
+        y = F.linear(x, weight, bias).addmm_(z, b)
+        ctx.save_for_backward(x, weight, a, b, z)
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight, a, b, z = ctx.saved_tensors
+        need_x, _, _, need_a, need_b = ctx.needs_input_grad
+        dz = F.linear(dy, b)
+        da = dz.t() @ x if need_a else None
+        db = z.t() @ dy if need_b else None
+        dx = (dy @ weight).addmm_(dz, a) if need_x else None
+        return dx, None, None, da, db
+
+
+class LinearLoRAPerExample(torch.autograd.Function):
+    """The same with factors of their own for each example: x `[B, M, d_in]`, a `[B, r, d_in]`."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: Tensor
+    ) -> Tensor:
+        z = torch.bmm(x, a.transpose(1, 2))
+        y = F.linear(x, weight, bias).baddbmm_(z, b)
+        ctx.save_for_backward(x, weight, a, b, z)
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight, a, b, z = ctx.saved_tensors
+        need_x, _, _, need_a, need_b = ctx.needs_input_grad
+        dz = torch.bmm(dy, b.transpose(1, 2))
+        da = torch.bmm(dz.transpose(1, 2), x) if need_a else None
+        db = torch.bmm(z.transpose(1, 2), dy) if need_b else None
+        dx = torch.matmul(dy, weight).baddbmm_(dz, a) if need_x else None
+        return dx, None, None, da, db
+
+
+def _owns_arithmetic(base: nn.Module, x: Tensor, a: Tensor) -> bool:
+    """Whether base(x) is exactly x W^T + c with frozen plain weights, so that we may compute it."""
+    if torch.compiler.is_compiling():  # the compiler fuses the plain path by itself
+        return False
+    weight = getattr(base, "weight", None)
+    return (
+        (type(base) is nn.Linear or type(base).__name__ == "Conv1D")
+        and isinstance(weight, Tensor)
+        and type(weight) in (Tensor, nn.Parameter)
+        and not weight.requires_grad
+        and (base.bias is None or not base.bias.requires_grad)
+        and x.dtype == weight.dtype == a.dtype
+        and not torch.is_autocast_enabled(x.device.type)
+        # Hooks and replaced forwards (offloading, observers) must see the call.
+        and not base._forward_hooks
+        and not base._forward_pre_hooks
+        and not base._backward_hooks
+        and not base._backward_pre_hooks
+        and "forward" not in base.__dict__
+    )
+
+
+def apply_lora(base: nn.Module, x: Tensor, a: Tensor, b: Tensor, dropout: float) -> Tensor:
+    """base(x) plus the low-rank update.
+
+    Args:
+        base: the frozen layer.
+        x: `[..., d_in]`; with per-example factors the leading axes hold the examples in order, each
+            repeated or split into the same number of consecutive rows.
+        a: `[r, d_in]` or `[B, r, d_in]`.
+        b: `[r, d_out]` or `[B, r, d_out]`, scale included.
+        dropout: probability with which the update's input is dropped; 0 in evaluation.
+    """
+    one_task = a.dim() == 2
+    rows = (-1, x.shape[-1]) if one_task else (a.shape[0], -1, x.shape[-1])
+    if not dropout and _owns_arithmetic(base, x, a):
+        weight, bias = weight_matrix(base), base.bias
+        assert bias is None or isinstance(bias, Tensor)
+        flat = x.reshape(rows)
+        if torch.is_grad_enabled() and (x.requires_grad or a.requires_grad or b.requires_grad):
+            function = LinearLoRA if one_task else LinearLoRAPerExample
+            y: Tensor = function.apply(flat, weight, bias, a, b)  # type: ignore[no-untyped-call]
+        elif one_task:
+            y = F.linear(flat, weight, bias).addmm_(F.linear(flat, a), b)
+        else:
+            z = torch.bmm(flat, a.transpose(1, 2))
+            y = F.linear(flat, weight, bias).baddbmm_(z, b)
+        return y.view(*x.shape[:-1], y.shape[-1])
+    y = base(x)
+    h = F.dropout(x, dropout) if dropout else x
+    if not torch.is_autocast_enabled(x.device.type):
+        h = h.to(a.dtype)
+    h = h.reshape(rows)
+    delta = F.linear(h, a) @ b if one_task else torch.bmm(torch.bmm(h, a.transpose(1, 2)), b)
+    return y + delta.view(y.shape).to(y.dtype)
+
+
+def apply_ia3(base: nn.Module, x: Tensor, scale: Tensor) -> Tensor:
+    """base(x) times a scale for each output unit, bias included ((IA)^3).
+
+    Args:
+        base: the frozen layer.
+        x: `[..., d_in]`, as in `apply_lora`.
+        scale: `[1, d_out]` or `[B, 1, d_out]`.
+    """
+    y: Tensor = base(x)
+    scale = scale.to(y.dtype)
+    if scale.dim() == 2:
+        return y * scale.squeeze(0)
+    return (y.reshape(scale.shape[0], -1, y.shape[-1]) * scale).view(y.shape)

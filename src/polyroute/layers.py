@@ -1,0 +1,168 @@
+"""The routed layer, and the state through which it learns which tasks its batch holds."""
+
+import threading
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from polyroute.errors import InputError
+from polyroute.inventory import Factors
+from polyroute.kernels import apply_ia3, apply_lora
+from polyroute.targets import Site
+
+__all__ = ["Mixture", "Route", "RoutedLayer", "Routing"]
+
+
+@dataclass(frozen=True)
+class Route:
+    """The tasks of a batch, checked and on the host."""
+
+    rows: tuple[int, ...]
+    """One table row per example, or one for the whole batch; `MU` stands for the average."""
+    per_example: bool
+    """Whether `rows` are those of the examples, rather than one for a batch of any size."""
+
+
+@dataclass(frozen=True)
+class Mixture:
+    """What the layers of one forward apply; never changed once made."""
+
+    factors: list[Factors]
+    """By site; empty where the base model runs alone."""
+    num_examples: int | None
+    """B where examples differ, None where one task holds for all."""
+
+
+class Routing(threading.local):
+    """Which route is open, in this thread; one object shared by all routed layers of a model.
+
+    Every thread has its own values, so threads that share a model do not see each other's tasks.
+    """
+
+    def __init__(self, prepare: Callable[[], Mixture] | None = None) -> None:
+        self.prepare = prepare
+        self.is_open = False
+        self.route: Route | None = None
+        self.mixture: Mixture | None = None
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "Routing":
+        return Routing()
+
+    def __reduce__(self) -> tuple[type["Routing"], tuple[()]]:
+        return Routing, ()
+
+
+class RouteScope(AbstractContextManager[None]):
+    """Opens a route, and closes it again also after an error; scopes nest."""
+
+    def __init__(
+        self, routing: Routing, route: Route | None, mixture: Mixture | None = None
+    ) -> None:
+        self.routing = routing
+        self.inner = (True, route, mixture)
+
+    def __enter__(self) -> None:
+        state = self.routing
+        self.outer = (state.is_open, state.route, state.mixture)
+        state.is_open, state.route, state.mixture = self.inner
+
+    def __exit__(self, *_: object) -> None:
+        state = self.routing
+        state.is_open, state.route, state.mixture = self.outer
+
+
+class RoutedLayer(nn.Module):
+    """A frozen base layer plus the mixture of skills of each example's task.
+
+        y_b = W x_b + c + alpha/r (x_b A_b) B_b          (LoRA)
+        y_b = (W x_b + c) * l_b                          ((IA)^3)
+
+    The base layer is registered once. Its parameters keep, in the state dict, the keys that they
+    had before it was adapted.
+    """
+
+    def __init__(self, site: Site, index: int, routing: Routing, *, dropout: float) -> None:
+        super().__init__()
+        self.base_layer = site.layer
+        self.site_name = site.name
+        self.index = index
+        self.routing = routing
+        self.dropout = dropout
+        self.takes_any_rows = not site.sees_token_subsets
+        self.is_merged = False
+        self.register_state_dict_post_hook(_drop_prefix)  # type: ignore[no-untyped-call]
+        self.register_load_state_dict_pre_hook(_add_prefix)  # type: ignore[no-untyped-call]
+
+    @property
+    def weight(self) -> Tensor:
+        """The base layer's weight, for models that look at its dtype or device."""
+        return self.base_layer.weight  # type: ignore[return-value]
+
+    @property
+    def bias(self) -> Tensor | None:
+        """The base layer's bias."""
+        return self.base_layer.bias  # type: ignore[return-value]
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:  # `in_features`, `nf` and whatever else the model may read
+            return getattr(super().__getattr__("base_layer"), name)
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """Apply the base layer and the open route's mixture.
+
+        Raises:
+            InputError: no route is open, or the rows cannot belong to the route's examples.
+        """
+        if self.is_merged:
+            return self.base_layer(x, *args, **kwargs)  # type: ignore[no-any-return]
+        mixture = self.routing.mixture
+        if mixture is None:
+            mixture = self._prepare()
+        if not mixture.factors:
+            return self.base_layer(x, *args, **kwargs)  # type: ignore[no-any-return]
+        if mixture.num_examples is not None:
+            self._check_rows(x, mixture.num_examples)
+        factors = mixture.factors[self.index]
+        if len(factors) == 1:
+            return apply_ia3(self.base_layer, x, factors[0])
+        a, b = factors
+        return apply_lora(self.base_layer, x, a, b, self.dropout if self.training else 0.0)
+
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    def _prepare(self) -> Mixture:
+        # The model prepares before its forward; a part called on its own (the encoder, by
+        # `generate`) does it here, at the first layer.
+        assert self.routing.prepare is not None
+        return self.routing.prepare()
+
+    def _check_rows(self, x: Tensor, num_examples: int) -> None:
+        if not self.takes_any_rows:
+            raise InputError(
+                f"layer {self.site_name!r} is an expert that sees some tokens of the batch, so a "
+                "batch of several tasks cannot be routed there: use one task per batch, or leave "
+                "the layer out with exclude_modules"
+            )
+        rows = x.numel() // x.shape[-1]
+        if rows % num_examples:
+            raise InputError(
+                f"layer {self.site_name!r} got {rows} rows for {num_examples} routed examples; "
+                "give one task per example, or a single task name for the whole batch"
+            )
+
+
+def _drop_prefix(module: nn.Module, state: dict[str, Any], prefix: str, _: Any) -> None:
+    for key in [k for k in state if k.startswith(prefix + "base_layer.")]:
+        state[prefix + key[len(prefix) + len("base_layer.") :]] = state.pop(key)
+
+
+def _add_prefix(module: nn.Module, state: dict[str, Any], prefix: str, *_: Any) -> None:
+    for key in [k for k in state if k.startswith(prefix)]:
+        rest = key[len(prefix) :]
+        if not rest.startswith("base_layer."):
+            state[prefix + "base_layer." + rest] = state.pop(key)

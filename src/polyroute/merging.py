@@ -1,0 +1,70 @@
+"""Folding one task's factors into the base weights, and taking them out again."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from polyroute.errors import InputError
+from polyroute.inventory import Factors
+from polyroute.targets import Site, weight_matrix
+
+__all__ = ["check_mergeable", "fold", "restore"]
+
+
+def check_mergeable(base_model: nn.Module, sites: Sequence[Site]) -> None:
+    """Make sure that every weight may be changed.
+
+    Raises:
+        InputError: a weight is quantised, or tied to another layer, which would change too.
+    """
+    owners: dict[int, int] = {}
+    for module in base_model.modules():
+        for parameter in module.parameters(recurse=False):
+            owners[id(parameter)] = owners.get(id(parameter), 0) + 1
+    for site in sites:
+        weight = site.layer.weight
+        if type(weight) is not nn.Parameter or not weight.is_floating_point():
+            reason = f"is quantised ({type(weight).__name__})"
+        elif owners[id(weight)] > 1:
+            reason = "is tied to another layer"
+        else:
+            continue
+        raise InputError(
+            f"the weight of layer {site.name!r} {reason} and cannot be merged; "
+            "export the task with export_peft instead"
+        )
+
+
+@torch.no_grad()
+def fold(sites: Sequence[Site], factors: Sequence[Factors]) -> dict[str, Tensor]:
+    """Change the base weights, in place, so that they compute one task.
+
+        W <- W + alpha/r (A B)^T   (LoRA),      W <- W * l, c <- c * l   ((IA)^3)
+
+    Returns:
+        The original tensors, for `restore`. Adding and subtracting would not give them back.
+    """
+    originals: dict[str, Tensor] = {}
+    for site, factor in zip(sites, factors, strict=True):
+        weight, bias = site.layer.weight, site.layer.bias
+        assert isinstance(weight, nn.Parameter)
+        originals[site.name + ".weight"] = weight.data
+        full = weight_matrix(site.layer).float()
+        if len(factor) == 2:
+            full = full + factor[1].t() @ factor[0]
+        else:
+            full = full * factor[0].reshape(-1, 1)
+            if isinstance(bias, nn.Parameter):
+                originals[site.name + ".bias"] = bias.data
+                bias.data = (bias.float() * factor[0].reshape(-1)).to(bias.dtype)
+        weight.data = (full.t() if site.is_conv1d else full).to(weight.dtype).contiguous()
+    return originals
+
+
+def restore(sites: Sequence[Site], originals: dict[str, Tensor]) -> None:
+    """Undo `fold`, bit for bit."""
+    for site in sites:
+        for kind in ("weight", "bias"):
+            if f"{site.name}.{kind}" in originals:
+                getattr(site.layer, kind).data = originals[f"{site.name}.{kind}"]

@@ -1,0 +1,166 @@
+"""From the tasks of a batch to what its layers apply: weights, mixed factors, and their cache."""
+
+from collections import OrderedDict
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from polyroute.config import MHRConfig
+from polyroute.inventory import Factors, Inventory
+from polyroute.layers import Mixture, Route
+from polyroute.routes import MU_ROW, Routes
+from polyroute.routing import anneal, skill_weights, uniform_weights
+from polyroute.targets import Site, weight_matrix
+
+__all__ = ["Mixer"]
+
+CACHED_MIXTURES = 2
+
+
+class Mixer(nn.Module):
+    """Mixes, once per forward, the skills of all layers for the distinct tasks of the batch.
+
+    Without gradients the mixture is kept until a parameter changes (in place, by a load, or by a
+    move to another device).
+
+    Attributes:
+        anneal_progress: 0 routes as learned, 1 uniformly; a trainer sets it.
+        router_of_site: `[sites]`, each site's router.
+    """
+
+    router_of_site: Tensor
+
+    def __init__(
+        self,
+        config: MHRConfig,
+        inventory: Inventory,
+        routes: Routes,
+        sites: Sequence[Site],
+        router_of_site: Sequence[int],
+    ) -> None:
+        super().__init__()
+        self.config = config
+        # A tuple, so that torch does not register here what the model owns.
+        self._parts = (inventory, routes, sites[0].layer)
+        device = weight_matrix(sites[0].layer).device
+        self.register_buffer(
+            "router_of_site", torch.tensor(router_of_site, device=device), persistent=False
+        )
+        self.num_routers = max(router_of_site) + 1
+        self.anneal_progress = 0.0
+        self._cache: OrderedDict[Any, tuple[Any, Mixture]] = OrderedDict()
+
+    @property
+    def inventory(self) -> Inventory:
+        """The skills that are mixed."""
+        return self._parts[0]
+
+    @property
+    def routes(self) -> Routes:
+        """The table that says how."""
+        return self._parts[1]
+
+    def mixture(self, route: Route, *, training: bool) -> Mixture:
+        """What the layers apply for a batch with these tasks.
+
+        Args:
+            route: the tasks.
+            training: whether gates are noisy, where the configuration says so.
+        """
+        dtype = self._compute_dtype()
+        noisy = training and self.config.noisy_in_training and route.per_example
+        learned = [*self.inventory.parameters(), *self.routes.parameters()]
+        if torch.is_grad_enabled() and any(p.requires_grad for p in learned):
+            return self._mix(route, dtype, training=training, per_example=noisy)
+        if training and self.config.noisy_in_training:
+            return self._mix(route, dtype, training=training, per_example=noisy)
+        stamp = (
+            [(id(p), p._version, p.data_ptr()) for p in learned],
+            self.anneal_progress,
+        )
+        key = (route, dtype)
+        cached = self._cache.get(key)
+        if cached is not None and cached[0] == stamp:
+            return cached[1]
+        # Not in inference mode: what is kept may later meet autograd.
+        with torch.inference_mode(False), torch.no_grad():
+            mixture = self._mix(route, dtype)
+        self._cache[key] = (stamp, mixture)
+        while len(self._cache) > CACHED_MIXTURES:
+            self._cache.popitem(last=False)
+        return mixture
+
+    def _compute_dtype(self) -> torch.dtype:
+        weight = weight_matrix(self._parts[2])
+        if torch.is_autocast_enabled(weight.device.type):
+            return torch.get_autocast_dtype(weight.device.type)
+        return weight.dtype if weight.is_floating_point() else torch.float32
+
+    def _mix(
+        self,
+        route: Route,
+        dtype: torch.dtype,
+        *,
+        training: bool = False,
+        per_example: bool = False,
+    ) -> Mixture:
+        rows = route.rows
+        # With noise every example has a mixture of its own, else every distinct task has.
+        distinct = list(rows) if per_example else list(dict.fromkeys(rows))
+        device = self.router_of_site.device
+        gather = None
+        if 1 < len(distinct) < len(rows):
+            position = {row: i for i, row in enumerate(distinct)}
+            gather = torch.tensor([position[row] for row in rows], device=device)
+        with torch.autocast(device.type, enabled=False):
+            weights, skills = self._weights(distinct, training=training)
+            factors = self.inventory.mix(
+                weights, self.router_of_site, skills=skills, gather=gather, dtype=dtype
+            )
+        return Mixture(factors, len(rows) if len(distinct) > 1 else None)
+
+    def _weights(
+        self, rows: Sequence[int], *, training: bool = False
+    ) -> tuple[Tensor | None, Tensor | None]:
+        """Mixing weights `[U, N, H, K]` of table rows, or the one skill `[U]` that each uses."""
+        device = self.router_of_site.device
+        if self.inventory.num_skills == 1:
+            return None, torch.zeros(len(rows), dtype=torch.long, device=device)
+        if self.config.method == "private":
+            return self._private(rows)
+        table = self.routes.logits
+        shape = (len(rows), self.num_routers, self.inventory.heads, self.inventory.num_skills)
+        if table is None or all(row == MU_ROW for row in rows):
+            return uniform_weights(torch.empty(shape, device=device)), None
+        index = torch.tensor([max(row, 0) for row in rows], device=device)
+        logits = table.index_select(0, index).view(shape)
+        weights = skill_weights(logits.float(), self.config, training=training)
+        if self.anneal_progress:
+            weights = anneal(weights, self.anneal_progress)
+        if MU_ROW in rows:
+            is_mu = torch.tensor([row == MU_ROW for row in rows], device=device)
+            weights = torch.where(is_mu.view(-1, 1, 1, 1), uniform_weights(weights), weights)
+        return weights, None
+
+    def _private(self, rows: Sequence[int]) -> tuple[Tensor | None, Tensor | None]:
+        device = self.router_of_site.device
+        if MU_ROW not in rows:
+            return None, torch.tensor(rows, device=device)
+        num_skills = self.inventory.num_skills
+        mean = torch.full((num_skills,), 1.0 / num_skills)
+        own = torch.eye(num_skills)
+        by_row = torch.stack([mean if row == MU_ROW else own[row] for row in rows]).to(device)
+        return by_row[:, None, None].expand(-1, self.num_routers, 1, -1), None
+
+    @torch.no_grad()
+    def weights_of(self, row: int) -> Tensor | None:
+        """The weights of one table row in evaluation, `[N, H, K]`; None where nothing is mixed."""
+        weights, _ = self._weights([row])
+        return None if weights is None else weights[0]
+
+    @torch.no_grad()
+    def factors_of(self, row: int) -> list[Factors]:
+        """What each site applies for one table row in evaluation, fp32."""
+        return self._mix(Route((row,), per_example=False), torch.float32).factors

@@ -1,0 +1,731 @@
+"""The routed model: a frozen base model, an inventory of skills, and a route for every task."""
+
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
+from typing import Any, Literal, get_args
+
+import torch
+from torch import Tensor, nn
+
+from polyroute.checkpoint import Checkpoint, read_checkpoint, write_checkpoint
+from polyroute.config import MHRConfig
+from polyroute.errors import InputError, did_you_mean
+from polyroute.inventory import Factors, Inventory
+from polyroute.layers import Mixture, Route, RoutedLayer, RouteScope, Routing
+from polyroute.merging import check_mergeable, fold, restore
+from polyroute.mixing import Mixer
+from polyroute.peft_export import write_peft_adapter
+from polyroute.routes import MU, MU_ROW, Routes
+from polyroute.targets import (
+    Site,
+    find_sites,
+    fits_sample,
+    named_sites,
+    routers_of,
+    sample_weights,
+    weight_matrix,
+)
+
+__all__ = ["Phase", "RoutedModel", "Tasks", "attach", "from_pretrained"]
+
+Phase = Literal["full", "z", "mu", "mu-uncollapsed", "random"]
+Tasks = str | int | Sequence[str | int] | Tensor | None
+
+BASE_ALONE = Mixture([], None)
+
+
+def attach(
+    base_model: nn.Module,
+    config: MHRConfig,
+    tasks: Iterable[str],
+    *,
+    sites: Sequence[str] | None = None,
+) -> "RoutedModel":
+    """Give a base model an inventory of skills and a route for each task.
+
+    The base model's parameters are frozen. Its chosen layers are wrapped in place, without
+    touching their weights; `RoutedModel.unload` undoes it.
+
+    Args:
+        base_model: any tree of torch modules that takes its batch on the first axis.
+        config: what to attach.
+        tasks: unique names; the order is the order of rows.
+        sites: exact layer names, instead of `config.target_modules`.
+
+    Raises:
+        InputError: no layer matches, heads do not divide a width, task names clash, or the model
+            has an inventory already.
+    """
+    if isinstance(tasks, str):
+        raise InputError(f"tasks must be a list of names, not the single string {tasks!r}")
+    for name, module in base_model.named_modules():
+        if isinstance(module, RoutedLayer | RoutedModel):
+            raise InputError(
+                f"layer {name!r} carries an inventory already; call unload() on the routed model"
+            )
+    found = find_sites(base_model, config) if sites is None else named_sites(base_model, sites)
+    return RoutedModel(base_model, config, found, tuple(tasks))
+
+
+def from_pretrained(
+    base_model: nn.Module,
+    folder: str | os.PathLike[str],
+    *,
+    tasks: Sequence[str] | None = None,
+    check_base: bool = True,
+) -> "RoutedModel":
+    """Attach a saved inventory to the base model that it was trained on.
+
+    Args:
+        base_model: as given to `attach` when the inventory was made.
+        folder: where `RoutedModel.save_pretrained` wrote.
+        tasks: keep only these tasks' routes, `[]` for none; default all.
+        check_base: refuse a base model whose weights differ from those of training.
+
+    Raises:
+        InputError: the files are damaged, or belong to another base model.
+    """
+    return RoutedModel.from_checkpoint(
+        base_model, read_checkpoint(folder), os.fspath(folder), tasks, check_base=check_base
+    )
+
+
+class RoutedModel(nn.Module):
+    """A base model whose adapted layers use, for each example, its task's mixture of skills.
+
+    Made by `attach` or `from_pretrained`. Attributes that are not its own (`config`, `device`,
+    `get_encoder` ...) are those of the base model.
+
+    Attributes:
+        base_model: the frozen network, with its chosen layers wrapped.
+        inventory: the skills.
+        routes: the table of routing logits, by task.
+        adapter_config: what is attached.
+        sites: the adapted layers.
+        routers: names of the routers, in the order of the table's first axis.
+        mixer: turns routes and skills into what the layers apply.
+    """
+
+    def __init__(
+        self, base_model: nn.Module, config: MHRConfig, sites: Sequence[Site], tasks: Sequence[str]
+    ) -> None:
+        super().__init__()
+        self.adapter_config = config
+        self.sites = tuple(sites)
+        names = [site.name for site in sites]
+        self.routers, by_site = routers_of(names, config.granularity)
+        device = weight_matrix(sites[0].layer).device
+        num_skills = len(tasks) if config.num_skills is None else config.num_skills
+        shape = (len(self.routers), config.heads, num_skills) if config.has_router else None
+        self.routes = Routes(tasks, shape, device)
+        self.inventory = Inventory(sites, config, num_skills, device)
+        self.mixer = Mixer(config, self.inventory, self.routes, self.sites, by_site)
+        self.merged_task: str | None = None
+        self._unmerged: dict[str, Tensor] = {}
+        self._required_grad = [n for n, p in base_model.named_parameters() if p.requires_grad]
+        base_model.requires_grad_(False)
+        self.base_model = base_model
+        self._routing = Routing(self._prepare)
+        # A tuple, so that torch does not register them here: they belong to the base model's tree.
+        self.layers = tuple(
+            RoutedLayer(site, i, self._routing, dropout=config.dropout)
+            for i, site in enumerate(sites)
+        )
+        for site, layer in zip(sites, self.layers, strict=True):
+            layer.train(site.layer.training)
+            self._put(site, layer)
+        self.train(base_model.training)
+        self._hook = base_model.register_forward_pre_hook(self._before_forward)
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if name == "base_model":
+                raise
+            return getattr(super().__getattr__("base_model"), name)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
+        self._routing = Routing(self._prepare)
+        for layer in self.layers:
+            layer.routing = self._routing
+
+    def _put(self, site: Site, module: nn.Module) -> None:
+        for place in site.places:
+            parent, _, child = place.rpartition(".")
+            setattr(self.base_model.get_submodule(parent), child, module)
+
+    # ---------------------------------------------------------------- routing
+
+    @property
+    def tasks(self) -> tuple[str, ...]:
+        """The names of the tasks, in row order."""
+        return self.routes.names
+
+    def route(self, tasks: Tasks) -> AbstractContextManager[None]:
+        """Route every forward inside the `with` block.
+
+        Blocks nest, close after an error too, and hold for the thread that opens them.
+
+        Args:
+            tasks: one name or row number for a batch of any size; or one per example, as a list or
+                an integer tensor; `"mu"` is the average of the inventory; None is the base model
+                alone. A model may repeat each example's rows (beams, returned sequences, windows):
+                what belongs to one example must stay consecutive.
+
+        Raises:
+            InputError: an unknown task, a negative number, or an empty list.
+        """
+        route = self._resolve(tasks)
+        merged = self.merged_task
+        if (
+            merged is not None
+            and route is not None
+            and set(route.rows) != {self.routes.row(merged)}
+        ):
+            raise InputError(
+                f"the model is merged with {merged!r}; call unmerge() to route other tasks"
+            )
+        return RouteScope(self._routing, route)
+
+    def _resolve(self, tasks: Tasks) -> Route | None:
+        if tasks is None:
+            return None
+        if isinstance(tasks, str | int):
+            return Route((self.routes.row(tasks),), per_example=False)
+        if isinstance(tasks, Tensor):
+            if tasks.is_floating_point() or tasks.dtype == torch.bool or tasks.dim() > 1:
+                raise InputError(
+                    "task ids must be one whole number per example, "
+                    f"not a {tasks.dtype} tensor of shape {list(tasks.shape)}"
+                )
+            tasks = tasks.tolist()
+            if isinstance(tasks, int):
+                return Route((self.routes.row(tasks),), per_example=False)
+        if not tasks:
+            raise InputError("no tasks given: name one task per example")
+        return Route(tuple(self.routes.row(task) for task in tasks), per_example=True)
+
+    def forward(self, *args: Any, tasks: Tasks = None, **kwargs: Any) -> Any:
+        """Run the base model.
+
+        Args:
+            *args: passed on.
+            tasks: as in `route`; needed unless a `route` block is open.
+            **kwargs: passed on.
+
+        Returns:
+            What the base model returns.
+
+        Raises:
+            InputError: no route is given, or the number of tasks does not fit the batch.
+        """
+        with self.route(tasks) if tasks is not None else nullcontext():
+            route = self._routing.route
+            if route is not None and route.per_example:
+                self._check_batch(route, args, kwargs)
+            if self._is_compiled:
+                self._start_forward()  # compiled code skips the hook that does it
+            return self.base_model(*args, **kwargs)
+
+    def generate(self, *args: Any, tasks: Tasks = None, **kwargs: Any) -> Any:
+        """Generate with the base model, beams and returned sequences included.
+
+        Args:
+            *args: passed on.
+            tasks: as in `route`, one per prompt; needed unless a `route` block is open.
+            **kwargs: passed on.
+        """
+        state = self._routing
+        if tasks is not None:
+            scope: AbstractContextManager[None] = self.route(tasks)
+        elif state.is_open:  # a scope of its own, so that nothing mixed earlier is taken over
+            scope = RouteScope(state, state.route)
+        else:
+            scope = nullcontext()
+        base: Any = self.base_model
+        with scope:
+            return base.generate(*args, **kwargs)
+
+    @property
+    def _is_compiled(self) -> bool:
+        base = self.base_model
+        return (
+            torch.compiler.is_compiling()
+            or hasattr(base, "_orig_mod")
+            or getattr(base, "_compiled_call_impl", None) is not None
+        )
+
+    def compile(self, *args: Any, **kwargs: Any) -> None:
+        """Compile the base model in place; mixing stays outside, so new tasks never recompile."""
+        self.base_model.compile(*args, **kwargs)
+
+    @staticmethod
+    def _check_batch(route: Route, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
+        for value in (*args, *kwargs.values()):
+            if isinstance(value, Tensor) and value.dim():
+                if len(value) % len(route.rows):
+                    raise InputError(
+                        f"{len(route.rows)} tasks were given for a batch of {len(value)} examples; "
+                        "give one per example, or a single name for all"
+                    )
+                return
+
+    # ---------------------------------------------------------------- mixing
+
+    def _before_forward(self, _: nn.Module, __: tuple[Any, ...]) -> None:
+        if not torch.compiler.is_compiling():
+            self._start_forward()
+
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    def _start_forward(self) -> None:
+        if self.merged_task is None:
+            self._routing.mixture = None
+            self._prepare()
+
+    def _prepare(self) -> Mixture:
+        """The open route's mixture for one forward; the only place where factors are mixed."""
+        state = self._routing
+        if torch._C._current_graph_task_id() != -1:
+            # Backward is recomputing a checkpointed block, and whichever route is open now (if any)
+            # need not be that of its forward.
+            raise InputError(
+                "a checkpointed block is recomputed without its route: turn checkpointing on with "
+                "model.gradient_checkpointing_enable() (non-reentrant), or pass "
+                "context_fn=model.checkpoint_contexts to torch.utils.checkpoint"
+            )
+        if not state.is_open:
+            if self.inventory.num_skills != 1 or self.adapter_config.method == "private":
+                raise InputError(
+                    "no task is routed: wrap the call in `with model.route(tasks):` or pass "
+                    "tasks=[...], one name per example ('mu' for the average of the skills)"
+                )
+            route: Route | None = Route((MU_ROW,), per_example=False)
+        else:
+            route = state.route
+        state.mixture = (
+            BASE_ALONE if route is None else self.mixer.mixture(route, training=self.training)
+        )
+        return state.mixture
+
+    def weights_of(self, task: str | int) -> Tensor:
+        """The mixing weights of a task in evaluation, `[N, H, K]`.
+
+        Raises:
+            InputError: unknown task, or a method that does not mix.
+        """
+        weights = self.mixer.weights_of(self.routes.row(task))
+        if weights is None:
+            raise InputError(f"method {self.adapter_config.method!r} does not mix skills")
+        return weights
+
+    def factors_of(self, task: str | int) -> list[Factors]:
+        """What each site applies for one task, fp32: LoRA `(a [r, d_in], b [r, d_out])`."""
+        return self.mixer.factors_of(self.routes.row(task))
+
+    # ---------------------------------------------------------------- checkpointing of activations
+
+    def checkpoint_contexts(
+        self,
+    ) -> tuple[AbstractContextManager[Any], AbstractContextManager[Any]]:
+        """The `context_fn` of `torch.utils.checkpoint` under which recomputation sees its route."""
+        state = self._routing
+        return nullcontext(), RouteScope(state, state.route, state.mixture)
+
+    def activation_checkpointing_enable(
+        self, activation_checkpointing_kwargs: Mapping[str, Any] | None = None, **kwargs: Any
+    ) -> None:
+        """Turn on the base model's activation checkpointing, so that it keeps the routes.
+
+        Args:
+            activation_checkpointing_kwargs: options of `torch.utils.checkpoint.checkpoint`.
+            **kwargs: passed on to the base model's method of this name (transformers 5) or of the
+                older name, `gradient_checkpointing_enable`.
+
+        Raises:
+            InputError: reentrant checkpointing is asked for. It runs backward once per block, and
+                all blocks share one mixing graph.
+        """
+        options = dict(activation_checkpointing_kwargs or {})
+        if options.get("use_reentrant"):
+            raise InputError(
+                "reentrant checkpointing cannot be routed; leave use_reentrant at False"
+            )
+        options.update(use_reentrant=False, context_fn=self.checkpoint_contexts)
+        base: Any = self.base_model
+        if hasattr(base, "activation_checkpointing_enable"):
+            base.activation_checkpointing_enable(activation_checkpointing_kwargs=options, **kwargs)
+        else:
+            base.gradient_checkpointing_enable(gradient_checkpointing_kwargs=options, **kwargs)
+
+    def gradient_checkpointing_enable(
+        self, gradient_checkpointing_kwargs: Mapping[str, Any] | None = None, **kwargs: Any
+    ) -> None:
+        """The older name of `activation_checkpointing_enable`."""
+        self.activation_checkpointing_enable(gradient_checkpointing_kwargs, **kwargs)
+
+    # ---------------------------------------------------------------- tasks
+
+    def add_task(self, name: str, init: str | Tensor = "uniform") -> int:
+        """Append a task; every other task stays as it is.
+
+        Make the optimizer afterwards: the table is a new parameter.
+
+        Args:
+            name: a new name.
+            init: `"uniform"` starts near the average of the skills, another task's name copies its
+                row, a tensor `[N, H, K]` (or flat) is taken as the logits.
+
+        Returns:
+            The row number.
+
+        Raises:
+            InputError: the name exists or is reserved, the task to copy does not exist, or the
+                tensor's shape is wrong.
+        """
+        values: Tensor | None = None
+        source: int | None = None
+        if isinstance(init, Tensor):
+            values = init
+            if self.routes.logits is None:
+                raise InputError(
+                    f"method {self.adapter_config.method!r} has no routing logits: "
+                    "init must be 'uniform' or a task name"
+                )
+        elif init not in ("uniform", MU):
+            source = self.routes.row(init)
+            values = self.routes[init] if self.routes.logits is not None else None
+        row = self.routes.add(name, values)
+        if self.adapter_config.method == "private":
+            self.inventory.add_skill(source)
+        return row
+
+    def keep_tasks(self, names: Sequence[str]) -> None:
+        """Drop every task but these; the skills stay (private adapters go with their task)."""
+        rows = self.routes.keep(names)
+        if self.adapter_config.method == "private":
+            self.inventory.keep_skills(rows)
+
+    # ---------------------------------------------------------------- training
+
+    def set_phase(self, phase: Phase) -> None:
+        """Choose what trains; everything else is frozen.
+
+        - `full`: skills and routing.
+        - `z`: routing only.
+        - `mu`: the skills are replaced by their average, one LoRA, which trains.
+        - `mu-uncollapsed`: all skills train under the uniform mixture, as the published code does.
+          The same function as `mu`; the global gradient norm is 1/sqrt(K) of it.
+        - `random`: skills and routing start afresh (a control).
+
+        `mu`, `mu-uncollapsed` and `random` discard what they replace.
+
+        Raises:
+            InputError: no such phase, nothing to train in it, or the model is merged.
+        """
+        if phase not in get_args(Phase):
+            raise InputError(f"unknown phase {phase!r}: {did_you_mean(phase, get_args(Phase))}")
+        if self.merged_task is not None:
+            raise InputError(f"the model is merged with {self.merged_task!r}; call unmerge() first")
+        if phase == "z" and (self.routes.logits is None or not len(self.routes)):
+            raise InputError(
+                f"phase 'z' trains routing, and method {self.adapter_config.method!r} with "
+                f"{len(self.routes)} tasks has none; use 'full' or 'mu'"
+            )
+        if phase == "mu":
+            self._collapse()
+        elif phase == "mu-uncollapsed":
+            self.routes.drop_logits()
+        elif phase == "random":
+            self.inventory.reset_parameters()
+            self.routes.reset_parameters()
+        self.inventory.requires_grad_(phase != "z")
+        self.routes.requires_grad_(phase in ("full", "z", "random"))
+
+    def _collapse(self) -> None:
+        self.inventory.average()
+        self.routes.drop_logits()
+        self.adapter_config = replace(
+            self.adapter_config, method="shared", num_skills=1, num_heads=1
+        )
+        self.mixer.config = self.adapter_config
+
+    def param_groups(
+        self,
+        phase: Phase = "full",
+        *,
+        lr: float = 1e-3,
+        route_lr: float = 1e-1,
+        weight_decay: float = 0.0,
+        route_weight_decay: float = 0.0,
+    ) -> list[dict[str, Any]]:
+        """Set the phase and return its parameter groups, for any torch optimizer.
+
+        Every group states its learning rate and its weight decay, so nothing is inherited from an
+        optimizer's defaults. Decay pulls logits toward the uniform mixture; the published SuperNI
+        runs had 0.01 there.
+
+        Args:
+            phase: see `set_phase`.
+            lr: of the skills.
+            route_lr: of the routing logits.
+            weight_decay: of the skills.
+            route_weight_decay: of the routing logits.
+
+        Returns:
+            Up to two groups, named `skills` and `routes`.
+
+        Raises:
+            InputError: as `set_phase`, or a rate is not positive.
+        """
+        for name, value in (("lr", lr), ("route_lr", route_lr)):
+            if not value > 0:
+                raise InputError(f"{name} must be positive, not {value}")
+        for name, value in (
+            ("weight_decay", weight_decay),
+            ("route_weight_decay", route_weight_decay),
+        ):
+            if value < 0:
+                raise InputError(f"{name} must not be negative, got {value}")
+        self.set_phase(phase)
+        groups = [
+            ("skills", self.inventory, lr, weight_decay),
+            ("routes", self.routes, route_lr, route_weight_decay),
+        ]
+        return [
+            {"name": name, "params": trained, "lr": rate, "weight_decay": decay}
+            for name, module, rate, decay in groups
+            if (trained := [p for p in module.parameters() if p.requires_grad])
+        ]
+
+    # ---------------------------------------------------------------- merging
+
+    def merge(self, task: str) -> None:
+        """Fold one task, or `"mu"`, into the base weights, in place: no overhead is left.
+
+        The original weights are kept, so `unmerge` restores them bit for bit.
+
+        Raises:
+            InputError: merged already, unknown task, or a layer's weight cannot be changed
+                (quantised, or tied to another layer).
+        """
+        if self.merged_task is not None:
+            raise InputError(f"the model is merged with {self.merged_task!r}; call unmerge() first")
+        factors = self.factors_of(task)
+        check_mergeable(self.base_model, self.sites)
+        self._unmerged = fold(self.sites, factors)
+        for layer in self.layers:
+            layer.is_merged = True
+        self.merged_task = task
+
+    def unmerge(self) -> None:
+        """Restore the base weights, bit for bit; nothing happens where nothing is merged."""
+        restore(self.sites, self._unmerged)
+        self._unmerged = {}
+        for layer in self.layers:
+            layer.is_merged = False
+        self.merged_task = None
+
+    def unload(self) -> nn.Module:
+        """Take the base model out again, as it was before `attach`; this object is then spent.
+
+        A merged task stays merged: that is how to get a plain model of one task.
+        """
+        self._hook.remove()
+        for site in self.sites:
+            self._put(site, site.layer)
+        for name, parameter in self.base_model.named_parameters():
+            parameter.requires_grad_(name in self._required_grad)
+        return self.base_model
+
+    # ---------------------------------------------------------------- files
+
+    def save_pretrained(self, folder: str | os.PathLike[str]) -> None:
+        """Write the inventory, the routes and what they are, without the base model.
+
+        Raises:
+            InputError: the folder cannot be written, or the model is merged.
+        """
+        if self.merged_task is not None:
+            raise InputError(f"the model is merged with {self.merged_task!r}; call unmerge() first")
+        skills = {
+            f"{site.name}.{kind}": tensor
+            for i, site in enumerate(self.sites)
+            for kind, tensor in self.inventory.site_tensors(i).items()
+        }
+        rows = self.routes.logits
+        by_site = self.mixer.router_of_site.tolist()
+        description = {
+            "config": self.adapter_config.to_dict(),
+            "num_skills": self.inventory.num_skills,
+            "base": {
+                "name": getattr(getattr(self.base_model, "config", None), "_name_or_path", None),
+                "class": type(self.base_model).__name__,
+            },
+            "tasks": list(self.tasks),
+            "has_rows": rows is not None,
+            "routers": self.routers,
+            "sites": [
+                {
+                    "name": site.name,
+                    "d_in": site.d_in,
+                    "d_out": site.d_out,
+                    "router": by_site[i],
+                    "base_sample": sample_weights(site),
+                }
+                for i, site in enumerate(self.sites)
+            ],
+        }
+        write_checkpoint(
+            folder, Checkpoint(description, skills, None if rows is None else rows.detach())
+        )
+
+    @classmethod
+    def from_checkpoint(
+        cls,
+        base_model: nn.Module,
+        checkpoint: Checkpoint,
+        source: str,
+        tasks: Sequence[str] | None = None,
+        *,
+        check_base: bool = True,
+    ) -> "RoutedModel":
+        """Build a routed model from a saved inventory; see `from_pretrained`."""
+        description = checkpoint.description
+        sites = description["sites"]
+        try:
+            found = named_sites(base_model, [site["name"] for site in sites])
+        except InputError as error:
+            raise InputError(f"{source} belongs to another base model: {error}") from error
+        for site, saved in zip(found, sites, strict=True):
+            if (site.d_in, site.d_out) != (saved["d_in"], saved["d_out"]):
+                raise InputError(
+                    f"{source} belongs to another base model: layer {site.name!r} is "
+                    f"{site.d_in} to {site.d_out} here, {saved['d_in']} to {saved['d_out']} there"
+                )
+            if check_base and not fits_sample(site, saved["base_sample"]):
+                raise InputError(
+                    f"{source} belongs to another base model: the weights of layer {site.name!r} "
+                    "differ from those it was trained on (check_base=False loads it all the same)"
+                )
+        router_of = {site["name"]: description["routers"][site["router"]] for site in sites}
+        values = dict(description["config"])
+        granularity = values.pop("granularity")
+        config = MHRConfig.from_dict(values)
+        # The saved assignment, whatever rule made it, holds.
+        config = replace(config, granularity=router_of.__getitem__)
+        model = attach(base_model, config, description["tasks"], sites=[s.name for s in found])
+        if granularity != "custom":
+            model.adapter_config = model.mixer.config = replace(config, granularity=granularity)
+        try:
+            model._load_tensors(checkpoint, source)
+            if tasks is not None:
+                model.keep_tasks(tasks)
+        except BaseException:
+            model.unload()
+            raise
+        return model
+
+    def load_adapter(self, folder: str | os.PathLike[str]) -> None:
+        """Overwrite skills and routes, in place, by those of a checkpoint of this very model.
+
+        Raises:
+            InputError: the checkpoint has other tasks, layers or sizes.
+        """
+        checkpoint = read_checkpoint(folder)
+        if tuple(checkpoint.description["tasks"]) != self.tasks:
+            raise InputError(f"{os.fspath(folder)} holds other tasks than this model")
+        self._load_tensors(checkpoint, os.fspath(folder))
+
+    @torch.no_grad()
+    def _load_tensors(self, checkpoint: Checkpoint, source: str) -> None:
+        expected = {
+            f"{site.name}.{kind}": tensor
+            for i, site in enumerate(self.sites)
+            for kind, tensor in self.inventory.site_tensors(i).items()
+        }
+        saved = dict(checkpoint.skills)
+        if saved.keys() != expected.keys():
+            name = sorted(saved.keys() ^ expected.keys())[0]
+            raise InputError(f"{source} does not fit: tensor {name!r} is on one side only")
+        if checkpoint.rows is None:
+            self.routes.drop_logits()
+        elif self.routes.logits is None:
+            raise InputError(f"{source} does not fit: it holds routing rows, this model has none")
+        else:
+            saved["rows"], expected["rows"] = checkpoint.rows, self.routes.logits
+        for name, tensor in expected.items():
+            if saved[name].shape != tensor.shape:
+                raise InputError(
+                    f"{source} does not fit: tensor {name!r} is {list(saved[name].shape)} there "
+                    f"and {list(tensor.shape)} here"
+                )
+        for name, tensor in expected.items():
+            tensor.copy_(saved[name])
+
+    def export_peft(self, task: str, folder: str | os.PathLike[str]) -> None:
+        """Write one task, or `"mu"`, as an ordinary PEFT adapter that computes the same.
+
+        Poly, MHR, shared and private LoRAs become a LoRA of the same rank; (IA)^3 becomes PEFT's.
+
+        Raises:
+            InputError: unknown task, or the folder cannot be written.
+        """
+        write_peft_adapter(folder, self.base_model, self.sites, self.factors_of(task))
+
+    # ---------------------------------------------------------------- reports
+
+    def counts(self) -> dict[str, int]:
+        """Parameters by purpose.
+
+        With P the sum of `d_in + d_out` over sites ((IA)^3: of `d_out`, at rank 1), r the rank, K
+        the skills, H the heads, N the routers and T the tasks: `inventory` K r P, `routing_table`
+        T N H K, `new_task_z` N H K, `new_task_full` K r P + N H K, `one_adapter` r P (a task's
+        LoRA, exported; also what `mu` trains), `base` the frozen rest.
+        """
+        is_lora = self.adapter_config.adapter == "lora"
+        one = sum((s.d_in if is_lora else 0) + s.d_out for s in self.sites) * self.inventory.rank
+        inventory = self.inventory.num_skills * one
+        shape = self.routes.shape
+        row = shape[0] * shape[1] * shape[2] if shape else 0
+        base = sum(p.numel() for p in self.base_model.parameters())
+        return {
+            "base": base,
+            "inventory": inventory,
+            "routing_table": len(self.routes) * row,
+            "one_adapter": one,
+            "new_task_z": row,
+            "new_task_full": inventory + row,
+        }
+
+    def num_trainable(self) -> int:
+        """How many parameters the current phase trains."""
+        return sum(p.numel() for p in self.parameters() if p.requires_grad)
+
+    def print_trainable_parameters(self) -> None:
+        """Print what trains, of how much."""
+        trained = self.num_trainable()
+        total = sum(p.numel() for p in self.parameters())
+        print(f"trainable: {trained:,} of {total:,} parameters ({100 * trained / total:.3f}%)")
+
+    def describe(self) -> str:
+        """Sites, routers and parameter counts, as text."""
+        config, counts = self.adapter_config, self.counts()
+        shapes: dict[tuple[str, int, int], int] = {}
+        for site in self.sites:
+            key = (site.name.rsplit(".", 1)[-1], site.d_in, site.d_out)
+            shapes[key] = shapes.get(key, 0) + 1
+        lines = [
+            f"{config.method} {config.adapter} on {type(self.base_model).__name__}: "
+            f"{self.inventory.num_skills} skills, {self.inventory.heads} heads, "
+            f"rank {self.inventory.rank}, scale {config.scale:g}, {len(self.tasks)} tasks",
+            f"{len(self.sites)} sites:",
+            *(f"  {n:4d} x {name} [{i} -> {o}]" for (name, i, o), n in shapes.items()),
+            f"{len(self.routers) if self.routes.shape else 0} routers",
+            "parameters:",
+            *(f"  {name:14s} {number:>15,}" for name, number in counts.items()),
+        ]
+        return "\n".join(lines)

@@ -1,0 +1,288 @@
+"""Which layers of a base model get skills, and which of them share a router."""
+
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+from polyroute.config import Granularity, MHRConfig
+from polyroute.errors import InputError, did_you_mean
+
+__all__ = [
+    "Site",
+    "find_endings",
+    "find_sites",
+    "fits_sample",
+    "named_sites",
+    "router_of",
+    "routers_of",
+    "sample_weights",
+    "weight_matrix",
+]
+
+
+@dataclass(frozen=True)
+class Site:
+    """One adapted layer of the base model."""
+
+    name: str
+    """Full dotted name of the layer in the base model."""
+    layer: nn.Module = field(repr=False, compare=False)
+    """The base layer itself."""
+    d_in: int
+    d_out: int
+    places: tuple[str, ...] = field(repr=False, compare=False)
+    """Every name under which the layer is registered (more than one where modules are shared)."""
+
+    @property
+    def is_conv1d(self) -> bool:
+        """Whether the weight is stored `[d_in, d_out]`, as in GPT-2."""
+        return _is_conv1d(self.layer)
+
+    @property
+    def sees_token_subsets(self) -> bool:
+        """Whether the layer is an expert that gets some tokens of the batch, in any order."""
+        return ".experts." in f".{self.name}."
+
+
+def weight_matrix(layer: nn.Module) -> Tensor:
+    """The layer's weight as `[d_out, d_in]`, a view for layers that store the transpose."""
+    weight = layer.weight
+    assert isinstance(weight, Tensor)
+    return weight.t() if _is_conv1d(layer) else weight
+
+
+def _is_conv1d(layer: nn.Module) -> bool:
+    # transformers' Conv1D, told by its shape and name so that the core needs torch alone.
+    return type(layer).__name__ == "Conv1D" and hasattr(layer, "nf")
+
+
+def _widths(layer: nn.Module) -> tuple[int, int] | None:
+    """`(d_in, d_out)` of a linear layer, quantised ones included; None for anything else."""
+    if _is_conv1d(layer):
+        d_in, d_out = weight_matrix(layer).shape[::-1]
+        return int(d_in), int(d_out)
+    if isinstance(layer, nn.Linear) or (
+        hasattr(layer, "in_features")
+        and hasattr(layer, "out_features")
+        and not isinstance(layer, nn.Bilinear)
+    ):
+        return int(layer.in_features), int(layer.out_features)  # type: ignore[arg-type]
+    return None
+
+
+def _is_match(name: str, pattern: str | tuple[str, ...]) -> bool:
+    if isinstance(pattern, str):
+        return re.fullmatch(pattern, name) is not None
+    return any(name == ending or name.endswith("." + ending) for ending in pattern)
+
+
+def find_sites(model: nn.Module, config: MHRConfig) -> list[Site]:
+    """The layers to adapt, in the order of the model's own tree.
+
+    Args:
+        model: any tree of torch modules.
+        config: its `target_modules`, `exclude_modules` and `num_heads` are read.
+
+    Raises:
+        InputError: nothing matches, one of several name endings matches nothing, a target is not
+            linear or cannot be adapted, or `num_heads` does not divide a width.
+    """
+    places: dict[int, list[str]] = {}
+    for name, module in model.named_modules(remove_duplicate=False):
+        places.setdefault(id(module), []).append(name)
+    inside_attention = {
+        id(child)
+        for module in model.modules()
+        if isinstance(module, nn.MultiheadAttention)
+        for child in module.modules()
+    }
+    output = _output_embedding(model)
+    target, exclude = config.target_modules, config.exclude_modules
+    try:
+        chosen = [
+            (name, module)
+            for name, module in model.named_modules()
+            if name
+            and (
+                _widths(module) is not None
+                and module is not output
+                and id(module) not in inside_attention
+                if target == "all-linear"
+                else _is_match(name, target)
+            )
+            and not (exclude is not None and _is_match(name, exclude))
+        ]
+    except re.error as error:
+        raise InputError(f"a target pattern is not a regular expression: {error}") from error
+    _check_all_matched(target, [name for name, _ in chosen], model)
+    sites = []
+    for name, module in chosen:
+        widths = _widths(module)
+        if widths is None or id(module) in inside_attention:
+            raise InputError(
+                f"layer {name!r} is a {type(module).__name__}"
+                + (" inside nn.MultiheadAttention" if widths else "")
+                + ", which cannot be adapted; name linear layers in target_modules"
+            )
+        site = Site(name, module, *widths, places=tuple(places[id(module)]))
+        _check_heads(site, config)
+        sites.append(site)
+    return sites
+
+
+def named_sites(model: nn.Module, names: Sequence[str]) -> list[Site]:
+    """The sites of exactly these layers, in this order.
+
+    Raises:
+        InputError: the model has no such linear layer.
+    """
+    places: dict[int, list[str]] = {}
+    modules = dict(model.named_modules(remove_duplicate=False))
+    for name, module in modules.items():
+        places.setdefault(id(module), []).append(name)
+    sites = []
+    for name in names:
+        module = modules.get(name)
+        widths = _widths(module) if module is not None else None
+        if module is None or widths is None:
+            raise InputError(f"{type(model).__name__} has no linear layer {name!r}")
+        sites.append(Site(name, module, *widths, places=tuple(places[id(module)])))
+    return sites
+
+
+def find_endings(model: nn.Module, sites: Sequence[Site]) -> list[str]:
+    """The shortest target list that selects exactly these sites: name endings, or full names."""
+    names = {site.name for site in sites}
+    endings = sorted({name.rsplit(".", 1)[-1] for name in names})
+    originals = {site.name: site.layer for site in sites}
+    selected = {
+        name
+        for name, module in model.named_modules()
+        if name
+        and (name in originals or _widths(module) is not None)
+        and _is_match(name, tuple(endings))
+    }
+    return endings if selected == names else sorted(names)
+
+
+def _output_embedding(model: nn.Module) -> object:
+    getter = getattr(model, "get_output_embeddings", None)
+    return getter() if callable(getter) else None
+
+
+def _check_all_matched(
+    target: str | tuple[str, ...], chosen: Sequence[str], model: nn.Module
+) -> None:
+    linear = {n.rsplit(".", 1)[-1] for n, m in model.named_modules() if n and _widths(m)}
+    if not isinstance(target, str):
+        for ending in target:
+            if not any(_is_match(name, (ending,)) for name in chosen):
+                raise InputError(
+                    f"target module {ending!r} matches no layer of {type(model).__name__}; "
+                    f"{did_you_mean(ending, linear)}"
+                )
+    if not chosen:
+        raise InputError(
+            f"target_modules={target!r} matches no layer of {type(model).__name__}; "
+            f"linear layers there end in {', '.join(map(repr, sorted(linear))) or 'nothing'}"
+        )
+
+
+def _check_heads(site: Site, config: MHRConfig) -> None:
+    widths = [("output", site.d_out)]
+    if config.adapter == "lora":
+        widths.insert(0, ("input", site.d_in))
+    for side, width in widths:
+        if width % config.heads:
+            raise InputError(
+                f"num_heads={config.heads} does not divide the {side} width {width} of layer "
+                f"{site.name!r}; choose a divisor, or leave the layer out with exclude_modules"
+            )
+
+
+def routers_of(
+    names: Sequence[str], granularity: Granularity | Callable[[str], str]
+) -> tuple[list[str], list[int]]:
+    """Group layers by router.
+
+    Args:
+        names: full layer names.
+        granularity: a named rule (see `router_of`) or a function from layer name to router name.
+
+    Returns:
+        The router names in order of first use, and for every layer the index of its router.
+
+    Raises:
+        InputError: the rule does not apply to a layer name.
+    """
+    keys = [
+        granularity(name) if callable(granularity) else router_of(name, granularity)
+        for name in names
+    ]
+    routers = list(dict.fromkeys(keys))
+    index = {key: i for i, key in enumerate(routers)}
+    return routers, [index[key] for key in keys]
+
+
+def router_of(name: str, granularity: Granularity) -> str:
+    """The router of a layer under one of the named rules.
+
+    - `finegrained`: each layer has its own.
+    - `blockwise`: layers of one transformer block share one. The block is the name up to its first
+      number (`encoder.block.0`, `model.layers.12`, `transformer.h.3`).
+    - `layerwise`: layers of one part of a block share one: the block and the next name component,
+      with its number where it has one (`encoder.block.0.layer.1`, `model.layers.12.self_attn`).
+    - `coderwise`: the encoder has one and the decoder has one.
+    - `coarsegrained`: one for the whole model.
+
+    Raises:
+        InputError: the name has no block or no coder in it.
+    """
+    if granularity == "finegrained":
+        return name
+    if granularity == "coarsegrained":
+        return "model"
+    parts = name.split(".")
+    if granularity == "coderwise":
+        for part in parts:
+            if part in ("encoder", "decoder"):
+                return part
+        raise InputError(
+            f"granularity='coderwise' needs an encoder or decoder in the name of layer {name!r}; "
+            "use 'coarsegrained', or give a function"
+        )
+    number = next((i for i, part in enumerate(parts) if part.isdigit()), None)
+    if number is None:
+        raise InputError(
+            f"granularity={granularity!r} needs a numbered block in the name of layer {name!r}; "
+            "leave the layer out with exclude_modules, or give a function"
+        )
+    end = number + 1
+    if granularity == "layerwise":
+        end += 1
+        if end < len(parts) and parts[end].isdigit():
+            end += 1
+    return ".".join(parts[:end])
+
+
+def sample_weights(site: Site) -> list[float] | None:
+    """A few weights of the base layer, by which it is recognised; None where there are none."""
+    weight = weight_matrix(site.layer)
+    if not weight.is_floating_point() or weight.is_meta:
+        return None
+    flat = weight.detach().flatten()
+    index = torch.linspace(0, len(flat) - 1, 8, device=flat.device).long()
+    return [round(v, 6) for v in flat[index].float().tolist()]
+
+
+def fits_sample(site: Site, sample: list[float] | None) -> bool:
+    """Whether the base layer is the one that the sample was taken from, half precision aside."""
+    here = sample_weights(site)
+    if sample is None or here is None:
+        return True
+    there = torch.tensor(sample)
+    # Wide enough for a base loaded in half precision or dequantised.
+    return bool((there - torch.tensor(here)).abs().max() <= 0.05 * there.abs().max() + 1e-6)
