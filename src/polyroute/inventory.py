@@ -40,8 +40,8 @@ class Inventory(nn.Module):
     """Stacked skills.
 
     Parameters are `lora_a[shape]` `[n, H, K, r, d_in/H]` and `lora_b[shape]`
-    `[n, H, K, r, d_out/H]`, or `ia3[shape]` `[n, H, K, 1, d_out/H]`. The rank comes before the width because every skinny
-    product of forward and backward is fastest in that layout.
+    `[n, H, K, r, d_out/H]`, or `ia3[shape]` `[n, H, K, 1, d_out/H]`. The rank comes before the
+    width because every skinny product of forward and backward is fastest in that layout.
     """
 
     def __init__(

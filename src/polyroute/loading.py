@@ -1,0 +1,95 @@
+"""Loading a base model and its tokenizer, from wherever they are."""
+
+import importlib.util
+from pathlib import Path
+
+import torch
+from transformers import AutoConfig, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+from polyroute.errors import InputError, did_you_mean
+from polyroute.kinds import kind_class
+
+__all__ = ["load_base"]
+
+DTYPES = {str(d).removeprefix("torch."): d for d in (torch.float32, torch.bfloat16, torch.float16)}
+TOKENIZER_FILES = ("tokenizer", "vocab", "spiece", "sentencepiece")
+
+
+def load_base(
+    path: str, *, dtype: str = "float32"
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """Load a base model and its tokenizer, in evaluation mode.
+
+    Args:
+        path: a local folder; an id on the hub; `"demo"`, the model that polyroute ships; or
+            `"package:NAME"`, the first folder with a model inside the installed Python package
+            NAME.
+        dtype: `"float32"`, `"bfloat16"` or `"float16"`.
+
+    Raises:
+        InputError: there is no such model or tokenizer, it cannot be read, some of its weights
+            are missing, or it is of no known kind.
+    """
+    if dtype not in DTYPES:
+        raise InputError(f"dtype {dtype!r} is not supported: {did_you_mean(dtype, DTYPES)}")
+    source = _located(path)
+    try:
+        kind = kind_class(AutoConfig.from_pretrained(source))
+        model, info = kind.auto_class.from_pretrained(
+            source, dtype=DTYPES[dtype], output_loading_info=True
+        )
+        tokenizer = AutoTokenizer.from_pretrained(source)
+    except InputError:
+        raise
+    except Exception as error:  # a damaged file can make transformers raise anything
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".:")
+        raise InputError(
+            f"base model {path!r} cannot be loaded: give a folder written by save_pretrained, or "
+            f"a hub id that can be reached ({reason})"
+        ) from error
+    # transformers fills gaps with random numbers. Poolers are exempt: no kind looks at them.
+    missing = sorted(key for key in info["missing_keys"] if "pooler" not in key)
+    if missing:
+        raise InputError(
+            f"base model {path!r} lacks {len(missing)} of its weights, such as {missing[0]!r}: "
+            "save the whole model with save_pretrained"
+        )
+    return model, tokenizer
+
+
+def _located(path: str) -> str:
+    """The folder or hub id that a name stands for."""
+    if path.startswith("package:"):
+        return str(_folder_in_package(path.removeprefix("package:")))
+    folder = Path(__file__).parent / "demo" / "base" if path == "demo" else Path(path).expanduser()
+    if folder.is_dir():
+        for prefixes in (("config.json",), TOKENIZER_FILES):
+            # Without its files transformers may well build an empty tokenizer and say nothing.
+            if not any(file.name.startswith(prefixes) for file in folder.iterdir()):
+                raise InputError(
+                    f"base model folder {path!r} has no {prefixes[0]}: write model and tokenizer "
+                    "there with save_pretrained"
+                )
+        return str(folder)
+    if path == "demo":
+        raise InputError("the demo model is missing from this installation: reinstall polyroute")
+    if folder.exists() or path.startswith((".", "/", "~")) or path.count("/") > 1:
+        raise InputError(f"base model {path!r} is not a folder: give a model folder or a hub id")
+    return path
+
+
+def _folder_in_package(name: str) -> Path:
+    try:
+        spec = importlib.util.find_spec(name)
+    except (ImportError, ValueError):  # a parent is missing, or the name is empty
+        spec = None
+    if spec is None or not spec.submodule_search_locations:
+        raise InputError(f"Python package {name!r} is not installed: install it with pip")
+    for root in spec.submodule_search_locations:
+        for weights in sorted(Path(root).rglob("model.safetensors")):
+            if (weights.parent / "config.json").is_file():
+                return weights.parent
+    raise InputError(
+        f"Python package {name!r} holds no model: it needs a folder with config.json and "
+        "model.safetensors"
+    )

@@ -1,0 +1,148 @@
+"""Metrics: how one prediction is scored, what trivial answers score, and means with errors."""
+
+import statistics
+import string
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+import datasets  # type: ignore[import-untyped, unused-ignore]
+
+from polyroute.errors import InputError, did_you_mean
+
+__all__ = [
+    "Baselines",
+    "baselines",
+    "exact_match",
+    "mean_and_error",
+    "normalise_answer",
+    "rouge_l",
+    "strict_match",
+    "text_metric",
+]
+
+_NO_PUNCTUATION = str.maketrans("", "", string.punctuation)
+
+
+@dataclass(frozen=True)
+class Baselines:
+    """What answers that do not look at the example score on a test split.
+
+    Attributes:
+        majority: the mean score, 0 to 1, of answering every test example with the most frequent
+            training target.
+        chance: the expected share, 0 to 1, answered by a choice at random; None for free text.
+    """
+
+    majority: float
+    chance: float | None
+
+
+def normalise_answer(text: str) -> str:
+    """Lower the case, delete ASCII punctuation and collapse white space; articles stay."""
+    return " ".join(text.lower().translate(_NO_PUNCTUATION).split())
+
+
+def exact_match(prediction: str, reference: str) -> float:
+    """Score 1 if two answers are equal once normalised, else 0.
+
+    Punctuation does not count, so "-5" matches "5" and "3.5" matches "35"; that is the published
+    practice. A reference made of punctuation alone, such as "+", is compared as it is: all such
+    references would otherwise match each other and the empty answer.
+    """
+    normalised = normalise_answer(reference)
+    if not normalised:
+        return float(prediction.split() == reference.split())
+    return float(normalise_answer(prediction) == normalised)
+
+
+def strict_match(prediction: str, reference: str) -> float:
+    """Score 1 if two answers are equal but for white space around them, else 0."""
+    return float(prediction.strip() == reference.strip())
+
+
+def rouge_l(prediction: str, reference: str) -> float:
+    """F-measure of ROUGE-L, 0 to 1: the longest common subsequence of stemmed words.
+
+    Only ASCII letters and digits make words; a pair without any scores 0.
+    """
+    return float(_rouge_scorer().score(reference, prediction)["rougeL"].fmeasure)
+
+
+def text_metric(name: str) -> Callable[[str, str], float]:
+    """The function of prediction and reference that a suite calls by this name.
+
+    Raises:
+        InputError: no metric of free text has the name.
+    """
+    if name not in _TEXT_METRICS:
+        raise InputError(
+            f"there is no metric {name!r} for free text; {did_you_mean(name, _TEXT_METRICS)}"
+        )
+    return _TEXT_METRICS[name]
+
+
+def baselines(
+    train: datasets.Dataset, test: datasets.Dataset, *, metric: str = "exact_match"
+) -> Baselines:
+    """Score the most frequent training target and, where there are choices, chance.
+
+    With choices an answer counts if it is the target; free text is compared by `metric`. Of targets
+    that are equally frequent the first in `train` is taken.
+
+    Args:
+        train: column `target`.
+        test: columns `target` and `choices`.
+        metric: a name that `text_metric` knows; where there are choices it is not looked at.
+
+    Raises:
+        InputError: one of them has no examples, or free text has no such metric.
+    """
+    for name, examples in (("train", train), ("test", test)):
+        if len(examples) == 0:
+            raise InputError(f"the {name} split has no examples; baselines need at least one")
+    targets: Counter[str] = Counter()
+    for batch in train.select_columns(["target"]).iter(batch_size=1000):
+        targets.update(batch["target"])
+    majority = targets.most_common(1)[0][0]
+    hits = chances = 0.0
+    for batch in test.select_columns(["target", "choices"]).iter(batch_size=1000):
+        for target, choices in zip(batch["target"], batch["choices"], strict=True):
+            hits += text_metric(metric)(majority, target) if choices is None else majority == target
+            chances += 0.0 if choices is None else 1 / len(choices)
+    has_choices = test[0]["choices"] is not None
+    return Baselines(hits / len(test), chances / len(test) if has_choices else None)
+
+
+def mean_and_error(values: Iterable[float]) -> tuple[float, float | None]:
+    """Mean and standard error of the mean.
+
+    Returns:
+        The mean, and the sample standard deviation (n - 1) over the square root of n; None for
+        a single value, which says nothing of its error.
+
+    Raises:
+        InputError: there are no values.
+    """
+    numbers: Sequence[float] = list(values)
+    if not numbers:
+        raise InputError("there are no values to average; give at least one")
+    error = statistics.stdev(numbers) / len(numbers) ** 0.5 if len(numbers) > 1 else None
+    return statistics.fmean(numbers), error
+
+
+_TEXT_METRICS: dict[str, Callable[[str, str], float]] = {
+    "exact_match": exact_match,
+    "strict_match": strict_match,
+    "rougeL": rouge_l,
+}
+
+
+@cache
+def _rouge_scorer() -> Any:
+    # Imported at first use: it brings NLTK, which takes longer to load than all else here.
+    from rouge_score import rouge_scorer  # type: ignore[import-untyped, unused-ignore]
+
+    return rouge_scorer.RougeScorer(["rougeL"], use_stemmer=True)

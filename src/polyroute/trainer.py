@@ -1,0 +1,172 @@
+"""Multi-task training on the transformers `Trainer`."""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import datasets
+import torch
+from torch import Tensor, nn
+from transformers import (
+    Trainer,
+    TrainerCallback,
+    TrainerControl,
+    TrainerState,
+    TrainingArguments,
+)
+
+from polyroute.errors import InputError
+from polyroute.examples import task_sizes
+from polyroute.kinds import ModelKind
+from polyroute.model import Phase, RoutedModel
+from polyroute.sampling import TaskSampler
+
+__all__ = ["MultiTaskTrainer", "MultiTaskTrainingArguments"]
+
+
+@dataclass
+class MultiTaskTrainingArguments(TrainingArguments):
+    """Everything that transformers' `TrainingArguments` has, and what routing adds.
+
+    `learning_rate` and `weight_decay` are those of the skills.
+    """
+
+    learning_rate: float = field(default=1e-3, metadata={"help": "Learning rate of the skills."})
+    route_lr: float = field(default=0.1, metadata={"help": "Learning rate of the routing logits."})
+    route_weight_decay: float = field(
+        default=0.0, metadata={"help": "Weight decay of the routing logits."}
+    )
+    phase: str = field(default="full", metadata={"help": "What trains; see set_phase."})
+    temperature: float = field(
+        default=1.0,
+        metadata={"help": "1 draws tasks in proportion to their size, inf equally often."},
+    )
+    cap: int | None = field(
+        default=None, metadata={"help": "Size above which a task counts no more in sampling."}
+    )
+    remove_unused_columns: bool = field(
+        default=False, metadata={"help": "Must stay False: batches are made of whole rows."}
+    )
+
+
+class MultiTaskTrainer(Trainer):
+    """Trains a routed model on a mixture of tasks.
+
+    Adds to `Trainer`: each batch is routed by its rows' tasks, skills and routing logits have
+    learning rates of their own, tasks are sampled by temperature, and checkpoints hold the
+    inventory without the base model.
+
+    Args:
+        model: the routed model; `args.phase` is set on it.
+        kind: how the base model reads and learns.
+        args: `MultiTaskTrainingArguments`.
+        train_dataset: encoded rows, task after task (`polyroute.examples.encoded_mixture`).
+        eval_dataset: the same, for the evaluation loss.
+        **kwargs: passed on to `Trainer`.
+
+    Raises:
+        InputError: a row's task has no route in the model.
+    """
+
+    model: RoutedModel
+    args: MultiTaskTrainingArguments
+
+    def __init__(
+        self,
+        model: RoutedModel,
+        kind: ModelKind,
+        args: MultiTaskTrainingArguments,
+        train_dataset: datasets.Dataset | None = None,
+        eval_dataset: datasets.Dataset | None = None,
+        **kwargs: Any,
+    ) -> None:
+        for rows in (train_dataset, eval_dataset):
+            if rows is not None:
+                for task in rows.unique("task"):
+                    model.routes.row(task)
+        self.kind = kind
+        phase: Phase = args.phase  # type: ignore[assignment]
+        model.set_phase(phase)
+        super().__init__(
+            model=model,
+            args=args,
+            data_collator=kind.collate,
+            train_dataset=train_dataset,
+            eval_dataset=eval_dataset,
+            **kwargs,
+        )
+        # The loss is a mean over the micro-batch; Trainer divides it by the accumulation steps.
+        self.model_accepts_loss_kwargs = False
+        if model.adapter_config.anneal_steps:
+            self.add_callback(_Anneal(model))
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> TaskSampler:
+        rows = self.train_dataset if train_dataset is None else train_dataset
+        return TaskSampler(
+            task_sizes(rows),
+            temperature=self.args.temperature,
+            cap=self.args.cap,
+            seed=self.args.seed if self.args.data_seed is None else self.args.data_seed,
+        )
+
+    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
+        """The optimizer that `args.optim` names, over the model's own parameter groups."""
+        if self.optimizer is None:
+            groups = self.model.param_groups(
+                None,
+                lr=self.args.learning_rate,
+                route_lr=self.args.route_lr,
+                weight_decay=self.args.weight_decay,
+                route_weight_decay=self.args.route_weight_decay,
+            )
+            optimizer_class, options = self.get_optimizer_cls_and_kwargs(self.args)
+            self.optimizer = optimizer_class(groups, **options)
+        return self.optimizer
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> Any:
+        """The kind's loss of a batch, which routes itself by its `tasks`."""
+        loss = self.kind.loss(model, inputs)
+        return (loss, {}) if return_outputs else loss
+
+    def prediction_step(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        prediction_loss_only: bool,
+        ignore_keys: list[str] | None = None,
+    ) -> tuple[Tensor, None, None]:
+        """The loss alone; answers are scored by `polyroute.evaluate`."""
+        with torch.no_grad(), self.compute_loss_context_manager():
+            return self.kind.loss(model, self._prepare_inputs(inputs)).detach(), None, None
+
+    def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
+        self.model.save_pretrained(output_dir or str(self.args.output_dir))
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        self.model.load_adapter(resume_from_checkpoint)
+
+    def _load_best_model(self) -> None:
+        best = self.state.best_model_checkpoint
+        if best is None or not Path(best).is_dir():
+            raise InputError(f"the best checkpoint {best!r} is gone")
+        self.model.load_adapter(best)
+
+
+class _Anneal(TrainerCallback):
+    """Moves the routing to the uniform mixture over the last steps."""
+
+    def __init__(self, model: RoutedModel) -> None:
+        self.model = model
+
+    def on_step_begin(
+        self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        window = self.model.adapter_config.anneal_steps
+        into = state.global_step - (state.max_steps - window)
+        self.model.mixer.anneal_progress = min(max(into / window, 0.0), 1.0)

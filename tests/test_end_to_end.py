@@ -1,0 +1,328 @@
+"""The program as a user runs it: commands on a small suite, with tiny base models."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from peft import PeftModel
+from safetensors.torch import load_file
+from transformers import AutoModelForSeq2SeqLM, ByT5Tokenizer, T5Config, T5ForConditionalGeneration
+
+import polyroute as pr
+from polyroute.cli import main
+
+TRAIN_TASKS = {"copy": str, "upper": str.upper, "back": lambda s: s[::-1]}
+
+
+def write_suite(folder: Path) -> Path:
+    """Three training tasks with text targets, and two held out, one of them with choices."""
+    folder.mkdir()
+    words = [a + b + c for a in "abcd" for b in "efgh" for c in "ijkl"]
+    tasks = {**TRAIN_TASKS, "first": lambda s: s[0]}
+    for name, function in tasks.items():
+        records = [
+            {"instruction": "Do.", "input": w, "target": function(w), "choices": None}
+            for w in words
+        ]
+        _write(folder / f"{name}.jsonl", records)
+    records = [
+        {"instruction": "Pick.", "input": w, "target": "yes" if w[0] in "ab" else "no",
+         "choices": ["yes", "no"]}
+        for w in words
+    ]  # fmt: skip
+    _write(folder / "pick.jsonl", records)
+    roles = {
+        name: {"category": "toy", "choices": name == "pick",
+               "metric": "accuracy" if name == "pick" else "exact_match",
+               "role": "train" if name in TRAIN_TASKS else "held-out"}
+        for name in [*tasks, "pick"]
+    }  # fmt: skip
+    (folder / "roles.json").write_text(json.dumps(roles))
+    return folder
+
+
+def _write(path: Path, records: list[dict[str, object]]) -> None:
+    splits = ["train"] * 44 + ["validation"] * 8 + ["test"] * 12
+    lines = [json.dumps({**r, "split": s}) for r, s in zip(records, splits, strict=True)]
+    path.write_text("\n".join(lines) + "\n")
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("program")
+    write_suite(folder / "suite")
+    torch.manual_seed(0)
+    config = T5Config(
+        vocab_size=259, d_model=32, d_kv=8, d_ff=64, num_layers=1, num_heads=4,
+        dropout_rate=0.0, decoder_start_token_id=0, tie_word_embeddings=False,
+    )  # fmt: skip
+    T5ForConditionalGeneration(config).save_pretrained(folder / "base")
+    ByT5Tokenizer(extra_ids=0).save_pretrained(folder / "base")
+    return folder
+
+
+def train_arguments(place: Path, run: str, *extra: str) -> list[str]:
+    return [
+        "train", "--model", str(place / "base"), "--data", str(place / "suite"), "--method", "mhr",
+        "--skills", "3", "--heads", "4", "--rank", "2", "--steps", "12", "--batch-size", "8",
+        "--save-steps", "4", "--max-input", "32", "--max-target", "16",
+        "--out", str(place / run), *extra,
+    ]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def run(place: Path) -> Path:
+    main(train_arguments(place, "run"))
+    return place / "run"
+
+
+def read(path: Path) -> dict:
+    return json.loads(path.read_text())
+
+
+def test_a_run_describes_itself(run: Path, place: Path) -> None:
+    description = read(run / "run.json")
+    assert description["config"]["tasks"] == ["back", "copy", "upper"]
+    assert description["config"]["seed"] == 0
+    assert description["machine"]["versions"]["torch"] == str(torch.__version__)
+    metrics = read(run / "metrics.json")
+    assert metrics["steps"] == 12
+    losses = [entry["loss"] for entry in metrics["log"] if "loss" in entry]
+    assert losses[-1] < losses[0]
+
+
+def test_checkpoints_hold_the_inventory_and_not_the_base(run: Path) -> None:
+    names = {path.name for path in (run / "checkpoint-12").iterdir()}
+    assert {"inventory.safetensors", "routes.safetensors", "polyroute.json"} <= names
+    assert "model.safetensors" not in names
+    assert load_file(run / "checkpoint-12" / "routes.safetensors")["rows"].shape[0] == 3
+
+
+def test_a_run_loads_from_python(run: Path, place: Path) -> None:
+    base = AutoModelForSeq2SeqLM.from_pretrained(place / "base")
+    model = pr.from_pretrained(base, run)
+    assert model.tasks == ("back", "copy", "upper")
+    assert model.generate(torch.tensor([[5, 6]]), tasks="copy", max_new_tokens=3).shape[0] == 1
+
+
+@pytest.mark.parametrize("phase", ["z", "mu", "mu-uncollapsed", "full", "random"])
+def test_adapting_reduces_the_loss_and_keeps_a_record(run: Path, place: Path, phase: str) -> None:
+    out = place / f"adapt-{phase}"
+    main(
+        ["adapt", str(run), "--data", str(place / "suite"), "--tasks", "first", "--shots", "16",
+         "--phase", phase, "--seeds", "0,1", "--steps", "30", "--lr", "1e-2", "--route-lr", "1",
+         "--out", str(out)]
+    )  # fmt: skip
+    results = json.loads((out / "results.json").read_text())
+    assert [r["seed"] for r in results] == [0, 1]
+    for result in results:
+        assert len(set(result["indices"])) == 16
+        assert result["last_loss"] < result["first_loss"]
+    assert results[0]["indices"] != results[1]["indices"]
+    model = pr.from_pretrained(AutoModelForSeq2SeqLM.from_pretrained(place / "base"), run)
+    counts = model.counts()
+    expected = {
+        "z": counts["new_task_z"],
+        "mu": counts["one_adapter"],
+        "mu-uncollapsed": counts["inventory"],
+    }.get(phase, counts["new_task_full"])
+    assert results[0]["trained_parameters"] == expected
+    base = AutoModelForSeq2SeqLM.from_pretrained(place / "base")
+    PeftModel.from_pretrained(base, out / "first" / "seed-0")
+
+
+def test_evaluating_trained_and_held_out_tasks(run: Path, place: Path) -> None:
+    main(["evaluate", str(run), "--data", str(place / "suite")])
+    report = read(run / "evaluate-test.json")
+    assert [t["task"] for t in report["tasks"]] == ["back", "copy", "upper"]
+    main(["evaluate", str(run), "--data", str(place / "suite"), "--zero-shot"])
+    report = read(run / "evaluate-zero-shot-test.json")
+    by_name = {t["task"]: t for t in report["tasks"]}
+    assert by_name["pick"]["chance"] == 0.5
+    assert by_name["pick"]["metric"] == "accuracy"
+    assert by_name["first"]["metric"] == "exact_match"
+
+
+def test_an_exported_task_answers_as_the_routed_one(run: Path, place: Path) -> None:
+    main(["export", str(run), "--task", "upper", "--out", str(place / "lora")])
+    load = AutoModelForSeq2SeqLM.from_pretrained
+    lora = PeftModel.from_pretrained(load(place / "base"), place / "lora").eval()
+    routed = pr.from_pretrained(load(place / "base"), run).eval()
+    batch = {"input_ids": torch.arange(10, 22).view(2, 6), "labels": torch.arange(8).view(2, 4)}
+    with torch.no_grad():
+        expected = routed(**batch, tasks="upper").logits
+        torch.testing.assert_close(lora(**batch).logits, expected, atol=1e-5, rtol=1e-5)
+
+
+def test_inspecting_needs_no_base_model(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    main(["inspect", str(run)])
+    printed = capsys.readouterr().out
+    assert "3 skills" in printed
+    assert "nearest task by route" in printed
+
+
+def test_a_killed_run_resumes_to_the_same_end(place: Path) -> None:
+    longer = ["--steps", "150", "--save-steps", "10"]
+    main(train_arguments(place, "whole", *longer))
+    whole, killed = place / "whole", place / "killed"
+    command = [sys.executable, "-m", "polyroute", *train_arguments(place, "killed", *longer)]
+    with subprocess.Popen(
+        command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=os.environ
+    ) as process:
+        limit = time.monotonic() + 120
+        while not (killed / "checkpoint-20" / "trainer_state.json").exists():
+            assert process.poll() is None
+            assert time.monotonic() < limit
+            time.sleep(0.005)
+        process.send_signal(signal.SIGKILL)
+    assert not (killed / "metrics.json").exists()
+    main(train_arguments(place, "killed", *longer, "--resume"))
+    for name in ("inventory.safetensors", "routes.safetensors"):
+        ours, expected = load_file(killed / name), load_file(whole / name)
+        assert ours.keys() == expected.keys()
+        for key, tensor in expected.items():
+            torch.testing.assert_close(ours[key], tensor, atol=1e-6, rtol=1e-5)
+
+
+def test_adapting_resumes_where_it_stopped(run: Path, place: Path) -> None:
+    out = place / "adapt-twice"
+    arguments = [
+        "adapt", str(run), "--data", str(place / "suite"), "--tasks", "first,pick", "--shots", "8",
+        "--phase", "z", "--seeds", "0", "--steps", "3", "--out", str(out),
+    ]  # fmt: skip
+    main(arguments)
+    whole = json.loads((out / "results.json").read_text())
+    (out / "results.json").write_text(json.dumps(whole[:1]))
+    main([*arguments, "--resume"])
+    again = json.loads((out / "results.json").read_text())
+    assert again[0] == whole[0]
+    for name in ("score", "indices", "last_loss"):
+        assert again[1][name] == whole[1][name]
+
+
+def test_a_config_file_gives_defaults_and_the_command_line_wins(place: Path) -> None:
+    config = place / "config.yaml"
+    config.write_text("steps: 2\nrank: 1\ntasks: [copy, upper]\nbatch-size: 4\n")
+    arguments = train_arguments(place, "configured")
+    del arguments[arguments.index("--rank") : arguments.index("--rank") + 2]
+    main([*arguments, "--config", str(config)])
+    recorded = read(place / "configured" / "run.json")["config"]
+    assert recorded["rank"] == 1
+    assert recorded["tasks"] == ["copy", "upper"]
+    assert recorded["steps"] == 12
+    assert recorded["batch_size"] == 8
+
+
+def broken(path: Path, line: int, text: str) -> None:
+    lines = path.read_text().splitlines()
+    lines[line] = text
+    path.write_text("\n".join(lines))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (["--tasks", "coppy"], "did you mean 'copy'"),
+        (["--heads", "5"], "does not divide"),
+        (["--target", "nothing"], "matches no layer"),
+        (["--steps", "0"], "--steps must be positive"),
+        (["--lr", "-1"], "--lr must be positive"),
+        (["--rank", "0"], "rank must be a positive"),
+        (["--method", "best"], "is not one of"),
+        (["--model", "no/such/model/here"], "no/such/model/here"),
+        (["--data", "no-such-suite"], "no-such-suite"),
+        (["--tasks", "copy,copy"], "twice"),
+        (["--phase", "zz"], "unknown phase"),
+    ],
+)
+def test_bad_input_ends_in_one_sentence_and_code_2(
+    place: Path, capsys: pytest.CaptureFixture[str], arguments: list[str], sentence: str
+) -> None:
+    with pytest.raises(SystemExit) as stop:
+        main(train_arguments(place, "bad", *arguments))
+    assert stop.value.code == 2
+    errors = capsys.readouterr().err.strip().splitlines()
+    assert sentence in errors[-1]
+    assert "Traceback" not in "\n".join(errors)
+    assert not (place / "bad").exists()
+
+
+def test_a_second_run_asks_what_to_do(
+    place: Path, run: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as stop:
+        main(train_arguments(place, "run"))
+    assert stop.value.code == 2
+    assert "--resume" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        main(train_arguments(place, "run", "--resume", "--seed", "7"))
+    assert "started with seed=0" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (["--shots", "1000"], "1000 shots"),
+        (["--tasks", "copy"], "trained on"),
+        (["--split", "dev"], "dev"),
+        (["--phase", "zz"], "phase"),
+        (["--seeds", "a"], "--seeds"),
+        (["--seeds", "1,1"], "--seeds"),
+    ],
+)
+def test_bad_adaptations_end_before_any_work(
+    run: Path,
+    place: Path,
+    capsys: pytest.CaptureFixture[str],
+    arguments: list[str],
+    sentence: str,
+) -> None:
+    out = place / "bad-adapt"
+    with pytest.raises(SystemExit) as stop:
+        main(
+            ["adapt", str(run), "--data", str(place / "suite"), "--tasks", "first", *arguments,
+             "--out", str(out)]
+        )  # fmt: skip
+    assert stop.value.code == 2
+    assert sentence in capsys.readouterr().err
+    assert not out.exists()
+
+
+def test_an_unknown_config_key_names_the_nearest(
+    place: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = place / "wrong.yaml"
+    config.write_text("stepps: 3\n")
+    with pytest.raises(SystemExit) as stop:
+        main(train_arguments(place, "wrong", "--config", str(config)))
+    assert stop.value.code == 2
+    assert "did you mean 'steps'" in capsys.readouterr().err
+
+
+def test_a_truncated_inventory_is_named(
+    run: Path, place: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    copy = place / "truncated"
+    copy.mkdir()
+    for path in run.iterdir():
+        if path.is_file():
+            (copy / path.name).write_bytes(path.read_bytes())
+    (copy / "inventory.safetensors").write_bytes(b"\x10\x00")
+    with pytest.raises(SystemExit) as stop:
+        main(["export", str(copy), "--task", "copy", "--out", str(place / "x")])
+    assert stop.value.code == 2
+    assert "inventory.safetensors" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("command", ["demo", "train", "adapt", "evaluate", "export", "inspect"])
+def test_every_command_has_help_with_an_example(
+    command: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    main([command, "--help"])
+    assert f"polyroute {command}" in capsys.readouterr().out

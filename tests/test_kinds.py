@@ -1,0 +1,397 @@
+import os
+import pickle
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from base_models import (
+    EXAMPLES,
+    Maker,
+    Routed,
+    as_rows,
+    bert,
+    columns,
+    every_model,
+    gpt2,
+    llama,
+    made,
+    t5,
+    text_model,
+    word_tokenizer,
+)
+from datasets import Dataset
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.testing import assert_close
+from transformers import (
+    AutoTokenizer,
+    ByT5Tokenizer,
+    MPNetConfig,
+    PreTrainedModel,
+    ViTConfig,
+)
+
+from polyroute.errors import InputError
+from polyroute.kinds import CausalKind, EncoderKind, Seq2SeqKind, kind_of
+
+# Choosing the kind
+
+
+@every_model
+def test_a_model_its_config_and_its_wrapper_are_of_one_kind(make: Maker) -> None:
+    model, tokenizer = make()
+    kinds = {type(kind_of(m, tokenizer)) for m in (model, model.config, Routed(model))}
+    expected = {t5: Seq2SeqKind, llama: CausalKind, gpt2: CausalKind, bert: EncoderKind}
+    assert kinds == {expected[make]}
+
+
+def test_masked_language_models_are_encoders() -> None:
+    config = MPNetConfig(architectures=["MPNetForMaskedLM"])
+    assert isinstance(kind_of(config, word_tokenizer(frame=True)), EncoderKind)
+
+
+def test_an_unknown_architecture_is_named() -> None:
+    config = ViTConfig(architectures=["ViTForImageClassification"])
+    with pytest.raises(InputError, match="'ViTForImageClassification' is not supported: use"):
+        kind_of(config, ByT5Tokenizer())
+
+
+def test_a_model_that_is_not_of_transformers_is_refused() -> None:
+    with pytest.raises(InputError, match="a Linear is of no known kind: give a transformers"):
+        kind_of(nn.Linear(2, 2), ByT5Tokenizer())
+
+
+def test_a_kind_that_writes_needs_an_end_token() -> None:
+    with pytest.raises(InputError, match=r"set tokenizer\.eos_token"):
+        CausalKind(word_tokenizer(frame=True))
+
+
+def test_lengths_below_two_tokens_are_refused() -> None:
+    with pytest.raises(InputError, match="max_target=1 is too short"):
+        Seq2SeqKind(ByT5Tokenizer(), max_target=1)
+
+
+# Encoding
+
+
+def test_encode_gives_prompt_target_choices_and_label() -> None:
+    tokenizer = ByT5Tokenizer(extra_ids=0)
+    encoded = Seq2SeqKind(tokenizer).encode(
+        columns(
+            ("a", "Do.", "this", "yes", ["no", "yes"]),
+            ("b", "", "that", "free text", None),
+            ("c", "Do.", "", "off the list", ["no"]),
+        )
+    )
+
+    def ids(*texts: str) -> list[list[int]]:
+        return [tokenizer(text)["input_ids"] for text in texts]
+
+    assert encoded == {
+        "task": ["a", "b", "c"],
+        "prompt_ids": ids("Do.\nthis", "that", "Do."),
+        "target_ids": ids("yes", "free text", "off the list"),
+        "choice_ids": [ids("no", "yes"), [], ids("no")],
+        "label": [1, -1, -1],
+    }
+
+
+def test_the_causal_prompt_ends_in_a_newline_and_has_no_end_token() -> None:
+    _, kind = made(llama)
+    row = as_rows(kind.encode(columns(("a", "Do.", "this", "yes", None))))[0]
+    assert kind.tokenizer.decode(row["prompt_ids"]) == "Do.\nthis\n"
+    assert kind.tokenizer.decode(row["target_ids"]) == "yes</s>"
+
+
+@pytest.mark.parametrize("bos", [False, True])
+def test_a_bos_is_added_where_the_tokenizer_adds_one_and_survives_the_cut(bos: bool) -> None:
+    kind = CausalKind(word_tokenizer(frame=False, bos=bos), max_input=3, max_target=3)
+    row = as_rows(kind.encode(columns(("a", "", "one two three cat dog", "yes", None))))[0]
+    ids = kind.collate([row])["input_ids"][0]
+    expected = "<s> three cat dog yes </s>" if bos else "two three cat dog yes </s>"
+    assert kind.tokenizer.decode(ids) == expected
+
+
+def test_a_long_seq2seq_input_and_target_keep_their_end_token() -> None:
+    _, kind = made(t5, max_input=4, max_target=3)
+    row = as_rows(kind.encode(columns(("a", "", "abcdefgh", "vwxyz", ["vwxyz"]))))[0]
+    texts = [kind.tokenizer.decode(i) for i in (row["prompt_ids"], row["target_ids"])]
+    assert texts == ["abc</s>", "vw</s>"]
+    assert row["choice_ids"] == [row["target_ids"]]
+
+
+def test_a_long_encoder_input_keeps_its_frame() -> None:
+    _, kind = made(bert, max_input=4)
+    row = as_rows(kind.encode(columns(("a", "", "one two three cat", "yes", None))))[0]
+    assert kind.tokenizer.decode(row["prompt_ids"]) == "[CLS] one two [SEP]"
+
+
+@pytest.mark.parametrize(("max_input", "positions"), [(6, 512), (100, 10)])
+def test_the_prompt_loses_its_beginning_before_the_target_loses_anything(
+    max_input: int, positions: int
+) -> None:
+    torch.manual_seed(0)
+    model, tokenizer = llama(positions)
+    kind = kind_of(model, tokenizer, max_input=max_input, max_target=4)
+    row = as_rows(kind.encode(columns(("a", "", "0123456789", "abc", None))))[0]
+    batch = kind.collate([row])
+    assert tokenizer.decode(batch["input_ids"][0]) == "56789\nabc</s>"
+    assert tokenizer.decode(batch["labels"][0, 6:]) == "abc</s>"
+    assert (batch["labels"][0, :6] == -100).all()
+
+
+def test_every_choice_of_a_row_is_scored_after_the_same_cut_prompt() -> None:
+    model, kind = made(llama, max_input=6, max_target=6)
+    data = columns(("a", "", "0123456789", "a", ["a", "abcde"]), ("a", "", "789", "a", ["a"]))
+    long, short = as_rows(kind.encode(data))
+    short["prompt_ids"] = long["prompt_ids"][-6:]  # what room for "abcde" and its end leaves
+    assert_close(kind.scores(model, [long])[0][:1], kind.scores(model, [short])[0])
+
+
+# Encoding under datasets
+
+
+FINGERPRINT = """
+import sys
+from datasets import Dataset
+from datasets.fingerprint import Hasher
+from polyroute.kinds import CausalKind
+from transformers import AutoTokenizer
+kind = CausalKind(AutoTokenizer.from_pretrained(sys.argv[1]), max_input=8)
+data = Dataset.load_from_disk(sys.argv[2])
+data = data.map(kind.encode, batched=True, remove_columns=data.column_names,
+                features=kind.features)
+print(data.cache_files[0]["filename"])
+"""
+
+
+@pytest.mark.parametrize("make", [llama, gpt2])
+def test_a_second_map_reads_the_cache_also_in_another_process(make: Maker, tmp_path: Path) -> None:
+    make()[1].save_pretrained(tmp_path / "tokenizer")
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "tokenizer")
+    Dataset.from_dict(EXAMPLES).save_to_disk(tmp_path / "data")
+
+    def mapped(max_input: int) -> str:
+        kind = CausalKind(tokenizer, max_input=max_input)
+        data = Dataset.load_from_disk(tmp_path / "data")
+        data = data.map(
+            kind.encode, batched=True, remove_columns=data.column_names, features=kind.features
+        )
+        return str(data.cache_files[0]["filename"])
+
+    first = mapped(8)
+    written = Path(first).stat().st_mtime_ns
+    tokenizer(["a cat"] * 2, truncation=True, max_length=1)  # leaves its mark on the tokenizer
+    assert mapped(8) == first
+    assert mapped(9) != first
+    other = subprocess.run(
+        [sys.executable, "-c", FINGERPRINT, tmp_path / "tokenizer", tmp_path / "data"],
+        capture_output=True, text=True, check=True,
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "PYTHONHASHSEED": "7"},
+    )  # fmt: skip
+    assert other.stdout.strip() == first
+    assert Path(first).stat().st_mtime_ns == written
+
+
+def test_choices_may_begin_after_the_first_thousand_rows() -> None:
+    kind = made(bert)[1]
+    data = Dataset.from_dict(
+        columns(*[("a", "", "cat", "yes", None)] * 1000, ("b", "", "dog", "no", ["yes", "no"]))
+    )
+    encoded = data.map(
+        kind.encode, batched=True, remove_columns=data.column_names, features=kind.features
+    )
+    assert as_rows(kind.encode(data[998:1001])) == [encoded[i] for i in range(998, 1001)]
+
+
+@every_model
+def test_a_kind_survives_pickling(make: Maker) -> None:
+    kind = made(make)[1]
+    assert pickle.loads(pickle.dumps(kind)).encode(EXAMPLES) == kind.encode(EXAMPLES)
+
+
+# Loss
+
+
+@pytest.mark.parametrize("make", [llama, gpt2])
+def test_the_causal_loss_is_the_mean_over_target_tokens(make: Maker) -> None:
+    model, kind = made(make)
+    rows = as_rows(kind.encode(EXAMPLES))
+    losses = []
+    for row in rows:
+        ids = torch.tensor(row["prompt_ids"] + row["target_ids"])
+        start = len(row["prompt_ids"])
+        logits = model.base_model(input_ids=ids[None]).logits[0]
+        losses.append(F.cross_entropy(logits[start - 1 : -1], ids[start:], reduction="none"))
+    assert_close(kind.loss(model, kind.collate(rows)), torch.cat(losses).mean())
+    assert model.seen == [EXAMPLES["task"]]
+
+
+def test_the_seq2seq_loss_is_the_mean_over_target_tokens() -> None:
+    model, kind = made(t5)
+    rows = as_rows(kind.encode(EXAMPLES))
+    losses = []
+    for row in rows:
+        target = torch.tensor(row["target_ids"])
+        shifted = torch.tensor([[0, *row["target_ids"][:-1]]])
+        prompt = torch.tensor([row["prompt_ids"]])
+        logits = model.base_model(input_ids=prompt, decoder_input_ids=shifted).logits[0]
+        losses.append(F.cross_entropy(logits, target, reduction="none"))
+    assert_close(kind.loss(model, kind.collate(rows)), torch.cat(losses).mean())
+    assert model.seen == [EXAMPLES["task"]]
+
+
+def embedding(model: PreTrainedModel, ids: list[int]) -> Tensor:
+    state = model(input_ids=torch.tensor([ids])).last_hidden_state[0].mean(0)
+    return state / state.norm()
+
+
+def test_the_encoder_loss_is_cross_entropy_of_scaled_cosines_over_the_choices_of_the_row() -> None:
+    model, kind = made(bert)
+    assert isinstance(kind, EncoderKind)
+    rows = as_rows(kind.encode(EXAMPLES))
+    expected = []
+    for row in rows:
+        prompt = embedding(model.base_model, row["prompt_ids"])
+        choices = [embedding(model.base_model, ids) for ids in row["choice_ids"]]
+        cosines = torch.stack([prompt @ choice for choice in choices])
+        expected.append(F.cross_entropy(kind.scale * cosines, torch.tensor(row["label"])))
+    assert_close(kind.loss(model, kind.collate(rows)), torch.stack(expected).mean())
+
+
+def test_the_encoder_embeds_a_label_set_once_per_task_and_batch() -> None:
+    model, kind = made(bert)
+    data = columns(
+        *[("truth", "", "cat", "yes", ["no", "yes"])] * 3, ("other", "", "cat", "no", ["no"])
+    )
+    kind.loss(model, kind.collate(as_rows(kind.encode(data))))
+    assert model.seen == [["truth"] * 3 + ["other"], ["truth", "truth", "other"]]
+
+
+@every_model
+def test_every_loss_has_finite_gradients(make: Maker) -> None:
+    model, kind = made(make)
+    kind.loss(model, kind.collate(as_rows(kind.encode(EXAMPLES)))).backward()
+    gradients = [p.grad for p in model.parameters() if p.grad is not None]
+    assert gradients
+    assert all(g.isfinite().all() for g in gradients)
+
+
+# Scores
+
+
+@every_model
+def test_scores_of_a_batch_equal_scores_one_by_one(make: Maker) -> None:
+    model, kind = made(make)
+    rows = as_rows(kind.encode(EXAMPLES))
+    together = kind.scores(model, rows)
+    assert [tuple(s.shape) for s in together] == [(3, 2), (2, 2), (4, 2), (2, 2)]
+    assert all(s.dtype == torch.float32 for s in together)
+    alone = [kind.scores(model, [row])[0] for row in rows]
+    assert_close(together, alone)
+
+
+@every_model
+def test_scores_do_not_depend_on_the_other_choices(make: Maker) -> None:
+    model, kind = made(make)
+    row = as_rows(kind.encode(EXAMPLES))[0]
+    each = [
+        kind.scores(model, [{**row, "choice_ids": [choice]}])[0] for choice in row["choice_ids"]
+    ]
+    assert_close(kind.scores(model, [row])[0], torch.cat(each))
+
+
+@text_model
+def test_the_score_of_the_target_is_minus_the_loss_times_its_tokens(make: Maker) -> None:
+    model, kind = made(make)
+    for row in as_rows(kind.encode(EXAMPLES)):
+        loss = kind.loss(model, kind.collate([row]))
+        score = kind.scores(model, [row])[0][row["label"]]
+        assert_close(score, torch.stack([-loss * len(row["target_ids"]), -loss]))
+
+
+@pytest.mark.parametrize("make", [t5, llama])
+def test_each_row_of_a_scoring_forward_has_the_task_of_its_row(make: Maker) -> None:
+    model, kind = made(make)
+    kind.scores(model, as_rows(kind.encode(EXAMPLES)))
+    flat = ["where"] * 3 + ["truth"] * 2 + ["count"] * 4 + ["truth"] * 2
+    assert model.seen[-1] == flat
+    assert model.seen[:-1] == ([EXAMPLES["task"]] if make is t5 else [])
+
+
+@every_model
+def test_scoring_switches_dropout_off_and_the_mode_back(make: Maker) -> None:
+    model, kind = made(make)
+    rows = as_rows(kind.encode(EXAMPLES))
+    expected = kind.scores(model, rows)
+    model.train()
+    frozen = next(m for m in model.modules() if isinstance(m, nn.Embedding))
+    frozen.eval()
+    scores = kind.scores(model, rows)
+    assert_close(scores, expected, rtol=0, atol=0)
+    assert not any(s.requires_grad for s in scores)
+    assert [m for m in model.modules() if not m.training] == [frozen]
+
+
+@every_model
+def test_a_row_without_choices_cannot_be_scored(make: Maker) -> None:
+    model, kind = made(make)
+    rows = as_rows(kind.encode(columns(("free", "", "cat", "dog", None))))
+    with pytest.raises(InputError, match="task 'free' has a row without choices: use a text-gen"):
+        kind.scores(model, rows)
+
+
+def test_an_encoder_cannot_learn_from_a_row_without_choices_or_with_a_target_off_them() -> None:
+    _, kind = made(bert)
+    free = as_rows(kind.encode(columns(("free", "", "cat", "dog", None))))
+    with pytest.raises(InputError, match="task 'free' has a row without choices"):
+        kind.collate(free)
+    off = as_rows(kind.encode(columns(("odd", "", "cat", "dog", ["yes", "no"]))))
+    with pytest.raises(InputError, match="task 'odd' is not one of its choices"):
+        kind.collate(off)
+
+
+# Generation
+
+
+@text_model
+@pytest.mark.parametrize("num_beams", [1, 3])
+def test_generation_of_a_batch_equals_generation_one_by_one(make: Maker, num_beams: int) -> None:
+    model, kind = made(make)
+    rows = as_rows(kind.encode(EXAMPLES))
+
+    def texts(some: list[dict[str, Any]]) -> list[str]:
+        return kind.generate(model, some, max_new_tokens=6, num_beams=num_beams)
+
+    together = texts(rows)
+    assert together == [text for row in rows for text in texts([row])]
+    assert len(set(together)) > 1
+    assert model.seen[0] == EXAMPLES["task"]
+
+
+def test_generation_greedily_continues_the_prompt() -> None:
+    model, kind = made(gpt2)
+    row = as_rows(kind.encode(EXAMPLES))[0]
+    ids = list(row["prompt_ids"])
+    for _ in range(5):
+        ids.append(int(model.base_model(input_ids=torch.tensor([ids])).logits[0, -1].argmax()))
+    expected = kind.tokenizer.decode(ids[len(row["prompt_ids"]) :], skip_special_tokens=True)
+    assert kind.generate(model, [row], max_new_tokens=5) == [expected.strip()]
+
+
+def test_a_long_prompt_leaves_room_for_what_is_generated() -> None:
+    model, kind = made(gpt2, max_input=100, max_target=8)  # 64 positions
+    row = as_rows(kind.encode(columns(("a", "", "cat dog " * 60, "yes", None))))[0]
+    assert kind.generate(model, [row], max_new_tokens=60)
+    with pytest.raises(InputError, match="max_new_tokens=64 leaves no room"):
+        kind.generate(model, [row], max_new_tokens=64)
+
+
+def test_an_encoder_has_no_generation() -> None:
+    model, kind = made(bert)
+    assert not kind.supports_generation
+    with pytest.raises(InputError, match="has no generation; use tasks with choices"):
+        kind.generate(model, as_rows(kind.encode(EXAMPLES)))
