@@ -31,6 +31,7 @@ def t5(seed: int = 0, layers: int = 2, d_model: int = 32) -> T5ForConditionalGen
         num_heads=4,
         num_layers=layers,
         feed_forward_proj="gated-gelu",
+        dropout_rate=0.0,
         decoder_start_token_id=0,
         pad_token_id=0,
         eos_token_id=1,

@@ -91,10 +91,7 @@ def test_a_run_describes_itself(run: Path, place: Path) -> None:
     assert description["config"]["tasks"] == ["back", "copy", "upper"]
     assert description["config"]["seed"] == 0
     assert description["machine"]["versions"]["torch"] == str(torch.__version__)
-    metrics = read(run / "metrics.json")
-    assert metrics["steps"] == 12
-    losses = [entry["loss"] for entry in metrics["log"] if "loss" in entry]
-    assert losses[-1] < losses[0]
+    assert read(run / "metrics.json")["steps"] == 12
 
 
 def test_checkpoints_hold_the_inventory_and_not_the_base(run: Path) -> None:
@@ -182,6 +179,8 @@ def test_a_killed_run_resumes_to_the_same_end(place: Path) -> None:
             time.sleep(0.005)
         process.send_signal(signal.SIGKILL)
     assert not (killed / "metrics.json").exists()
+    losses = [entry["loss"] for entry in read(whole / "metrics.json")["log"] if "loss" in entry]
+    assert sum(losses[-5:]) < 0.9 * sum(losses[:5])
     main(train_arguments(place, "killed", *longer, "--resume"))
     for name in ("inventory.safetensors", "routes.safetensors"):
         ours, expected = load_file(killed / name), load_file(whole / name)

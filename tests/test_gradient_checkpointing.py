@@ -25,16 +25,9 @@ def assert_same(actual: list[Tensor], expected: list[Tensor]) -> None:
     assert all(relative_error(a, b) < TOLERANCE for a, b in zip(actual, expected, strict=True))
 
 
-def without_dropout(base: nn.Module) -> nn.Module:
-    for module in base.modules():
-        if isinstance(module, nn.Dropout):
-            module.p = 0.0
-    return base
-
-
 def pair(build: Build, **config: Any) -> tuple[RoutedModel, RoutedModel, dict[str, Tensor]]:
     """A plain model, the same with checkpointing, both in training mode, and a batch."""
-    plain, checked = (routed(without_dropout(build()), num_heads=4, **config) for _ in range(2))
+    plain, checked = (routed(build(), num_heads=4, **config) for _ in range(2))
     checked.gradient_checkpointing_enable()
     return plain.train(), checked.train(), batch(plain.base_model)
 

@@ -166,8 +166,10 @@ def test_the_collapsed_average_computes_what_mu_computes(method: Any, adapter: A
     model.set_phase("mu")
     torch.testing.assert_close(model(x, tasks="mu"), expected)
     torch.testing.assert_close(model(x), expected)
-    assert model.num_trainable() == counts["one_adapter"] == counts["inventory"] // (
-        {"shared": 1}.get(method, 4)
+    assert (
+        model.num_trainable()
+        == counts["one_adapter"]
+        == counts["inventory"] // ({"shared": 1}.get(method, 4))
     )
 
 

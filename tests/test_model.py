@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from models import TASKS, batch, bert, gpt2, llama, relative_error, rows, routed, shake, stack, t5
+from models import TASKS, batch, bert, gpt2, llama, relative_error, routed, rows, shake, stack, t5
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -43,9 +43,7 @@ def one_by_one(model: RoutedModel, inputs: dict[str, Tensor], tasks: list[str]) 
 @pytest.mark.parametrize("method", ["mhr", "poly", "private", "shared"])
 @pytest.mark.parametrize("build", BUILDERS)
 @torch.no_grad()
-def test_a_mixed_batch_equals_its_rows_one_by_one(
-    build: Build, method: Any, adapter: Any
-) -> None:
+def test_a_mixed_batch_equals_its_rows_one_by_one(build: Build, method: Any, adapter: Any) -> None:
     model = routed(build(), method=method, adapter=adapter, rank=2)
     tasks = ["birch", "amber", "dune", "birch"]
     inputs = batch(model.base_model)

@@ -238,18 +238,18 @@ def test_warm_up_is_linear_from_zero_and_back_for_every_group() -> None:
         assert rates[step] == pytest.approx([0.01 * factor, 0.5 * factor])
 
 
-def test_a_language_model_learns_in_every_phase() -> None:
-    for phase in ("full", "z", "mu", "mu-uncollapsed", "random"):
-        model, inputs = routed(llama(), num_heads=4), batch(llama())
-        optimizer = torch.optim.AdamW(model.param_groups(phase, lr=5e-3, route_lr=0.3))
-        losses = []
-        for _ in range(6):
-            loss = model(**inputs, tasks=list(TASKS)).loss
-            loss.backward()
-            optimizer.step()
-            optimizer.zero_grad()
-            losses.append(float(loss.detach()))
-        assert losses[-1] < losses[0] - 0.05, (phase, losses)
+@pytest.mark.parametrize("phase", ["full", "z", "mu", "mu-uncollapsed", "random"])
+def test_a_language_model_learns_in_every_phase(phase: Any) -> None:
+    model, inputs = routed(llama(layers=1), num_heads=4), batch(llama())
+    optimizer = torch.optim.AdamW(model.param_groups(phase, lr=1e-2, route_lr=0.5))
+    losses = []
+    for _ in range(5):
+        loss = model(**inputs, tasks=list(TASKS)).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(float(loss.detach()))
+    assert losses[-1] < losses[0] - 0.05, losses
 
 
 def test_the_report_names_sites_and_counts(capsys: pytest.CaptureFixture[str]) -> None:

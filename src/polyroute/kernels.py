@@ -122,7 +122,8 @@ def apply_lora(base: nn.Module, x: Tensor, a: Tensor, b: Tensor, dropout: float)
     y = base(x)
     h = F.dropout(x, dropout) if dropout else x
     if not torch.is_autocast_enabled(x.device.type):
-        h = h.to(a.dtype)
+        wide = torch.promote_types(x.dtype, a.dtype)  # some models keep single layers in fp32
+        h, a, b = h.to(wide), a.to(wide), b.to(wide)
     h = h.reshape(rows)
     delta = F.linear(h, a) @ b if one_task else torch.bmm(torch.bmm(h, a.transpose(1, 2)), b)
     return y + delta.view(y.shape).to(y.dtype)

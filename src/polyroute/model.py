@@ -183,7 +183,7 @@ class RoutedModel(nn.Module):
         merged = self.merged_task
         if merged is not None and (route is None or set(route.rows) != {self.routes.row(merged)}):
             raise InputError(
-                f"the model is merged with {merged!r}; call unmerge() to route other tasks"
+                f"the model is merged with {merged!r}; call unmerge() to route anything else"
             )
         return RouteScope(self._routing, route)
 

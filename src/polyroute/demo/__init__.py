@@ -1,0 +1,1 @@
+"""A small generated suite and a tiny pretrained base model to try the library with."""

@@ -1,0 +1,286 @@
+"""The demo: shared, poly and mhr side by side on the generated suite, in a few minutes."""
+
+import itertools
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from rich.console import Console
+from rich.table import Table
+from tqdm.auto import tqdm
+
+from polyroute.adapt import AdaptSettings, adapt_task
+from polyroute.checkpoint import read_checkpoint, write_json
+from polyroute.config import MHRConfig
+from polyroute.demo.figures import draw_accuracy, draw_routes
+from polyroute.demo.routes import RouteReport, relate_routes_to_skills
+from polyroute.demo.suite import TASKS, write_suite
+from polyroute.evaluate import evaluate, macro_average
+from polyroute.examples import encoded_mixture
+from polyroute.kinds import ModelKind, kind_of
+from polyroute.loading import load_base
+from polyroute.metrics import mean_and_error
+from polyroute.model import RoutedModel, attach
+from polyroute.runs import machine, open_run, record
+from polyroute.suites import Suite, open_suite
+from polyroute.trainer import MultiTaskTrainer, MultiTaskTrainingArguments
+
+__all__ = ["run_demo"]
+
+CONFIGS = {
+    "shared": MHRConfig(method="shared", rank=2),
+    "poly": MHRConfig(method="poly", num_skills=8, rank=2),
+    "mhr": MHRConfig(method="mhr", num_skills=8, num_heads=8, rank=2),
+}
+# A shared LoRA is one adapter already, so `full` and `mu` are the same there.
+PHASES = {"shared": ("full",), "poly": ("z", "mu", "full"), "mhr": ("z", "mu", "full")}
+ADAPT = {
+    "shots": 16, "batch_size": 16, "steps": 30, "lr": 5e-3, "route_lr": 0.2,
+}  # fmt: skip
+TRAIN = {"steps": 400, "batch_size": 32, "lr": 5e-3, "route_lr": 0.1}
+HELD_OUT = 6
+SEEDS = (42, 1024, 0)
+TEST_EXAMPLES = 60
+
+console = Console()
+
+
+def run_demo(out: Path, *, quick: bool = False, overwrite: bool = False) -> dict[str, Any]:
+    """Train, adapt, compare, and write what came out.
+
+    Args:
+        out: folder for the suite, results (`results.json`, `results.md`), plots and adapters.
+        quick: a tenth of the steps, one seed and two held-out tasks.
+        overwrite: replace a demo that is there.
+
+    Returns:
+        What `results.json` holds.
+
+    Raises:
+        InputError: the folder holds something already, or cannot be written.
+    """
+    started = time.perf_counter()
+    folder = open_run(out, resume=False, overwrite=overwrite)
+    record(folder, "demo", {"quick": quick, "train": TRAIN, "adapt": ADAPT, "model": "demo"})
+    write_suite(folder / "suite", train=200, validation=20, test=TEST_EXAMPLES)
+    suite = open_suite(folder / "suite")
+    base, tokenizer = load_base("demo")
+    kind = kind_of(base, tokenizer, max_input=96, max_target=20)
+    training = [task.name for task in TASKS if task.role == "train"]
+    held_out = [task.name for task in TASKS if task.role == "held-out"]
+    held_out = held_out[:2] if quick else held_out[:: len(held_out) // HELD_OUT][:HELD_OUT]
+    results: list[dict[str, Any]] = []
+    multi_task: dict[str, Any] = {}
+    for method, config in CONFIGS.items():
+        torch.manual_seed(0)
+        model = attach(base, config, training)
+        seconds = _train(model, kind, suite, training, folder / method, quick=quick)
+        model.save_pretrained(folder / method)
+        scores = evaluate(model, kind, suite, training, split="validation", batch_size=100)
+        multi_task[method] = {
+            **macro_average(scores),
+            "seconds": seconds,
+            "trained_parameters": model.num_trainable(),
+        }
+        base = model.unload()  # type: ignore[assignment]
+        results += _adapt_all(base, kind, suite, folder, method, held_out, quick=quick)
+    routes = relate_routes_to_skills(read_checkpoint(folder / "mhr"))
+    report: dict[str, Any] = {
+        "multi_task": multi_task,
+        "adaptations": results,
+        "routes": routes.to_dict(),
+        "seconds": time.perf_counter() - started,
+        "machine": machine(),
+    }
+    write_json(folder / "results.json", report)
+    _export(base, kind, suite, folder, held_out[0])
+    summary = _summarise(results)
+    draw_accuracy(folder / "accuracy.png", summary)
+    draw_routes(folder / "routes.png", routes)
+    words = _in_words(results, summary, multi_task, routes)
+    _show(summary, multi_task, words, folder, report["seconds"])
+    return report
+
+
+def _train(
+    model: RoutedModel,
+    kind: ModelKind,
+    suite: Suite,
+    tasks: Sequence[str],
+    folder: Path,
+    *,
+    quick: bool,
+) -> float:
+    """Multi-task training; returns its seconds."""
+    steps = TRAIN["steps"] // (10 if quick else 1)
+    arguments = MultiTaskTrainingArguments(
+        output_dir=str(folder),
+        max_steps=int(steps),
+        per_device_train_batch_size=int(TRAIN["batch_size"]),
+        learning_rate=TRAIN["lr"],
+        route_lr=TRAIN["route_lr"],
+        warmup_steps=int(steps // 20),
+        seed=0,
+        save_strategy="no",
+        logging_steps=int(max(1, steps // 10)),
+        report_to="none",
+        use_cpu=True,
+        disable_tqdm=True,
+    )
+    trainer = MultiTaskTrainer(model, kind, arguments, encoded_mixture(suite, tasks, "train", kind))
+    trainer.remove_callback(_printer())
+    started = time.perf_counter()
+    with console.status(f"training {model.adapter_config.method} on {len(tasks)} tasks"):
+        trainer.train()
+    return time.perf_counter() - started
+
+
+def _printer() -> Any:
+    from transformers.trainer_callback import PrinterCallback
+
+    return PrinterCallback
+
+
+def _adapt_all(
+    base: Any,
+    kind: ModelKind,
+    suite: Suite,
+    folder: Path,
+    method: str,
+    tasks: Sequence[str],
+    *,
+    quick: bool,
+) -> list[dict[str, Any]]:
+    checkpoint = read_checkpoint(folder / method)
+    slots = list(itertools.product(PHASES[method], tasks, SEEDS[:1] if quick else SEEDS))
+    results = []
+    for phase, task, seed in tqdm(slots, f"adapting {method}", leave=False):
+        settings = AdaptSettings(phase=phase, **ADAPT)  # type: ignore[arg-type]
+        model = RoutedModel.from_checkpoint(base, checkpoint, str(folder / method))
+        result = adapt_task(model, kind, suite, task, settings, seed=seed)
+        results.append({"method": method, **result})
+        model.unload()
+    return results
+
+
+def _export(base: Any, kind: ModelKind, suite: Suite, folder: Path, task: str) -> None:
+    model = RoutedModel.from_checkpoint(base, read_checkpoint(folder / "mhr"), str(folder / "mhr"))
+    settings = AdaptSettings(phase="z", **ADAPT)  # type: ignore[arg-type]
+    adapt_task(model, kind, suite, task, settings, seed=SEEDS[0])
+    model.export_peft(task, folder / "lora" / task)
+    model.unload()
+
+
+def _summarise(results: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """One entry per method and phase; the error is that of the mean over tasks and seeds."""
+    entries = []
+    for method, phases in PHASES.items():
+        for phase in phases:
+            rows = [r for r in results if r["method"] == method and r["phase"] == phase]
+            mean, error = mean_and_error([r["score"] for r in rows])
+            entries.append(
+                {
+                    "method": method,
+                    "phase": phase,
+                    "accuracy": mean,
+                    "standard_error": error,
+                    "trained_parameters": rows[0]["trained_parameters"],
+                    "seconds": float(np.mean([r["seconds"] for r in rows])),
+                    "runs": len(rows),
+                }
+            )
+    return entries
+
+
+def _difference(
+    results: Sequence[dict[str, Any]], one: tuple[str, str], other: tuple[str, str]
+) -> tuple[float, float]:
+    """Mean paired difference of two ways over tasks and seeds, and its standard error."""
+    score = {(r["method"], r["phase"], r["task"], r["seed"]): r["score"] for r in results}
+    slots = [key[2:] for key in score if key[:2] == one]
+    mean, error = mean_and_error([score[(*one, *s)] - score[(*other, *s)] for s in slots])
+    return mean, error or 0.0
+
+
+def _in_words(
+    results: Sequence[dict[str, Any]],
+    summary: Sequence[dict[str, Any]],
+    multi_task: dict[str, Any],
+    routes: RouteReport,
+) -> list[str]:
+    """What was found, computed from the numbers."""
+    best = max(summary, key=lambda entry: entry["accuracy"])
+    lines = [
+        "On the training tasks (validation split) the accuracies are "
+        + ", ".join(f"{m} {v['score']:.3f}" for m, v in multi_task.items())
+        + ", at the same number of steps and batches.",
+        f"On held-out compositions the best is {best['method']} in phase {best['phase']}: "
+        f"{best['accuracy']:.3f}.",
+    ]
+    pairs = [
+        (("mhr", "z"), ("poly", "z")),
+        (("mhr", "full"), ("poly", "full")),
+        (("mhr", "full"), ("shared", "full")),
+        (("poly", "full"), ("shared", "full")),
+        (("mhr", "z"), ("mhr", "full")),
+        (("mhr", "mu"), ("mhr", "full")),
+    ]
+    for one, other in pairs:
+        mean, error = _difference(results, one, other)
+        if abs(mean) <= 2 * error:
+            verdict = "cannot be told apart from"
+        else:
+            verdict = "is better than" if mean > 0 else "is worse than"
+        lines.append(
+            f"{one[0]}/{one[1]} {verdict} {other[0]}/{other[1]}: {mean:+.3f} "
+            f"(standard error {error:.3f}, paired)."
+        )
+    return [*lines, *routes.in_words()]
+
+
+def _show(
+    summary: Sequence[dict[str, Any]],
+    multi_task: dict[str, Any],
+    words: Sequence[str],
+    folder: Path,
+    seconds: float,
+) -> None:
+    table = Table("method", "phase", "accuracy", "standard error", "trained parameters", "seconds")
+    lines = [
+        "| method | phase | accuracy | standard error | trained parameters | seconds a task |",
+        "|---|---|---|---|---|---|",
+    ]
+    for e in summary:
+        error = "" if e["standard_error"] is None else f"{e['standard_error']:.3f}"
+        cells = [
+            e["method"], e["phase"], f"{e['accuracy']:.3f}", error,
+            f"{e['trained_parameters']:,}", f"{e['seconds']:.1f}",
+        ]  # fmt: skip
+        table.add_row(*cells)
+        lines.append("| " + " | ".join(cells) + " |")
+    trained = ", ".join(
+        f"{method} {entry['trained_parameters']:,} parameters in {entry['seconds']:.0f} s"
+        for method, entry in multi_task.items()
+    )
+    text = [
+        "# polyroute demo",
+        "",
+        f"Multi-task training: {trained}. Few-shot adaptation to held-out tasks:",
+        "",
+        *lines,
+        "",
+        *(f"- {line}" for line in words),
+        "",
+    ]
+    (folder / "results.md").write_text("\n".join(text), encoding="utf-8")
+    console.print(f"multi-task training: {trained}", highlight=False)
+    console.print(table)
+    for line in words:
+        console.print(f"- {line}", highlight=False)
+    console.print(
+        f"{seconds:.0f} s; tables, plots (accuracy.png, routes.png) and a LoRA are in {folder}",
+        highlight=False,
+    )

@@ -1,0 +1,332 @@
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from models import TASKS, Stack, batch, llama, routed, stack, t5
+from safetensors.torch import load_file, save_file
+
+from polyroute import InputError, MHRConfig, attach, from_pretrained
+from polyroute.checkpoint import make_folder
+
+FILES = {"polyroute.json", "inventory.safetensors", "routes.safetensors"}
+
+
+@pytest.fixture
+def saved(tmp_path: Path) -> Path:
+    """A saved inventory of `stack()`."""
+    folder = tmp_path / "inventory"
+    routed(stack(), num_heads=2, num_skills=3, rank=2).save_pretrained(folder)
+    return folder
+
+
+def assert_untouched(base: Stack) -> None:
+    assert type(base.up) is torch.nn.Linear
+    assert all(p.requires_grad for p in base.parameters())
+
+
+@pytest.mark.parametrize("adapter", ["lora", "ia3"])
+@pytest.mark.parametrize("method", ["mhr", "poly", "private", "shared"])
+def test_a_round_trip_keeps_every_bit(tmp_path: Path, method: Any, adapter: Any) -> None:
+    model = routed(t5(), method=method, adapter=adapter, rank=2)
+    model.save_pretrained(tmp_path / "a" / "b")
+    loaded = from_pretrained(t5(), tmp_path / "a" / "b")
+    assert loaded.tasks == model.tasks
+    assert loaded.adapter_config == model.adapter_config
+    expected, actual = model.state_dict(), loaded.state_dict()
+    assert list(actual) == list(expected)
+    assert all(torch.equal(actual[name], expected[name]) for name in expected)
+    inputs = batch(t5())
+    tasks = list(TASKS)
+    assert torch.equal(model(**inputs, tasks=tasks).logits, loaded(**inputs, tasks=tasks).logits)
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        {"alpha": 3.0, "init": "peft", "dropout": 0.2, "num_heads": 2},
+        {"gate": "straight_through", "shared_skill": True},
+        {"normalization": "l2"},
+        {"granularity": "coarsegrained"},
+        {"granularity": "blockwise", "target_modules": ["q_proj", "v_proj"]},
+        {"exclude_modules": r".*mlp.*", "anneal_steps": 3},
+    ],
+    ids=str,
+)
+def test_every_setting_that_changes_the_forward_is_saved(
+    tmp_path: Path, config: dict[str, Any]
+) -> None:
+    model, inputs = routed(llama(), **config), batch(llama())
+    model.save_pretrained(tmp_path)
+    loaded = from_pretrained(llama(), tmp_path)
+    assert loaded.adapter_config == model.adapter_config
+    assert loaded.routers == model.routers
+    for tasks in ("dune", list(TASKS)):
+        expected = model(**inputs, tasks=tasks).logits
+        assert torch.equal(loaded(**inputs, tasks=tasks).logits, expected)
+
+
+def test_a_grouping_by_function_is_saved_by_its_result(tmp_path: Path) -> None:
+    model = routed(stack(), granularity=lambda name: "ends" if name != "down" else name)
+    model.save_pretrained(tmp_path)
+    loaded, x = from_pretrained(stack(), tmp_path), torch.randn(2, 8)
+    assert loaded.routers == ["ends", "down"]
+    assert torch.equal(loaded(x, tasks="amber"), model(x, tasks="amber"))
+    loaded.save_pretrained(tmp_path / "again")
+    again = from_pretrained(stack(), tmp_path / "again")
+    assert torch.equal(again(x, tasks="amber"), model(x, tasks="amber"))
+
+
+def test_the_files_have_the_published_layout(saved: Path) -> None:
+    assert {path.name for path in saved.iterdir()} == FILES
+    shapes = {k: tuple(v.shape) for k, v in load_file(saved / "inventory.safetensors").items()}
+    assert shapes == {
+        "up.lora_a": (2, 3, 4, 2),
+        "up.lora_b": (2, 3, 2, 8),
+        "down.lora_a": (2, 3, 8, 2),
+        "down.lora_b": (2, 3, 2, 4),
+        "again.lora_a": (2, 3, 4, 2),
+        "again.lora_b": (2, 3, 2, 8),
+    }
+    rows = load_file(saved / "routes.safetensors")
+    assert {k: tuple(v.shape) for k, v in rows.items()} == {"rows": (4, 3 * 2 * 3)}
+    description = json.loads((saved / "polyroute.json").read_text())
+    assert set(description) == {
+        "format", "config", "num_skills", "base", "tasks", "has_rows", "routers", "sites",
+    }  # fmt: skip
+    assert description["tasks"] == list(TASKS)
+
+
+def test_the_tensors_on_disk_are_the_skills_and_the_rows(saved: Path) -> None:
+    model = routed(stack(), num_heads=2, num_skills=3, rank=2)
+    tensors = load_file(saved / "inventory.safetensors")
+    for i, name in enumerate(("up", "down", "again")):
+        for kind, values in model.inventory.site_tensors(i).items():
+            assert torch.equal(tensors[f"{name}.{kind}"], values)
+    rows = load_file(saved / "routes.safetensors")["rows"]
+    assert torch.equal(rows[2].view(3, 2, 3), model.routes["cedar"])
+
+
+def test_ia3_files_have_one_tensor_a_layer(tmp_path: Path) -> None:
+    routed(stack(), num_heads=2, num_skills=3, adapter="ia3").save_pretrained(tmp_path)
+    shapes = {k: tuple(v.shape) for k, v in load_file(tmp_path / "inventory.safetensors").items()}
+    assert shapes == {"up.ia3": (2, 3, 1, 8), "down.ia3": (2, 3, 1, 4), "again.ia3": (2, 3, 1, 8)}
+
+
+@pytest.mark.parametrize("method", ["mhr", "private", "shared"])
+def test_a_subset_of_the_tasks_can_be_loaded_or_none(tmp_path: Path, method: Any) -> None:
+    model, x = routed(stack(), method=method), torch.randn(2, 8)
+    model.save_pretrained(tmp_path)
+    some = from_pretrained(stack(), tmp_path, tasks=["dune", "amber"])
+    assert some.tasks == ("dune", "amber")
+    assert torch.equal(some(x, tasks=["dune", "amber"]), model(x, tasks=["dune", "amber"]))
+    none = from_pretrained(stack(), tmp_path, tasks=[])
+    assert none.tasks == ()
+    if method != "private":
+        torch.testing.assert_close(none(x, tasks="mu"), model(x, tasks="mu"))
+    none.add_task("elm")
+    assert none(x, tasks=["elm", "elm"]).shape == (2, 16)
+    with pytest.raises(InputError, match="unknown task 'oak'"):
+        from_pretrained(stack(), tmp_path, tasks=["oak"])
+
+
+@pytest.mark.parametrize("phase", ["mu", "mu-uncollapsed"])
+def test_an_averaged_model_can_be_saved(tmp_path: Path, phase: Any) -> None:
+    model, x = routed(stack(), num_heads=4), torch.randn(2, 8)
+    routed(stack(), num_heads=4).save_pretrained(tmp_path)
+    model.set_phase(phase)
+    model.save_pretrained(tmp_path)
+    assert {path.name for path in tmp_path.iterdir()} == FILES - {"routes.safetensors"}
+    loaded = from_pretrained(stack(), tmp_path)
+    assert torch.equal(loaded(x, tasks="amber"), model(x, tasks="amber"))
+    assert loaded.counts() == model.counts()
+
+
+def test_another_base_model_is_refused(saved: Path) -> None:
+    for base, message in (
+        (stack(narrow=4), "layer 'up' is 4 to 16 here, 8 to 16 there"),
+        (torch.nn.Sequential(torch.nn.Linear(8, 8)), "Sequential has no linear layer 'up'"),
+        (stack(seed=5), r"weights of layer 'up' differ .*check_base=False"),
+    ):
+        with pytest.raises(InputError, match=f"belongs to another base model: .*{message}"):
+            from_pretrained(base, saved)
+        assert all(p.requires_grad for p in base.parameters())
+    assert from_pretrained(stack(seed=5), saved, check_base=False).tasks == TASKS
+
+
+def test_the_same_base_in_half_precision_is_accepted(tmp_path: Path) -> None:
+    routed(llama()).save_pretrained(tmp_path)
+    assert from_pretrained(llama().bfloat16(), tmp_path).tasks == TASKS
+
+
+@pytest.mark.parametrize("name", ["inventory.safetensors", "routes.safetensors"])
+def test_damaged_tensors_are_refused(saved: Path, name: str) -> None:
+    file, base = saved / name, stack()
+    whole = file.read_bytes()
+    for content in (whole[: len(whole) // 2], whole[:4], b"", b"{}" * 40):
+        file.write_bytes(content)
+        with pytest.raises(InputError, match=f"{name} is not a whole safetensors file"):
+            from_pretrained(base, saved)
+        assert_untouched(base)
+    file.unlink()
+    with pytest.raises(InputError, match=f"{name} does not exist"):
+        from_pretrained(base, saved)
+
+
+@pytest.mark.parametrize(
+    ("name", "tensors", "message"),
+    [
+        ("inventory.safetensors", {"x": torch.ones(2)}, "tensor 'again.lora_a' is on one side"),
+        ("routes.safetensors", {"x": torch.ones(2)}, "does not hold one row for each of the 4"),
+        ("routes.safetensors", {"rows": torch.ones(3, 18)}, "one row for each of the 4"),
+        ("routes.safetensors", {"rows": torch.ones(4, 17)}, r"'rows' is \[4, 17\] there"),
+    ],
+    ids=str,
+)
+def test_tensors_of_something_else_are_refused(
+    saved: Path, name: str, tensors: dict[str, Any], message: str
+) -> None:
+    base = stack()
+    save_file(tensors, saved / name)
+    with pytest.raises(InputError, match=message):
+        from_pretrained(base, saved)
+    assert_untouched(base)
+
+
+def test_a_tensor_of_another_shape_is_refused(saved: Path) -> None:
+    tensors = load_file(saved / "inventory.safetensors")
+    tensors["down.lora_b"] = torch.ones(2, 3, 2, 5)
+    save_file(tensors, saved / "inventory.safetensors")
+    with pytest.raises(InputError, match=r"'down.lora_b' is \[2, 3, 2, 5\] there and \[2, 3, 2, 4"):
+        from_pretrained(stack(), saved)
+
+
+@pytest.mark.parametrize("key", ["config", "tasks", "sites", "routers"])
+def test_a_description_without_an_entry_is_refused(saved: Path, key: str) -> None:
+    description = json.loads((saved / "polyroute.json").read_text())
+    del description[key]
+    (saved / "polyroute.json").write_text(json.dumps(description))
+    with pytest.raises(InputError, match=f"lacks the entry '{key}'; it is damaged"):
+        from_pretrained(stack(), saved)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("{", "is not valid JSON"),
+        ("", "is not valid JSON"),
+        ("[]", "is not in inventory format 1"),
+        ("{}", "is not in inventory format 1"),
+        ('{"format": 99}', "is not in inventory format 1"),
+        ("\x00\x01", "is not valid JSON"),
+    ],
+)
+def test_a_damaged_description_is_refused(saved: Path, text: str, message: str) -> None:
+    (saved / "polyroute.json").write_text(text)
+    with pytest.raises(InputError, match=message):
+        from_pretrained(stack(), saved)
+
+
+def test_a_description_that_is_not_text_is_refused(saved: Path) -> None:
+    (saved / "polyroute.json").write_bytes(b"\xff\xfe\xfa")
+    with pytest.raises(InputError, match="is not valid JSON"):
+        from_pretrained(stack(), saved)
+
+
+def test_a_setting_that_does_not_exist_is_refused(saved: Path) -> None:
+    description = json.loads((saved / "polyroute.json").read_text())
+    description["config"]["rang"] = 4
+    (saved / "polyroute.json").write_text(json.dumps(description))
+    with pytest.raises(InputError, match="config key 'rang' does not exist: did you mean 'rank'"):
+        from_pretrained(stack(), saved)
+
+
+def test_a_folder_without_an_inventory_is_refused(tmp_path: Path) -> None:
+    for folder in (tmp_path, tmp_path / "nowhere"):
+        with pytest.raises(InputError, match=r"holds no inventory: there is no polyroute\.json"):
+            from_pretrained(stack(), folder)
+
+
+def test_a_place_that_cannot_be_written_is_refused(tmp_path: Path) -> None:
+    model, file = routed(stack()), tmp_path / "file"
+    file.write_text("mine")
+    for write in (model.save_pretrained, lambda folder: model.export_peft("amber", folder)):
+        with pytest.raises(InputError, match="is a file; name a folder"):
+            write(file)
+        with pytest.raises(InputError, match="cannot create the folder"):
+            write(file / "below")
+    assert file.read_text() == "mine"
+
+
+def test_a_folder_without_write_permission_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # The superuser may write everywhere, so the answer of the system is replaced.
+    monkeypatch.setattr("polyroute.checkpoint.os.access", lambda *_: False)
+    with pytest.raises(InputError, match="cannot write to the folder .*; check its permissions"):
+        make_folder(tmp_path)
+
+
+def test_a_failed_write_leaves_the_old_files_and_no_temporary_ones(
+    saved: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = {path.name: path.read_bytes() for path in saved.iterdir()}
+
+    def fail(*_: object) -> None:
+        raise OSError("disk full")
+
+    monkeypatch.setattr("polyroute.checkpoint.os.replace", fail)
+    with pytest.raises(OSError, match="disk full"):
+        routed(stack(), seed=9).save_pretrained(saved)
+    assert {path.name: path.read_bytes() for path in saved.iterdir()} == before
+
+
+def test_saving_again_replaces_everything(saved: Path) -> None:
+    model, x = routed(stack(), ("x", "y"), seed=7, num_heads=4), torch.randn(2, 8)
+    model.save_pretrained(saved)
+    assert {path.name for path in saved.iterdir()} == FILES
+    loaded = from_pretrained(stack(), saved)
+    assert torch.equal(loaded(x, tasks=["x", "y"]), model(x, tasks=["x", "y"]))
+
+
+def test_load_adapter_overwrites_in_place(saved: Path) -> None:
+    model = routed(stack(), num_heads=2, num_skills=3, rank=2, seed=5)
+    kept = list(model.parameters())
+    x = torch.randn(2, 8)
+    with torch.no_grad(), model.route("amber"):
+        before = model(x)
+        model.load_adapter(saved)
+        after = model(x)
+    assert all(a is b for a, b in zip(model.parameters(), kept, strict=True))
+    expected = from_pretrained(stack(), saved)(x, tasks="amber")
+    assert torch.equal(after, expected)
+    assert not torch.equal(before, after)
+
+
+def test_load_adapter_refuses_other_tasks_and_sizes(saved: Path) -> None:
+    with pytest.raises(InputError, match="holds other tasks than this model"):
+        routed(stack(), ("x",), num_heads=2, num_skills=3, rank=2).load_adapter(saved)
+    model = routed(stack(), num_heads=2, num_skills=3, rank=4)
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    with pytest.raises(InputError, match="does not fit: tensor"):
+        model.load_adapter(saved)
+    assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+
+
+def test_a_loaded_model_trains_on(saved: Path) -> None:
+    model = from_pretrained(stack(), saved, tasks=[])
+    model.add_task("elm")
+    optimizer = torch.optim.SGD(model.param_groups("z"))
+    before = model.routes["elm"]
+    model(torch.randn(2, 8), tasks="elm").square().sum().backward()
+    optimizer.step()
+    assert not torch.equal(model.routes["elm"], before)
+
+
+def test_a_base_is_free_for_another_inventory_after_a_refusal(saved: Path) -> None:
+    base = stack()
+    with pytest.raises(InputError, match="unknown task"):
+        from_pretrained(base, saved, tasks=["oak"])
+    assert_untouched(base)
+    attach(base, MHRConfig(), ["x"])

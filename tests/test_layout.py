@@ -1,0 +1,98 @@
+import ast
+import importlib
+import inspect
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import polyroute
+
+FOLDER = Path(polyroute.__file__).parent
+
+# Each module may import only those before it.
+ORDER = (
+    "errors",
+    "config",
+    "targets",
+    "routing",
+    "inventory",
+    "routes",
+    "kernels",
+    "layers",
+    "mixing",
+    "merging",
+    "checkpoint",
+    "peft_export",
+    "model",
+)
+ALLOWED = {"torch", "safetensors", "polyroute"} | set(sys.stdlib_module_names)
+
+
+def imported(module: str) -> list[str]:
+    """Every dotted name that a module's source imports, wherever it does so."""
+    tree = ast.parse((FOLDER / f"{module}.py").read_text(encoding="utf-8"))
+    names: list[str] = []
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            names += [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{module} uses a relative import"
+            names.append(node.module or "")
+    return names
+
+
+@pytest.mark.parametrize("module", ORDER)
+def test_the_core_imports_only_downwards_and_only_torch_and_safetensors(module: str) -> None:
+    below = ORDER[: ORDER.index(module)]
+    for name in imported(module):
+        assert name.split(".")[0] in ALLOWED, f"{module} imports {name}"
+        if name.split(".")[0] == "polyroute":
+            assert name.split(".")[1] in below, f"{module} imports {name}"
+
+
+def test_importing_the_library_loads_neither_transformers_nor_datasets_nor_peft() -> None:
+    code = (
+        "import sys, polyroute; polyroute.MHRConfig; polyroute.attach; polyroute.from_pretrained; "
+        "heavy = {'transformers', 'datasets', 'peft', 'matplotlib', 'typer'}; "
+        "print(*sorted(heavy & set(sys.modules)))"
+    )
+    result = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=False
+    )
+    assert (result.returncode, result.stdout.strip()) == (0, ""), result.stderr
+
+
+@pytest.mark.parametrize("module", ORDER)
+def test_every_public_name_exists_and_is_described(module: str) -> None:
+    loaded = importlib.import_module(f"polyroute.{module}")
+    assert loaded.__doc__
+    for name in loaded.__all__:
+        value = getattr(loaded, name)
+        if inspect.isclass(value) and value.__module__ == loaded.__name__:
+            assert value.__doc__, f"{module}.{name}"
+            methods = {n: m for n, m in vars(value).items() if not n.startswith("_")}
+            for method, member in methods.items():
+                if inspect.isfunction(member) or isinstance(member, property | classmethod):
+                    documented = inspect.getdoc(getattr(value, method))
+                    assert documented, f"{module}.{name}.{method}"
+        elif inspect.isfunction(value):
+            assert value.__doc__, f"{module}.{name}"
+
+
+def test_every_public_function_of_the_core_is_in_all() -> None:
+    for module in ORDER:
+        loaded = importlib.import_module(f"polyroute.{module}")
+        for name, value in inspect.getmembers(loaded, inspect.isfunction):
+            if value.__module__ == loaded.__name__ and not name.startswith("_"):
+                assert name in loaded.__all__, f"{module}.{name}"
+
+
+def test_the_version_is_a_string_of_three_numbers() -> None:
+    assert [part.isdigit() for part in polyroute.__version__.split(".")] == [True] * 3
+
+
+def test_an_unknown_attribute_of_the_package_is_an_attribute_error() -> None:
+    with pytest.raises(AttributeError, match="has no attribute 'nonsense'"):
+        _ = polyroute.nonsense
