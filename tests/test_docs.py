@@ -1,5 +1,6 @@
-"""What the documentation shows is run."""
+"""What the documentation shows is run, and what it claims is checked."""
 
+import ast
 import re
 import shlex
 from pathlib import Path
@@ -64,3 +65,21 @@ def test_the_design_page_places_every_module() -> None:
     modules = {p.stem for p in package.glob("*.py")} - {"__init__", "__main__"}
     packages = {p.parent.name for p in package.glob("*/__init__.py")}
     assert listed == modules | packages
+
+
+def layers_below() -> dict[str, set[str]]:
+    """For each module of the design page's list, all modules on lines under its own."""
+    lines = [set(re.findall(r"\w+", line)) for line in blocks(DESIGN, "")[0].splitlines()]
+    return {module: set().union(*lines[i + 1 :]) for i, line in enumerate(lines) for module in line}
+
+
+@pytest.mark.parametrize("module", sorted(layers_below()))
+def test_every_module_imports_downwards_only(module: str) -> None:
+    folder = ROOT / "src" / "polyroute"
+    single = folder / f"{module}.py"
+    paths = [single] if single.exists() else sorted((folder / module).glob("*.py"))
+    allowed = layers_below()[module] | ({module} if len(paths) > 1 else set())
+    for path in paths:
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("polyroute."):
+                assert (node.module or "").split(".")[1] in allowed, f"{path.name}: {node.module}"

@@ -107,6 +107,15 @@ def test_a_bare_checkpoint_in_a_closed_route_says_what_to_do() -> None:
         loss.backward()
 
 
+def test_a_bare_checkpoint_never_takes_the_route_that_is_open_at_backward() -> None:
+    model, x = routed(Checkpointed()), torch.randn(2, 8, requires_grad=True)
+    loss = model(x, tasks="amber").square().sum()
+    with model.route("dune"):
+        model(x)
+        with pytest.raises(InputError, match=r"context_fn=model\.checkpoint_contexts"):
+            loss.backward()
+
+
 @pytest.mark.parametrize("tasks", ["cedar", ["amber", "dune"]])
 def test_a_bare_checkpoint_with_the_models_contexts_is_exact(tasks: Any) -> None:
     plain, checked = routed(Checkpointed()), routed(Checkpointed())

@@ -418,10 +418,16 @@ def change_by_annealing(model: RoutedModel) -> None:
     model.mixer.anneal_progress = 0.5
 
 
+def change_behind_the_back_of_autograd(model: RoutedModel) -> None:
+    for parameter in model.inventory.parameters():
+        parameter.data.mul_(2)
+    model.eval()
+
+
 @pytest.mark.parametrize(
     "change",
     [change_by_optimizer, change_by_load, change_by_row, change_by_tasks, change_by_phase,
-     change_by_annealing],
+     change_by_annealing, change_behind_the_back_of_autograd],
 )  # fmt: skip
 def test_factors_are_mixed_again_after_any_change(
     mixes: list[int], change: Callable[[RoutedModel], None]
@@ -448,6 +454,19 @@ def test_a_new_task_is_mixed_although_the_old_ones_were_kept(mixes: list[int]) -
         assert torch.equal(model(x, tasks="elm"), model(x, tasks="amber"))
         model.routes["elm"] = -model.routes["elm"]
         assert not torch.equal(model(x, tasks="elm"), model(x, tasks="amber"))
+
+
+@torch.no_grad()
+def test_a_part_called_on_its_own_never_uses_stale_factors() -> None:
+    model, ids = routed(t5(), num_heads=4), batch(t5())["input_ids"]
+    encoder = model.get_encoder()
+    with model.route("amber"):
+        before = encoder(ids).last_hidden_state
+        shake(model, seed=5)
+        after = encoder(ids).last_hidden_state
+    with model.route("amber"):
+        assert torch.equal(after, encoder(ids).last_hidden_state)
+    assert not torch.equal(before, after)
 
 
 def test_training_then_evaluating_in_one_block_never_uses_stale_factors() -> None:

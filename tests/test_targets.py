@@ -271,7 +271,7 @@ def test_children_of_multihead_attention_are_refused() -> None:
     base = nn.TransformerEncoderLayer(16, 2, 16)
     names = [s.name for s in find_sites(base, MHRConfig(num_heads=4))]
     assert names == ["linear1", "linear2"]
-    with pytest.raises(InputError, match="out_proj' is a .* inside nn.MultiheadAttention"):
+    with pytest.raises(InputError, match=r"out_proj' is a .* inside nn\.MultiheadAttention"):
         find_sites(base, MHRConfig(target_modules=["out_proj"]))
 
 

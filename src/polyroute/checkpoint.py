@@ -82,6 +82,8 @@ def read_checkpoint(folder: str | os.PathLike[str]) -> Checkpoint:
     for key in ("config", "tasks", "sites", "routers"):
         if key not in description:
             raise InputError(f"{path / DESCRIPTION} lacks the entry {key!r}; it is damaged")
+    if not _is_whole(description):
+        raise InputError(f"{path / DESCRIPTION} is damaged: its config or a site is incomplete")
     rows = None
     if description.get("has_rows"):
         rows = read_tensors(path / ROWS).get("rows")
@@ -91,6 +93,22 @@ def read_checkpoint(folder: str | os.PathLike[str]) -> Checkpoint:
                 f"{len(description['tasks'])} tasks of {DESCRIPTION}"
             )
     return Checkpoint(description, read_tensors(path / SKILLS), rows)
+
+
+def _is_whole(description: dict[str, Any]) -> bool:
+    config, routers = description["config"], description["routers"]
+    needed = {"name", "d_in", "d_out", "router", "base_sample"}
+    return (
+        isinstance(config, dict)
+        and "granularity" in config
+        and isinstance(description["tasks"], list)
+        and all(
+            isinstance(site, dict)
+            and needed <= site.keys()
+            and site["router"] in range(len(routers))
+            for site in description["sites"]
+        )
+    )
 
 
 def make_folder(folder: str | os.PathLike[str]) -> Path:

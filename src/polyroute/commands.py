@@ -133,7 +133,8 @@ def _training_arguments(options: Mapping[str, Any], folder: Path) -> MultiTaskTr
         report_to=options["report_to"],
         disable_tqdm=False,
         dataloader_pin_memory=torch.cuda.is_available(),
-        **({"activation_checkpointing": True} if options["checkpointing"] else {}),
+        # None is transformers' own default; False would count as given.
+        activation_checkpointing=True if options["checkpointing"] else None,
     )
 
 

@@ -56,8 +56,9 @@ class MHRConfig:
     dropout: float = 0.0
     """Probability with which the adapter's input is dropped in training."""
     gate: Gate = "sigmoid"
-    """How a routing logit becomes a gate. `relaxed_bernoulli` adds noise in training only, so the
-    gates of training and evaluation differ on average (0.66 and 0.73 at logit 1)."""
+    """How a routing logit becomes a gate. `relaxed_bernoulli` adds noise in training only, for each
+    example where tasks are named per example, so the gates of training and evaluation differ on
+    average (0.66 and 0.73 at logit 1)."""
     normalization: Normalization = "sum"
     """`sum`: gates sum to one over the skills. `l2`: logits over their 2-norm, no gate; weights may
     be negative. `average_correction`: gates times sqrt(heads / skills), not normalised."""
@@ -84,6 +85,11 @@ class MHRConfig:
             _one_of(name, getattr(self, name), get_args(kind))
         if not callable(self.granularity):
             _one_of("granularity", self.granularity, get_args(Granularity))
+        if self.adapter == "ia3":
+            if self.dropout:
+                raise InputError("adapter='ia3' has no input to drop: leave dropout at 0")
+            object.__setattr__(self, "rank", 1)  # a scale of each unit: neither rank nor alpha
+            object.__setattr__(self, "alpha", 1.0)
         self._fill_counts()
         for name in ("num_skills", "num_heads", "rank"):
             value = getattr(self, name)
@@ -132,9 +138,9 @@ class MHRConfig:
 
     @property
     def scale(self) -> float:
-        """`alpha / rank`, by which the update is multiplied once; 1 for (IA)^3."""
+        """`alpha / rank`, by which the update is multiplied once."""
         assert self.alpha is not None
-        return 1.0 if self.adapter == "ia3" else self.alpha / self.rank
+        return self.alpha / self.rank
 
     @property
     def has_router(self) -> bool:

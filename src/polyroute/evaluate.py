@@ -5,10 +5,11 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import datasets
+import numpy as np
 from tqdm.auto import tqdm
 
 from polyroute.errors import InputError
-from polyroute.examples import encoded
+from polyroute.examples import encoded, prompt_lengths
 from polyroute.kinds import ModelKind
 from polyroute.metrics import baselines, mean_and_error, text_metric
 from polyroute.model import RoutedModel
@@ -139,8 +140,7 @@ def score_rows(
 
 def _batches(rows: datasets.Dataset, batch_size: int, route: str) -> Iterator[list[dict[str, Any]]]:
     """Rows in batches of similar length, so that little is padding; `index` is the row's place."""
-    lengths = [len(ids) for ids in rows["prompt_ids"]]
-    order = sorted(range(len(rows)), key=lengths.__getitem__)
+    order = np.argsort(prompt_lengths(rows), kind="stable").tolist()
     for start in range(0, len(rows), batch_size):
         chosen = order[start : start + batch_size]
         yield [{**rows[i], "task": route, "index": i} for i in chosen]

@@ -4,12 +4,15 @@ from collections.abc import Sequence
 
 import datasets
 import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.compute as pc
 from tqdm.auto import tqdm
 
 from polyroute.kinds import ModelKind
 from polyroute.suites import Suite, quiet_datasets
 
-__all__ = ["encoded", "encoded_mixture", "task_sizes"]
+__all__ = ["encoded", "encoded_mixture", "prompt_lengths", "task_sizes"]
 
 
 def encoded(suite: Suite, task: str, split: str, kind: ModelKind) -> datasets.Dataset:
@@ -35,6 +38,18 @@ def encoded_mixture(
 
 def task_sizes(rows: datasets.Dataset) -> list[int]:
     """How many consecutive rows each task has, in order of appearance."""
-    names = np.asarray(rows.with_format("numpy", columns=["task"])["task"])
-    starts = np.flatnonzero(np.r_[True, names[1:] != names[:-1]])
-    return [int(n) for n in np.diff(np.r_[starts, len(names)])]
+    names = _arrow_column(rows, "task")
+    ends = pc.run_end_encode(names).run_ends.to_numpy()
+    return [int(n) for n in np.diff(ends, prepend=0)]
+
+
+def prompt_lengths(rows: datasets.Dataset) -> npt.NDArray[np.int64]:
+    """Tokens of every prompt, `[rows]`."""
+    lengths = pc.list_value_length(_arrow_column(rows, "prompt_ids"))
+    return np.asarray(lengths.to_numpy(), dtype=np.int64)
+
+
+def _arrow_column(rows: datasets.Dataset, name: str) -> pa.Array:
+    # In Arrow throughout: a column of a large corpus is never a list of Python objects.
+    column = rows.select_columns([name]).with_format("arrow")[:][name]
+    return column.combine_chunks() if isinstance(column, pa.ChunkedArray) else column

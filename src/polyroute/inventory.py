@@ -54,7 +54,7 @@ class Inventory(nn.Module):
         super().__init__()
         self.heads = config.heads
         self.num_skills = num_skills
-        self.rank = 1 if config.adapter == "ia3" else config.rank
+        self.rank = config.rank
         self.scale = config.scale
         self.adapter = config.adapter
         self.init = config.init

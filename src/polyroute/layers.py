@@ -48,6 +48,10 @@ class Routing(threading.local):
         self.is_open = False
         self.route: Route | None = None
         self.mixture: Mixture | None = None
+        # The layer that prepared the mixture because a part of the model was called on its own:
+        # when it is reached again, that is another forward.
+        self.prepared_by: int | None = None
+        self.is_recomputing = False
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "Routing":
         return Routing()
@@ -60,20 +64,30 @@ class RouteScope(AbstractContextManager[None]):
     """Opens a route, and closes it again also after an error; scopes nest."""
 
     def __init__(
-        self, routing: Routing, route: Route | None, mixture: Mixture | None = None
+        self,
+        routing: Routing,
+        route: Route | None,
+        mixture: Mixture | None = None,
+        *,
+        is_recomputing: bool = False,
     ) -> None:
         self.routing = routing
-        self.inner = (True, route, mixture)
-        self.outer: list[tuple[bool, Route | None, Mixture | None]] = []
+        self.inner: dict[str, Any] = {
+            "is_open": True,
+            "route": route,
+            "mixture": mixture,
+            "prepared_by": None,
+            "is_recomputing": is_recomputing,
+        }
+        self.outer: list[dict[str, Any]] = []
 
     def __enter__(self) -> None:
         state = self.routing
-        self.outer.append((state.is_open, state.route, state.mixture))
-        state.is_open, state.route, state.mixture = self.inner
+        self.outer.append({name: getattr(state, name) for name in self.inner})
+        state.__dict__.update(self.inner)
 
     def __exit__(self, *_: object) -> None:
-        state = self.routing
-        state.is_open, state.route, state.mixture = self.outer.pop()
+        self.routing.__dict__.update(self.outer.pop())
 
 
 class RoutedLayer(nn.Module):
@@ -122,8 +136,9 @@ class RoutedLayer(nn.Module):
         """
         if self.is_merged:
             return self.base_layer(x, *args, **kwargs)  # type: ignore[no-any-return]
-        mixture = self.routing.mixture
-        if mixture is None:
+        state = self.routing
+        mixture = state.mixture
+        if mixture is None or state.prepared_by == self.index or self._is_astray(state):
             mixture = self._prepare()
         if not mixture.factors:
             return self.base_layer(x, *args, **kwargs)  # type: ignore[no-any-return]
@@ -135,12 +150,23 @@ class RoutedLayer(nn.Module):
         a, b = factors
         return apply_lora(self.base_layer, x, a, b, self.dropout if self.training else 0.0)
 
+    @staticmethod
+    def _is_astray(state: Routing) -> bool:
+        # Backward recomputes a checkpointed block, and the open route need not be its own.
+        return (
+            not torch.compiler.is_compiling()
+            and torch._C._current_graph_task_id() != -1
+            and not state.is_recomputing
+        )
+
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def _prepare(self) -> Mixture:
         # The model prepares before its forward; a part called on its own (the encoder, by
         # `generate`) does it here, at the first layer.
         assert self.routing.prepare is not None
-        return self.routing.prepare()
+        mixture = self.routing.prepare()
+        self.routing.prepared_by = self.index
+        return mixture
 
     def _check_rows(self, x: Tensor, num_examples: int) -> None:
         if not self.takes_any_rows:

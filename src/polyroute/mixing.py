@@ -2,12 +2,13 @@
 
 from collections import OrderedDict
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
 
 from polyroute.config import MHRConfig
+from polyroute.errors import InputError
 from polyroute.inventory import Factors, Inventory
 from polyroute.layers import Mixture, Route
 from polyroute.routes import MU_ROW, Routes
@@ -23,7 +24,7 @@ class Mixer(nn.Module):
     """Mixes, once per forward, the skills of all layers for the distinct tasks of the batch.
 
     Without gradients the mixture is kept until a parameter changes (in place, by a load, or by a
-    move to another device).
+    move to another device) or `train` or `eval` is called.
 
     Attributes:
         anneal_progress: 0 routes as learned, 1 uniformly; a trainer sets it.
@@ -61,6 +62,11 @@ class Mixer(nn.Module):
     def routes(self) -> Routes:
         """The table that says how."""
         return self._parts[1]
+
+    def train(self, mode: bool = True) -> Self:
+        """Switch the mode, and forget what was mixed: `.data` may be written without a trace."""
+        self._cache.clear()
+        return super().train(mode)
 
     def mixture(self, route: Route, *, training: bool) -> Mixture:
         """What the layers apply for a batch with these tasks.
@@ -149,6 +155,8 @@ class Mixer(nn.Module):
         if MU_ROW not in rows:
             return None, torch.tensor(rows, device=device)
         num_skills = self.inventory.num_skills
+        if num_skills == 0:
+            raise InputError("no private adapter is left to average: add a task first")
         mean = torch.full((num_skills,), 1.0 / num_skills)
         own = torch.eye(num_skills)
         by_row = torch.stack([mean if row == MU_ROW else own[row] for row in rows]).to(device)

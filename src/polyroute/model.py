@@ -60,13 +60,18 @@ def attach(
     """
     if isinstance(tasks, str):
         raise InputError(f"tasks must be a list of names, not the single string {tasks!r}")
+    tasks = tuple(tasks)
+    if config.method == "private" and not tasks:
+        raise InputError("method='private' has one skill per task: name at least one task")
     for name, module in base_model.named_modules():
         if isinstance(module, RoutedLayer | RoutedModel):
             raise InputError(
                 f"layer {name!r} carries an inventory already; call unload() on the routed model"
             )
-    found = find_sites(base_model, config) if sites is None else named_sites(base_model, sites)
-    return RoutedModel(base_model, config, found, tuple(tasks))
+    found = (
+        find_sites(base_model, config) if sites is None else named_sites(base_model, sites, config)
+    )
+    return RoutedModel(base_model, config, found, tasks)
 
 
 def from_pretrained(
@@ -192,6 +197,8 @@ class RoutedModel(nn.Module):
             return None
         if isinstance(tasks, str | int):
             return Route((self.routes.row(tasks),), per_example=False)
+        if hasattr(tasks, "__array__") and not isinstance(tasks, Tensor):
+            tasks = torch.as_tensor(tasks)
         if isinstance(tasks, Tensor):
             if tasks.is_floating_point() or tasks.dtype == torch.bool or tasks.dim() > 1:
                 raise InputError(
@@ -279,7 +286,7 @@ class RoutedModel(nn.Module):
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def _start_forward(self) -> None:
         if self.merged_task is None:
-            self._routing.mixture = None
+            self._routing.mixture = self._routing.prepared_by = None
             self._prepare()
 
     def _prepare(self) -> Mixture:
@@ -329,7 +336,7 @@ class RoutedModel(nn.Module):
     ) -> tuple[AbstractContextManager[Any], AbstractContextManager[Any]]:
         """The `context_fn` of `torch.utils.checkpoint` under which recomputation sees its route."""
         state = self._routing
-        return nullcontext(), RouteScope(state, state.route, state.mixture)
+        return nullcontext(), RouteScope(state, state.route, state.mixture, is_recomputing=True)
 
     def activation_checkpointing_enable(
         self, activation_checkpointing_kwargs: Mapping[str, Any] | None = None, **kwargs: Any
@@ -431,6 +438,8 @@ class RoutedModel(nn.Module):
                 f"phase 'z' trains routing, and method {self.adapter_config.method!r} with "
                 f"{len(self.routes)} tasks has none; use 'full' or 'mu'"
             )
+        if phase.startswith("mu") and self.inventory.num_skills == 0:
+            raise InputError("no private adapter is left to average: add a task first")
         if phase == "mu":
             self._collapse()
         elif phase == "mu-uncollapsed":
@@ -558,6 +567,7 @@ class RoutedModel(nn.Module):
         description = {
             "config": self.adapter_config.to_dict(),
             "num_skills": self.inventory.num_skills,
+            "anneal_progress": self.mixer.anneal_progress,
             "base": {
                 "name": getattr(getattr(self.base_model, "config", None), "_name_or_path", None),
                 "class": type(self.base_model).__name__,
@@ -593,8 +603,13 @@ class RoutedModel(nn.Module):
         """Build a routed model from a saved inventory; see `from_pretrained`."""
         description = checkpoint.description
         sites = description["sites"]
+        router_of = {site["name"]: description["routers"][site["router"]] for site in sites}
+        values = dict(description["config"])
+        granularity = values.pop("granularity")
+        # The saved assignment of layers to routers, whatever rule made it, holds.
+        config = replace(MHRConfig.from_dict(values), granularity=router_of.__getitem__)
         try:
-            found = named_sites(base_model, [site["name"] for site in sites])
+            found = named_sites(base_model, list(router_of), config)
         except InputError as error:
             raise InputError(f"{source} belongs to another base model: {error}") from error
         for site, saved in zip(found, sites, strict=True):
@@ -608,12 +623,6 @@ class RoutedModel(nn.Module):
                     f"{source} belongs to another base model: the weights of layer {site.name!r} "
                     "differ from those it was trained on (check_base=False loads it all the same)"
                 )
-        router_of = {site["name"]: description["routers"][site["router"]] for site in sites}
-        values = dict(description["config"])
-        granularity = values.pop("granularity")
-        config = MHRConfig.from_dict(values)
-        # The saved assignment, whatever rule made it, holds.
-        config = replace(config, granularity=router_of.__getitem__)
         model = attach(base_model, config, description["tasks"], sites=[s.name for s in found])
         if granularity != "custom":
             model.adapter_config = model.mixer.config = replace(config, granularity=granularity)
@@ -632,10 +641,19 @@ class RoutedModel(nn.Module):
         Raises:
             InputError: the checkpoint has other tasks, layers or sizes.
         """
-        checkpoint = read_checkpoint(folder)
+        if self.merged_task is not None:
+            raise InputError(f"the model is merged with {self.merged_task!r}; call unmerge() first")
+        checkpoint, source = read_checkpoint(folder), os.fspath(folder)
         if tuple(checkpoint.description["tasks"]) != self.tasks:
-            raise InputError(f"{os.fspath(folder)} holds other tasks than this model")
-        self._load_tensors(checkpoint, os.fspath(folder))
+            raise InputError(f"{source} holds other tasks than this model")
+        here, there = self.adapter_config.to_dict(), checkpoint.description["config"]
+        for name in ("method", "adapter", "alpha", "rank", "gate", "normalization", "shared_skill"):
+            if here[name] != there[name]:
+                raise InputError(
+                    f"{source} has {name}={there[name]!r} and this model {name}={here[name]!r}; "
+                    "use polyroute.from_pretrained to load another inventory"
+                )
+        self._load_tensors(checkpoint, source)
 
     @torch.no_grad()
     def _load_tensors(self, checkpoint: Checkpoint, source: str) -> None:
@@ -662,6 +680,7 @@ class RoutedModel(nn.Module):
                 )
         for name, tensor in expected.items():
             tensor.copy_(saved[name])
+        self.mixer.anneal_progress = float(checkpoint.description.get("anneal_progress", 0.0))
 
     def export_peft(self, task: str, folder: str | os.PathLike[str]) -> None:
         """Write one task, or `"mu"`, as an ordinary PEFT adapter that computes the same.

@@ -1,5 +1,6 @@
 """The routing table: one row of logits per task, found by name."""
 
+import operator
 from collections.abc import Iterable, Iterator, Sequence
 
 import torch
@@ -93,8 +94,9 @@ class Routes(nn.Module):
             if task not in self._rows:
                 raise InputError(f"unknown task {task!r}: {did_you_mean(task, self._rows)}")
             return self._rows[task]
-        if isinstance(task, bool) or not isinstance(task, int):
+        if isinstance(task, bool) or not hasattr(task, "__index__"):
             raise InputError(f"a task is a name or a row number, not {task!r}")
+        task = operator.index(task)
         if not 0 <= task < len(self._rows):
             raise InputError(
                 f"task id {task} is out of range: there are {len(self._rows)} tasks, counted from 0"

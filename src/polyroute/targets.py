@@ -90,15 +90,7 @@ def find_sites(model: nn.Module, config: MHRConfig) -> list[Site]:
         InputError: nothing matches, one of several name endings matches nothing, a target is not
             linear or cannot be adapted, or `num_heads` does not divide a width.
     """
-    places: dict[int, list[str]] = {}
-    for name, module in model.named_modules(remove_duplicate=False):
-        places.setdefault(id(module), []).append(name)
-    inside_attention = {
-        id(child)
-        for module in model.modules()
-        if isinstance(module, nn.MultiheadAttention)
-        for child in module.modules()
-    }
+    places, inside_attention = _places(model), _inside_attention(model)
     output = _output_embedding(model)
     target, exclude = config.target_modules, config.exclude_modules
     try:
@@ -127,30 +119,52 @@ def find_sites(model: nn.Module, config: MHRConfig) -> list[Site]:
                 + (" inside nn.MultiheadAttention" if widths else "")
                 + ", which cannot be adapted; name linear layers in target_modules"
             )
-        site = Site(name, module, *widths, places=tuple(places[id(module)]))
+        site = Site(name, module, *widths, places=places[id(module)])
         _check_heads(site, config)
         sites.append(site)
     return sites
 
 
-def named_sites(model: nn.Module, names: Sequence[str]) -> list[Site]:
+def named_sites(model: nn.Module, names: Sequence[str], config: MHRConfig) -> list[Site]:
     """The sites of exactly these layers, in this order.
 
     Raises:
-        InputError: the model has no such linear layer.
+        InputError: no names or a repeated one, the model has no such linear layer, or `num_heads`
+            does not divide a width.
     """
-    places: dict[int, list[str]] = {}
+    if not names or len(set(names)) != len(names):
+        raise InputError("sites must name at least one layer, and each layer once")
     modules = dict(model.named_modules(remove_duplicate=False))
-    for name, module in modules.items():
-        places.setdefault(id(module), []).append(name)
+    attention = _inside_attention(model)
+    places = _places(model)
     sites = []
     for name in names:
         module = modules.get(name)
-        widths = _widths(module) if module is not None else None
+        widths = _widths(module) if module is not None and id(module) not in attention else None
         if module is None or widths is None:
-            raise InputError(f"{type(model).__name__} has no linear layer {name!r}")
-        sites.append(Site(name, module, *widths, places=tuple(places[id(module)])))
+            raise InputError(f"{type(model).__name__} has no linear layer {name!r} to adapt")
+        site = Site(name, module, *widths, places=places[id(module)])
+        _check_heads(site, config)
+        sites.append(site)
     return sites
+
+
+def _places(model: nn.Module) -> dict[int, tuple[str, ...]]:
+    """Every name of every module, by its identity."""
+    places: dict[int, tuple[str, ...]] = {}
+    for name, module in model.named_modules(remove_duplicate=False):
+        places[id(module)] = (*places.get(id(module), ()), name)
+    return places
+
+
+def _inside_attention(model: nn.Module) -> set[int]:
+    """Modules that torch's fused attention reads past, so that a wrapper there would do nothing."""
+    return {
+        id(child)
+        for module in model.modules()
+        if isinstance(module, nn.MultiheadAttention)
+        for child in module.modules()
+    }
 
 
 def find_endings(model: nn.Module, sites: Sequence[Site]) -> list[str]:

@@ -129,6 +129,7 @@ def _train(
         report_to="none",
         use_cpu=True,
         disable_tqdm=True,
+        log_level="warning",
     )
     trainer = MultiTaskTrainer(model, kind, arguments, encoded_mixture(suite, tasks, "train", kind))
     trainer.remove_callback(_printer())

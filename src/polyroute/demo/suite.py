@@ -344,7 +344,7 @@ def write_suite(
         task.name: {
             "category": _CATEGORIES[task.skills[1]],
             "choices": False,
-            "metric": "exact_match",
+            "metric": "strict_match",
             "role": task.role,
         }
         for task in TASKS
