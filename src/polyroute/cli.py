@@ -93,6 +93,9 @@ def train(
     ],
     data: Data,
     out: Annotated[Path, typer.Option(help="Folder of the run.")],
+    dtype: Annotated[
+        str, typer.Option(help="Of the base model: float32, bfloat16 or float16.")
+    ] = "float32",
     tasks: TaskNames = None,
     method: Annotated[str, typer.Option(help="mhr, poly, shared or private.")] = "mhr",
     adapter: Annotated[str, typer.Option(help="lora or ia3.")] = "lora",

@@ -71,7 +71,7 @@ def train_run(options: Mapping[str, Any]) -> None:
         dropout=options["dropout"],
     )
     suite = open_suite(options["data"])
-    base, tokenizer = load_base(options["model"])
+    base, tokenizer = load_base(options["model"], dtype=options["dtype"])
     kind = kind_of(
         base, tokenizer, max_input=options["max_input"], max_target=options["max_target"]
     )
@@ -312,7 +312,7 @@ def _base_of(run: str | os.PathLike[str]) -> tuple[Any, ModelKind]:
         name, lengths = config["model"], (config["max_input"], config["max_target"])
     except KeyError as error:
         raise InputError(f"{run} was not written by `polyroute train`") from error
-    base, tokenizer = load_base(name)
+    base, tokenizer = load_base(name, dtype=config.get("dtype", "float32"))
     return base, kind_of(base, tokenizer, max_input=lengths[0], max_target=lengths[1])
 
 
