@@ -36,8 +36,9 @@ class LinearLoRA(torch.autograd.Function):
         return y
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        if torch.is_grad_enabled():
+            return _backward_once(LinearLoRA, ctx, dy)
         x, weight, a, b, z = ctx.saved_tensors
         need_x, _, _, need_a, need_b = ctx.needs_input_grad
         dz = F.linear(dy, b)
@@ -60,8 +61,9 @@ class LinearLoRAPerExample(torch.autograd.Function):
         return y
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        if torch.is_grad_enabled():
+            return _backward_once(LinearLoRAPerExample, ctx, dy)
         x, weight, a, b, z = ctx.saved_tensors
         need_x, _, _, need_a, need_b = ctx.needs_input_grad
         dz = torch.bmm(dy, b.transpose(1, 2))
@@ -71,26 +73,38 @@ class LinearLoRAPerExample(torch.autograd.Function):
         return dx, None, None, da, db
 
 
-def _owns_arithmetic(base: nn.Module, x: Tensor, a: Tensor) -> bool:
-    """Whether base(x) is exactly x W^T + c with frozen plain weights, so that we may compute it."""
+def _backward_once(function: Any, ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+    # Under create_graph=True: gradients that refuse to be differentiated again. The decorator is
+    # not on backward itself because its no_grad block costs each layer more than a skinny product.
+    once: Any = once_differentiable(function.backward)
+    return once(ctx, dy)  # type: ignore[no-any-return]
+
+
+def _plain_weights(base: nn.Module, x: Tensor, a: Tensor) -> tuple[Tensor, Tensor | None] | None:
+    """W and c where base(x) is exactly x W^T + c, frozen and plain, so that we may compute it."""
     if torch.compiler.is_compiling():  # the compiler fuses the plain path by itself
-        return False
-    weight = getattr(base, "weight", None)
-    return (
-        (type(base) is nn.Linear or type(base).__name__ == "Conv1D")
-        and isinstance(weight, Tensor)
-        and type(weight) in (Tensor, nn.Parameter)
-        and not weight.requires_grad
-        and (base.bias is None or not base.bias.requires_grad)
-        and x.dtype == weight.dtype == a.dtype
-        and not torch.is_autocast_enabled(x.device.type)
+        return None
+    kind = type(base)
+    if kind is not nn.Linear and kind.__name__ != "Conv1D":
+        return None
+    # From the dictionary: attribute look-up of parameters is slow, and every layer comes by here.
+    weight = base._parameters.get("weight")
+    bias = base._parameters.get("bias")
+    if (
+        type(weight) is not nn.Parameter
+        or weight.requires_grad
+        or (bias is not None and bias.requires_grad)
+        or not x.dtype == weight.dtype == a.dtype
+        or torch.is_autocast_enabled(x.device.type)
         # Hooks and replaced forwards (offloading, observers) must see the call.
-        and not base._forward_hooks
-        and not base._forward_pre_hooks
-        and not base._backward_hooks
-        and not base._backward_pre_hooks
-        and "forward" not in base.__dict__
-    )
+        or base._forward_hooks
+        or base._forward_pre_hooks
+        or base._backward_hooks
+        or base._backward_pre_hooks
+        or "forward" in base.__dict__
+    ):
+        return None
+    return (weight if kind is nn.Linear else weight_matrix(base)), bias
 
 
 def apply_lora(base: nn.Module, x: Tensor, a: Tensor, b: Tensor, dropout: float) -> Tensor:
@@ -106,10 +120,12 @@ def apply_lora(base: nn.Module, x: Tensor, a: Tensor, b: Tensor, dropout: float)
     """
     one_task = a.dim() == 2
     rows = (-1, x.shape[-1]) if one_task else (a.shape[0], -1, x.shape[-1])
-    if not dropout and _owns_arithmetic(base, x, a):
-        weight, bias = weight_matrix(base), base.bias
-        assert bias is None or isinstance(bias, Tensor)
-        flat = x.reshape(rows)
+    plain = None if dropout else _plain_weights(base, x, a)
+    if plain is not None:
+        weight, bias = plain
+        # Even a view that changes nothing is two nodes of the graph.
+        is_flat = x.dim() == a.dim() and (one_task or x.shape[0] == a.shape[0])
+        flat = x if is_flat else x.reshape(rows)
         if torch.is_grad_enabled() and (x.requires_grad or a.requires_grad or b.requires_grad):
             function = LinearLoRA if one_task else LinearLoRAPerExample
             y: Tensor = function.apply(flat, weight, bias, a, b)  # type: ignore[no-untyped-call]
@@ -118,7 +134,7 @@ def apply_lora(base: nn.Module, x: Tensor, a: Tensor, b: Tensor, dropout: float)
         else:
             z = torch.bmm(flat, a.transpose(1, 2))
             y = F.linear(flat, weight, bias).baddbmm_(z, b)
-        return y.view(*x.shape[:-1], y.shape[-1])
+        return y if is_flat else y.view(*x.shape[:-1], y.shape[-1])
     y = base(x)
     h = F.dropout(x, dropout) if dropout else x
     if not torch.is_autocast_enabled(x.device.type):

@@ -134,21 +134,23 @@ class RoutedLayer(nn.Module):
         Raises:
             InputError: no route is open, or the rows cannot belong to the route's examples.
         """
+        base = self._modules["base_layer"]  # self.base_layer, past two slow look-ups
+        assert base is not None
         if self.is_merged:
-            return self.base_layer(x, *args, **kwargs)  # type: ignore[no-any-return]
+            return base(x, *args, **kwargs)  # type: ignore[no-any-return]
         state = self.routing
         mixture = state.mixture
         if mixture is None or state.prepared_by == self.index or self._is_astray(state):
             mixture = self._prepare()
         if not mixture.factors:
-            return self.base_layer(x, *args, **kwargs)  # type: ignore[no-any-return]
+            return base(x, *args, **kwargs)  # type: ignore[no-any-return]
         if mixture.num_examples is not None:
             self._check_rows(x, mixture.num_examples)
         factors = mixture.factors[self.index]
         if len(factors) == 1:
-            return apply_ia3(self.base_layer, x, factors[0])
+            return apply_ia3(base, x, factors[0])
         a, b = factors
-        return apply_lora(self.base_layer, x, a, b, self.dropout if self.training else 0.0)
+        return apply_lora(base, x, a, b, self.dropout if self.training else 0.0)
 
     @staticmethod
     def _is_astray(state: Routing) -> bool:
