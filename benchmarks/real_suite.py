@@ -18,10 +18,11 @@ import statistics
 from pathlib import Path
 from typing import Any
 
-from polyroute.checkpoint import write_json
 from polyroute.cli import main as polyroute
+from polyroute.files import write_json
 from polyroute.runs import machine
-from polyroute.suites import held_out_tasks, open_suite
+from polyroute.suite import held_out_tasks
+from polyroute.suites import open_suite
 
 METHODS = {
     "shared": [],

@@ -9,7 +9,7 @@ from models import TASKS, Stack, batch, llama, routed, stack, t5
 from safetensors.torch import load_file, save_file
 
 from polyroute import InputError, MHRConfig, attach, from_pretrained
-from polyroute.checkpoint import make_folder
+from polyroute.files import make_folder
 
 FILES = {"polyroute.json", "inventory.safetensors", "routes.safetensors"}
 
@@ -294,7 +294,7 @@ def test_a_folder_without_write_permission_is_refused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # The superuser may write everywhere, so the answer of the system is replaced.
-    monkeypatch.setattr("polyroute.checkpoint.os.access", lambda *_: False)
+    monkeypatch.setattr("polyroute.files.os.access", lambda *_: False)
     with pytest.raises(InputError, match=r"cannot write to the folder .*; check its permissions"):
         make_folder(tmp_path)
 
@@ -307,7 +307,7 @@ def test_a_failed_write_leaves_the_old_files_and_no_temporary_ones(
     def fail(*_: object) -> None:
         raise OSError("disk full")
 
-    monkeypatch.setattr("polyroute.checkpoint.os.replace", fail)
+    monkeypatch.setattr("polyroute.files.os.replace", fail)
     with pytest.raises(OSError, match="disk full"):
         routed(stack(), seed=9).save_pretrained(saved)
     assert {path.name: path.read_bytes() for path in saved.iterdir()} == before

@@ -39,22 +39,22 @@ def test_factors_are_the_blocks_mixed_head_by_head(
     heads: int, skills: int, rank: int, alpha: float
 ) -> None:
     model = routed(stack(), num_heads=heads, num_skills=skills, rank=rank, alpha=alpha)
-    for site, (a, b) in enumerate(model.factors_of("birch")):
+    for site, factors in enumerate(model.factors_of("birch")):
         tensors = model.inventory.site_tensors(site)
         w = reference.weights(model.routes["birch"][site].double())
         mixed_a = reference.mix(tensors["lora_a"].double(), w, axis=0)
         mixed_b = reference.mix(tensors["lora_b"].double(), w, axis=1) * alpha / rank
-        assert relative_error(a, mixed_a.t()) < 1e-6
-        assert relative_error(b, mixed_b) < 1e-6
+        assert relative_error(factors.a, mixed_a.t()) < 1e-6
+        assert relative_error(factors.b, mixed_b) < 1e-6
 
 
 @pytest.mark.parametrize("heads", [1, 4, 8])
 def test_ia3_factors_are_the_blocks_mixed_head_by_head(heads: int) -> None:
     model = routed(stack(), num_heads=heads, adapter="ia3")
-    for site, (scale,) in enumerate(model.factors_of("cedar")):
+    for site, factors in enumerate(model.factors_of("cedar")):
         skills = model.inventory.site_tensors(site)["ia3"].double()
         w = reference.weights(model.routes["cedar"][site].double())
-        assert relative_error(scale, reference.mix(skills, w, axis=1)) < 1e-6
+        assert relative_error(factors.scale, reference.mix(skills, w, axis=1)) < 1e-6
 
 
 def test_skills_are_named_and_shaped_as_in_the_published_layout() -> None:
@@ -77,7 +77,7 @@ def test_layers_of_one_shape_keep_skills_of_their_own() -> None:
 
 def test_heads_do_not_raise_the_rank() -> None:
     model = routed(stack(narrow=16, wide=32), num_heads=8, rank=2)
-    a, b = model.factors_of("amber")[0]
+    a, b = vars(model.factors_of("amber")[0]).values()
     assert int(torch.linalg.matrix_rank(b.t().double() @ a.double(), rtol=1e-5)) == 2
 
 
@@ -135,7 +135,7 @@ def test_a_private_task_uses_exactly_its_own_skill(adapter: Any, rank: int) -> N
             own = [t[0, row] for t in tensors.values()]
             if adapter == "lora":
                 own[0] = own[0].t()
-            assert all(torch.equal(f, o) for f, o in zip(factors, own, strict=True))
+            assert all(torch.equal(f, o) for f, o in zip(vars(factors).values(), own, strict=True))
 
 
 @pytest.mark.parametrize(("method", "adapter"), ALL)
@@ -145,7 +145,7 @@ def test_mu_is_the_plain_mean_of_the_skills(method: Any, adapter: Any) -> None:
         tensors = list(model.inventory.site_tensors(site).values())
         w = reference.uniform(model.inventory.heads, model.inventory.num_skills)
         axes = [0, 1] if adapter == "lora" else [1]
-        for factor, skills, axis in zip(factors, tensors, axes, strict=True):
+        for factor, skills, axis in zip(vars(factors).values(), tensors, axes, strict=True):
             mixed = reference.mix(skills.double(), w, axis)
             assert relative_error(factor, mixed.t() if axis == 0 else mixed) < 1e-6
 

@@ -14,18 +14,23 @@ FOLDER = Path(polyroute.__file__).parent
 # Each module may import only those before it.
 ORDER = (
     "errors",
+    "files",
     "config",
     "targets",
+    "kernels",
+    "factors",
     "routing",
     "inventory",
     "routes",
-    "kernels",
+    "scope",
     "layers",
     "mixing",
     "merging",
     "checkpoint",
     "peft_export",
+    "report",
     "model",
+    "build",
 )
 ALLOWED = {"torch", "safetensors", "polyroute"} | set(sys.stdlib_module_names)
 

@@ -180,7 +180,7 @@ def test_a_model_uses_the_weights_of_its_variant(values: dict[str, Any]) -> None
     z = model.routes["cedar"]
     expected = skill_weights(z[None], model.adapter_config, training=False)[0]
     torch.testing.assert_close(model.weights_of("cedar"), expected)
-    a = model.factors_of("cedar")[0][0]
+    a = model.factors_of("cedar")[0].a
     skills = model.inventory.site_tensors(0)["lora_a"].double()
     mixed = reference.mix(skills, expected[0].double(), axis=0).t()
     assert relative_error(a, mixed) < 1e-6

@@ -8,20 +8,22 @@ import datasets
 import pytest
 
 from polyroute.errors import InputError
+from polyroute.jsonl import JsonlSuite
 from polyroute.metrics import text_metric
-from polyroute.suites import (
+from polyroute.routes import MU
+from polyroute.suite import (
     METRICS,
+    RESERVED_TASK,
     SPLITS,
-    JsonlSuite,
     Suite,
     TaskInfo,
     check_tasks,
     held_out_tasks,
-    open_suite,
     prompt,
     training_tasks,
     validate,
 )
+from polyroute.suites import open_suite
 
 SHARED = Path(os.environ.get("POLYROUTE_SHARED", Path(__file__).parents[2] / "shared"))
 COLUMNS = ["task", "instruction", "input", "target", "choices"]
@@ -214,7 +216,7 @@ def test_a_wrong_selection_is_refused(
     [("Add.", "1 2", "Add.\n1 2"), ("Add.", "", "Add."), ("", "1 2", "1 2"), ("", "", "")],
 )
 def test_a_prompt_leaves_out_an_empty_line(instruction: str, text: str, expected: str) -> None:
-    assert prompt({"instruction": instruction, "input": text}) == expected
+    assert prompt(instruction, text) == expected
 
 
 SURROGATE = lines(record(input="x")).replace('"x"', '"\\ud83d"')
@@ -338,6 +340,10 @@ def test_names_that_differ_in_case_alone_are_refused(folder: Path, names: tuple[
         pytest.skip("this file system ignores case")
     with pytest.raises(InputError, match="the same task but for upper and lower case"):
         JsonlSuite(folder)
+
+
+def test_the_reserved_name_is_what_the_core_calls_the_average() -> None:
+    assert RESERVED_TASK == MU
 
 
 @pytest.mark.parametrize("name", ["mu", "Mu"])

@@ -7,9 +7,10 @@ with model.route(["mnli", "snips_intent"]):
 
 from typing import TYPE_CHECKING, Any
 
+from polyroute.build import attach, from_pretrained
 from polyroute.config import MHRConfig
 from polyroute.errors import InputError
-from polyroute.model import RoutedModel, attach, from_pretrained
+from polyroute.model import RoutedModel
 
 if TYPE_CHECKING:
     from polyroute.trainer import MultiTaskTrainer, MultiTaskTrainingArguments

@@ -16,7 +16,7 @@ from polyroute.examples import encoded
 from polyroute.kinds import ModelKind
 from polyroute.model import Phase, RoutedModel
 from polyroute.sampling import draw_few_shot
-from polyroute.suites import Suite
+from polyroute.suite import Suite
 
 __all__ = ["AdaptSettings", "Adapted", "adapt", "adapt_task", "begin_task"]
 

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from polyroute.checkpoint import Checkpoint
 from polyroute.config import MHRConfig
-from polyroute.routing import skill_weights
+from polyroute.routing import anneal, skill_weights
 
 __all__ = ["describe_checkpoint", "route_similarity", "routing_entropy", "saved_weights"]
 
@@ -24,7 +24,8 @@ def saved_weights(checkpoint: Checkpoint) -> Tensor | None:
         config.heads,
         int(checkpoint.description["num_skills"]),
     )
-    return skill_weights(checkpoint.rows.view(shape).float(), config, training=False)
+    weights = skill_weights(checkpoint.rows.view(shape).float(), config, training=False)
+    return anneal(weights, float(checkpoint.description.get("anneal_progress", 0.0)))
 
 
 def route_similarity(weights: Tensor) -> Tensor:

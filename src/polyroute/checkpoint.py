@@ -8,30 +8,17 @@ The factors are in the layout of the published checkpoints, one tensor per layer
 programs can read them. Nothing here is ever unpickled.
 """
 
-import json
 import os
-import tempfile
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from polyroute.errors import InputError
+from polyroute.files import make_folder, read_json, read_tensors, write_json, write_tensors
 
-__all__ = [
-    "Checkpoint",
-    "make_folder",
-    "read_checkpoint",
-    "read_json",
-    "read_tensors",
-    "write_checkpoint",
-    "write_json",
-    "write_tensors",
-]
+__all__ = ["Checkpoint", "read_checkpoint", "write_checkpoint"]
 
 FORMAT = 1
 DESCRIPTION = "polyroute.json"
@@ -109,87 +96,3 @@ def _is_whole(description: dict[str, Any]) -> bool:
             for site in description["sites"]
         )
     )
-
-
-def make_folder(folder: str | os.PathLike[str]) -> Path:
-    """Create the folder and its parents.
-
-    Raises:
-        InputError: a file is in the way, or the place cannot be written.
-    """
-    path = Path(folder)
-    if path.exists() and not path.is_dir():
-        raise InputError(f"{path} is a file; name a folder to write to")
-    try:
-        path.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise InputError(f"cannot create the folder {path}: {error.strerror}") from error
-    if not os.access(path, os.W_OK):
-        raise InputError(f"cannot write to the folder {path}; check its permissions")
-    return path
-
-
-def write_json(path: Path, value: object) -> None:
-    """Write readable JSON, whole or not at all."""
-    _replace(path, (json.dumps(value, indent=1, ensure_ascii=False) + "\n").encode())
-
-
-def read_json(path: Path) -> Any:
-    """Read JSON.
-
-    Raises:
-        InputError: the file is missing, unreadable or not JSON.
-    """
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise InputError(f"{path} does not exist") from error
-    except OSError as error:
-        raise InputError(f"cannot read {path}: {error.strerror}") from error
-    except ValueError as error:
-        raise InputError(f"{path} is not valid JSON: {error}") from error
-
-
-def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
-    """Write a safetensors file, whole or not at all."""
-    contiguous = {name: t.detach().contiguous().cpu() for name, t in tensors.items()}
-    temporary = _temporary_beside(path)
-    try:
-        save_file(contiguous, temporary, metadata={"format": "pt"})
-        os.replace(temporary, path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
-
-
-def read_tensors(path: Path) -> dict[str, Tensor]:
-    """Read a safetensors file.
-
-    Raises:
-        InputError: the file is missing, truncated or of another kind.
-    """
-    if not path.is_file():
-        raise InputError(f"{path} does not exist")
-    try:
-        return load_file(path)
-    except (SafetensorError, OSError, ValueError) as error:
-        raise InputError(f"{path} is not a whole safetensors file: {error}") from error
-
-
-def _replace(path: Path, content: bytes) -> None:
-    temporary = _temporary_beside(path)
-    try:
-        temporary.write_bytes(content)
-        os.replace(temporary, path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
-
-
-def _temporary_beside(path: Path) -> Path:
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    os.close(handle)
-    umask = os.umask(0)
-    os.umask(umask)
-    Path(name).chmod(0o666 & ~umask)  # mkstemp makes files that only their owner can read
-    return Path(name)

@@ -13,32 +13,21 @@ from tqdm.auto import tqdm
 
 from polyroute.adapt import AdaptSettings, adapt_task, begin_task
 from polyroute.analysis import describe_checkpoint
-from polyroute.checkpoint import (
-    Checkpoint,
-    make_folder,
-    read_checkpoint,
-    read_json,
-    write_json,
-    write_tensors,
-)
+from polyroute.build import attach, from_checkpoint, from_pretrained
+from polyroute.checkpoint import Checkpoint, read_checkpoint
 from polyroute.config import MHRConfig
 from polyroute.errors import InputError
 from polyroute.evaluate import TaskScore, check_answerable, evaluate, macro_average
 from polyroute.examples import encoded_mixture
+from polyroute.files import make_folder, read_json, write_json, write_tensors
 from polyroute.kinds import ModelKind, kind_of
 from polyroute.loading import load_base
 from polyroute.metrics import mean_and_error
-from polyroute.model import RoutedModel, attach, from_pretrained
+from polyroute.model import RoutedModel
 from polyroute.runs import open_run, read_run, record
 from polyroute.sampling import draw_few_shot
-from polyroute.suites import (
-    Suite,
-    check_tasks,
-    held_out_tasks,
-    open_suite,
-    training_tasks,
-    validate,
-)
+from polyroute.suite import Suite, check_tasks, held_out_tasks, training_tasks, validate
+from polyroute.suites import open_suite
 from polyroute.trainer import MultiTaskTrainer, MultiTaskTrainingArguments
 
 __all__ = ["adapt_run", "evaluate_run", "export_run", "inspect_run", "train_run"]
@@ -172,7 +161,7 @@ def adapt_run(options: Mapping[str, Any]) -> None:
     done = {(r["task"], r["seed"]) for r in results}
     slots = [(t, s) for t in tasks for s in options["seeds"] if (t, s) not in done]
     for task, seed in tqdm(slots, "adapting"):
-        model = RoutedModel.from_checkpoint(base, checkpoint, str(options["run"]))
+        model = from_checkpoint(base, checkpoint, str(options["run"]))
         result = adapt_task(model, kind, suite, task, settings, seed=seed, split=split)
         _save_adapted(model, folder / task / f"seed-{seed}", task)
         base = model.unload()
@@ -187,7 +176,7 @@ def _try_out(
 ) -> None:
     """Find out, before any work is lost, whether every task can begin."""
     for task in tasks:
-        model = RoutedModel.from_checkpoint(base, checkpoint, str(run))
+        model = from_checkpoint(base, checkpoint, str(run))
         try:
             begin_task(model, task, settings, 0)
         finally:
@@ -241,7 +230,7 @@ def evaluate_run(
     trained = tuple(t for t in checkpoint.description["tasks"] if t in suite.tasks)
     tasks = _chosen(suite, names, held_out_tasks(suite) if zero_shot else trained, kind)
     validate(suite, tasks, needs=["train", split])
-    model = RoutedModel.from_checkpoint(base, checkpoint, str(run))
+    model = from_checkpoint(base, checkpoint, str(run))
     route = "mu" if zero_shot else None
     for task in tasks:
         if route is None and task not in model.routes:

@@ -1,9 +1,12 @@
 """The one exception that means "the input is wrong", as opposed to "polyroute is wrong"."""
 
 import difflib
+from bisect import bisect
 from collections.abc import Iterable
 
 __all__ = ["InputError", "did_you_mean"]
+
+_MOST_COMPARED = 5000
 
 
 class InputError(ValueError):
@@ -17,6 +20,9 @@ class InputError(ValueError):
 def did_you_mean(name: str, known: Iterable[str]) -> str:
     """A clause that offers the nearest known names, or lists a few where none is near.
 
+    Comparing is slow. Of more than 5,000 names only those with the same first letter are compared,
+    and of more than 5,000 of these the ones nearest in the alphabet.
+
     Args:
         name: what was asked for.
         known: what exists.
@@ -25,10 +31,21 @@ def did_you_mean(name: str, known: Iterable[str]) -> str:
         Text to put at the end of an error message, without a full stop.
     """
     names = sorted(known)
-    near = difflib.get_close_matches(name, names, n=3, cutoff=0.5)
+    near = difflib.get_close_matches(name, _worth_comparing(name, names), n=3, cutoff=0.5)
     if near:
         return "did you mean " + " or ".join(repr(n) for n in near) + "?"
     if not names:
         return "none exist"
     shown = ", ".join(repr(n) for n in names[:8])
     return f"known: {shown}" + (f" and {len(names) - 8} more" if len(names) > 8 else "")
+
+
+def _worth_comparing(name: str, names: list[str]) -> list[str]:
+    """At most `_MOST_COMPARED` of the names, which are sorted."""
+    if len(names) > _MOST_COMPARED:
+        names = [known for known in names if known[:1] == name[:1]]
+    if len(names) > _MOST_COMPARED:
+        start = bisect(names, name) - _MOST_COMPARED // 2
+        start = min(max(start, 0), len(names) - _MOST_COMPARED)
+        names = names[start : start + _MOST_COMPARED]
+    return names

@@ -13,7 +13,7 @@ from polyroute.examples import encoded, prompt_lengths
 from polyroute.kinds import ModelKind
 from polyroute.metrics import baselines, mean_and_error, text_metric
 from polyroute.model import RoutedModel
-from polyroute.suites import Suite
+from polyroute.suite import Suite
 
 __all__ = ["TaskScore", "check_answerable", "evaluate", "macro_average", "score_rows"]
 

@@ -9,8 +9,9 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from tqdm.auto import tqdm
 
+from polyroute.errors import InputError
 from polyroute.kinds import ModelKind
-from polyroute.suites import Suite, quiet_datasets
+from polyroute.suite import Suite, quiet_datasets
 
 __all__ = ["encoded", "encoded_mixture", "prompt_lengths", "task_sizes"]
 
@@ -37,10 +38,20 @@ def encoded_mixture(
 
 
 def task_sizes(rows: datasets.Dataset) -> list[int]:
-    """How many consecutive rows each task has, in order of appearance."""
-    names = _arrow_column(rows, "task")
-    ends = pc.run_end_encode(names).run_ends.to_numpy()
-    return [int(n) for n in np.diff(ends, prepend=0)]
+    """How many rows each task has, in order of appearance.
+
+    Raises:
+        InputError: the rows of a task do not follow one another.
+    """
+    runs = pc.run_end_encode(_arrow_column(rows, "task"))
+    counts = pc.value_counts(runs.values)
+    split_up = counts.filter(pc.greater(counts.field("counts"), 1))
+    if len(split_up) > 0:
+        raise InputError(
+            "the rows of a task must follow one another, but those of "
+            f"{split_up[0]['values'].as_py()!r} do not; put one task after the other"
+        )
+    return [int(n) for n in np.diff(runs.run_ends.to_numpy(), prepend=0)]
 
 
 def prompt_lengths(rows: datasets.Dataset) -> npt.NDArray[np.int64]:

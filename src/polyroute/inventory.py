@@ -16,13 +16,10 @@ import torch
 from torch import Tensor, nn
 
 from polyroute.config import MHRConfig
+from polyroute.factors import Factors, IA3Factors, LoRAFactors
 from polyroute.targets import Site
 
-__all__ = ["Factors", "Inventory"]
-
-Factors = tuple[Tensor, ...]
-"""What one layer applies: LoRA `(a [r, d_in], b [r, d_out])`, scale included in b; (IA)^3
-`(l [1, d_out],)`. With a leading axis B where examples differ."""
+__all__ = ["Inventory", "Stack"]
 
 
 @dataclass(frozen=True)
@@ -111,7 +108,7 @@ class Inventory(nn.Module):
     def mix(
         self,
         weights: Tensor | None,
-        router_of_site: Tensor,
+        routers: Sequence[Tensor],
         *,
         skills: Tensor | None = None,
         gather: Tensor | None = None,
@@ -126,7 +123,7 @@ class Inventory(nn.Module):
 
         Args:
             weights: `[U, N, H, K]`, N routers; None takes one skill whole, see `skills`.
-            router_of_site: `[sites]`, each site's router.
+            routers: for each stack `[n]`, the router of each of its layers.
             skills: `[U]`, with `weights=None`: the one skill that each task uses.
             gather: `[B]`, which of the U results each example uses; None where U is 1 or the
                 examples are the U rows themselves.
@@ -136,8 +133,7 @@ class Inventory(nn.Module):
             For every site its factors; without the leading axis where U is 1.
         """
         out: list[list[Tensor]] = [[] for _ in range(self.num_sites)]
-        for stack in self.stacks:
-            members = router_of_site.new_tensor(stack.sites)
+        for stack, router in zip(self.stacks, routers, strict=True):
             for kind in self.kinds:
                 inventory = self._stacks_of(kind)[stack.key]
                 scale = self.scale if kind == "lora_b" else 1.0
@@ -145,7 +141,7 @@ class Inventory(nn.Module):
                     assert skills is not None
                     mixed = _pick(inventory, skills, scale)
                 else:
-                    w_UnHK = weights.index_select(1, router_of_site[members])
+                    w_UnHK = weights.index_select(1, router)
                     mixed = _mix(inventory, w_UnHK * scale if scale != 1.0 else w_UnHK)
                 if dtype is not None:
                     mixed = mixed.to(dtype)
@@ -157,7 +153,8 @@ class Inventory(nn.Module):
                 # unbind once: indexing layer by layer costs a zero-filled copy each in backward.
                 for site, factor in zip(stack.sites, mixed.unbind(0), strict=True):
                     out[site].append(factor)
-        return [tuple(factors) for factors in out]
+        adapter = IA3Factors if self.adapter == "ia3" else LoRAFactors
+        return [adapter(*factors) for factors in out]
 
     @torch.no_grad()
     def average(self) -> None:

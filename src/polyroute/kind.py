@@ -11,7 +11,7 @@ D embedding.
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from itertools import chain
+from itertools import chain, starmap
 from typing import Any, ClassVar, Literal
 
 from datasets import Features, Value
@@ -20,6 +20,7 @@ from transformers import PreTrainedTokenizerBase
 
 from polyroute.batches import Ids, Row, evaluating, on_device_of, padded
 from polyroute.errors import InputError
+from polyroute.suite import prompt
 
 __all__ = ["UNBOUNDED", "ModelKind"]
 
@@ -91,10 +92,9 @@ class ModelKind(ABC):
             the place of the target among the choices, or -1.
         """
         choices = [row or [] for row in examples["choices"]]
-        prompts = [
-            "\n".join(filter(None, parts))
-            for parts in zip(examples["instruction"], examples["input"], strict=True)
-        ]
+        prompts = list(
+            starmap(prompt, zip(examples["instruction"], examples["input"], strict=True))
+        )
         texts = list(dict.fromkeys(chain(examples["target"], *choices)))  # label sets repeat
         ids = dict(zip(texts, self._target_ids(texts), strict=True))
         return {

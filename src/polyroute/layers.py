@@ -1,93 +1,15 @@
-"""The routed layer, and the state through which it learns which tasks its batch holds."""
+"""The routed layer: a frozen base layer plus what the open mixture holds for it."""
 
-import threading
-from collections.abc import Callable
-from contextlib import AbstractContextManager
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from polyroute.errors import InputError
-from polyroute.inventory import Factors
-from polyroute.kernels import apply_ia3, apply_lora
+from polyroute.scope import Mixture, Routing
 from polyroute.targets import Site
 
-__all__ = ["Mixture", "Route", "RoutedLayer", "Routing"]
-
-
-@dataclass(frozen=True)
-class Route:
-    """The tasks of a batch, checked and on the host."""
-
-    rows: tuple[int, ...]
-    """One table row per example, or one for the whole batch; `MU` stands for the average."""
-    per_example: bool
-    """Whether `rows` are those of the examples, rather than one for a batch of any size."""
-
-
-@dataclass(frozen=True)
-class Mixture:
-    """What the layers of one forward apply; never changed once made."""
-
-    factors: list[Factors]
-    """By site; empty where the base model runs alone."""
-    num_examples: int | None
-    """B where examples differ, None where one task holds for all."""
-
-
-class Routing(threading.local):
-    """Which route is open, in this thread; one object shared by all routed layers of a model.
-
-    Every thread has its own values, so threads that share a model do not see each other's tasks.
-    """
-
-    def __init__(self, prepare: Callable[[], Mixture] | None = None) -> None:
-        self.prepare = prepare
-        self.is_open = False
-        self.route: Route | None = None
-        self.mixture: Mixture | None = None
-        # The layer that prepared the mixture because a part of the model was called on its own:
-        # when it is reached again, that is another forward.
-        self.prepared_by: int | None = None
-        self.is_recomputing = False
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> "Routing":
-        return Routing()
-
-    def __reduce__(self) -> tuple[type["Routing"], tuple[()]]:
-        return Routing, ()
-
-
-class RouteScope(AbstractContextManager[None]):
-    """Opens a route, and closes it again also after an error; scopes nest."""
-
-    def __init__(
-        self,
-        routing: Routing,
-        route: Route | None,
-        mixture: Mixture | None = None,
-        *,
-        is_recomputing: bool = False,
-    ) -> None:
-        self.routing = routing
-        self.inner: dict[str, Any] = {
-            "is_open": True,
-            "route": route,
-            "mixture": mixture,
-            "prepared_by": None,
-            "is_recomputing": is_recomputing,
-        }
-        self.outer: list[dict[str, Any]] = []
-
-    def __enter__(self) -> None:
-        state = self.routing
-        self.outer.append({name: getattr(state, name) for name in self.inner})
-        state.__dict__.update(self.inner)
-
-    def __exit__(self, *_: object) -> None:
-        self.routing.__dict__.update(self.outer.pop())
+__all__ = ["RoutedLayer"]
 
 
 class RoutedLayer(nn.Module):
@@ -146,11 +68,7 @@ class RoutedLayer(nn.Module):
             return base(x, *args, **kwargs)  # type: ignore[no-any-return]
         if mixture.num_examples is not None:
             self._check_rows(x, mixture.num_examples)
-        factors = mixture.factors[self.index]
-        if len(factors) == 1:
-            return apply_ia3(base, x, factors[0])
-        a, b = factors
-        return apply_lora(base, x, a, b, self.dropout if self.training else 0.0)
+        return mixture.factors[self.index].apply(base, x, self.dropout if self.training else 0.0)
 
     @staticmethod
     def _is_astray(state: Routing) -> bool:
@@ -177,11 +95,14 @@ class RoutedLayer(nn.Module):
                 "batch of several tasks cannot be routed there: use one task per batch, or leave "
                 "the layer out with exclude_modules"
             )
-        rows = x.numel() // x.shape[-1]
-        if rows % num_examples:
+        # Only the first axis tells: other axes of an input without a batch (tables of relative
+        # positions) may divide by chance.
+        if x.shape[0] % num_examples:
             raise InputError(
-                f"layer {self.site_name!r} got {rows} rows for {num_examples} routed examples; "
-                "give one task per example, or a single task name for the whole batch"
+                f"layer {self.site_name!r} got an input of shape {list(x.shape)} for "
+                f"{num_examples} routed examples; give one task per example, a single task name "
+                "for the whole batch, or leave the layer out with exclude_modules if its input "
+                "has no batch"
             )
 
 

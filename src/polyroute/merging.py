@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from polyroute.errors import InputError
-from polyroute.inventory import Factors
+from polyroute.factors import Factors
 from polyroute.targets import Site, weight_matrix
 
 __all__ = ["check_mergeable", "fold", "restore"]
@@ -50,15 +50,13 @@ def fold(sites: Sequence[Site], factors: Sequence[Factors]) -> dict[str, Tensor]
         weight, bias = site.layer.weight, site.layer.bias
         assert isinstance(weight, nn.Parameter)
         originals[site.name + ".weight"] = weight.data
-        full = weight_matrix(site.layer).float()
-        if len(factor) == 2:
-            full = full + factor[1].t() @ factor[0]
-        else:
-            full = full * factor[0].reshape(-1, 1)
-            if isinstance(bias, nn.Parameter):
-                originals[site.name + ".bias"] = bias.data
-                bias.data = (bias.float() * factor[0].reshape(-1)).to(bias.dtype)
-        weight.data = (full.t() if site.is_conv1d else full).to(weight.dtype).contiguous()
+        old_bias = bias.data.float() if isinstance(bias, nn.Parameter) else None
+        new, new_bias = factor.fold(weight_matrix(site.layer).float(), old_bias)
+        weight.data = (new.t() if site.is_conv1d else new).to(weight.dtype).contiguous()
+        if isinstance(bias, nn.Parameter) and new_bias is not old_bias:
+            assert new_bias is not None
+            originals[site.name + ".bias"] = bias.data
+            bias.data = new_bias.to(bias.dtype)
     return originals
 
 

@@ -9,29 +9,29 @@ from torch import Tensor, nn
 
 from polyroute.config import MHRConfig
 from polyroute.errors import InputError
-from polyroute.inventory import Factors, Inventory
-from polyroute.layers import Mixture, Route
+from polyroute.factors import Factors
+from polyroute.inventory import Inventory
 from polyroute.routes import MU_ROW, Routes
 from polyroute.routing import anneal, skill_weights, uniform_weights
+from polyroute.scope import Mixture, Route
 from polyroute.targets import Site, weight_matrix
 
 __all__ = ["Mixer"]
 
 CACHED_MIXTURES = 2
+COMPUTE_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 class Mixer(nn.Module):
     """Mixes, once per forward, the skills of all layers for the distinct tasks of the batch.
 
     Without gradients the mixture is kept until a parameter changes (in place, by a load, or by a
-    move to another device) or `train` or `eval` is called.
+    move to another device) or the mode changes between training and evaluation.
 
     Attributes:
         anneal_progress: 0 routes as learned, 1 uniformly; a trainer sets it.
-        router_of_site: `[sites]`, each site's router.
+        router_of_site: each site's router.
     """
-
-    router_of_site: Tensor
 
     def __init__(
         self,
@@ -46,12 +46,18 @@ class Mixer(nn.Module):
         # A tuple, so that torch does not register here what the model owns.
         self._parts = (inventory, routes, sites[0].layer)
         device = weight_matrix(sites[0].layer).device
-        self.register_buffer(
-            "router_of_site", torch.tensor(router_of_site, device=device), persistent=False
-        )
+        self.router_of_site = tuple(router_of_site)
         self.num_routers = max(router_of_site) + 1
+        for i, stack in enumerate(inventory.stacks):
+            members = torch.tensor([router_of_site[site] for site in stack.sites], device=device)
+            self.register_buffer(f"routers_{i}", members, persistent=False)
         self.anneal_progress = 0.0
         self._cache: OrderedDict[Any, tuple[Any, Mixture]] = OrderedDict()
+
+    @property
+    def _routers(self) -> list[Tensor]:
+        """For each stack `[n]`, the router of each of its layers."""
+        return list(self.buffers())
 
     @property
     def inventory(self) -> Inventory:
@@ -64,8 +70,9 @@ class Mixer(nn.Module):
         return self._parts[1]
 
     def train(self, mode: bool = True) -> Self:
-        """Switch the mode, and forget what was mixed: `.data` may be written without a trace."""
-        self._cache.clear()
+        """Switch the mode; on a change, forget what was mixed, since `.data` leaves no trace."""
+        if mode != self.training:
+            self._cache.clear()
         return super().train(mode)
 
     def mixture(self, route: Route, *, training: bool) -> Mixture:
@@ -102,7 +109,8 @@ class Mixer(nn.Module):
         weight = weight_matrix(self._parts[2])
         if torch.is_autocast_enabled(weight.device.type):
             return torch.get_autocast_dtype(weight.device.type)
-        return weight.dtype if weight.is_floating_point() else torch.float32
+        # Weights of fewer bits (integers, float8) are storage; what is computed in is wider.
+        return weight.dtype if weight.dtype in COMPUTE_DTYPES else torch.float32
 
     def _mix(
         self,
@@ -115,7 +123,7 @@ class Mixer(nn.Module):
         rows = route.rows
         # With noise every example has a mixture of its own, else every distinct task has.
         distinct = list(rows) if per_example else list(dict.fromkeys(rows))
-        device = self.router_of_site.device
+        device = self._routers[0].device
         gather = None
         if 1 < len(distinct) < len(rows):
             position = {row: i for i, row in enumerate(distinct)}
@@ -123,7 +131,7 @@ class Mixer(nn.Module):
         with torch.autocast(device.type, enabled=False):
             weights, skills = self._weights(distinct, training=training)
             factors = self.inventory.mix(
-                weights, self.router_of_site, skills=skills, gather=gather, dtype=dtype
+                weights, self._routers, skills=skills, gather=gather, dtype=dtype
             )
         return Mixture(factors, len(rows) if len(distinct) > 1 else None)
 
@@ -131,7 +139,7 @@ class Mixer(nn.Module):
         self, rows: Sequence[int], *, training: bool = False
     ) -> tuple[Tensor | None, Tensor | None]:
         """Mixing weights `[U, N, H, K]` of table rows, or the one skill `[U]` that each uses."""
-        device = self.router_of_site.device
+        device = self._routers[0].device
         if self.config.method == "shared":
             return None, torch.zeros(len(rows), dtype=torch.long, device=device)
         if self.config.method == "private":
@@ -151,7 +159,7 @@ class Mixer(nn.Module):
         return weights, None
 
     def _private(self, rows: Sequence[int]) -> tuple[Tensor | None, Tensor | None]:
-        device = self.router_of_site.device
+        device = self._routers[0].device
         if MU_ROW not in rows:
             return None, torch.tensor(rows, device=device)
         num_skills = self.inventory.num_skills
@@ -169,6 +177,6 @@ class Mixer(nn.Module):
         return None if weights is None else weights[0]
 
     @torch.no_grad()
-    def factors_of(self, row: int) -> list[Factors]:
+    def factors_of(self, row: int) -> Sequence[Factors]:
         """What each site applies for one table row in evaluation, fp32."""
         return self._mix(Route((row,), per_example=False), torch.float32).factors

@@ -1,7 +1,7 @@
 """The routed model: a frozen base model, an inventory of skills, and a route for every task."""
 
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from typing import Any, Literal, get_args
@@ -12,96 +12,34 @@ from torch import Tensor, nn
 from polyroute.checkpoint import Checkpoint, read_checkpoint, write_checkpoint
 from polyroute.config import MHRConfig
 from polyroute.errors import InputError, did_you_mean
-from polyroute.inventory import Factors, Inventory
-from polyroute.layers import Mixture, Route, RoutedLayer, RouteScope, Routing
+from polyroute.factors import Factors
+from polyroute.inventory import Inventory
+from polyroute.layers import RoutedLayer
 from polyroute.merging import check_mergeable, fold, restore
 from polyroute.mixing import Mixer
 from polyroute.peft_export import write_peft_adapter
+from polyroute.report import count_parameters, describe
 from polyroute.routes import MU, MU_ROW, Routes
-from polyroute.targets import (
-    Site,
-    find_sites,
-    fits_sample,
-    named_sites,
-    routers_of,
-    sample_weights,
-    weight_matrix,
-)
+from polyroute.scope import BASE_ALONE, Mixture, Route, RouteScope, Routing
+from polyroute.targets import Site, routers_of, sample_weights, weight_matrix
 
-__all__ = ["Phase", "RoutedModel", "Tasks", "attach", "from_pretrained"]
+__all__ = ["Phase", "RoutedModel", "Tasks"]
 
 Phase = Literal["full", "z", "mu", "mu-uncollapsed", "random"]
+FUNCTION_SETTINGS = (
+    "method", "adapter", "alpha", "rank", "gate", "normalization", "logit_dropout", "shared_skill",
+)  # fmt: skip
+"""Settings that decide what a table of given numbers computes."""
+BATCH_INPUTS = ("input_ids", "inputs_embeds", "pixel_values", "decoder_input_ids", "labels")
+"""Arguments of a base model with one entry per example, which tell how large the batch is."""
 Tasks = str | int | Sequence[str | int] | Tensor | None
-
-BASE_ALONE = Mixture([], None)
-
-
-def attach(
-    base_model: nn.Module,
-    config: MHRConfig,
-    tasks: Iterable[str],
-    *,
-    sites: Sequence[str] | None = None,
-) -> "RoutedModel":
-    """Give a base model an inventory of skills and a route for each task.
-
-    The base model's parameters are frozen. Its chosen layers are wrapped in place, without
-    touching their weights; `RoutedModel.unload` undoes it.
-
-    Args:
-        base_model: any tree of torch modules that takes its batch on the first axis.
-        config: what to attach.
-        tasks: unique names; the order is the order of rows.
-        sites: exact layer names, instead of `config.target_modules`.
-
-    Raises:
-        InputError: no layer matches, heads do not divide a width, task names clash, or the model
-            has an inventory already.
-    """
-    if isinstance(tasks, str):
-        raise InputError(f"tasks must be a list of names, not the single string {tasks!r}")
-    tasks = tuple(tasks)
-    if config.method == "private" and not tasks:
-        raise InputError("method='private' has one skill per task: name at least one task")
-    for name, module in base_model.named_modules():
-        if isinstance(module, RoutedLayer | RoutedModel):
-            raise InputError(
-                f"layer {name!r} carries an inventory already; call unload() on the routed model"
-            )
-    found = (
-        find_sites(base_model, config) if sites is None else named_sites(base_model, sites, config)
-    )
-    return RoutedModel(base_model, config, found, tasks)
-
-
-def from_pretrained(
-    base_model: nn.Module,
-    folder: str | os.PathLike[str],
-    *,
-    tasks: Sequence[str] | None = None,
-    check_base: bool = True,
-) -> "RoutedModel":
-    """Attach a saved inventory to the base model that it was trained on.
-
-    Args:
-        base_model: as given to `attach` when the inventory was made.
-        folder: where `RoutedModel.save_pretrained` wrote.
-        tasks: keep only these tasks' routes, `[]` for none; default all.
-        check_base: refuse a base model whose weights differ from those of training.
-
-    Raises:
-        InputError: the files are damaged, or belong to another base model.
-    """
-    return RoutedModel.from_checkpoint(
-        base_model, read_checkpoint(folder), os.fspath(folder), tasks, check_base=check_base
-    )
 
 
 class RoutedModel(nn.Module):
     """A base model whose adapted layers use, for each example, its task's mixture of skills.
 
-    Made by `attach` or `from_pretrained`. Attributes that are not its own (`config`, `device`,
-    `get_encoder` ...) are those of the base model.
+    Made by `polyroute.attach` or `polyroute.from_pretrained`. Attributes that are not its own
+    (`config`, `device`, `get_encoder` ...) are those of the base model.
 
     Attributes:
         base_model: the frozen network, with its chosen layers wrapped.
@@ -134,15 +72,22 @@ class RoutedModel(nn.Module):
         self.base_model = base_model
         self._routing = Routing(self._prepare)
         # A tuple, so that torch does not register them here: they belong to the base model's tree.
-        self.layers = tuple(
+        self.routed_layers = tuple(
             RoutedLayer(site, i, self._routing, dropout=config.dropout)
             for i, site in enumerate(sites)
         )
-        for site, layer in zip(sites, self.layers, strict=True):
+        for site, layer in zip(sites, self.routed_layers, strict=True):
             layer.train(site.layer.training)
             self._put(site, layer)
-        self.train(base_model.training)
-        self._hook = base_model.register_forward_pre_hook(self._before_forward)
+        # Not `self.train`, which would switch parts of the base model that are in another mode.
+        for own in (self.inventory, self.routes, self.mixer):
+            own.train(base_model.training)
+        self.training = base_model.training
+        self._hooks = (
+            base_model.register_forward_pre_hook(self._before_forward),
+            base_model.register_forward_hook(self._after_forward),
+        )
+        self._has_checkpointing = False
 
     def __getattr__(self, name: str) -> Any:
         try:
@@ -155,7 +100,7 @@ class RoutedModel(nn.Module):
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)  # type: ignore[no-untyped-call]
         self._routing = Routing(self._prepare)
-        for layer in self.layers:
+        for layer in self.routed_layers:
             layer.routing = self._routing
 
     def _put(self, site: Site, module: nn.Module) -> None:
@@ -268,9 +213,10 @@ class RoutedModel(nn.Module):
 
     @staticmethod
     def _check_batch(route: Route, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
-        for value in (*args, *kwargs.values()):
+        named = [kwargs[name] for name in BATCH_INPUTS if name in kwargs]
+        for value in (*named, *args):
             if isinstance(value, Tensor) and value.dim():
-                if len(value) % len(route.rows):
+                if len(value) != len(route.rows):
                     raise InputError(
                         f"{len(route.rows)} tasks were given for a batch of {len(value)} examples; "
                         "give one per example, or a single name for all"
@@ -282,6 +228,11 @@ class RoutedModel(nn.Module):
     def _before_forward(self, _: nn.Module, __: tuple[Any, ...]) -> None:
         if not torch.compiler.is_compiling():
             self._start_forward()
+
+    def _after_forward(self, _: nn.Module, __: tuple[Any, ...], ___: Any) -> None:
+        # Nothing that was mixed outlives its forward: a part called next mixes anew.
+        if not torch.compiler.is_compiling():
+            self._routing.mixture = self._routing.prepared_by = None
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def _start_forward(self) -> None:
@@ -325,8 +276,8 @@ class RoutedModel(nn.Module):
             raise InputError(f"method {self.adapter_config.method!r} does not mix skills")
         return weights
 
-    def factors_of(self, task: str | int) -> list[Factors]:
-        """What each site applies for one task, fp32: LoRA `(a [r, d_in], b [r, d_out])`."""
+    def factors_of(self, task: str | int) -> Sequence[Factors]:
+        """What each site applies for one task, fp32."""
         return self.mixer.factors_of(self.routes.row(task))
 
     # ---------------------------------------------------------------- checkpointing of activations
@@ -359,6 +310,7 @@ class RoutedModel(nn.Module):
             )
         options.update(use_reentrant=False, context_fn=self.checkpoint_contexts)
         base: Any = self.base_model
+        self._has_checkpointing = True
         if hasattr(base, "activation_checkpointing_enable"):
             base.activation_checkpointing_enable(activation_checkpointing_kwargs=options, **kwargs)
         else:
@@ -407,7 +359,13 @@ class RoutedModel(nn.Module):
         return row
 
     def keep_tasks(self, names: Sequence[str]) -> None:
-        """Drop every task but these; the skills stay (private adapters go with their task)."""
+        """Drop every task but these; the skills stay (private adapters go with their task).
+
+        Raises:
+            InputError: an unknown or repeated name, or the model is merged.
+        """
+        if self.merged_task is not None:
+            raise InputError(f"the model is merged with {self.merged_task!r}; call unmerge() first")
         rows = self.routes.keep(names)
         if self.adapter_config.method == "private":
             self.inventory.keep_skills(rows)
@@ -438,7 +396,12 @@ class RoutedModel(nn.Module):
                 f"phase 'z' trains routing, and method {self.adapter_config.method!r} with "
                 f"{len(self.routes)} tasks has none; use 'full' or 'mu'"
             )
-        if phase.startswith("mu") and self.inventory.num_skills == 0:
+        if phase == "mu-uncollapsed" and not self.adapter_config.has_router:
+            raise InputError(
+                f"phase 'mu-uncollapsed' averages routed skills, and method "
+                f"{self.adapter_config.method!r} does not route; use 'mu'"
+            )
+        if phase == "mu" and self.inventory.num_skills == 0:
             raise InputError("no private adapter is left to average: add a task first")
         if phase == "mu":
             self._collapse()
@@ -447,6 +410,7 @@ class RoutedModel(nn.Module):
         elif phase == "random":
             self.inventory.reset_parameters()
             self.routes.reset_parameters()
+        self.mixer.anneal_progress = 0.0
         self.inventory.requires_grad_(phase != "z")
         self.routes.requires_grad_(phase in ("full", "z", "random"))
 
@@ -460,21 +424,21 @@ class RoutedModel(nn.Module):
 
     def param_groups(
         self,
-        phase: Phase | None = "full",
+        phase: Phase | None = None,
         *,
         lr: float = 1e-3,
         route_lr: float = 1e-1,
         weight_decay: float = 0.0,
         route_weight_decay: float = 0.0,
     ) -> list[dict[str, Any]]:
-        """Set the phase and return its parameter groups, for any torch optimizer.
+        """The parameter groups of a phase, for any torch optimizer.
 
         Every group states its learning rate and its weight decay, so nothing is inherited from an
         optimizer's defaults. Decay pulls logits toward the uniform mixture; the published SuperNI
         runs had 0.01 there.
 
         Args:
-            phase: see `set_phase`; None keeps what is set.
+            phase: is set first, see `set_phase`; None keeps what is set.
             lr: of the skills.
             route_lr: of the routing logits.
             weight_decay: of the skills.
@@ -523,7 +487,7 @@ class RoutedModel(nn.Module):
         factors = self.factors_of(task)
         check_mergeable(self.base_model, self.sites)
         self._unmerged = fold(self.sites, factors)
-        for layer in self.layers:
+        for layer in self.routed_layers:
             layer.is_merged = True
         self.merged_task = task
 
@@ -531,7 +495,7 @@ class RoutedModel(nn.Module):
         """Restore the base weights, bit for bit; nothing happens where nothing is merged."""
         restore(self.sites, self._unmerged)
         self._unmerged = {}
-        for layer in self.layers:
+        for layer in self.routed_layers:
             layer.is_merged = False
         self.merged_task = None
 
@@ -540,7 +504,14 @@ class RoutedModel(nn.Module):
 
         A merged task stays merged: that is how to get a plain model of one task.
         """
-        self._hook.remove()
+        for hook in self._hooks:
+            hook.remove()
+        if self._has_checkpointing:  # its context_fn is ours
+            base: Any = self.base_model
+            for name in ("activation_checkpointing_disable", "gradient_checkpointing_disable"):
+                if hasattr(base, name):
+                    getattr(base, name)()
+                    break
         for site in self.sites:
             self._put(site, site.layer)
         for name, parameter in self.base_model.named_parameters():
@@ -563,7 +534,7 @@ class RoutedModel(nn.Module):
             for kind, tensor in self.inventory.site_tensors(i).items()
         }
         rows = self.routes.logits
-        by_site = self.mixer.router_of_site.tolist()
+        by_site = self.mixer.router_of_site
         description = {
             "config": self.adapter_config.to_dict(),
             "num_skills": self.inventory.num_skills,
@@ -590,51 +561,6 @@ class RoutedModel(nn.Module):
             folder, Checkpoint(description, skills, None if rows is None else rows.detach())
         )
 
-    @classmethod
-    def from_checkpoint(
-        cls,
-        base_model: nn.Module,
-        checkpoint: Checkpoint,
-        source: str,
-        tasks: Sequence[str] | None = None,
-        *,
-        check_base: bool = True,
-    ) -> "RoutedModel":
-        """Build a routed model from a saved inventory; see `from_pretrained`."""
-        description = checkpoint.description
-        sites = description["sites"]
-        router_of = {site["name"]: description["routers"][site["router"]] for site in sites}
-        values = dict(description["config"])
-        granularity = values.pop("granularity")
-        # The saved assignment of layers to routers, whatever rule made it, holds.
-        config = replace(MHRConfig.from_dict(values), granularity=router_of.__getitem__)
-        try:
-            found = named_sites(base_model, list(router_of), config)
-        except InputError as error:
-            raise InputError(f"{source} belongs to another base model: {error}") from error
-        for site, saved in zip(found, sites, strict=True):
-            if (site.d_in, site.d_out) != (saved["d_in"], saved["d_out"]):
-                raise InputError(
-                    f"{source} belongs to another base model: layer {site.name!r} is "
-                    f"{site.d_in} to {site.d_out} here, {saved['d_in']} to {saved['d_out']} there"
-                )
-            if check_base and not fits_sample(site, saved["base_sample"]):
-                raise InputError(
-                    f"{source} belongs to another base model: the weights of layer {site.name!r} "
-                    "differ from those it was trained on (check_base=False loads it all the same)"
-                )
-        model = attach(base_model, config, description["tasks"], sites=[s.name for s in found])
-        if granularity != "custom":
-            model.adapter_config = model.mixer.config = replace(config, granularity=granularity)
-        try:
-            model._load_tensors(checkpoint, source)
-            if tasks is not None:
-                model.keep_tasks(tasks)
-        except BaseException:
-            model.unload()
-            raise
-        return model
-
     def load_adapter(self, folder: str | os.PathLike[str]) -> None:
         """Overwrite skills and routes, in place, by those of a checkpoint of this very model.
 
@@ -647,16 +573,26 @@ class RoutedModel(nn.Module):
         if tuple(checkpoint.description["tasks"]) != self.tasks:
             raise InputError(f"{source} holds other tasks than this model")
         here, there = self.adapter_config.to_dict(), checkpoint.description["config"]
-        for name in ("method", "adapter", "alpha", "rank", "gate", "normalization", "shared_skill"):
+        for name in FUNCTION_SETTINGS:
             if here[name] != there[name]:
                 raise InputError(
                     f"{source} has {name}={there[name]!r} and this model {name}={here[name]!r}; "
                     "use polyroute.from_pretrained to load another inventory"
                 )
-        self._load_tensors(checkpoint, source)
+        routers = [
+            checkpoint.description["routers"][s["router"]] for s in checkpoint.description["sites"]
+        ]
+        if routers != [self.routers[i] for i in self.mixer.router_of_site]:
+            raise InputError(f"{source} groups layers by router in another way than this model")
+        self.load_tensors(checkpoint, source)
 
     @torch.no_grad()
-    def _load_tensors(self, checkpoint: Checkpoint, source: str) -> None:
+    def load_tensors(self, checkpoint: Checkpoint, source: str) -> None:
+        """Overwrite skills and routes, in place, by a checkpoint's, which must have their shapes.
+
+        Raises:
+            InputError: it has not; `source` says which checkpoint. Nothing was changed.
+        """
         expected = {
             f"{site.name}.{kind}": tensor
             for i, site in enumerate(self.sites)
@@ -695,27 +631,8 @@ class RoutedModel(nn.Module):
     # ---------------------------------------------------------------- reports
 
     def counts(self) -> dict[str, int]:
-        """Parameters by purpose.
-
-        With P the sum of `d_in + d_out` over sites ((IA)^3: of `d_out`, at rank 1), r the rank, K
-        the skills, H the heads, N the routers and T the tasks: `inventory` K r P, `routing_table`
-        T N H K, `new_task_z` N H K, `new_task_full` K r P + N H K, `one_adapter` r P (a task's
-        LoRA, exported; also what `mu` trains), `base` the frozen rest.
-        """
-        is_lora = self.adapter_config.adapter == "lora"
-        one = sum((s.d_in if is_lora else 0) + s.d_out for s in self.sites) * self.inventory.rank
-        inventory = self.inventory.num_skills * one
-        shape = self.routes.shape
-        row = shape[0] * shape[1] * shape[2] if shape else 0
-        base = sum(p.numel() for p in self.base_model.parameters())
-        return {
-            "base": base,
-            "inventory": inventory,
-            "routing_table": len(self.routes) * row,
-            "one_adapter": one,
-            "new_task_z": row,
-            "new_task_full": inventory + row,
-        }
+        """Parameters by purpose; see `polyroute.report.count_parameters`."""
+        return count_parameters(self.base_model, self.sites, self.inventory, self.routes)
 
     def num_trainable(self) -> int:
         """How many parameters the current phase trains."""
@@ -729,19 +646,6 @@ class RoutedModel(nn.Module):
 
     def describe(self) -> str:
         """Sites, routers and parameter counts, as text."""
-        config, counts = self.adapter_config, self.counts()
-        shapes: dict[tuple[str, int, int], int] = {}
-        for site in self.sites:
-            key = (site.name.rsplit(".", 1)[-1], site.d_in, site.d_out)
-            shapes[key] = shapes.get(key, 0) + 1
-        lines = [
-            f"{config.method} {config.adapter} on {type(self.base_model).__name__}: "
-            f"{self.inventory.num_skills} skills, {self.inventory.heads} heads, "
-            f"rank {self.inventory.rank}, scale {config.scale:g}, {len(self.tasks)} tasks",
-            f"{len(self.sites)} sites:",
-            *(f"  {n:4d} x {name} [{i} -> {o}]" for (name, i, o), n in shapes.items()),
-            f"{len(self.routers) if self.routes.shape else 0} routers",
-            "parameters:",
-            *(f"  {name:14s} {number:>15,}" for name, number in counts.items()),
-        ]
-        return "\n".join(lines)
+        return describe(
+            self.adapter_config, self.base_model, self.sites, self.inventory, self.routes
+        )

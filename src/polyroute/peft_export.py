@@ -6,8 +6,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from polyroute.checkpoint import make_folder, write_json, write_tensors
-from polyroute.inventory import Factors
+from polyroute.factors import Factors, LoRAFactors
+from polyroute.files import make_folder, write_json, write_tensors
 from polyroute.targets import Site, find_endings
 
 __all__ = ["write_peft_adapter"]
@@ -33,14 +33,10 @@ def write_peft_adapter(
     path = make_folder(folder)
     tensors: dict[str, Tensor] = {}
     for site, factor in zip(sites, factors, strict=True):
-        key = f"base_model.model.{site.name}"
-        if len(factor) == 1:
-            tensors[f"{key}.ia3_l"] = factor[0].reshape(-1, 1)
-        else:
-            tensors[f"{key}.lora_A.weight"] = factor[0]
-            tensors[f"{key}.lora_B.weight"] = factor[1].t()
-    is_lora = len(factors[0]) == 2
-    kind = _lora_fields(factors[0][0].shape[0]) if is_lora else _ia3_fields()
+        for ending, tensor in factor.peft_tensors().items():
+            tensors[f"base_model.model.{site.name}.{ending}"] = tensor
+    first = factors[0]
+    kind = _lora_fields(first.a.shape[0]) if isinstance(first, LoRAFactors) else _ia3_fields()
     config: dict[str, Any] = {
         **kind,
         "task_type": _task_type(base_model),

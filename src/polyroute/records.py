@@ -13,23 +13,13 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-import datasets  # type: ignore[import-untyped, unused-ignore]
+import datasets
 
 from polyroute.errors import InputError, did_you_mean
+from polyroute.suite import COLUMNS, SPLITS, prompt
 
-__all__ = [
-    "COLUMNS",
-    "FEATURES",
-    "SPLITS",
-    "cannot_read",
-    "json_kind",
-    "prompt",
-    "read_records",
-]
+__all__ = ["FEATURES", "cannot_read", "json_kind", "read_records"]
 
-SPLITS = ("train", "validation", "test")
-
-COLUMNS = ("task", "instruction", "input", "target", "choices")
 _TEXT_FIELDS = ("instruction", "input", "target", "split")
 FEATURES = datasets.Features(
     {
@@ -58,11 +48,6 @@ def read_records(path: Path) -> Iterator[dict[str, Any]]:
         yield {**{name: record[name] for name in FEATURES if name != "task"}, "task": task}
     if has_choices is None:
         raise InputError(f"{path} holds no record; remove the file or add one record per line")
-
-
-def prompt(example: Mapping[str, Any]) -> str:
-    """What a model reads: instruction and input on lines of their own, without an empty one."""
-    return "\n".join(part for part in (example["instruction"], example["input"]) if part)
 
 
 def _lines(path: Path) -> Iterator[tuple[str, str]]:
@@ -112,7 +97,7 @@ def _check_fields(record: Mapping[str, Any], task: str, where: str) -> None:
             f"{where}: the field 'task' is {json.dumps(record['task'])} but the file is that of "
             f"{task!r}; move the record or rename the file"
         )
-    if not prompt(record):
+    if not prompt(record["instruction"], record["input"]):
         raise InputError(f"{where}: 'instruction' and 'input' are both empty; fill one of them")
     if record["choices"] is not None:
         _check_choices(record["choices"], record["target"], where)

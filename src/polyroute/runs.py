@@ -12,8 +12,8 @@ from typing import Any
 
 import torch
 
-from polyroute.checkpoint import make_folder, read_json, write_json
 from polyroute.errors import InputError
+from polyroute.files import make_folder, read_json, write_json
 
 __all__ = ["machine", "open_run", "read_run", "record"]
 

@@ -170,3 +170,9 @@ class _Anneal(TrainerCallback):
         window = self.model.adapter_config.anneal_steps
         into = state.global_step - (state.max_steps - window)
         self.model.mixer.anneal_progress = min(max(into / window, 0.0), 1.0)
+
+    def on_train_end(
+        self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        if state.global_step >= state.max_steps:
+            self.model.mixer.anneal_progress = 1.0

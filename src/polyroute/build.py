@@ -1,0 +1,127 @@
+"""Making routed models: from a base model and settings, or from a saved inventory."""
+
+import os
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
+
+from torch import nn
+
+from polyroute.checkpoint import Checkpoint, read_checkpoint
+from polyroute.config import MHRConfig
+from polyroute.errors import InputError
+from polyroute.layers import RoutedLayer
+from polyroute.model import RoutedModel
+from polyroute.targets import find_sites, fits_sample, named_sites, weight_matrix
+
+__all__ = ["attach", "from_checkpoint", "from_pretrained"]
+
+
+def attach(
+    base_model: nn.Module,
+    config: MHRConfig,
+    tasks: Iterable[str],
+    *,
+    sites: Sequence[str] | None = None,
+) -> RoutedModel:
+    """Give a base model an inventory of skills and a route for each task.
+
+    The base model's parameters are frozen. Its chosen layers are wrapped in place, without
+    touching their weights; `RoutedModel.unload` undoes it.
+
+    Args:
+        base_model: any tree of torch modules that takes its batch on the first axis.
+        config: what to attach.
+        tasks: unique names; the order is the order of rows.
+        sites: exact layer names, instead of `config.target_modules`.
+
+    Raises:
+        InputError: no layer matches, heads do not divide a width, task names clash, or the model
+            has an inventory already.
+    """
+    if isinstance(tasks, str):
+        raise InputError(f"tasks must be a list of names, not the single string {tasks!r}")
+    tasks = tuple(tasks)
+    if config.method == "private" and not tasks:
+        raise InputError("method='private' has one skill per task: name at least one task")
+    for name, module in base_model.named_modules():
+        if isinstance(module, RoutedLayer | RoutedModel):
+            raise InputError(
+                f"layer {name!r} carries an inventory already; call unload() on the routed model"
+            )
+    found = (
+        find_sites(base_model, config) if sites is None else named_sites(base_model, sites, config)
+    )
+    devices = sorted({str(weight_matrix(site.layer).device) for site in found})
+    if len(devices) > 1:
+        raise InputError(
+            f"the layers to adapt lie on several devices ({', '.join(devices)}), which is not "
+            "supported; load the base model on one device"
+        )
+    return RoutedModel(base_model, config, found, tasks)
+
+
+def from_pretrained(
+    base_model: nn.Module,
+    folder: str | os.PathLike[str],
+    *,
+    tasks: Sequence[str] | None = None,
+    check_base: bool = True,
+) -> RoutedModel:
+    """Attach a saved inventory to the base model that it was trained on.
+
+    Args:
+        base_model: as given to `attach` when the inventory was made.
+        folder: where `RoutedModel.save_pretrained` wrote.
+        tasks: keep only these tasks' routes, `[]` for none; default all.
+        check_base: refuse a base model whose weights differ from those of training.
+
+    Raises:
+        InputError: the files are damaged, or belong to another base model.
+    """
+    return from_checkpoint(
+        base_model, read_checkpoint(folder), os.fspath(folder), tasks, check_base=check_base
+    )
+
+
+def from_checkpoint(
+    base_model: nn.Module,
+    checkpoint: Checkpoint,
+    source: str,
+    tasks: Sequence[str] | None = None,
+    *,
+    check_base: bool = True,
+) -> RoutedModel:
+    """Build a routed model from a saved inventory; see `from_pretrained`."""
+    description = checkpoint.description
+    sites = description["sites"]
+    router_of = {site["name"]: description["routers"][site["router"]] for site in sites}
+    values = dict(description["config"])
+    granularity = values.pop("granularity")
+    # The saved assignment of layers to routers, whatever rule made it, holds.
+    config = replace(MHRConfig.from_dict(values), granularity=router_of.__getitem__)
+    try:
+        found = named_sites(base_model, list(router_of), config)
+    except InputError as error:
+        raise InputError(f"{source} belongs to another base model: {error}") from error
+    for site, saved in zip(found, sites, strict=True):
+        if (site.d_in, site.d_out) != (saved["d_in"], saved["d_out"]):
+            raise InputError(
+                f"{source} belongs to another base model: layer {site.name!r} is "
+                f"{site.d_in} to {site.d_out} here, {saved['d_in']} to {saved['d_out']} there"
+            )
+        if check_base and not fits_sample(site, saved["base_sample"]):
+            raise InputError(
+                f"{source} belongs to another base model: the weights of layer {site.name!r} "
+                "differ from those it was trained on (check_base=False loads it all the same)"
+            )
+    model = attach(base_model, config, description["tasks"], sites=[s.name for s in found])
+    if granularity != "custom":
+        model.adapter_config = model.mixer.config = replace(config, granularity=granularity)
+    try:
+        model.load_tensors(checkpoint, source)
+        if tasks is not None:
+            model.keep_tasks(tasks)
+    except BaseException:
+        model.unload()
+        raise
+    return model

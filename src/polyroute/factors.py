@@ -1,0 +1,67 @@
+"""What one layer applies: a plain adapter, and all that can be done with it."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Protocol
+
+from torch import Tensor, nn
+
+from polyroute.kernels import apply_ia3, apply_lora
+
+__all__ = ["Factors", "IA3Factors", "LoRAFactors"]
+
+
+class Factors(Protocol):
+    """A layer's adapter, for one task or for each example of a batch."""
+
+    def apply(self, base: nn.Module, x: Tensor, dropout: float) -> Tensor:
+        """The adapted layer's output; `x` is `[..., d_in]`, as in `polyroute.kernels`."""
+
+    def fold(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """For one task: the weight `[d_out, d_in]` and bias `[d_out]` that compute the same."""
+
+    def peft_tensors(self) -> Mapping[str, Tensor]:
+        """For one task: the tensors of a PEFT adapter, by the ending of their name."""
+
+
+@dataclass(frozen=True)
+class LoRAFactors:
+    """A low-rank update, its scale included in `b`."""
+
+    a: Tensor
+    """`[r, d_in]`, or `[B, r, d_in]` where examples differ."""
+    b: Tensor
+    """`[r, d_out]`, or `[B, r, d_out]`."""
+
+    def apply(self, base: nn.Module, x: Tensor, dropout: float) -> Tensor:
+        """base(x) + x a^T b."""
+        return apply_lora(base, x, self.a, self.b, dropout)
+
+    def fold(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """W + b^T a."""
+        return weight + self.b.t() @ self.a, bias
+
+    def peft_tensors(self) -> Mapping[str, Tensor]:
+        """PEFT stores both factors transposed to the way they multiply x."""
+        return {"lora_A.weight": self.a, "lora_B.weight": self.b.t()}
+
+
+@dataclass(frozen=True)
+class IA3Factors:
+    """A scale of every output unit."""
+
+    scale: Tensor
+    """`[1, d_out]`, or `[B, 1, d_out]` where examples differ."""
+
+    def apply(self, base: nn.Module, x: Tensor, dropout: float) -> Tensor:
+        """base(x) * scale; there is no input of its own to drop."""
+        return apply_ia3(base, x, self.scale)
+
+    def fold(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """W and bias, each row times its scale."""
+        scale = self.scale.reshape(-1)
+        return weight * scale[:, None], None if bias is None else bias * scale
+
+    def peft_tensors(self) -> Mapping[str, Tensor]:
+        """One column."""
+        return {"ia3_l": self.scale.reshape(-1, 1)}
