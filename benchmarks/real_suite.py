@@ -49,14 +49,16 @@ def train(method: str, options: argparse.Namespace) -> Path:
 
 def adapt(run: Path, phase: str, tasks: list[str], options: argparse.Namespace) -> list[Any]:
     out = run / f"adapt-{phase}"
-    polyroute(
-        ["adapt", str(run), "--data", options.data, "--tasks", ",".join(tasks), "--shots", "32",
-         "--phase", phase, "--seeds", ",".join(map(str, SEEDS)), "--steps",
-         str(options.adapt_steps), "--out", str(out),
-         *(["--resume"] if (out / "run.json").exists() else [])],
-    )  # fmt: skip
-    results: list[Any] = json.loads((out / "results.json").read_text())
-    return results
+    results = json.loads(path.read_text()) if (path := out / "results.json").exists() else []
+    if len(results) < len(tasks) * len(SEEDS):
+        polyroute(
+            ["adapt", str(run), "--data", options.data, "--tasks", ",".join(tasks), "--shots",
+             "32", "--phase", phase, "--seeds", ",".join(map(str, SEEDS)), "--steps",
+             str(options.adapt_steps), "--out", str(out),
+             *(["--resume"] if (out / "run.json").exists() else [])],
+        )  # fmt: skip
+        results = json.loads(path.read_text())
+    return list(results)
 
 
 def zero_shot(run: Path, tasks: list[str], options: argparse.Namespace) -> dict[str, Any]:

@@ -1,5 +1,4 @@
 import json
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -98,6 +97,12 @@ def test_the_files_have_the_published_layout(saved: Path) -> None:
         "routers", "sites",
     }  # fmt: skip
     assert description["tasks"] == list(TASKS)
+    assert set(description["base"]) == {"name", "class", "sample"}
+    assert description["base"]["sample"] == []  # every parameter is an adapted layer's
+    for site in description["sites"]:
+        assert set(site) == {"name", "d_in", "d_out", "router", "base_sample", "base_dtype"}
+        assert site["base_dtype"] == "torch.float32"
+        assert len(site["base_sample"]) == 8
 
 
 def test_the_tensors_on_disk_are_the_skills_and_the_rows(saved: Path) -> None:
@@ -204,7 +209,7 @@ def test_a_tensor_of_another_shape_is_refused(saved: Path) -> None:
         from_pretrained(stack(), saved)
 
 
-@pytest.mark.parametrize("key", ["config", "tasks", "sites", "routers"])
+@pytest.mark.parametrize("key", ["config", "num_skills", "base", "tasks", "sites", "routers"])
 def test_a_description_without_an_entry_is_refused(saved: Path, key: str) -> None:
     description = json.loads((saved / "polyroute.json").read_text())
     del description[key]
@@ -213,33 +218,118 @@ def test_a_description_without_an_entry_is_refused(saved: Path, key: str) -> Non
         from_pretrained(stack(), saved)
 
 
-def without_site_name(description: dict[str, Any]) -> None:
-    del description["sites"][1]["name"]
-
-
-def with_unknown_router(description: dict[str, Any]) -> None:
-    description["sites"][1]["router"] = 3
-
-
-def without_granularity(description: dict[str, Any]) -> None:
-    del description["config"]["granularity"]
-
-
-def with_config_list(description: dict[str, Any]) -> None:
-    description["config"] = []
+def change(file: Path, *place: Any, to: Any = None) -> None:
+    """Overwrite one entry of a description, or delete it."""
+    description = json.loads(file.read_text())
+    entry = description
+    for key in place[:-1]:
+        entry = entry[key]
+    if to is None:
+        del entry[place[-1]]
+    else:
+        entry[place[-1]] = to
+    file.write_text(json.dumps(description))
 
 
 @pytest.mark.parametrize(
-    "damage", [without_site_name, with_unknown_router, without_granularity, with_config_list]
+    ("place", "value", "message"),
+    [
+        (("sites", 1, "name"), None, r"'sites\[1\]' is not complete: it lacks 'name'"),
+        (("sites", 1, "router"), 3, r"'sites\[1\].router' is not one of its 3 routers"),
+        (("sites", 1, "router"), "0", r"'sites\[1\].router' is not one of its 3 routers"),
+        (("sites", 1, "d_in"), "8", r"'sites\[1\].d_in' is not a width"),
+        (("sites", 1), "up", r"'sites\[1\]' is not an object"),
+        (("sites",), [], "'sites' is not a list of at least one layer"),
+        (("sites",), 3, "'sites' is not a list"),
+        (("sites", 0, "base_sample"), [1.0] * 7, r"base_sample' is not 8 numbers, or null"),
+        (("sites", 0, "base_sample"), ["x"] * 8, r"base_sample' is not 8 numbers, or null"),
+        (("sites", 0, "base_sample"), 3, r"base_sample' is not 8 numbers, or null"),
+        (("base", "sample"), [{"name": "x"}], "'base.sample' is not a list of whole samples"),
+        (("base",), "T5", "'base' is not name and class"),
+        (("config", "granularity"), None, "'config' is not complete: it lacks 'granularity'"),
+        (("config",), [], "'config' is not an object"),
+        (("config", "rank"), "2", "rank must be a positive whole number, not '2'"),
+        (("config", "alpha"), [2], r"alpha must be a finite number, not \[2\]"),
+        (("config", "target_modules"), 3, "target_modules must be a regular expression"),
+        (("config", "num_heads"), 2.0, "num_heads must be a positive whole number"),
+        (("num_skills",), 4, "'num_skills' is not 3, as its config says"),
+        (("num_skills",), "3", "'num_skills' is not 3"),
+        (("tasks",), ["amber", 3, "cedar", "dune"], "'tasks' is not a list of names"),
+        (("tasks",), "abcd", "'tasks' is not a list"),
+        (("anneal_progress",), "late", "'anneal_progress' is not between 0 and 1"),
+        (("anneal_progress",), float("nan"), "'anneal_progress' is not between 0 and 1"),
+        (("routers",), {"a": 1}, "'routers' is not a list"),
+        (("routers",), [None, None, None], "'routers' is not a list of names"),
+        (("has_rows",), None, "'has_rows' does not say whether routes.safetensors belongs"),
+        (("has_rows",), "yes", "'has_rows' does not say"),
+    ],
+    ids=str,
 )
 def test_a_description_damaged_inside_is_refused(
-    saved: Path, damage: Callable[[dict[str, Any]], None]
+    saved: Path, place: tuple[Any, ...], value: Any, message: str
 ) -> None:
-    description = json.loads((saved / "polyroute.json").read_text())
-    damage(description)
-    (saved / "polyroute.json").write_text(json.dumps(description))
-    with pytest.raises(InputError, match="is damaged: its config or a site is incomplete"):
-        from_pretrained(stack(), saved)
+    change(saved / "polyroute.json", *place, to=value)
+    base = stack()
+    with pytest.raises(InputError, match=rf"polyroute\.json is damaged: .*{message}"):
+        from_pretrained(base, saved)
+    assert_untouched(base)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), "int"])
+@pytest.mark.parametrize(
+    ("name", "tensor"),
+    [("inventory.safetensors", "down.lora_b"), ("routes.safetensors", "rows")],
+)
+def test_tensors_that_are_not_finite_numbers_are_refused(
+    saved: Path, name: str, tensor: str, value: Any
+) -> None:
+    tensors = load_file(saved / name)
+    if value == "int":
+        tensors[tensor] = tensors[tensor].long()
+    else:
+        tensors[tensor].view(-1)[3] = value
+    save_file(tensors, saved / name)
+    base, model = stack(), routed(stack(), num_heads=2, num_skills=3, rank=2)
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    for load in (lambda: from_pretrained(base, saved), lambda: model.load_adapter(saved)):
+        with pytest.raises(InputError, match=f"is damaged: tensor '{tensor}' holds values"):
+            load()
+    assert_untouched(base)
+    assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+
+
+@torch.no_grad()
+def test_a_lightly_tuned_base_is_refused_in_the_same_type_only(tmp_path: Path) -> None:
+    routed(llama(), target_modules=["q_proj"]).save_pretrained(tmp_path)
+    for name, message in (
+        ("model.layers.0.self_attn.q_proj.weight", "layer 'model.layers.0.self_attn.q_proj'"),
+        ("model.embed_tokens.weight", "parameter 'model.embed_tokens.weight'"),
+        ("lm_head.weight", "parameter 'lm_head.weight'"),
+    ):
+        base = llama()
+        base.get_parameter(name).mul_(1.01)
+        with pytest.raises(InputError, match=f"the weights of {message} differ"):
+            from_pretrained(base, tmp_path)
+        assert from_pretrained(base, tmp_path, check_base=False).tasks == TASKS
+        base = llama()
+        base.get_parameter(name).mul_(1.01)
+        assert from_pretrained(base.bfloat16(), tmp_path).tasks == TASKS
+
+
+def test_a_checkpoint_without_samples_of_the_rest_still_loads(tmp_path: Path) -> None:
+    routed(llama(), target_modules=["q_proj"]).save_pretrained(tmp_path)
+    change(tmp_path / "polyroute.json", "base", "sample")
+    for i in range(2):
+        change(tmp_path / "polyroute.json", "sites", i, "base_dtype")
+    assert from_pretrained(llama(), tmp_path).tasks == TASKS
+
+
+def test_private_adapters_without_a_task_are_not_saved(tmp_path: Path) -> None:
+    model = routed(stack(), method="private")
+    model.keep_tasks([])
+    with pytest.raises(InputError, match="no private adapter is left to save: add a task first"):
+        model.save_pretrained(tmp_path / "x")
+    assert not (tmp_path / "x").exists()
 
 
 @pytest.mark.parametrize(

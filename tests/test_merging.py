@@ -140,3 +140,14 @@ def test_a_bf16_base_merges_to_within_its_own_rounding() -> None:
     model.merge("amber")
     assert model.base_model.model.layers[0].mlp.up_proj.weight.dtype == torch.bfloat16
     assert relative_error(model(**inputs).logits, exact) < 3 * routed_error
+
+
+def test_unmerging_after_a_cast_restores_in_the_new_type() -> None:
+    model, x = routed(stack(), adapter="ia3"), torch.randn(3, 8)
+    expected = {k: v.bfloat16() for k, v in stack().state_dict().items()}
+    model.merge("cedar")
+    model.to(torch.bfloat16)
+    model.unmerge()
+    actual = model.base_model.state_dict()
+    assert all(torch.equal(actual[name], value) for name, value in expected.items())
+    assert model(x.bfloat16(), tasks="cedar").dtype == torch.bfloat16

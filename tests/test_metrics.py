@@ -139,6 +139,13 @@ def test_the_majority_baseline_is_the_share_of_the_most_frequent_training_target
     assert (result.majority, result.chance) == (0.25, 0.5)
 
 
+def test_without_a_training_split_there_is_no_majority() -> None:
+    for choices in (None, [["yes", "no"]] * 2):
+        test = table(["yes", "no"], choices) if choices else table(["yes", "no"])
+        result = baselines(None, test)
+        assert (result.majority, result.chance) == (None, 0.5 if choices else None)
+
+
 def test_chance_is_averaged_over_examples_with_different_choices() -> None:
     test = table(["a", "b"], [["a", "b"], ["a", "b", "c", "d"]])
     assert baselines(table(["z"]), test).chance == pytest.approx((1 / 2 + 1 / 4) / 2)

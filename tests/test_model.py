@@ -4,6 +4,8 @@ import threading
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
+import pandas as pd
 import pytest
 import torch
 from models import TASKS, batch, bert, gpt2, llama, relative_error, routed, rows, shake, stack, t5
@@ -251,6 +253,13 @@ def test_a_route_holds_in_its_own_thread_only() -> None:
         (True, "not True"),
         ([0, 1.5], "not 1.5"),
         ([None], "not None"),
+        (1.0, "one per example, not a float"),
+        ({"amber", "birch"}, "one per example, not a set"),
+        ({"amber": 1}, "one per example, not a dict"),
+        (b"amber", "one per example, not a bytes"),
+        (np.array([0.0, 1.0]), "not 0.0"),
+        (np.array(["amber", None], dtype=object), "not None"),
+        (np.array(["amber", "brich"]), "unknown task 'brich'"),
     ],
     ids=str,
 )
@@ -261,6 +270,58 @@ def test_tasks_that_do_not_exist_are_refused(tasks: Any, message: str) -> None:
     with pytest.raises(InputError, match=message):
         model(torch.randn(2, 8), tasks=tasks)
     assert model(torch.randn(2, 8), tasks="amber").shape == (2, 16)
+
+
+def test_arrays_and_columns_of_names_are_lists_of_names() -> None:
+    model, x = routed(stack()), torch.randn(2, 8)
+    expected = model(x, tasks=["cedar", "amber"])
+    for tasks in (
+        np.array(["cedar", "amber"]),
+        np.array(["cedar", "amber"], dtype=object),
+        pd.Series(["cedar", "amber"], index=[7, 3]),
+        np.array([2, 0]),
+        (name for name in ("cedar", "amber")),
+    ):
+        assert torch.equal(model(x, tasks=tasks), expected)
+    assert torch.equal(model(x, tasks=np.array("cedar")), model(x, tasks="cedar"))
+
+
+def test_what_is_no_model_config_or_list_of_tasks_is_refused() -> None:
+    base: Any = stack()
+    config: Any = {"rank": 2}
+    with pytest.raises(InputError, match="base_model must be a torch module, not a str"):
+        attach("t5", MHRConfig(), ["amber"])  # type: ignore[arg-type]
+    with pytest.raises(InputError, match="config must be an MHRConfig, not a dict"):
+        attach(base, config, ["amber"])
+    with pytest.raises(InputError, match="tasks must be a list of names, not None"):
+        attach(base, MHRConfig(), None)  # type: ignore[arg-type]
+    model = routed(base)
+    with pytest.raises(InputError, match="not the single string 'ab'"):
+        model.keep_tasks("ab")
+    model.keep_tasks(name for name in ("dune", "amber"))  # type: ignore[arg-type]
+    assert model.tasks == ("dune", "amber")
+
+
+def test_an_unloaded_model_says_so(tmp_path: Any) -> None:
+    model = routed(stack())
+    base = model.unload()
+    assert model.unload() is base
+    for use in (
+        lambda: model(torch.randn(2, 8), tasks="amber"),
+        lambda: model(torch.randn(2, 8)),
+        lambda: model.route("amber"),
+        lambda: model.merge("amber"),
+        lambda: model.unmerge(),
+        lambda: model.save_pretrained(tmp_path / "x"),
+        lambda: model.load_adapter(tmp_path),
+        lambda: model.export_peft("amber", tmp_path / "x"),
+    ):
+        with pytest.raises(InputError, match="this routed model was unloaded"):
+            use()
+    assert not (tmp_path / "x").exists()
+    again = routed(base)
+    model.unload()  # does not take the new inventory out
+    assert again.routed_layers[0] is base.up
 
 
 def test_a_batch_that_the_tasks_do_not_fit_is_refused() -> None:

@@ -112,7 +112,9 @@ def test_impossible_phases_and_rates_are_refused_before_anything_changes() -> No
     for kwargs, message in (
         ({"phase": "mu2"}, "unknown phase 'mu2': did you mean 'mu'"),
         ({"phase": "random", "lr": 0.0}, "lr must be positive, not 0.0"),
-        ({"phase": "random", "lr": float("nan")}, "lr must be positive"),
+        ({"phase": "random", "lr": float("nan")}, "lr must be a finite number, not nan"),
+        ({"phase": "mu", "route_lr": float("inf")}, "route_lr must be a finite number"),
+        ({"phase": "mu", "weight_decay": float("nan")}, "weight_decay must be a finite number"),
         ({"phase": "mu", "route_lr": -1.0}, "route_lr must be positive, not -1.0"),
         ({"phase": "mu", "weight_decay": -0.1}, "weight_decay must not be negative"),
     ):

@@ -9,7 +9,7 @@ from torch import nn
 from transformers import T5Config, T5ForConditionalGeneration
 
 from polyroute import InputError, MHRConfig, RoutedModel, attach
-from polyroute.targets import find_sites, router_of, routers_of
+from polyroute.targets import find_sites, fits_sample, router_of, routers_of
 
 # T5 v1.1: d_model, d_ff, layers of each half, heads (of width 64).
 SIZES = {
@@ -248,6 +248,9 @@ def test_excluded_layers_are_left_out() -> None:
         ({"target_modules": "q("}, "not a regular expression"),
         ({"target_modules": r".*\.final_layer_norm"}, "which cannot be adapted"),
         ({"exclude_modules": ".*"}, "matches no layer"),
+        ({"exclude_modules": "zzz"}, "excluded module 'zzz' matches no layer of T5"),
+        ({"exclude_modules": ["q", "wi_3"]}, "excluded module 'wi_3' .*did you mean 'wi_"),
+        ({"exclude_modules": "q("}, "not a regular expression"),
         ({"num_heads": 7}, "num_heads=7 does not divide the input width 32 of layer 'encoder.blo"),
         ({"num_heads": 32}, "num_heads=32 does not divide the output width 48 of layer 'enc.*wi_0"),
     ],
@@ -286,3 +289,18 @@ def test_a_layer_registered_twice_is_one_site_at_both_places() -> None:
 
 def test_the_output_head_of_a_classifier_is_an_ordinary_layer() -> None:
     assert "classifier" in [s.name for s in find_sites(bert(), MHRConfig())]
+
+
+def test_a_layer_without_weights_yet_is_refused() -> None:
+    base = nn.Sequential(nn.LazyLinear(8))
+    for sites in (None, ["0"]):
+        with pytest.raises(InputError, match="layer '0' is a LazyLinear without weights yet: run"):
+            attach(base, MHRConfig(), ["amber"], sites=sites)
+
+
+def test_a_weight_whose_size_fp32_cannot_count_is_sampled() -> None:
+    weight = torch.ones(1).expand(4096 * 11008)
+    assert fits_sample(weight, [1.0] * 8, "torch.float32")
+    assert not fits_sample(weight, [1.0] * 7 + [1.001], "torch.float32")
+    assert fits_sample(weight, [1.0] * 7 + [1.001], "torch.bfloat16")
+    assert fits_sample(weight, [1.0] * 7 + [1.001], None)

@@ -1,5 +1,6 @@
 """Few-shot adaptation: from a trained inventory to a new task, with a handful of examples."""
 
+import math
 import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
@@ -18,7 +19,7 @@ from polyroute.model import Phase, RoutedModel
 from polyroute.sampling import draw_few_shot
 from polyroute.suite import Suite
 
-__all__ = ["AdaptSettings", "Adapted", "adapt", "adapt_task", "begin_task"]
+__all__ = ["AdaptSettings", "Adapted", "adapt", "adapt_task", "begin_task", "check_new"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,12 +49,20 @@ class AdaptSettings:
     def __post_init__(self) -> None:
         """Check the numbers."""
         for name in ("shots", "steps", "batch_size", "lr", "route_lr", "max_grad_norm"):
-            if not getattr(self, name) > 0:
-                raise InputError(f"{name} must be positive, not {getattr(self, name)}")
-        if self.weight_decay < 0:
-            raise InputError(f"weight_decay must not be negative, got {self.weight_decay}")
+            # Written so that NaN is refused too.
+            if not 0 < getattr(self, name) < math.inf:
+                raise InputError(f"{name} must be positive and finite, not {getattr(self, name)}")
+        if not 0 <= self.weight_decay < math.inf:
+            raise InputError(
+                f"weight_decay must be finite and not negative, got {self.weight_decay}"
+            )
         if not 0 <= self.warmup < 1:
             raise InputError(f"warmup must be in [0, 1), not {self.warmup}")
+        if self.init != "uniform" and self.phase in ("mu", "mu-uncollapsed", "random"):
+            raise InputError(
+                f"phase {self.phase!r} does not use a route, so init {self.init!r} would be "
+                "ignored; use phase 'full' or 'z', or init 'uniform'"
+            )
 
     def to_dict(self) -> dict[str, Any]:
         """The settings as JSON values."""
@@ -71,17 +80,26 @@ class Adapted:
     seconds: float
 
 
-def begin_task(model: RoutedModel, task: str, settings: AdaptSettings, seed: int) -> None:
-    """Reduce the model, in place, to one new task, and choose what trains.
+def check_new(model: RoutedModel, task: str) -> None:
+    """Make sure that a task can be added.
 
     Raises:
-        InputError: the inventory was trained on the task, or the phase has nothing to train.
+        InputError: the inventory was trained on the task.
     """
     if task in model.routes:
         raise InputError(
             f"task {task!r} is among those that the inventory was trained on; "
             "`polyroute evaluate` scores it as it is"
         )
+
+
+def begin_task(model: RoutedModel, task: str, settings: AdaptSettings, seed: int) -> None:
+    """Reduce the model, in place, to one new task, and choose what trains.
+
+    Raises:
+        InputError: the inventory was trained on the task, or the phase has nothing to train.
+    """
+    check_new(model, task)
     torch.manual_seed(seed)
     model.add_task(task, settings.init)
     model.keep_tasks([task])
@@ -107,6 +125,9 @@ def adapt(
         rows: the encoded few-shot examples.
         settings: how.
         seed: of the order.
+
+    Raises:
+        InputError: the loss or a trained number is no longer finite.
     """
     started = time.perf_counter()
     torch.manual_seed(seed)
@@ -129,6 +150,14 @@ def adapt(
         schedule.step()
         optimizer.zero_grad(set_to_none=True)
         losses.append(loss.item())
+        if not math.isfinite(losses[-1]):
+            raise InputError(
+                f"training diverged: the loss is {losses[-1]} at step {len(losses)}; lower --lr"
+            )
+    if not all(bool(torch.isfinite(p).all()) for p in trained):
+        raise InputError(
+            f"training diverged: a weight is not finite at step {len(losses)}; lower --lr"
+        )
     model.eval()
     tenth = max(1, len(losses) // 10)
     return Adapted(

@@ -3,6 +3,7 @@
 import os
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
+from typing import Any
 
 from torch import nn
 
@@ -11,7 +12,7 @@ from polyroute.config import MHRConfig
 from polyroute.errors import InputError
 from polyroute.layers import RoutedLayer
 from polyroute.model import RoutedModel
-from polyroute.targets import find_sites, fits_sample, named_sites, weight_matrix
+from polyroute.targets import Site, find_sites, fits_sample, named_sites, weight_matrix
 
 __all__ = ["attach", "from_checkpoint", "from_pretrained"]
 
@@ -38,6 +39,14 @@ def attach(
         InputError: no layer matches, heads do not divide a width, task names clash, or the model
             has an inventory already.
     """
+    if not isinstance(base_model, nn.Module):
+        raise InputError(f"base_model must be a torch module, not a {type(base_model).__name__}")
+    if not isinstance(config, MHRConfig):
+        raise InputError(
+            f"config must be an MHRConfig, not a {type(config).__name__}: write MHRConfig(...)"
+        )
+    if not isinstance(tasks, Iterable):
+        raise InputError(f"tasks must be a list of names, not {tasks!r}; [] has none")
     if isinstance(tasks, str):
         raise InputError(f"tasks must be a list of names, not the single string {tasks!r}")
     tasks = tuple(tasks)
@@ -109,11 +118,8 @@ def from_checkpoint(
                 f"{source} belongs to another base model: layer {site.name!r} is "
                 f"{site.d_in} to {site.d_out} here, {saved['d_in']} to {saved['d_out']} there"
             )
-        if check_base and not fits_sample(site, saved["base_sample"]):
-            raise InputError(
-                f"{source} belongs to another base model: the weights of layer {site.name!r} "
-                "differ from those it was trained on (check_base=False loads it all the same)"
-            )
+    if check_base:
+        _check_weights(base_model, found, description, source)
     model = attach(base_model, config, description["tasks"], sites=[s.name for s in found])
     if granularity != "custom":
         model.adapter_config = model.mixer.config = replace(config, granularity=granularity)
@@ -125,3 +131,27 @@ def from_checkpoint(
         model.unload()
         raise
     return model
+
+
+def _check_weights(
+    base_model: nn.Module, sites: Sequence[Site], description: dict[str, Any], source: str
+) -> None:
+    """Make sure that the base model's weights are those that the inventory was trained on."""
+    saved = description["sites"]
+    compared = [
+        (f"layer {site.name!r}", weight_matrix(site.layer), s["base_sample"], s.get("base_dtype"))
+        for site, s in zip(sites, saved, strict=True)
+    ]
+    parameters = dict(base_model.named_parameters())
+    for other in description["base"].get("sample", []):
+        weight = parameters.get(other["name"])
+        if weight is not None:  # sites were all found; a part that is not there cannot differ
+            compared.append(
+                (f"parameter {other['name']!r}", weight, other["values"], other["dtype"])
+            )
+    for what, tensor, sample, dtype in compared:
+        if not fits_sample(tensor, sample, dtype):
+            raise InputError(
+                f"{source} belongs to another base model: the weights of {what} "
+                "differ from those it was trained on (check_base=False loads it all the same)"
+            )

@@ -13,6 +13,13 @@ from polyroute.errors import InputError, did_you_mean
 
 __all__ = ["app", "main"]
 
+SEEDS = 2**32
+"""Seeds are below; numpy takes no others."""
+MOST = 2**31 - 1
+"""No whole number may be larger; torch and numpy cannot count further everywhere."""
+TRAINING_PHASES = ("full", "mu")
+"""The others start from an inventory that has learned something."""
+
 app = typer.Typer(
     help="Train one inventory of LoRA skills on many tasks, and adapt it to new ones.",
     no_args_is_help=True,
@@ -36,12 +43,18 @@ def _read_config(context: typer.Context, path: Path | None) -> Path | None:
     if not isinstance(values, dict):
         raise InputError(f"the config {path} must hold `option: value` lines")
     known = {str(p.name) for p in context.command.params} - {"config"}
+    flags = {str(p.name) for p in context.command.params if getattr(p, "is_flag", False)}
     defaults: dict[str, Any] = {}
     for key, value in values.items():
         name = str(key).replace("-", "_")
         if name not in known:
             raise InputError(
                 f"config key {key!r} in {path} does not exist: {did_you_mean(name, known)}"
+            )
+        if isinstance(value, dict) or (isinstance(value, bool) and name not in flags):
+            raise InputError(
+                f"config key {key!r} in {path} cannot be {value!r}; if it is meant as text, put it "
+                "in quotes"
             )
         defaults[name] = ",".join(map(str, value)) if isinstance(value, list) else value
     context.default_map = {**(context.default_map or {}), **defaults}
@@ -80,7 +93,9 @@ def demo(
     Example: `polyroute demo --out demo-out`
     """
     from polyroute.demo.main import run_demo
+    from polyroute.runs import check_run
 
+    check_run(out, "demo", resume=False, overwrite=overwrite)
     run_demo(out, quick=quick, overwrite=overwrite)
 
 
@@ -155,8 +170,9 @@ def train(
     options["tasks"] = _names(tasks)
     _positive(
         steps=steps, batch_size=batch_size, accumulation=accumulation, lr=lr, route_lr=route_lr,
-        temperature=temperature, save_steps=save_steps,
+        temperature=temperature, save_steps=save_steps, max_input=max_input, max_target=max_target,
     )  # fmt: skip
+    _check_training(phase, weight_decay, warmup, cap, seed)
     train_run(options)
 
 
@@ -270,8 +286,8 @@ def _seeds(text: str) -> list[int]:
         raise InputError(
             f"--seeds {text!r} must be whole numbers separated by commas, such as 42,1024,0"
         ) from error
-    if min(seeds) < 0 or len(set(seeds)) != len(seeds):
-        raise InputError(f"--seeds {text!r} must be different numbers that are not negative")
+    if len(set(seeds)) != len(seeds) or not all(0 <= seed < SEEDS for seed in seeds):
+        raise InputError(f"--seeds {text!r} must be different numbers from 0 to {SEEDS - 1}")
     return seeds
 
 
@@ -285,7 +301,26 @@ def _target(text: str) -> str | list[str]:
 def _positive(**options: float) -> None:
     for name, value in options.items():
         if not value > 0 or (math.isinf(value) and name != "temperature"):
-            raise InputError(f"--{name.replace('_', '-')} must be positive, not {value:g}")
+            raise InputError(
+                f"--{name.replace('_', '-')} must be positive and finite, not {value:g}"
+            )
+        if isinstance(value, int) and value > MOST:
+            raise InputError(f"--{name.replace('_', '-')} must be at most {MOST}, not {value}")
+
+
+def _check_training(
+    phase: str, weight_decay: float, warmup: float, cap: int | None, seed: int
+) -> None:
+    if phase not in TRAINING_PHASES:
+        raise InputError(f"unknown phase {phase!r} of training; use full or mu")
+    if not 0 <= weight_decay < math.inf:
+        raise InputError(f"--weight-decay must be finite and not negative, not {weight_decay:g}")
+    if not 0 <= warmup < 1:
+        raise InputError(f"--warmup must be at least 0 and below 1, not {warmup:g}")
+    if cap is not None:
+        _positive(cap=cap)
+    if not 0 <= seed < SEEDS:
+        raise InputError(f"--seed must be from 0 to {SEEDS - 1}, not {seed}")
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

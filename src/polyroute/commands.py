@@ -2,29 +2,35 @@
 
 import math
 import os
-from collections.abc import Mapping, Sequence
+import tempfile
+import zipfile
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import datasets
 import torch
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 from tqdm.auto import tqdm
+from transformers import TrainerCallback
 
-from polyroute.adapt import AdaptSettings, adapt_task, begin_task
+from polyroute.adapt import AdaptSettings, adapt_task, begin_task, check_new
 from polyroute.analysis import describe_checkpoint
-from polyroute.build import attach, from_checkpoint, from_pretrained
+from polyroute.build import attach, from_checkpoint
 from polyroute.checkpoint import Checkpoint, read_checkpoint
 from polyroute.config import MHRConfig
 from polyroute.errors import InputError
 from polyroute.evaluate import TaskScore, check_answerable, evaluate, macro_average
 from polyroute.examples import encoded_mixture
-from polyroute.files import make_folder, read_json, write_json, write_tensors
+from polyroute.files import check_place, make_folder, read_json, write_json, write_tensors
 from polyroute.kinds import ModelKind, kind_of
 from polyroute.loading import load_base
 from polyroute.metrics import mean_and_error
 from polyroute.model import RoutedModel
-from polyroute.runs import open_run, read_run, record
+from polyroute.runs import DIGEST, check_run, digest, held, open_run, read_run, record
 from polyroute.sampling import draw_few_shot
 from polyroute.suite import Suite, check_tasks, held_out_tasks, training_tasks, validate
 from polyroute.suites import open_suite
@@ -32,7 +38,16 @@ from polyroute.trainer import MultiTaskTrainer, MultiTaskTrainingArguments
 
 __all__ = ["adapt_run", "evaluate_run", "export_run", "inspect_run", "train_run"]
 
+METRICS = "metrics.json"
+TRAINER_STATE = "trainer_state.json"
+TORCH_FILES = ("optimizer.pt", "scheduler.pt", "rng_state.pth")
+RESULT = {"task", "seed", "metric", "score", "trained_parameters", "seconds"}
+
 console = Console()
+
+
+def _say(text: str) -> None:
+    console.print(text, highlight=False, markup=False)
 
 
 def train_run(options: Mapping[str, Any]) -> None:
@@ -59,45 +74,162 @@ def train_run(options: Mapping[str, Any]) -> None:
         normalization=options["normalization"],
         dropout=options["dropout"],
     )
+    resume = options["resume"]
+    place = {
+        "resume": resume,
+        "overwrite": options["overwrite"],
+        "inputs": (options["model"], options["data"]),
+    }
+    folder = check_run(options["out"], "train", **place)
     suite = open_suite(options["data"])
     base, tokenizer = load_base(options["model"], dtype=options["dtype"])
     kind = kind_of(
         base, tokenizer, max_input=options["max_input"], max_target=options["max_target"]
     )
-    tasks = _chosen(suite, options["tasks"], training_tasks(suite), kind)
+    tasks = _chosen(
+        suite, options["tasks"], training_tasks(suite), kind,
+        none=f"every task of {options['data']} is held out",
+    )  # fmt: skip
     validate(suite, tasks, needs=["train"])
     torch.manual_seed(options["seed"])
-    model = attach(base, adapter, tasks)
+    model = _attached(base, adapter, tasks)
     model.set_phase(options["phase"])
-    folder = open_run(options["out"], resume=options["resume"], overwrite=options["overwrite"])
-    record(folder, "train", {**_plain(options), "tasks": list(tasks)})
-    console.print(model.describe(), highlight=False)
-    trainer = MultiTaskTrainer(
-        model, kind, _training_arguments(options, folder), encoded_mixture(
-            suite, tasks, "train", kind
-        )
-    )  # fmt: skip
-    last = _last_checkpoint(folder) if options["resume"] else None
-    result = trainer.train(resume_from_checkpoint=last)
+    trainer = _trainer(model, kind, options, encoded_mixture(suite, tasks, "train", kind))
+    open_run(folder, "train", **place)
+    record(folder, "train", {**_plain(options), "tasks": list(tasks)}, resume=resume)
+    with held(folder):
+        if resume and (folder / METRICS).is_file():
+            _say(f"the run in {folder} is finished; there is nothing to resume")
+            return
+        _say(model.describe())
+        _train_to_the_end(trainer, folder, _last_checkpoint(folder) if resume else None)
+    _say(f"trained {len(tasks)} tasks; the inventory is in {folder}")
+
+
+def _train_to_the_end(trainer: MultiTaskTrainer, folder: Path, last: Path | None) -> None:
+    """Train, from a checkpoint if there is one, and write the inventory and the metrics."""
+    model = trainer.model
+    found: Mapping[str, Any] = {}
+    trainer.args.output_dir = str(folder)
+    state: dict[str, Any] = {"global_step": -1} if last is None else read_json(last / TRAINER_STATE)
+    if last is not None and state["global_step"] >= trainer.args.max_steps:
+        model.load_adapter(last)  # it was interrupted between the last step and the end
+        steps, log = state["global_step"], state["log_history"]
+    else:
+        found = trainer.train(resume_from_checkpoint=None if last is None else str(last)).metrics
+        steps, log = trainer.state.global_step, trainer.state.log_history
+    trained = [p for p in model.parameters() if p.requires_grad]
+    if not all(bool(torch.isfinite(p).all()) for p in trained):
+        raise _diverged("a weight is not finite", steps)
     model.save_pretrained(folder)
     write_json(
-        folder / "metrics.json",
+        folder / METRICS,
         {
-            **result.metrics,
-            "steps": trainer.state.global_step,
+            **_finite(found),
+            "steps": steps,
             "parameters": model.counts(),
             "trained_parameters": model.num_trainable(),
-            "log": trainer.state.log_history,
+            "log": [_finite(entry) for entry in log],
         },
     )
-    console.print(f"trained {len(tasks)} tasks; the inventory is in {folder}", highlight=False)
 
 
-def _last_checkpoint(folder: Path) -> str | None:
-    """The newest checkpoint that was written whole: the trainer's state comes last."""
-    whole = [path.parent for path in folder.glob("checkpoint-*/trainer_state.json")]
-    newest = max(whole, key=lambda path: int(path.name.rpartition("-")[2]), default=None)
-    return None if newest is None else str(newest)
+def _diverged(what: str, step: int) -> InputError:
+    return InputError(
+        f"training diverged: {what} at step {step}; lower --lr and start again with --overwrite"
+    )
+
+
+def _finite(entry: Mapping[str, Any]) -> dict[str, Any]:
+    """An entry of a log as JSON values; a gradient norm can be infinite where the loss is not."""
+    return {
+        k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in entry.items()
+    }
+
+
+class _StopWhenDiverged(TrainerCallback):
+    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **_: Any) -> None:
+        loss = (logs or {}).get("loss", (logs or {}).get("train_loss", 0.0))
+        if not math.isfinite(loss):
+            raise _diverged(f"the loss is {loss}", state.global_step)
+
+
+def _attached(base: Any, adapter: MHRConfig, tasks: Sequence[str]) -> RoutedModel:
+    try:
+        return attach(base, adapter, tasks)
+    except (MemoryError, OverflowError, RuntimeError, TypeError) as error:
+        reason = str(error).strip().partition("\n")[0]
+        about_size = ("memory", "alloc", "overflow", "too large", "storage size", "dimension")
+        if isinstance(error, RuntimeError | TypeError) and not any(
+            w in reason.lower() for w in about_size
+        ):
+            raise
+        raise InputError(
+            f"the inventory cannot be made: lower --skills or --rank ({reason})"
+        ) from error
+
+
+def _trainer(
+    model: RoutedModel, kind: ModelKind, options: Mapping[str, Any], rows: datasets.Dataset
+) -> MultiTaskTrainer:
+    """The trainer, checked as far as that can be done before training; it makes no folder."""
+    with tempfile.TemporaryDirectory() as elsewhere:  # a trainer makes its folder at once
+        try:
+            arguments = _training_arguments(options, Path(elsewhere))
+            trainer = MultiTaskTrainer(model, kind, arguments, rows)
+            trainer._get_train_sampler()
+        except InputError:
+            raise
+        except (ValueError, TypeError, RuntimeError, ImportError, OverflowError) as error:
+            reason = " ".join(str(error).split()).rstrip(".") or type(error).__name__
+            raise InputError(f"the training options cannot be used: {reason}") from error
+    trainer.add_callback(_StopWhenDiverged())
+    return trainer
+
+
+def _last_checkpoint(folder: Path) -> Path | None:
+    """The newest checkpoint that is whole; None before the first.
+
+    Raises:
+        InputError: all there are are damaged.
+    """
+    found = [p for p in folder.glob("checkpoint-*") if p.name.rpartition("-")[2].isdecimal()]
+    damages: list[str] = []
+    for path in sorted(found, key=lambda p: int(p.name.rpartition("-")[2]), reverse=True):
+        if not (path / TRAINER_STATE).is_file():
+            continue  # it is written last: the run was interrupted while it wrote the checkpoint
+        damage = _damage(path)
+        if damage is None:
+            for sentence in damages:
+                _say(f"{sentence}; resuming from {path.name}")
+            return path
+        damages.append(damage)
+    if damages:
+        raise InputError(f"{damages[0]}; delete that checkpoint to start from the beginning")
+    return None
+
+
+def _damage(checkpoint: Path) -> str | None:
+    """What is wrong with a checkpoint of the trainer, if anything."""
+    for name in TORCH_FILES:
+        path = checkpoint / name
+        if not path.is_file():
+            return f"{path} is missing"
+        if not zipfile.is_zipfile(path):
+            return f"{path} is damaged"
+    path = checkpoint / TRAINER_STATE
+    try:
+        state = read_json(path)
+        read_checkpoint(checkpoint)
+    except InputError as error:
+        return str(error)
+    if not (
+        isinstance(state, dict)
+        and isinstance(state.get("global_step"), int)
+        and isinstance(state.get("log_history"), list)
+    ):
+        return f"{path} is damaged"
+    return None
 
 
 def _training_arguments(options: Mapping[str, Any], folder: Path) -> MultiTaskTrainingArguments:
@@ -116,6 +248,8 @@ def _training_arguments(options: Mapping[str, Any], folder: Path) -> MultiTaskTr
         phase=options["phase"],
         seed=options["seed"],
         bf16=options["bf16"],
+        use_cpu=not torch.accelerator.is_available(),  # else bf16 is refused there
+        logging_nan_inf_filter=False,  # a loss that is no number must be seen
         save_steps=options["save_steps"],
         save_total_limit=2,
         logging_steps=max(1, min(50, steps // 20)),
@@ -145,42 +279,71 @@ def adapt_run(options: Mapping[str, Any]) -> None:
                          "weight_decay", "init")
         }
     )  # fmt: skip
-    checkpoint = read_checkpoint(options["run"])
+    run, resume, split = options["run"], options["resume"], options["split"]
+    place = {
+        "resume": resume,
+        "overwrite": options["overwrite"],
+        "inputs": (run, options["data"]),
+    }
+    folder = check_run(options["out"], "adapt", **place)
+    checkpoint = _inventory(run)
     suite = open_suite(options["data"])
-    base, kind = _base_of(options["run"])
-    tasks = _chosen(suite, options["tasks"], held_out_tasks(suite), kind)
-    split = options["split"]
+    base, kind = _base_of(run)
+    tasks = _chosen(
+        suite, options["tasks"], held_out_tasks(suite), kind,
+        none=f"{options['data']} holds no task out",
+    )  # fmt: skip
     validate(suite, tasks, needs=["train", split])
     for task in tasks:
         draw_few_shot(len(suite.split(task, "train")), settings.shots, 0)
-    _try_out(base, checkpoint, options["run"], tasks, settings)
-    folder = open_run(options["out"], resume=options["resume"], overwrite=options["overwrite"])
-    record(folder, "adapt", {**_plain(options), "tasks": list(tasks)})
-    path = folder / "results.json"
-    results: list[dict[str, Any]] = read_json(path) if path.exists() else []
-    done = {(r["task"], r["seed"]) for r in results}
-    slots = [(t, s) for t in tasks for s in options["seeds"] if (t, s) not in done]
-    for task, seed in tqdm(slots, "adapting"):
-        model = from_checkpoint(base, checkpoint, str(options["run"]))
-        result = adapt_task(model, kind, suite, task, settings, seed=seed, split=split)
-        _save_adapted(model, folder / task / f"seed-{seed}", task)
-        base = model.unload()
-        results.append(result)
-        write_json(path, results)
+    _try_out(base, checkpoint, run, tasks, settings)
+    open_run(folder, "adapt", **place)
+    config = {**_plain(options), "tasks": list(tasks), DIGEST: digest(run)}
+    record(folder, "adapt", config, resume=resume)
+    with held(folder):
+        path = folder / "results.json"
+        results = _read_results(path) if path.exists() else []
+        done = {(r["task"], r["seed"]) for r in results}
+        slots = [(t, s) for t in tasks for s in options["seeds"] if (t, s) not in done]
+        for task, seed in tqdm(slots, "adapting"):
+            with _loaded(base, checkpoint, run) as model:
+                result = adapt_task(model, kind, suite, task, settings, seed=seed, split=split)
+                _save_adapted(model, folder / task / f"seed-{seed}", task)
+            results.append(result)
+            write_json(path, results)
     _print_adapted(results, tasks)
-    console.print(f"results and adapters are in {folder}", highlight=False)
+    _say(f"results and adapters are in {folder}")
+
+
+@contextmanager
+def _loaded(
+    base: Any, checkpoint: Checkpoint, source: str | os.PathLike[str]
+) -> Iterator[RoutedModel]:
+    """The inventory on the base model, which is left as it was."""
+    model = from_checkpoint(base, checkpoint, os.fspath(source))
+    try:
+        yield model
+    finally:
+        model.unload()
+
+
+def _read_results(path: Path) -> list[dict[str, Any]]:
+    results = read_json(path)
+    if not isinstance(results, list) or not all(
+        isinstance(r, dict) and r.keys() >= RESULT for r in results
+    ):
+        raise InputError(f"{path} is damaged: it is not a list of results; delete it to start over")
+    return results
 
 
 def _try_out(
     base: Any, checkpoint: Checkpoint, run: Any, tasks: Sequence[str], settings: AdaptSettings
 ) -> None:
     """Find out, before any work is lost, whether every task can begin."""
-    for task in tasks:
-        model = from_checkpoint(base, checkpoint, str(run))
-        try:
-            begin_task(model, task, settings, 0)
-        finally:
-            model.unload()
+    with _loaded(base, checkpoint, run) as model:
+        for task in tasks:
+            check_new(model, task)
+        begin_task(model, tasks[0], settings, 0)
 
 
 def _save_adapted(model: RoutedModel, folder: Path, task: str) -> None:
@@ -197,7 +360,7 @@ def _print_adapted(results: Sequence[Mapping[str, Any]], tasks: Sequence[str]) -
         mean, error = mean_and_error([r["score"] for r in rows])
         means.append(mean)
         table.add_row(
-            task,
+            escape(task),
             rows[0]["metric"],
             f"{mean:.3f}",
             "" if error is None else f"{error:.3f}",
@@ -224,24 +387,29 @@ def evaluate_run(
     Raises:
         InputError: the run, the data or a name cannot be used.
     """
-    checkpoint = read_checkpoint(run)
+    path = out or run / f"evaluate-{'zero-shot-' if zero_shot else ''}{split}.json"
+    checkpoint = _inventory(run)
+    _check_scores_place(path)
     suite = open_suite(data)
     base, kind = _base_of(run)
     trained = tuple(t for t in checkpoint.description["tasks"] if t in suite.tasks)
-    tasks = _chosen(suite, names, held_out_tasks(suite) if zero_shot else trained, kind)
+    tasks = _chosen(
+        suite, names, held_out_tasks(suite) if zero_shot else trained, kind,
+        none=f"{data} holds no task out" if zero_shot else f"{data} has none of the tasks of {run}",
+    )  # fmt: skip
     validate(suite, tasks, needs=["train", split])
-    model = from_checkpoint(base, checkpoint, str(run))
     route = "mu" if zero_shot else None
-    for task in tasks:
-        if route is None and task not in model.routes:
-            raise InputError(
-                f"task {task!r} has no route in {run}: add --zero-shot to route it as the average "
-                "of the skills, or adapt to it with `polyroute adapt`"
-            )
-    model.eval()
-    scores = evaluate(model, kind, suite, tasks, route=route, split=split, batch_size=batch_size)
-    name = f"evaluate-{'zero-shot-' if zero_shot else ''}{split}.json"
-    path = out or run / name
+    with _loaded(base, checkpoint, run) as model:
+        for task in tasks:
+            if route is None and task not in model.routes:
+                raise InputError(
+                    f"task {task!r} has no route in {run}: add --zero-shot to route it as the "
+                    "average of the skills, or adapt to it with `polyroute adapt`"
+                )
+        model.eval()
+        scores = evaluate(
+            model, kind, suite, tasks, route=route, split=split, batch_size=batch_size
+        )
     make_folder(path.parent)
     write_json(
         path,
@@ -255,15 +423,32 @@ def evaluate_run(
         },
     )
     _print_scores(scores)
-    console.print(f"scores are in {path}", highlight=False)
+    _say(f"scores are in {path}")
+
+
+def _check_scores_place(path: Path) -> None:
+    """Make sure, before anything is scored, that scores can be written and replace only scores."""
+    if path.is_dir():
+        raise InputError(f"{path} is a folder; name a JSON file as --out")
+    check_place(path.parent)
+    if not path.exists():
+        return
+    try:
+        former = read_json(path)
+    except InputError:
+        former = None
+    if not isinstance(former, dict) or not former.keys() >= {"macro_average", "split", "tasks"}:
+        raise InputError(
+            f"{path} is there and is no result of `polyroute evaluate`; name another --out file"
+        )
 
 
 def _print_scores(scores: Sequence[TaskScore]) -> None:
     table = Table("task", "metric", "score", "per token", "majority", "chance", "examples")
     for s in scores:
         table.add_row(
-            s.task, s.metric, f"{s.score:.3f}", _number(s.score_normalised),
-            f"{s.majority:.3f}", _number(s.chance), str(s.num_examples),
+            escape(s.task), s.metric, f"{s.score:.3f}", _number(s.score_normalised),
+            _number(s.majority), _number(s.chance), str(s.num_examples),
         )  # fmt: skip
     average = macro_average(scores)
     table.add_row(
@@ -279,10 +464,14 @@ def export_run(run: Path, task: str, out: Path) -> None:
     Raises:
         InputError: the run or the task cannot be used, or the folder cannot be written.
     """
+    checkpoint = _inventory(run)
+    check_place(out)
+    if out.is_dir() and any(out.iterdir()) and not (out / "adapter_config.json").is_file():
+        raise InputError(f"{out} is not empty and holds no adapter; name another --out folder")
     base, _ = _base_of(run)
-    model = from_pretrained(base, run)
-    model.export_peft(task, out)
-    console.print(f"wrote {task!r} as a PEFT adapter to {out}", highlight=False)
+    with _loaded(base, checkpoint, run) as model:
+        model.export_peft(task, out)
+    _say(f"wrote {task!r} as a PEFT adapter to {out}")
 
 
 def inspect_run(run: Path) -> None:
@@ -291,7 +480,17 @@ def inspect_run(run: Path) -> None:
     Raises:
         InputError: the folder holds no inventory.
     """
-    console.print(describe_checkpoint(read_checkpoint(run)), highlight=False)
+    _say(describe_checkpoint(_inventory(run)))
+
+
+def _inventory(run: Path) -> Checkpoint:
+    """The inventory of a run that is finished."""
+    if (run / "run.json").is_file() and not (run / "polyroute.json").exists():
+        command = read_run(run)["command"]
+        if command != "train":
+            raise InputError(f"{run} was written by `polyroute {command}`, not `polyroute train`")
+        raise InputError(f"the run in {run} is unfinished; continue it with --resume")
+    return read_checkpoint(run)
 
 
 def _base_of(run: str | os.PathLike[str]) -> tuple[Any, ModelKind]:
@@ -306,19 +505,34 @@ def _base_of(run: str | os.PathLike[str]) -> tuple[Any, ModelKind]:
 
 
 def _chosen(
-    suite: Suite, names: Sequence[str] | None, default: Sequence[str], kind: ModelKind
+    suite: Suite,
+    names: Sequence[str] | None,
+    default: Sequence[str],
+    kind: ModelKind,
+    *,
+    none: str,
 ) -> tuple[str, ...]:
-    """The tasks asked for; by default all that the base model can answer."""
+    """The tasks asked for; by default all that the base model can answer; `none`: if there are no.
+
+    Raises:
+        InputError: there is no such task, or it cannot be answered.
+    """
     if names is not None:
         tasks = check_tasks(suite, names)
         check_answerable(suite, tasks, kind)
         return tasks
+    if not default:
+        raise InputError(f"{none}; choose tasks with --tasks")
     able = [t for t in default if kind.supports_generation or suite.info(t).has_choices]
+    if not able:
+        raise InputError(
+            f"none of the {len(default)} tasks has choices, and an encoder base model writes no "
+            "text: use a text-generating base model"
+        )
     if len(able) < len(default):
-        console.print(
+        _say(
             f"left out {len(default) - len(able)} tasks without choices, which an encoder base "
-            "model cannot answer",
-            highlight=False,
+            "model cannot answer"
         )
     return check_tasks(suite, able)
 

@@ -1,12 +1,14 @@
 """What is attached to a base model, as one frozen record that is saved with every checkpoint."""
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, fields
+from numbers import Real
 from typing import Any, Literal, get_args
 
 from polyroute.errors import InputError, did_you_mean
 
-__all__ = ["Granularity", "MHRConfig"]
+__all__ = ["Granularity", "MHRConfig", "check_number"]
 
 Method = Literal["mhr", "poly", "shared", "private"]
 Adapter = Literal["lora", "ia3"]
@@ -71,10 +73,7 @@ class MHRConfig:
 
     def __post_init__(self) -> None:
         """Fill in what depends on the method and check every value."""
-        for name in ("target_modules", "exclude_modules"):
-            value = getattr(self, name)
-            if value is not None and not isinstance(value, str):
-                object.__setattr__(self, name, tuple(value))
+        self._check_modules()
         for name, kind in (
             ("method", Method),
             ("adapter", Adapter),
@@ -85,23 +84,34 @@ class MHRConfig:
             _one_of(name, getattr(self, name), get_args(kind))
         if not callable(self.granularity):
             _one_of("granularity", self.granularity, get_args(Granularity))
+        for name in ("num_skills", "num_heads", "rank", "anneal_steps"):
+            value = getattr(self, name)
+            lowest = 0 if name == "anneal_steps" else 1
+            if value is None and name in ("num_skills", "num_heads"):
+                continue
+            if not isinstance(value, int) or isinstance(value, bool):
+                raise InputError(f"{name} must be a positive whole number, not {value!r}")
+            if value < lowest:
+                at_least = (
+                    "must not be negative" if lowest == 0 else "must be a positive whole number"
+                )
+                raise InputError(f"{name} {at_least}, not {value!r}")
+        for name in ("alpha", "dropout", "logit_dropout"):
+            if getattr(self, name) is not None or name != "alpha":
+                check_number(name, getattr(self, name))
+        if not isinstance(self.shared_skill, bool):
+            raise InputError(f"shared_skill must be True or False, not {self.shared_skill!r}")
         if self.adapter == "ia3":
             if self.dropout:
                 raise InputError("adapter='ia3' has no input to drop: leave dropout at 0")
             object.__setattr__(self, "rank", 1)  # a scale of each unit: neither rank nor alpha
             object.__setattr__(self, "alpha", 1.0)
         self._fill_counts()
-        for name in ("num_skills", "num_heads", "rank"):
-            value = getattr(self, name)
-            if value is not None and (not isinstance(value, int) or value < 1):
-                raise InputError(f"{name} must be a positive whole number, not {value!r}")
         if not self.scale > 0:
             raise InputError(f"alpha must be positive, not {self.alpha!r}")
         for name in ("dropout", "logit_dropout"):
             if not 0 <= getattr(self, name) < 1:
                 raise InputError(f"{name} must be in [0, 1), not {getattr(self, name)!r}")
-        if self.anneal_steps < 0:
-            raise InputError(f"anneal_steps must not be negative, got {self.anneal_steps}")
         if self.normalization == "l2" and (
             self.gate != "sigmoid" or self.logit_dropout or self.shared_skill
         ):
@@ -109,6 +119,19 @@ class MHRConfig:
                 "normalization='l2' uses the logits themselves: leave gate, logit_dropout and "
                 "shared_skill at their defaults"
             )
+
+    def _check_modules(self) -> None:
+        for name in ("target_modules", "exclude_modules"):
+            value: Any = getattr(self, name)
+            if isinstance(value, str) or (value is None and name == "exclude_modules"):
+                continue
+            is_list = isinstance(value, list | tuple | set | frozenset)
+            if not is_list or not all(isinstance(ending, str) and ending for ending in value):
+                raise InputError(
+                    f"{name} must be a regular expression or a list of name endings such as "
+                    f"['q', 'v'], not {value!r}"
+                )
+            object.__setattr__(self, name, tuple(value))
 
     def _fill_counts(self) -> None:
         if self.method != "mhr" and self.num_heads not in (None, 1):
@@ -173,6 +196,17 @@ class MHRConfig:
             if key not in known:
                 raise InputError(f"config key {key!r} does not exist: {did_you_mean(key, known)}")
         return cls(**values)
+
+
+def check_number(name: str, value: object) -> float:
+    """Make sure that a setting is an ordinary number.
+
+    Raises:
+        InputError: it is of another type, NaN or infinite.
+    """
+    if not isinstance(value, Real) or isinstance(value, bool) or not math.isfinite(value):
+        raise InputError(f"{name} must be a finite number, not {value!r}")
+    return float(value)
 
 
 def _one_of(name: str, value: object, allowed: tuple[str, ...]) -> None:

@@ -1,11 +1,13 @@
 """Scoring a routed model on the tasks of a suite."""
 
+import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import datasets
 import numpy as np
+from torch import Tensor
 from tqdm.auto import tqdm
 
 from polyroute.errors import InputError
@@ -28,11 +30,12 @@ class TaskScore:
     `rougeL`."""
     score: float
     """Rank classification by the summed log-probability of a choice, or the mean metric of
-    generated text."""
+    generated text. Where n choices tie for the best and the target is among them, the example
+    counts 1/n."""
     score_normalised: float | None
     """The same by log-probability per token, for tasks with choices."""
-    majority: float
-    """What the most frequent training target scores."""
+    majority: float | None
+    """What the most frequent training target scores; None without a training split."""
     chance: float | None
     """What a random choice scores."""
     num_examples: int
@@ -101,7 +104,8 @@ def _task_score(
     texts = suite.split(task, split)
     rows = encoded(suite, task, split, kind)
     metric = suite.info(task).metric
-    simple = baselines(suite.split(task, "train"), texts, metric=metric)
+    train = suite.split(task, "train") if "train" in suite.splits(task) else None
+    simple = baselines(train, texts, metric=metric)
     score, normalised = score_rows(
         model, kind, rows, texts["target"], metric, route=route, batch_size=batch_size
     )
@@ -120,15 +124,26 @@ def score_rows(
 ) -> tuple[float, float | None]:
     """Mean score of encoded rows of one task.
 
+    For accuracy a row counts 1/n where n choices have exactly the best score and the label is among
+    them. Choices that are equal once cut to `max_target` always tie; a warning says so.
+
     Returns:
         The score and, for accuracy, the score by log-probability per token.
     """
     if metric == "accuracy":
-        hits = [0, 0]
+        hits, is_warned = [0.0, 0.0], False
         for batch in _batches(rows, batch_size, route):
             for row, scores in zip(batch, kind.scores(model, batch), strict=True):
+                firsts = _first_equal(row["choice_ids"])
+                if not is_warned and firsts != list(range(len(firsts))):
+                    is_warned = True
+                    warnings.warn(
+                        f"two choices of an example routed as {route!r} are the same "
+                        f"{kind.max_target} tokens: raise max_target to tell them apart",
+                        stacklevel=2,
+                    )
                 for column in range(2):
-                    hits[column] += int(scores[:, column].argmax()) == row["label"]
+                    hits[column] += _share(scores[firsts, column], row["label"])
         return hits[0] / len(rows), hits[1] / len(rows)
     compare = text_metric(metric)
     total = 0.0
@@ -136,6 +151,18 @@ def score_rows(
         for row, answer in zip(batch, kind.generate(model, batch), strict=True):
             total += compare(answer, targets[row["index"]])
     return total / len(rows), None
+
+
+def _first_equal(choices: Sequence[Sequence[int]]) -> list[int]:
+    """For each choice, the place of the first one with the same tokens."""
+    places: dict[tuple[int, ...], int] = {}
+    return [places.setdefault(tuple(ids), i) for i, ids in enumerate(choices)]
+
+
+def _share(scores: Tensor, label: int) -> float:
+    """1 where the label is the best choice, 1/n where it is one of n best, else 0."""
+    is_best = scores == scores.max()
+    return 1 / int(is_best.sum()) if label >= 0 and is_best[label] else 0.0
 
 
 def _batches(rows: datasets.Dataset, batch_size: int, route: str) -> Iterator[list[dict[str, Any]]]:
@@ -149,10 +176,11 @@ def _batches(rows: datasets.Dataset, batch_size: int, route: str) -> Iterator[li
 def macro_average(scores: Sequence[TaskScore]) -> dict[str, float | None]:
     """Means over tasks: of the score, its standard error, and the baselines."""
     mean, error = mean_and_error([s.score for s in scores])
+    majorities = [s.majority for s in scores if s.majority is not None]
     chances = [s.chance for s in scores if s.chance is not None]
     return {
         "score": mean,
         "standard_error": error,
-        "majority": mean_and_error([s.majority for s in scores])[0],
+        "majority": mean_and_error(majorities)[0] if majorities else None,
         "chance": mean_and_error(chances)[0] if chances else None,
     }

@@ -13,7 +13,30 @@ from torch import Tensor
 
 from polyroute.errors import InputError
 
-__all__ = ["make_folder", "read_json", "read_tensors", "write_json", "write_tensors"]
+__all__ = [
+    "check_place",
+    "make_folder",
+    "read_json",
+    "read_tensors",
+    "write_json",
+    "write_tensors",
+]
+
+
+def check_place(folder: str | os.PathLike[str]) -> None:
+    """Find out whether `make_folder` would work, without making anything.
+
+    Raises:
+        InputError: a file is in the way, or the place cannot be written.
+    """
+    path = Path(folder)
+    if path.exists() and not path.is_dir():
+        raise InputError(f"{path} is a file; name a folder to write to")
+    there = next(p for p in (path, *path.absolute().parents) if p.exists())
+    if not there.is_dir():
+        raise InputError(f"cannot create the folder {path}: {there} is a file")
+    if not os.access(there, os.W_OK):
+        raise InputError(f"cannot write to the folder {there}; check its permissions")
 
 
 def make_folder(folder: str | os.PathLike[str]) -> Path:
@@ -35,8 +58,18 @@ def make_folder(folder: str | os.PathLike[str]) -> Path:
 
 
 def write_json(path: Path, value: object) -> None:
-    """Write readable JSON, whole or not at all."""
-    _replace(path, (json.dumps(value, indent=1, ensure_ascii=False) + "\n").encode())
+    """Write readable JSON, whole or not at all.
+
+    Raises:
+        InputError: a number is NaN or infinite, which JSON does not have.
+    """
+    try:
+        text = json.dumps(value, indent=1, ensure_ascii=False, allow_nan=False)
+    except ValueError as error:
+        raise InputError(
+            f"{path} is not written: a number in it is NaN or infinite, so something diverged"
+        ) from error
+    _replace(path, (text + "\n").encode())
 
 
 def read_json(path: Path) -> Any:

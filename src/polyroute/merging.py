@@ -61,8 +61,10 @@ def fold(sites: Sequence[Site], factors: Sequence[Factors]) -> dict[str, Tensor]
 
 
 def restore(sites: Sequence[Site], originals: dict[str, Tensor]) -> None:
-    """Undo `fold`, bit for bit."""
+    """Undo `fold`: bit for bit, or rounded to what the layer was cast to since."""
     for site in sites:
         for kind in ("weight", "bias"):
             if f"{site.name}.{kind}" in originals:
-                getattr(site.layer, kind).data = originals[f"{site.name}.{kind}"]
+                parameter = getattr(site.layer, kind)
+                original = originals[f"{site.name}.{kind}"]
+                parameter.data = original.to(device=parameter.device, dtype=parameter.dtype)

@@ -32,11 +32,11 @@ class Baselines:
 
     Attributes:
         majority: the mean score, 0 to 1, of answering every test example with the most frequent
-            training target.
+            training target; None without a training split.
         chance: the expected share, 0 to 1, answered by a choice at random; None for free text.
     """
 
-    majority: float
+    majority: float | None
     chance: float | None
 
 
@@ -85,7 +85,7 @@ def text_metric(name: str) -> Callable[[str, str], float]:
 
 
 def baselines(
-    train: datasets.Dataset, test: datasets.Dataset, *, metric: str = "exact_match"
+    train: datasets.Dataset | None, test: datasets.Dataset, *, metric: str = "exact_match"
 ) -> Baselines:
     """Score the most frequent training target and, where there are choices, chance.
 
@@ -93,7 +93,7 @@ def baselines(
     that are equally frequent the first in `train` is taken.
 
     Args:
-        train: column `target`.
+        train: column `target`; None where a task has no training split.
         test: columns `target` and `choices`.
         metric: a name that `text_metric` knows; where there are choices it is not looked at.
 
@@ -101,19 +101,24 @@ def baselines(
         InputError: one of them has no examples, or free text has no such metric.
     """
     for name, examples in (("train", train), ("test", test)):
-        if len(examples) == 0:
+        if examples is not None and len(examples) == 0:
             raise InputError(f"the {name} split has no examples; baselines need at least one")
     targets: Counter[str] = Counter()
-    for batch in train.select_columns(["target"]).iter(batch_size=1000):
-        targets.update(batch["target"])
-    majority = targets.most_common(1)[0][0]
+    if train is not None:
+        for batch in train.select_columns(["target"]).iter(batch_size=1000):
+            targets.update(batch["target"])
+    majority = targets.most_common(1)[0][0] if targets else None
     hits = chances = 0.0
     for batch in test.select_columns(["target", "choices"]).iter(batch_size=1000):
         for target, choices in zip(batch["target"], batch["choices"], strict=True):
-            hits += text_metric(metric)(majority, target) if choices is None else majority == target
+            if majority is not None and choices is None:
+                hits += text_metric(metric)(majority, target)
+            else:
+                hits += majority == target
             chances += 0.0 if choices is None else 1 / len(choices)
     has_choices = test[0]["choices"] is not None
-    return Baselines(hits / len(test), chances / len(test) if has_choices else None)
+    share = None if majority is None else hits / len(test)
+    return Baselines(share, chances / len(test) if has_choices else None)
 
 
 def mean_and_error(values: Iterable[float]) -> tuple[float, float | None]:

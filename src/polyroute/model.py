@@ -1,7 +1,7 @@
 """The routed model: a frozen base model, an inventory of skills, and a route for every task."""
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from typing import Any, Literal, get_args
@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from polyroute.checkpoint import Checkpoint, read_checkpoint, write_checkpoint
-from polyroute.config import MHRConfig
+from polyroute.config import MHRConfig, check_number
 from polyroute.errors import InputError, did_you_mean
 from polyroute.factors import Factors
 from polyroute.inventory import Inventory
@@ -21,7 +21,14 @@ from polyroute.peft_export import write_peft_adapter
 from polyroute.report import count_parameters, describe
 from polyroute.routes import MU, MU_ROW, Routes
 from polyroute.scope import BASE_ALONE, Mixture, Route, RouteScope, Routing
-from polyroute.targets import Site, routers_of, sample_weights, weight_matrix
+from polyroute.targets import (
+    Site,
+    fused_layers,
+    routers_of,
+    sample_others,
+    sample_weights,
+    weight_matrix,
+)
 
 __all__ = ["Phase", "RoutedModel", "Tasks"]
 
@@ -76,6 +83,7 @@ class RoutedModel(nn.Module):
             RoutedLayer(site, i, self._routing, dropout=config.dropout)
             for i, site in enumerate(sites)
         )
+        fused = fused_layers(base_model, sites)  # before they are wrapped
         for site, layer in zip(sites, self.routed_layers, strict=True):
             layer.train(site.layer.training)
             self._put(site, layer)
@@ -86,8 +94,10 @@ class RoutedModel(nn.Module):
         self._hooks = (
             base_model.register_forward_pre_hook(self._before_forward),
             base_model.register_forward_hook(self._after_forward),
+            *self._stop_fusion(fused),
         )
         self._has_checkpointing = False
+        self._is_unloaded = False
 
     def __getattr__(self, name: str) -> Any:
         try:
@@ -102,6 +112,28 @@ class RoutedModel(nn.Module):
         self._routing = Routing(self._prepare)
         for layer in self.routed_layers:
             layer.routing = self._routing
+
+    def _stop_fusion(self, fused: Sequence[nn.Module]) -> list[Any]:
+        # torch fuses no layer that has a hook; its encoder, which packs padded batches for the
+        # fused layers alone, has a switch.
+        self._packing = tuple(
+            m
+            for m in fused
+            if isinstance(m, nn.TransformerEncoder) and getattr(m, "use_nested_tensor", False)
+        )
+        for encoder in self._packing:
+            encoder.use_nested_tensor = False
+        return [
+            m.register_forward_pre_hook(_do_nothing)
+            for m in fused
+            if isinstance(m, nn.TransformerEncoderLayer)
+        ]
+
+    def _check_loaded(self) -> None:
+        if self._is_unloaded:
+            raise InputError(
+                "this routed model was unloaded: use the base model, or attach an inventory again"
+            )
 
     def _put(self, site: Site, module: nn.Module) -> None:
         for place in site.places:
@@ -127,8 +159,9 @@ class RoutedModel(nn.Module):
                 what belongs to one example must stay consecutive.
 
         Raises:
-            InputError: an unknown task, a negative number, or an empty list.
+            InputError: an unknown task, a negative number, an empty list, or an unloaded model.
         """
+        self._check_loaded()
         route = self._resolve(tasks)
         merged = self.merged_task
         if merged is not None and (route is None or set(route.rows) != {self.routes.row(merged)}):
@@ -143,7 +176,10 @@ class RoutedModel(nn.Module):
         if isinstance(tasks, str | int):
             return Route((self.routes.row(tasks),), per_example=False)
         if hasattr(tasks, "__array__") and not isinstance(tasks, Tensor):
-            tasks = torch.as_tensor(tasks)
+            array: Any = tasks.__array__()  # numpy's, also of a column of a table
+            if array.dtype.kind not in "iub":
+                return self._resolve(array.tolist())
+            tasks = torch.as_tensor(array)
         if isinstance(tasks, Tensor):
             if tasks.is_floating_point() or tasks.dtype == torch.bool or tasks.dim() > 1:
                 raise InputError(
@@ -153,9 +189,15 @@ class RoutedModel(nn.Module):
             tasks = tasks.tolist()
             if isinstance(tasks, int):
                 return Route((self.routes.row(tasks),), per_example=False)
-        if not tasks:
+        if isinstance(tasks, bytes | set | frozenset | Mapping) or not isinstance(tasks, Iterable):
+            raise InputError(
+                "tasks must be a name, a row number, or a list of one per example, "
+                f"not a {type(tasks).__name__}"
+            )
+        rows = tuple(self.routes.row(task) for task in tasks)
+        if not rows:
             raise InputError("no tasks given: name one task per example")
-        return Route(tuple(self.routes.row(task) for task in tasks), per_example=True)
+        return Route(rows, per_example=True)
 
     def forward(self, *args: Any, tasks: Tasks = None, **kwargs: Any) -> Any:
         """Run the base model.
@@ -171,6 +213,7 @@ class RoutedModel(nn.Module):
         Raises:
             InputError: no route is given, or the number of tasks does not fit the batch.
         """
+        self._check_loaded()
         with self.route(tasks) if tasks is not None else nullcontext():
             route = self._routing.route
             if route is not None and route.per_example:
@@ -187,6 +230,7 @@ class RoutedModel(nn.Module):
             tasks: as in `route`, one per prompt; needed unless a `route` block is open.
             **kwargs: passed on.
         """
+        self._check_loaded()
         state = self._routing
         if tasks is not None:
             scope: AbstractContextManager[None] = self.route(tasks)
@@ -366,7 +410,9 @@ class RoutedModel(nn.Module):
         """
         if self.merged_task is not None:
             raise InputError(f"the model is merged with {self.merged_task!r}; call unmerge() first")
-        rows = self.routes.keep(names)
+        if isinstance(names, str):
+            raise InputError(f"names must be a list of tasks, not the single string {names!r}")
+        rows = self.routes.keep(tuple(names))
         if self.adapter_config.method == "private":
             self.inventory.keep_skills(rows)
 
@@ -448,16 +494,16 @@ class RoutedModel(nn.Module):
             Up to two groups, named `skills` and `routes`.
 
         Raises:
-            InputError: as `set_phase`, or a rate is not positive.
+            InputError: as `set_phase`, or a rate is not positive and finite, or a decay negative.
         """
         for name, value in (("lr", lr), ("route_lr", route_lr)):
-            if not value > 0:
+            if not _plain(name, value) > 0:
                 raise InputError(f"{name} must be positive, not {value}")
         for name, value in (
             ("weight_decay", weight_decay),
             ("route_weight_decay", route_weight_decay),
         ):
-            if value < 0:
+            if _plain(name, value) < 0:
                 raise InputError(f"{name} must not be negative, got {value}")
         if phase is not None:
             self.set_phase(phase)
@@ -482,6 +528,7 @@ class RoutedModel(nn.Module):
             InputError: merged already, unknown task, or a layer's weight cannot be changed
                 (quantised, or tied to another layer).
         """
+        self._check_loaded()
         if self.merged_task is not None:
             raise InputError(f"the model is merged with {self.merged_task!r}; call unmerge() first")
         factors = self.factors_of(task)
@@ -492,7 +539,11 @@ class RoutedModel(nn.Module):
         self.merged_task = task
 
     def unmerge(self) -> None:
-        """Restore the base weights, bit for bit; nothing happens where nothing is merged."""
+        """Restore the base weights, bit for bit; nothing happens where nothing is merged.
+
+        If the model was cast or moved since, they are restored in its present type and place.
+        """
+        self._check_loaded()
         restore(self.sites, self._unmerged)
         self._unmerged = {}
         for layer in self.routed_layers:
@@ -504,6 +555,8 @@ class RoutedModel(nn.Module):
 
         A merged task stays merged: that is how to get a plain model of one task.
         """
+        if self._is_unloaded:
+            return self.base_model
         for hook in self._hooks:
             hook.remove()
         if self._has_checkpointing:  # its context_fn is ours
@@ -516,6 +569,9 @@ class RoutedModel(nn.Module):
             self._put(site, site.layer)
         for name, parameter in self.base_model.named_parameters():
             parameter.requires_grad_(name in self._required_grad)
+        for encoder in self._packing:
+            encoder.use_nested_tensor = True
+        self._is_unloaded = True
         return self.base_model
 
     # ---------------------------------------------------------------- files
@@ -524,10 +580,14 @@ class RoutedModel(nn.Module):
         """Write the inventory, the routes and what they are, without the base model.
 
         Raises:
-            InputError: the folder cannot be written, or the model is merged.
+            InputError: the folder cannot be written, the model is merged or was unloaded, or it
+                has private adapters and no task left.
         """
+        self._check_loaded()
         if self.merged_task is not None:
             raise InputError(f"the model is merged with {self.merged_task!r}; call unmerge() first")
+        if self.inventory.num_skills == 0:
+            raise InputError("no private adapter is left to save: add a task first")
         skills = {
             f"{site.name}.{kind}": tensor
             for i, site in enumerate(self.sites)
@@ -542,6 +602,7 @@ class RoutedModel(nn.Module):
             "base": {
                 "name": getattr(getattr(self.base_model, "config", None), "_name_or_path", None),
                 "class": type(self.base_model).__name__,
+                "sample": sample_others(self.base_model, self.sites),
             },
             "tasks": list(self.tasks),
             "has_rows": rows is not None,
@@ -553,6 +614,7 @@ class RoutedModel(nn.Module):
                     "d_out": site.d_out,
                     "router": by_site[i],
                     "base_sample": sample_weights(site),
+                    "base_dtype": str(weight_matrix(site.layer).dtype),
                 }
                 for i, site in enumerate(self.sites)
             ],
@@ -567,6 +629,7 @@ class RoutedModel(nn.Module):
         Raises:
             InputError: the checkpoint has other tasks, layers or sizes.
         """
+        self._check_loaded()
         if self.merged_task is not None:
             raise InputError(f"the model is merged with {self.merged_task!r}; call unmerge() first")
         checkpoint, source = read_checkpoint(folder), os.fspath(folder)
@@ -574,9 +637,10 @@ class RoutedModel(nn.Module):
             raise InputError(f"{source} holds other tasks than this model")
         here, there = self.adapter_config.to_dict(), checkpoint.description["config"]
         for name in FUNCTION_SETTINGS:
-            if here[name] != there[name]:
+            if here[name] != there.get(name):
                 raise InputError(
-                    f"{source} has {name}={there[name]!r} and this model {name}={here[name]!r}; "
+                    f"{source} has {name}={there.get(name)!r} and this model "
+                    f"{name}={here[name]!r}; "
                     "use polyroute.from_pretrained to load another inventory"
                 )
         routers = [
@@ -602,11 +666,11 @@ class RoutedModel(nn.Module):
         if saved.keys() != expected.keys():
             name = sorted(saved.keys() ^ expected.keys())[0]
             raise InputError(f"{source} does not fit: tensor {name!r} is on one side only")
-        if checkpoint.rows is None:
-            self.routes.drop_logits()
-        elif self.routes.logits is None:
-            raise InputError(f"{source} does not fit: it holds routing rows, this model has none")
-        else:
+        if checkpoint.rows is not None:
+            if self.routes.logits is None:
+                raise InputError(
+                    f"{source} does not fit: it holds routing rows, this model has none"
+                )
             saved["rows"], expected["rows"] = checkpoint.rows, self.routes.logits
         for name, tensor in expected.items():
             if saved[name].shape != tensor.shape:
@@ -614,6 +678,13 @@ class RoutedModel(nn.Module):
                     f"{source} does not fit: tensor {name!r} is {list(saved[name].shape)} there "
                     f"and {list(tensor.shape)} here"
                 )
+            if not saved[name].is_floating_point() or not saved[name].isfinite().all():
+                raise InputError(
+                    f"{source} is damaged: tensor {name!r} holds values that are not finite "
+                    "fractional numbers; take an earlier checkpoint"
+                )
+        if checkpoint.rows is None:
+            self.routes.drop_logits()
         for name, tensor in expected.items():
             tensor.copy_(saved[name])
         self.mixer.anneal_progress = float(checkpoint.description.get("anneal_progress", 0.0))
@@ -626,6 +697,7 @@ class RoutedModel(nn.Module):
         Raises:
             InputError: unknown task, or the folder cannot be written.
         """
+        self._check_loaded()
         write_peft_adapter(folder, self.base_model, self.sites, self.factors_of(task))
 
     # ---------------------------------------------------------------- reports
@@ -649,3 +721,12 @@ class RoutedModel(nn.Module):
         return describe(
             self.adapter_config, self.base_model, self.sites, self.inventory, self.routes
         )
+
+
+def _do_nothing(*_: Any) -> None:
+    """A hook; torch computes step by step in a layer that has one."""
+
+
+def _plain(name: str, value: Any) -> float:
+    # Optimizers take a rate as a tensor too.
+    return check_number(name, float(value) if isinstance(value, Tensor) else value)

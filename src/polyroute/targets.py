@@ -3,6 +3,7 @@
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -11,16 +12,23 @@ from polyroute.config import Granularity, MHRConfig
 from polyroute.errors import InputError, did_you_mean
 
 __all__ = [
+    "SAMPLED",
     "Site",
     "find_endings",
     "find_sites",
     "fits_sample",
+    "fused_layers",
     "named_sites",
     "router_of",
     "routers_of",
+    "sample_others",
     "sample_weights",
     "weight_matrix",
 ]
+
+
+SAMPLED = 8
+"""Values of a weight that are saved to recognise it by."""
 
 
 @dataclass(frozen=True)
@@ -87,14 +95,14 @@ def find_sites(model: nn.Module, config: MHRConfig) -> list[Site]:
         config: its `target_modules`, `exclude_modules` and `num_heads` are read.
 
     Raises:
-        InputError: nothing matches, one of several name endings matches nothing, a target is not
-            linear or cannot be adapted, or `num_heads` does not divide a width.
+        InputError: nothing matches, one of several name endings or an exclusion matches nothing, a
+            target is not linear or cannot be adapted, or `num_heads` does not divide a width.
     """
     places, inside_attention = _places(model), _inside_attention(model)
     output = _output_embedding(model)
     target, exclude = config.target_modules, config.exclude_modules
     try:
-        chosen = [
+        targeted = [
             (name, module)
             for name, module in model.named_modules()
             if name
@@ -105,8 +113,13 @@ def find_sites(model: nn.Module, config: MHRConfig) -> list[Site]:
                 if target == "all-linear"
                 else _is_match(name, target)
             )
-            and not (exclude is not None and _is_match(name, exclude))
         ]
+        chosen = [
+            (name, module)
+            for name, module in targeted
+            if exclude is None or not _is_match(name, exclude)
+        ]
+        _check_exclusions(exclude, [name for name, _ in targeted], model)
     except re.error as error:
         raise InputError(f"a target pattern is not a regular expression: {error}") from error
     _check_all_matched(target, [name for name, _ in chosen], model)
@@ -119,10 +132,25 @@ def find_sites(model: nn.Module, config: MHRConfig) -> list[Site]:
                 + (" inside nn.MultiheadAttention" if widths else "")
                 + ", which cannot be adapted; name linear layers in target_modules"
             )
-        site = Site(name, module, *widths, places=places[id(module)])
-        _check_heads(site, config)
-        sites.append(site)
+        sites.append(_site(name, module, widths, places, config))
     return sites
+
+
+def _site(
+    name: str,
+    module: nn.Module,
+    widths: tuple[int, int],
+    places: dict[int, tuple[str, ...]],
+    config: MHRConfig,
+) -> Site:
+    if isinstance(getattr(module, "weight", None), nn.UninitializedParameter):
+        raise InputError(
+            f"layer {name!r} is a {type(module).__name__} without weights yet: run the base model "
+            "on one batch first"
+        )
+    site = Site(name, module, *widths, places=places[id(module)])
+    _check_heads(site, config)
+    return site
 
 
 def named_sites(model: nn.Module, names: Sequence[str], config: MHRConfig) -> list[Site]:
@@ -143,9 +171,7 @@ def named_sites(model: nn.Module, names: Sequence[str], config: MHRConfig) -> li
         widths = _widths(module) if module is not None and id(module) not in attention else None
         if module is None or widths is None:
             raise InputError(f"{type(model).__name__} has no linear layer {name!r} to adapt")
-        site = Site(name, module, *widths, places=places[id(module)])
-        _check_heads(site, config)
-        sites.append(site)
+        sites.append(_site(name, module, widths, places, config))
     return sites
 
 
@@ -165,6 +191,21 @@ def _inside_attention(model: nn.Module) -> set[int]:
         if isinstance(module, nn.MultiheadAttention)
         for child in module.modules()
     }
+
+
+def fused_layers(model: nn.Module, sites: Sequence[Site]) -> list[nn.Module]:
+    """Encoder layers and encoders of torch itself, with a site inside.
+
+    In evaluation they may compute in one fused operator, which reads the weights of their linear
+    layers and so goes past whatever wraps these.
+    """
+    layers = {id(site.layer) for site in sites}
+    return [
+        module
+        for module in model.modules()
+        if isinstance(module, nn.TransformerEncoderLayer | nn.TransformerEncoder)
+        and any(id(child) in layers for child in module.modules())
+    ]
 
 
 def find_endings(model: nn.Module, sites: Sequence[Site]) -> list[str]:
@@ -203,6 +244,23 @@ def _check_all_matched(
             f"target_modules={target!r} matches no layer of {type(model).__name__}; "
             f"linear layers there end in {', '.join(map(repr, sorted(linear))) or 'nothing'}"
         )
+
+
+def _check_exclusions(
+    exclude: str | tuple[str, ...] | None, targeted: Sequence[str], model: nn.Module
+) -> None:
+    if exclude is None:
+        return
+    linear = [n for n, m in model.named_modules() if n and _widths(m)]
+    known = {*linear, *targeted}
+    for pattern in [exclude] if isinstance(exclude, str) else [(ending,) for ending in exclude]:
+        if not any(_is_match(name, pattern) for name in known):
+            shown = pattern if isinstance(pattern, str) else pattern[0]
+            endings = {name.rsplit(".", 1)[-1] for name in linear}
+            raise InputError(
+                f"excluded module {shown!r} matches no layer of {type(model).__name__}; "
+                f"{did_you_mean(shown, endings)}"
+            )
 
 
 def _check_heads(site: Site, config: MHRConfig) -> None:
@@ -284,19 +342,47 @@ def router_of(name: str, granularity: Granularity) -> str:
 
 def sample_weights(site: Site) -> list[float] | None:
     """A few weights of the base layer, by which it is recognised; None where there are none."""
-    weight = weight_matrix(site.layer)
-    if not weight.is_floating_point() or weight.is_meta:
+    return _sample(weight_matrix(site.layer))
+
+
+def sample_others(model: nn.Module, sites: Sequence[Site]) -> list[dict[str, Any]]:
+    """A few values of the first, a middle and the last parameter that no site holds.
+
+    They tell whether the rest of the base model, such as its embedding, is the one it was.
+    """
+    adapted = {id(p) for site in sites for p in site.layer.parameters()}
+    others = [(n, p) for n, p in model.named_parameters() if id(p) not in adapted]
+    chosen = sorted({0, len(others) // 2, len(others) - 1}) if others else []
+    return [
+        {"name": others[i][0], "dtype": str(others[i][1].dtype), "values": _sample(others[i][1])}
+        for i in chosen
+    ]
+
+
+def _sample(weight: Tensor) -> list[float] | None:
+    if not weight.is_floating_point() or weight.is_meta or not weight.numel():
         return None
     flat = weight.detach().flatten()
-    index = torch.linspace(0, len(flat) - 1, 8, device=flat.device).long()
+    # Always on the CPU, since devices round differently; clamped, since linspace counts in fp32,
+    # which rounds up the last place of a large matrix.
+    places = torch.linspace(0, len(flat) - 1, SAMPLED, device="cpu", dtype=torch.float32)
+    index = places.long().clamp_(max=len(flat) - 1).to(flat.device)
     return [round(v, 6) for v in flat[index].float().tolist()]
 
 
-def fits_sample(site: Site, sample: list[float] | None) -> bool:
-    """Whether the base layer is the one that the sample was taken from, half precision aside."""
-    here = sample_weights(site)
+def fits_sample(weight: Tensor, sample: Sequence[float] | None, dtype: str | None) -> bool:
+    """Whether a weight of the base model is the one that the sample was taken from.
+
+    Args:
+        weight: as it is here, `[d_out, d_in]` where it is a layer's.
+        sample: what was saved; None, where nothing was, fits everything.
+        dtype: the type that it had there; None where that is not known. Another type than here is
+            compared loosely: half precision or dequantisation rounded one of them.
+    """
+    here = _sample(weight)
     if sample is None or here is None:
         return True
     there = torch.tensor(sample)
-    # Wide enough for a base loaded in half precision or dequantised.
-    return bool((there - torch.tensor(here)).abs().max() <= 0.05 * there.abs().max() + 1e-6)
+    tolerance = 1e-4 if dtype == str(weight.dtype) else 0.05
+    gap = (there - torch.tensor(here)).abs().max()
+    return bool(gap <= tolerance * there.abs().max() + 1e-6)

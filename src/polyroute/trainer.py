@@ -1,5 +1,6 @@
 """Multi-task training on the transformers `Trainer`."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -61,11 +62,12 @@ class MultiTaskTrainer(Trainer):
         kind: how the base model reads and learns.
         args: `MultiTaskTrainingArguments`.
         train_dataset: encoded rows, task after task (`polyroute.examples.encoded_mixture`).
-        eval_dataset: the same, for the evaluation loss.
+        eval_dataset: the same, for the evaluation loss; or several by name.
         **kwargs: passed on to `Trainer`.
 
     Raises:
-        InputError: a row's task has no route in the model.
+        InputError: a row's task has no route in the model, the model is not routed or is merged, or
+            the arguments ask for what routing cannot do.
     """
 
     model: RoutedModel
@@ -77,13 +79,16 @@ class MultiTaskTrainer(Trainer):
         kind: ModelKind,
         args: MultiTaskTrainingArguments,
         train_dataset: datasets.Dataset | None = None,
-        eval_dataset: datasets.Dataset | None = None,
+        eval_dataset: datasets.Dataset | dict[str, datasets.Dataset] | None = None,
         **kwargs: Any,
     ) -> None:
-        for rows in (train_dataset, eval_dataset):
-            if rows is not None:
-                for task in rows.unique("task"):
-                    model.routes.row(task)
+        _check(model, args)
+        _check_rows(model, "train_dataset", train_dataset)
+        if isinstance(eval_dataset, Mapping):
+            for name, rows in eval_dataset.items():
+                _check_rows(model, f"eval_dataset[{name!r}]", rows)
+        else:
+            _check_rows(model, "eval_dataset", eval_dataset)
         self.kind = kind
         phase: Phase = args.phase  # type: ignore[assignment]
         model.set_phase(phase)
@@ -99,6 +104,15 @@ class MultiTaskTrainer(Trainer):
         self.model_accepts_loss_kwargs = False
         if model.adapter_config.anneal_steps:
             self.add_callback(_Anneal(model))
+
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        """Train; see `Trainer.train`.
+
+        Raises:
+            InputError: the model is merged.
+        """
+        _check(self.model, self.args)
+        return super().train(*args, **kwargs)
 
     def _get_train_sampler(self, train_dataset: Any = None) -> TaskSampler:
         rows = self.train_dataset if train_dataset is None else train_dataset
@@ -156,6 +170,41 @@ class MultiTaskTrainer(Trainer):
         if best is None or not Path(best).is_dir():
             raise InputError(f"the best checkpoint {best!r} is gone")
         self.model.load_adapter(best)
+
+
+def _check(model: object, args: object) -> None:
+    """Refuse what would train nothing, or something else than was asked for."""
+    if not isinstance(model, RoutedModel):
+        raise InputError(
+            f"model must be routed, not a {type(model).__name__}: see polyroute.attach"
+        )
+    if not isinstance(args, MultiTaskTrainingArguments):
+        raise InputError(
+            f"args must be MultiTaskTrainingArguments, not {type(args).__name__}, which has no "
+            "route_lr"
+        )
+    if args.remove_unused_columns:
+        raise InputError("remove_unused_columns must stay False: batches are made of whole rows")
+    if args.label_smoothing_factor:
+        raise InputError(
+            f"label_smoothing_factor={args.label_smoothing_factor} has no effect on the loss of a "
+            "kind; leave it at 0"
+        )
+    if model.merged_task is not None:
+        raise InputError(f"the model is merged with {model.merged_task!r}; call unmerge() first")
+
+
+def _check_rows(model: RoutedModel, name: str, rows: object) -> None:
+    if rows is None:
+        return
+    if not isinstance(rows, datasets.Dataset) or "task" not in rows.column_names:
+        raise InputError(
+            f"{name} must be a datasets.Dataset of encoded rows, as encoded_mixture makes, not a "
+            f"{type(rows).__name__}"
+            + (" without the column 'task'" if isinstance(rows, datasets.Dataset) else "")
+        )
+    for task in rows.unique("task"):
+        model.routes.row(task)
 
 
 class _Anneal(TrainerCallback):
