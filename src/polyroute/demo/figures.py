@@ -33,7 +33,7 @@ def draw_accuracy(path: Path, summary: Sequence[dict[str, Any]]) -> None:
             f"{entry['method']} {entry['phase']}",
             (entry["trained_parameters"], entry["accuracy"]),
             textcoords="offset points",
-            xytext=(7, 5),
+            xytext=(7, -14 if entry["method"] == "mhr" else 5),
             fontsize=9,
             color=COLOURS[entry["method"]],
         )

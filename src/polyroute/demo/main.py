@@ -43,7 +43,6 @@ PHASES = {"shared": ("full",), "poly": ("z", "mu", "full"), "mhr": ("z", "mu", "
 # Equal for all. The rates were chosen on compositions that are neither trained nor held out.
 TRAIN = {"steps": 250, "batch_size": 32, "lr": 5e-3, "route_lr": 0.1}
 ADAPT = {"shots": 8, "batch_size": 8, "steps": 20, "lr": 5e-3, "route_lr": 1.0}
-HELD_OUT = 6
 SEEDS = (42, 1024, 0)
 TEST_EXAMPLES = 60
 
@@ -73,7 +72,8 @@ def run_demo(out: Path, *, quick: bool = False, overwrite: bool = False) -> dict
     kind = kind_of(base, tokenizer, max_input=96, max_target=20)
     training = [task.name for task in TASKS if task.role == "train"]
     held_out = [task.name for task in TASKS if task.role == "held-out"]
-    held_out = held_out[:2] if quick else held_out[:: len(held_out) // HELD_OUT][:HELD_OUT]
+    # Two of three, which keeps the skills in balance and the demo under five minutes.
+    held_out = held_out[:2] if quick else [t for i, t in enumerate(held_out) if i % 3 != 2]
     results: list[dict[str, Any]] = []
     multi_task: dict[str, Any] = {}
     for method, config in CONFIGS.items():
@@ -225,6 +225,7 @@ def _in_words(
     ]
     pairs = [
         (("mhr", "z"), ("poly", "z")),
+        (("mhr", "mu"), ("poly", "mu")),
         (("mhr", "full"), ("poly", "full")),
         (("mhr", "full"), ("shared", "full")),
         (("poly", "full"), ("shared", "full")),
