@@ -621,3 +621,8 @@ def test_a_step_of_one_task_takes_no_more_operators_a_layer_than_plain_lora() ->
         counts["peft"].append(len(operators(theirs, inputs)))
     per_layer = {name: (three - one) / 2 / 7 for name, (one, three) in counts.items()}
     assert per_layer["ours"] <= per_layer["peft"], per_layer
+
+
+def test_tasks_without_an_order_are_refused() -> None:
+    with pytest.raises(InputError, match="must be a list of names"):
+        attach(stack(), MHRConfig(num_heads=1), tasks={"amber", "birch"})

@@ -45,8 +45,8 @@ def attach(
         raise InputError(
             f"config must be an MHRConfig, not a {type(config).__name__}: write MHRConfig(...)"
         )
-    if not isinstance(tasks, Iterable):
-        raise InputError(f"tasks must be a list of names, not {tasks!r}; [] has none")
+    if not isinstance(tasks, Iterable) or isinstance(tasks, set | frozenset):
+        raise InputError(f"tasks must be a list of names, not {tasks!r}: its order is that of rows")
     if isinstance(tasks, str):
         raise InputError(f"tasks must be a list of names, not the single string {tasks!r}")
     tasks = tuple(tasks)
