@@ -1,7 +1,8 @@
 """Making routed models: from a base model and settings, or from a saved inventory."""
 
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
@@ -14,7 +15,7 @@ from polyroute.layers import RoutedLayer
 from polyroute.model import RoutedModel
 from polyroute.targets import Site, find_sites, fits_sample, named_sites, weight_matrix
 
-__all__ = ["attach", "from_checkpoint", "from_pretrained"]
+__all__ = ["attach", "from_checkpoint", "from_pretrained", "loaded"]
 
 
 def attach(
@@ -122,7 +123,7 @@ def from_checkpoint(
         _check_weights(base_model, found, description, source)
     model = attach(base_model, config, description["tasks"], sites=[s.name for s in found])
     if granularity != "custom":
-        model.adapter_config = model.mixer.config = replace(config, granularity=granularity)
+        model.mixer.config = replace(config, granularity=granularity)
     try:
         model.load_tensors(checkpoint, source)
         if tasks is not None:
@@ -155,3 +156,15 @@ def _check_weights(
                 f"{source} belongs to another base model: the weights of {what} "
                 "differ from those it was trained on (check_base=False loads it all the same)"
             )
+
+
+@contextmanager
+def loaded(
+    base_model: nn.Module, checkpoint: Checkpoint, source: str | os.PathLike[str]
+) -> Iterator[RoutedModel]:
+    """For a `with` block: a saved inventory on its base model, which is then left as it was."""
+    model = from_checkpoint(base_model, checkpoint, os.fspath(source))
+    try:
+        yield model
+    finally:
+        model.unload()

@@ -4,8 +4,7 @@ import math
 import os
 import tempfile
 import zipfile
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +18,7 @@ from transformers import TrainerCallback
 
 from polyroute.adapt import AdaptSettings, adapt_task, begin_task, check_new
 from polyroute.analysis import describe_checkpoint
-from polyroute.build import attach, from_checkpoint
+from polyroute.build import attach, loaded
 from polyroute.checkpoint import Checkpoint, read_checkpoint
 from polyroute.config import MHRConfig
 from polyroute.errors import InputError
@@ -306,25 +305,13 @@ def adapt_run(options: Mapping[str, Any]) -> None:
         done = {(r["task"], r["seed"]) for r in results}
         slots = [(t, s) for t in tasks for s in options["seeds"] if (t, s) not in done]
         for task, seed in tqdm(slots, "adapting"):
-            with _loaded(base, checkpoint, run) as model:
+            with loaded(base, checkpoint, run) as model:
                 result = adapt_task(model, kind, suite, task, settings, seed=seed, split=split)
                 _save_adapted(model, folder / task / f"seed-{seed}", task)
             results.append(result)
             write_json(path, results)
     _print_adapted(results, tasks)
     _say(f"results and adapters are in {folder}")
-
-
-@contextmanager
-def _loaded(
-    base: Any, checkpoint: Checkpoint, source: str | os.PathLike[str]
-) -> Iterator[RoutedModel]:
-    """The inventory on the base model, which is left as it was."""
-    model = from_checkpoint(base, checkpoint, os.fspath(source))
-    try:
-        yield model
-    finally:
-        model.unload()
 
 
 def _read_results(path: Path) -> list[dict[str, Any]]:
@@ -340,7 +327,7 @@ def _try_out(
     base: Any, checkpoint: Checkpoint, run: Any, tasks: Sequence[str], settings: AdaptSettings
 ) -> None:
     """Find out, before any work is lost, whether every task can begin."""
-    with _loaded(base, checkpoint, run) as model:
+    with loaded(base, checkpoint, run) as model:
         for task in tasks:
             check_new(model, task)
         begin_task(model, tasks[0], settings, 0)
@@ -399,7 +386,7 @@ def evaluate_run(
     )  # fmt: skip
     validate(suite, tasks, needs=["train", split])
     route = "mu" if zero_shot else None
-    with _loaded(base, checkpoint, run) as model:
+    with loaded(base, checkpoint, run) as model:
         for task in tasks:
             if route is None and task not in model.routes:
                 raise InputError(
@@ -469,7 +456,7 @@ def export_run(run: Path, task: str, out: Path) -> None:
     if out.is_dir() and any(out.iterdir()) and not (out / "adapter_config.json").is_file():
         raise InputError(f"{out} is not empty and holds no adapter; name another --out folder")
     base, _ = _base_of(run)
-    with _loaded(base, checkpoint, run) as model:
+    with loaded(base, checkpoint, run) as model:
         model.export_peft(task, out)
     _say(f"wrote {task!r} as a PEFT adapter to {out}")
 

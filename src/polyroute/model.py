@@ -52,7 +52,6 @@ class RoutedModel(nn.Module):
         base_model: the frozen network, with its chosen layers wrapped.
         inventory: the skills.
         routes: the table of routing logits, by task.
-        adapter_config: what is attached.
         sites: the adapted layers.
         routers: names of the routers, in the order of the table's first axis.
         mixer: turns routes and skills into what the layers apply.
@@ -62,7 +61,6 @@ class RoutedModel(nn.Module):
         self, base_model: nn.Module, config: MHRConfig, sites: Sequence[Site], tasks: Sequence[str]
     ) -> None:
         super().__init__()
-        self.adapter_config = config
         self.sites = tuple(sites)
         names = [site.name for site in sites]
         self.routers, by_site = routers_of(names, config.granularity)
@@ -112,6 +110,11 @@ class RoutedModel(nn.Module):
         self._routing = Routing(self._prepare)
         for layer in self.routed_layers:
             layer.routing = self._routing
+
+    @property
+    def adapter_config(self) -> MHRConfig:
+        """What is attached; phase `mu` makes it a shared adapter."""
+        return self.mixer.config
 
     def _stop_fusion(self, fused: Sequence[nn.Module]) -> list[Any]:
         # torch fuses no layer that has a hook; its encoder, which packs padded batches for the
@@ -408,8 +411,7 @@ class RoutedModel(nn.Module):
         Raises:
             InputError: an unknown or repeated name, or the model is merged.
         """
-        if self.merged_task is not None:
-            raise InputError(f"the model is merged with {self.merged_task!r}; call unmerge() first")
+        self.check_unmerged()
         if isinstance(names, str):
             raise InputError(f"names must be a list of tasks, not the single string {names!r}")
         rows = self.routes.keep(tuple(names))
@@ -435,8 +437,7 @@ class RoutedModel(nn.Module):
         """
         if phase not in get_args(Phase):
             raise InputError(f"unknown phase {phase!r}: {did_you_mean(phase, get_args(Phase))}")
-        if self.merged_task is not None:
-            raise InputError(f"the model is merged with {self.merged_task!r}; call unmerge() first")
+        self.check_unmerged()
         if phase == "z" and (self.routes.logits is None or not len(self.routes)):
             raise InputError(
                 f"phase 'z' trains routing, and method {self.adapter_config.method!r} with "
@@ -463,10 +464,7 @@ class RoutedModel(nn.Module):
     def _collapse(self) -> None:
         self.inventory.average()
         self.routes.drop_logits()
-        self.adapter_config = replace(
-            self.adapter_config, method="shared", num_skills=1, num_heads=1
-        )
-        self.mixer.config = self.adapter_config
+        self.mixer.config = replace(self.adapter_config, method="shared", num_skills=1, num_heads=1)
 
     def param_groups(
         self,
@@ -529,14 +527,22 @@ class RoutedModel(nn.Module):
                 (quantised, or tied to another layer).
         """
         self._check_loaded()
-        if self.merged_task is not None:
-            raise InputError(f"the model is merged with {self.merged_task!r}; call unmerge() first")
+        self.check_unmerged()
         factors = self.factors_of(task)
         check_mergeable(self.base_model, self.sites)
         self._unmerged = fold(self.sites, factors)
         for layer in self.routed_layers:
             layer.is_merged = True
         self.merged_task = task
+
+    def check_unmerged(self) -> None:
+        """Make sure that the skills are not hidden behind a merged task.
+
+        Raises:
+            InputError: they are; the message names the task.
+        """
+        if self.merged_task is not None:
+            raise InputError(f"the model is merged with {self.merged_task!r}; call unmerge() first")
 
     def unmerge(self) -> None:
         """Restore the base weights, bit for bit; nothing happens where nothing is merged.
@@ -584,8 +590,7 @@ class RoutedModel(nn.Module):
                 has private adapters and no task left.
         """
         self._check_loaded()
-        if self.merged_task is not None:
-            raise InputError(f"the model is merged with {self.merged_task!r}; call unmerge() first")
+        self.check_unmerged()
         if self.inventory.num_skills == 0:
             raise InputError("no private adapter is left to save: add a task first")
         skills = {
@@ -630,8 +635,7 @@ class RoutedModel(nn.Module):
             InputError: the checkpoint has other tasks, layers or sizes.
         """
         self._check_loaded()
-        if self.merged_task is not None:
-            raise InputError(f"the model is merged with {self.merged_task!r}; call unmerge() first")
+        self.check_unmerged()
         checkpoint, source = read_checkpoint(folder), os.fspath(folder)
         if tuple(checkpoint.description["tasks"]) != self.tasks:
             raise InputError(f"{source} holds other tasks than this model")

@@ -190,8 +190,7 @@ def _check(model: object, args: object) -> None:
             f"label_smoothing_factor={args.label_smoothing_factor} has no effect on the loss of a "
             "kind; leave it at 0"
         )
-    if model.merged_task is not None:
-        raise InputError(f"the model is merged with {model.merged_task!r}; call unmerge() first")
+    model.check_unmerged()
 
 
 def _check_rows(model: RoutedModel, name: str, rows: object) -> None:

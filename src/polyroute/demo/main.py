@@ -13,7 +13,7 @@ from rich.table import Table
 from tqdm.auto import tqdm
 
 from polyroute.adapt import AdaptSettings, adapt_task
-from polyroute.build import attach, from_checkpoint
+from polyroute.build import attach, loaded
 from polyroute.checkpoint import read_checkpoint
 from polyroute.config import MHRConfig
 from polyroute.demo.figures import draw_accuracy, draw_routes
@@ -162,19 +162,17 @@ def _adapt_all(
     results = []
     for phase, task, seed in tqdm(slots, f"adapting {method}", leave=False):
         settings = AdaptSettings(phase=phase, **ADAPT)  # type: ignore[arg-type]
-        model = from_checkpoint(base, checkpoint, str(folder / method))
-        result = adapt_task(model, kind, suite, task, settings, seed=seed)
+        with loaded(base, checkpoint, folder / method) as model:
+            result = adapt_task(model, kind, suite, task, settings, seed=seed)
         results.append({"method": method, **result})
-        model.unload()
     return results
 
 
 def _export(base: Any, kind: ModelKind, suite: Suite, folder: Path, task: str) -> None:
-    model = from_checkpoint(base, read_checkpoint(folder / "mhr"), str(folder / "mhr"))
     settings = AdaptSettings(phase="z", **ADAPT)  # type: ignore[arg-type]
-    adapt_task(model, kind, suite, task, settings, seed=SEEDS[0])
-    model.export_peft(task, folder / "lora" / task)
-    model.unload()
+    with loaded(base, read_checkpoint(folder / "mhr"), folder / "mhr") as model:
+        adapt_task(model, kind, suite, task, settings, seed=SEEDS[0])
+        model.export_peft(task, folder / "lora" / task)
 
 
 def _summarise(results: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
