@@ -39,6 +39,10 @@ class Inventory(nn.Module):
     Parameters are `lora_a[shape]` `[n, H, K, r, d_in/H]` and `lora_b[shape]`
     `[n, H, K, r, d_out/H]`, or `ia3[shape]` `[n, H, K, 1, d_out/H]`. The rank comes before the
     width because every skinny product of forward and backward is fastest in that layout.
+
+    With `num_sets` above 1 the K skills are that many *sets* of K / sets consecutive ones, and a
+    task mixes those of its own set alone: private adapters (sets of one), and tasks that are
+    adapted side by side.
     """
 
     def __init__(
@@ -47,10 +51,13 @@ class Inventory(nn.Module):
         config: MHRConfig,
         num_skills: int,
         device: torch.device | None = None,
+        *,
+        num_sets: int = 1,
     ) -> None:
         super().__init__()
         self.heads = config.heads
         self.num_skills = num_skills
+        self.num_sets = num_sets
         self.rank = config.rank
         self.scale = config.scale
         self.adapter = config.adapter
@@ -110,7 +117,7 @@ class Inventory(nn.Module):
         weights: Tensor | None,
         routers: Sequence[Tensor],
         *,
-        skills: Tensor | None = None,
+        sets: Tensor | None = None,
         gather: Tensor | None = None,
         dtype: torch.dtype | None = None,
     ) -> list[Factors]:
@@ -122,9 +129,10 @@ class Inventory(nn.Module):
         it is Poly). A and B are averaged apart, so the result has rank r.
 
         Args:
-            weights: `[U, N, H, K]`, N routers; None takes one skill whole, see `skills`.
+            weights: `[U, N, H, K]`, N routers, K the skills of one set; None takes the only skill
+                of the set whole.
             routers: for each stack `[n]`, the router of each of its layers.
-            skills: `[U]`, with `weights=None`: the one skill that each task uses.
+            sets: `[U]`, the set of each task; None mixes over all skills there are.
             gather: `[B]`, which of the U results each example uses; None where U is 1 or the
                 examples are the U rows themselves.
             dtype: of the result; default that of the skills.
@@ -138,11 +146,11 @@ class Inventory(nn.Module):
                 inventory = self._stacks_of(kind)[stack.key]
                 scale = self.scale if kind == "lora_b" else 1.0
                 if weights is None:
-                    assert skills is not None
-                    mixed = _pick(inventory, skills, scale)
+                    assert sets is not None
+                    mixed = _pick(inventory, sets, scale)
                 else:
                     w_UnHK = weights.index_select(1, router)
-                    mixed = _mix(inventory, w_UnHK * scale if scale != 1.0 else w_UnHK)
+                    mixed = _mix(inventory, w_UnHK * scale if scale != 1.0 else w_UnHK, sets)
                 if dtype is not None:
                     mixed = mixed.to(dtype)
                 if mixed.shape[1] == 1:
@@ -170,7 +178,7 @@ class Inventory(nn.Module):
                 n, _, _, r, _ = mean.shape
                 merged = mean.permute(0, 2, 3, 1, 4).reshape(n, 1, 1, r, -1)
                 stacks[stack.key] = nn.Parameter(merged.clone())
-        self.num_skills = self.heads = 1
+        self.num_skills = self.num_sets = self.heads = 1
 
     @torch.no_grad()
     def add_skill(self, source: int | None) -> None:
@@ -213,19 +221,23 @@ class Inventory(nn.Module):
         return tensors
 
 
-def _mix(inventory: Tensor, w_UnHK: Tensor) -> Tensor:
+def _mix(inventory: Tensor, w_UnHK: Tensor, sets: Tensor | None) -> Tensor:
     """`[n, H, K, r, D]` and `[U, n, H, K]` to `[n, U, r, H D]`."""
-    n, heads, skills, rank, block = inventory.shape
-    rows = w_UnHK.shape[0]
+    n, heads, _, rank, block = inventory.shape
+    rows, skills = w_UnHK.shape[0], w_UnHK.shape[-1]
     w = w_UnHK.permute(1, 2, 0, 3).reshape(n * heads, rows, skills).to(inventory.dtype)
-    mixed = torch.bmm(w, inventory.reshape(n * heads, skills, rank * block))
+    if sets is None:
+        mixed = torch.bmm(w, inventory.reshape(n * heads, skills, rank * block))
+    else:
+        own = inventory.view(n * heads, -1, skills, rank * block).index_select(1, sets)
+        mixed = torch.matmul(w.unsqueeze(2), own)
     mixed = mixed.view(n, heads, rows, rank, block).permute(0, 2, 3, 1, 4)
     return mixed.reshape(n, rows, rank, heads * block)
 
 
-def _pick(inventory: Tensor, skills: Tensor, scale: float) -> Tensor:
+def _pick(inventory: Tensor, sets: Tensor, scale: float) -> Tensor:
     """Skills taken whole: `[n, H, K, r, D]` to `[n, U, r, H D]`."""
-    picked = inventory.index_select(2, skills)
+    picked = inventory.index_select(2, sets)
     n, heads, rows, rank, block = picked.shape
     picked = picked.permute(0, 2, 3, 1, 4).reshape(n, rows, rank, heads * block)
     return picked * scale if scale != 1.0 else picked

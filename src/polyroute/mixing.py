@@ -129,34 +129,38 @@ class Mixer(nn.Module):
             position = {row: i for i, row in enumerate(distinct)}
             gather = torch.tensor([position[row] for row in rows], device=device)
         with torch.autocast(device.type, enabled=False):
-            weights, skills = self._weights(distinct, training=training)
+            weights, sets = self._weights(distinct, training=training)
             factors = self.inventory.mix(
-                weights, self._routers, skills=skills, gather=gather, dtype=dtype
+                weights, self._routers, sets=sets, gather=gather, dtype=dtype
             )
         return Mixture(factors, len(rows) if len(distinct) > 1 else None)
 
     def _weights(
         self, rows: Sequence[int], *, training: bool = False
     ) -> tuple[Tensor | None, Tensor | None]:
-        """Mixing weights `[U, N, H, K]` of table rows, or the one skill `[U]` that each uses."""
+        """Mixing weights `[U, N, H, K]` of table rows, and the set `[U]` of skills of each.
+
+        Without weights the set has one skill; without sets all skills are one set.
+        """
         device = self._routers[0].device
         if self.config.method == "shared":
             return None, torch.zeros(len(rows), dtype=torch.long, device=device)
         if self.config.method == "private":
             return self._private(rows)
-        table = self.routes.logits
-        shape = (len(rows), self.num_routers, self.inventory.heads, self.inventory.num_skills)
-        if table is None or all(row == MU_ROW for row in rows):
-            return uniform_weights(torch.empty(shape, device=device)), None
+        num_skills = self.inventory.num_skills // self.inventory.num_sets
+        sets = None if self.inventory.num_sets == 1 else torch.tensor(rows, device=device)
+        shape = (len(rows), self.num_routers, self.inventory.heads, num_skills)
+        if self.routes.logits is None or all(row == MU_ROW for row in rows):
+            return uniform_weights(torch.empty(shape, device=device)), sets
         index = torch.tensor([max(row, 0) for row in rows], device=device)
-        logits = table.index_select(0, index).view(shape)
+        logits = self.routes.gather(index).view(shape)
         weights = skill_weights(logits.float(), self.config, training=training)
         if self.anneal_progress:
             weights = anneal(weights, self.anneal_progress)
         if MU_ROW in rows:
             is_mu = torch.tensor([row == MU_ROW for row in rows], device=device)
             weights = torch.where(is_mu.view(-1, 1, 1, 1), uniform_weights(weights), weights)
-        return weights, None
+        return weights, sets
 
     def _private(self, rows: Sequence[int]) -> tuple[Tensor | None, Tensor | None]:
         device = self._routers[0].device

@@ -134,6 +134,11 @@ class Routes(nn.Module):
             )
         return values.reshape(-1).to(logits)
 
+    def gather(self, rows: Tensor) -> Tensor:
+        """The logits `[U, N * H * K]` of rows `[U]`, for the mixing of a forward."""
+        logits, _ = self._table()
+        return logits.index_select(0, rows)
+
     def add(self, name: str, values: Tensor | None = None) -> int:
         """Append a task; every other row stays as it is.
 
