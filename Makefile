@@ -20,8 +20,11 @@ lint: $(INSTALLED)
 docs: $(INSTALLED)
 	$(BIN)/python -m pytest -q tests/test_docs.py
 
+# BENCH=--resume goes on where an interrupted run stopped.
 bench: $(INSTALLED)
-	$(BIN)/python benchmarks/step_time.py
+	$(BIN)/python benchmarks/step_time.py $(BENCH)
+	$(BIN)/python benchmarks/step_time.py --device cuda $(BENCH)
+	$(BIN)/python benchmarks/page.py
 
 bench-real: $(INSTALLED)
 	$(BIN)/python benchmarks/real_suite.py

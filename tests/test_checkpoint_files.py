@@ -1,4 +1,5 @@
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -8,9 +9,10 @@ from models import TASKS, Stack, batch, llama, routed, stack, t5
 from safetensors.torch import load_file, save_file
 
 from polyroute import InputError, MHRConfig, attach, from_pretrained
-from polyroute.files import make_folder
+from polyroute.files import make_folder, read_metadata
 
-FILES = {"polyroute.json", "inventory.safetensors", "routes.safetensors"}
+ROWS = "routes-00000-of-00001.safetensors"
+FILES = {"polyroute.json", "inventory.safetensors", ROWS}
 
 
 @pytest.fixture
@@ -19,6 +21,11 @@ def saved(tmp_path: Path) -> Path:
     folder = tmp_path / "inventory"
     routed(stack(), num_heads=2, num_skills=3, rank=2).save_pretrained(folder)
     return folder
+
+
+def overwrite(file: Path, tensors: dict[str, Any]) -> None:
+    """Write other tensors into a file, which still says that it belongs to its description."""
+    save_file(tensors, file, metadata=read_metadata(file))
 
 
 def assert_untouched(base: Stack) -> None:
@@ -89,14 +96,18 @@ def test_the_files_have_the_published_layout(saved: Path) -> None:
         "again.lora_a": (2, 3, 4, 2),
         "again.lora_b": (2, 3, 2, 8),
     }
-    rows = load_file(saved / "routes.safetensors")
-    assert {k: tuple(v.shape) for k, v in rows.items()} == {"rows": (4, 3 * 2 * 3)}
+    rows = load_file(saved / ROWS)
+    assert {k: tuple(v.shape) for k, v in rows.items()} == {"rows": (4, 3 * 2 * 3), "order": (4,)}
+    assert rows["order"].tolist() == [0, 1, 2, 3]
     description = json.loads((saved / "polyroute.json").read_text())
     assert set(description) == {
-        "format", "config", "num_skills", "anneal_progress", "base", "tasks", "has_rows",
-        "routers", "sites",
+        "format", "id", "config", "num_skills", "anneal_progress", "base", "rows", "routers",
+        "sites",
     }  # fmt: skip
-    assert description["tasks"] == list(TASKS)
+    assert description["rows"] == {"shards": 1, "shape": [3, 2, 3]}
+    for name in ("inventory.safetensors", ROWS):
+        assert json.loads(read_metadata(saved / name)["polyroute"])["id"] == description["id"]
+    assert json.loads(read_metadata(saved / ROWS)["polyroute"])["names"] == list(TASKS)
     assert set(description["base"]) == {"name", "class", "sample"}
     assert description["base"]["sample"] == []  # every parameter is an adapted layer's
     for site in description["sites"]:
@@ -111,7 +122,7 @@ def test_the_tensors_on_disk_are_the_skills_and_the_rows(saved: Path) -> None:
     for i, name in enumerate(("up", "down", "again")):
         for kind, values in model.inventory.site_tensors(i).items():
             assert torch.equal(tensors[f"{name}.{kind}"], values)
-    rows = load_file(saved / "routes.safetensors")["rows"]
+    rows = load_file(saved / ROWS)["rows"]
     assert torch.equal(rows[2].view(3, 2, 3), model.routes["cedar"])
 
 
@@ -144,7 +155,7 @@ def test_an_averaged_model_can_be_saved(tmp_path: Path, phase: Any) -> None:
     routed(stack(), num_heads=4).save_pretrained(tmp_path)
     model.set_phase(phase)
     model.save_pretrained(tmp_path)
-    assert {path.name for path in tmp_path.iterdir()} == FILES - {"routes.safetensors"}
+    assert {path.name for path in tmp_path.iterdir()} == FILES - {ROWS}
     loaded = from_pretrained(stack(), tmp_path)
     assert torch.equal(loaded(x, tasks="amber"), model(x, tasks="amber"))
     assert loaded.counts() == model.counts()
@@ -167,7 +178,7 @@ def test_the_same_base_in_half_precision_is_accepted(tmp_path: Path) -> None:
     assert from_pretrained(llama().bfloat16(), tmp_path).tasks == TASKS
 
 
-@pytest.mark.parametrize("name", ["inventory.safetensors", "routes.safetensors"])
+@pytest.mark.parametrize("name", ["inventory.safetensors", ROWS])
 def test_damaged_tensors_are_refused(saved: Path, name: str) -> None:
     file, base = saved / name, stack()
     whole = file.read_bytes()
@@ -185,9 +196,22 @@ def test_damaged_tensors_are_refused(saved: Path, name: str) -> None:
     ("name", "tensors", "message"),
     [
         ("inventory.safetensors", {"x": torch.ones(2)}, "tensor 'again.lora_a' is on one side"),
-        ("routes.safetensors", {"x": torch.ones(2)}, "does not hold one row for each of the 4"),
-        ("routes.safetensors", {"rows": torch.ones(3, 18)}, "one row for each of the 4"),
-        ("routes.safetensors", {"rows": torch.ones(4, 17)}, r"'rows' is \[4, 17\] there"),
+        (ROWS, {"x": torch.ones(2)}, "it does not hold rows, their order and names"),
+        (
+            ROWS,
+            {"rows": torch.ones(3, 18), "order": torch.arange(3)},
+            "18 numbers for each of its 4",
+        ),
+        (
+            ROWS,
+            {"rows": torch.ones(4, 17), "order": torch.arange(4)},
+            "18 numbers for each of its 4",
+        ),
+        (
+            ROWS,
+            {"rows": torch.ones(4, 18), "order": torch.arange(3)},
+            "18 numbers for each of its 4",
+        ),
     ],
     ids=str,
 )
@@ -195,7 +219,7 @@ def test_tensors_of_something_else_are_refused(
     saved: Path, name: str, tensors: dict[str, Any], message: str
 ) -> None:
     base = stack()
-    save_file(tensors, saved / name)
+    overwrite(saved / name, tensors)
     with pytest.raises(InputError, match=message):
         from_pretrained(base, saved)
     assert_untouched(base)
@@ -204,12 +228,12 @@ def test_tensors_of_something_else_are_refused(
 def test_a_tensor_of_another_shape_is_refused(saved: Path) -> None:
     tensors = load_file(saved / "inventory.safetensors")
     tensors["down.lora_b"] = torch.ones(2, 3, 2, 5)
-    save_file(tensors, saved / "inventory.safetensors")
+    overwrite(saved / "inventory.safetensors", tensors)
     with pytest.raises(InputError, match=r"'down.lora_b' is \[2, 3, 2, 5\] there and \[2, 3, 2, 4"):
         from_pretrained(stack(), saved)
 
 
-@pytest.mark.parametrize("key", ["config", "num_skills", "base", "tasks", "sites", "routers"])
+@pytest.mark.parametrize("key", ["id", "config", "num_skills", "base", "rows", "sites", "routers"])
 def test_a_description_without_an_entry_is_refused(saved: Path, key: str) -> None:
     description = json.loads((saved / "polyroute.json").read_text())
     del description[key]
@@ -254,14 +278,16 @@ def change(file: Path, *place: Any, to: Any = None) -> None:
         (("config", "num_heads"), 2.0, "num_heads must be a positive whole number"),
         (("num_skills",), 4, "'num_skills' is not 3, as its config says"),
         (("num_skills",), "3", "'num_skills' is not 3"),
-        (("tasks",), ["amber", 3, "cedar", "dune"], "'tasks' is not a list of names"),
-        (("tasks",), "abcd", "'tasks' is not a list"),
         (("anneal_progress",), "late", "'anneal_progress' is not between 0 and 1"),
         (("anneal_progress",), float("nan"), "'anneal_progress' is not between 0 and 1"),
         (("routers",), {"a": 1}, "'routers' is not a list"),
         (("routers",), [None, None, None], "'routers' is not a list of names"),
-        (("has_rows",), None, "'has_rows' does not say whether routes.safetensors belongs"),
-        (("has_rows",), "yes", "'has_rows' does not say"),
+        (("rows", "shards"), None, "'rows' or 'id' is not what is written there"),
+        (("rows", "shards"), 3, "'rows' or 'id' is not what"),
+        (("rows", "shape"), [3, 2], "'rows' or 'id' is not what"),
+        (("rows", "shape"), [3, 2, 4], r"'rows.shape' is not \[3, 2, 3\]"),
+        (("rows",), "yes", "'rows' or 'id' is not what"),
+        (("id",), 3, "'rows' or 'id' is not what"),
     ],
     ids=str,
 )
@@ -278,7 +304,7 @@ def test_a_description_damaged_inside_is_refused(
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), "int"])
 @pytest.mark.parametrize(
     ("name", "tensor"),
-    [("inventory.safetensors", "down.lora_b"), ("routes.safetensors", "rows")],
+    [("inventory.safetensors", "down.lora_b"), (ROWS, "rows")],
 )
 def test_tensors_that_are_not_finite_numbers_are_refused(
     saved: Path, name: str, tensor: str, value: Any
@@ -288,7 +314,7 @@ def test_tensors_that_are_not_finite_numbers_are_refused(
         tensors[tensor] = tensors[tensor].long()
     else:
         tensors[tensor].view(-1)[3] = value
-    save_file(tensors, saved / name)
+    overwrite(saved / name, tensors)
     base, model = stack(), routed(stack(), num_heads=2, num_skills=3, rank=2)
     before = {k: v.clone() for k, v in model.state_dict().items()}
     for load in (lambda: from_pretrained(base, saved), lambda: model.load_adapter(saved)):
@@ -324,6 +350,78 @@ def test_a_checkpoint_without_samples_of_the_rest_still_loads(tmp_path: Path) ->
     assert from_pretrained(llama(), tmp_path).tasks == TASKS
 
 
+@pytest.mark.parametrize(
+    ("value", "message"),
+    [
+        (["amber", 3, "cedar", "dune"], "is damaged: 'tasks' is not a list of names"),
+        ("abcd", "is damaged: 'tasks' is not a list"),
+        (["amber"], "is damaged: 'num_skills' is not 1"),
+        (None, "lacks the entry 'tasks'"),
+    ],
+    ids=str,
+)
+def test_damaged_names_of_tasks_without_rows_are_refused(
+    tmp_path: Path, value: Any, message: str
+) -> None:
+    routed(stack(), method="private").save_pretrained(tmp_path)
+    change(tmp_path / "polyroute.json", "tasks", to=value)
+    with pytest.raises(InputError, match=message):
+        from_pretrained(stack(), tmp_path)
+
+
+def test_equal_inventories_are_equal_files_and_one_number_changes_the_id(tmp_path: Path) -> None:
+    model = routed(stack(), num_heads=2)
+    ids = set()
+    for i in range(4):
+        model.save_pretrained(tmp_path / str(i))
+        ids.add(json.loads((tmp_path / str(i) / "polyroute.json").read_text())["id"])
+        with torch.no_grad():
+            if i == 1:
+                model.routes.logits[2, 3] += 1e-6  # type: ignore[index]
+            if i == 2:
+                model.inventory.lora_b["8x16"].view(-1)[5] += 1e-6  # type: ignore[operator, index]
+    assert len(ids) == 3
+    for path in (tmp_path / "0").iterdir():
+        assert path.read_bytes() == (tmp_path / "1" / path.name).read_bytes()
+
+
+@pytest.mark.parametrize("done", [1, 2])
+def test_a_save_that_was_interrupted_is_noticed(
+    saved: Path, monkeypatch: pytest.MonkeyPatch, done: int
+) -> None:
+    """After so many files the disk is full."""
+    count = 0
+    whole = os.replace
+
+    def fail(source: Any, target: Any) -> None:
+        nonlocal count
+        count += 1
+        if count > done:
+            raise OSError("disk full")
+        whole(source, target)
+
+    with monkeypatch.context() as patch:
+        patch.setattr("polyroute.files.os.replace", fail)
+        with pytest.raises(OSError, match="disk full"):
+            routed(stack(), num_heads=2, num_skills=3, rank=2, seed=9).save_pretrained(saved)
+    base = stack()
+    with pytest.raises(InputError, match="are of two saves, so one was interrupted; save the inv"):
+        from_pretrained(base, saved)
+    assert_untouched(base)
+    routed(stack(), num_heads=2, num_skills=3, rank=2, seed=9).save_pretrained(saved)
+    assert from_pretrained(base, saved).tasks == TASKS
+
+
+def test_a_file_of_another_save_is_noticed(saved: Path, tmp_path: Path) -> None:
+    routed(stack(), num_heads=2, num_skills=3, rank=2, seed=9).save_pretrained(tmp_path / "other")
+    for name in ("inventory.safetensors", ROWS):
+        before = (saved / name).read_bytes()
+        (saved / name).write_bytes((tmp_path / "other" / name).read_bytes())
+        with pytest.raises(InputError, match=rf"{name} and polyroute\.json are of two saves"):
+            from_pretrained(stack(), saved)
+        (saved / name).write_bytes(before)
+
+
 def test_private_adapters_without_a_task_are_not_saved(tmp_path: Path) -> None:
     model = routed(stack(), method="private")
     model.keep_tasks([])
@@ -337,9 +435,9 @@ def test_private_adapters_without_a_task_are_not_saved(tmp_path: Path) -> None:
     [
         ("{", "is not valid JSON"),
         ("", "is not valid JSON"),
-        ("[]", "is not in inventory format 1"),
-        ("{}", "is not in inventory format 1"),
-        ('{"format": 99}', "is not in inventory format 1"),
+        ("[]", "is not in inventory format 2"),
+        ("{}", "is not in inventory format 2"),
+        ('{"format": 99}', "is not in inventory format 2"),
         ("\x00\x01", "is not valid JSON"),
     ],
 )

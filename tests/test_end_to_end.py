@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -96,9 +97,11 @@ def test_a_run_describes_itself(run: Path, place: Path) -> None:
 
 def test_checkpoints_hold_the_inventory_and_not_the_base(run: Path) -> None:
     names = {path.name for path in (run / "checkpoint-12").iterdir()}
-    assert {"inventory.safetensors", "routes.safetensors", "polyroute.json"} <= names
+    assert {"inventory.safetensors", "routes-00000-of-00001.safetensors", "polyroute.json"} <= names
     assert "model.safetensors" not in names
-    assert load_file(run / "checkpoint-12" / "routes.safetensors")["rows"].shape[0] == 3
+    assert (
+        load_file(run / "checkpoint-12" / "routes-00000-of-00001.safetensors")["rows"].shape[0] == 3
+    )
 
 
 def test_a_run_loads_from_python(run: Path, place: Path) -> None:
@@ -132,6 +135,20 @@ def test_adapting_reduces_the_loss_and_keeps_a_record(run: Path, place: Path, ph
     assert results[0]["trained_parameters"] == expected
     base = AutoModelForSeq2SeqLM.from_pretrained(place / "base")
     PeftModel.from_pretrained(base, out / "first" / "seed-0")
+
+
+def test_training_by_rows_resumes_and_differs_from_training_the_whole_table(
+    run: Path, place: Path
+) -> None:
+    arguments = train_arguments(place, "rowwise", "--rowwise", "--save-steps", "6")
+    main(arguments)
+    rows = place / "rowwise" / "routes-00000-of-00001.safetensors"
+    end = load_file(rows)["rows"]
+    assert not torch.equal(end, load_file(run / rows.name)["rows"])
+    (place / "rowwise" / "metrics.json").unlink()
+    shutil.rmtree(place / "rowwise" / "checkpoint-12")
+    main([*arguments, "--resume"])
+    torch.testing.assert_close(load_file(rows)["rows"], end, atol=1e-6, rtol=1e-5)
 
 
 def test_evaluating_trained_and_held_out_tasks(run: Path, place: Path) -> None:
@@ -182,7 +199,7 @@ def test_a_killed_run_resumes_to_the_same_end(place: Path) -> None:
     losses = [entry["loss"] for entry in read(whole / "metrics.json")["log"] if "loss" in entry]
     assert sum(losses[-5:]) < 0.9 * sum(losses[:5])
     main(train_arguments(place, "killed", *longer, "--resume"))
-    for name in ("inventory.safetensors", "routes.safetensors"):
+    for name in ("inventory.safetensors", "routes-00000-of-00001.safetensors"):
         ours, expected = load_file(killed / name), load_file(whole / name)
         assert ours.keys() == expected.keys()
         for key, tensor in expected.items():
@@ -201,8 +218,61 @@ def test_adapting_resumes_where_it_stopped(run: Path, place: Path) -> None:
     main([*arguments, "--resume"])
     again = json.loads((out / "results.json").read_text())
     assert again[0] == whole[0]
-    for name in ("score", "indices", "last_loss"):
-        assert again[1][name] == whole[1][name]
+    assert again[1]["indices"] == whole[1]["indices"]
+    assert again[1]["score"] == whole[1]["score"]
+    assert again[1]["last_loss"] == pytest.approx(whole[1]["last_loss"], rel=1e-5)
+
+
+SAVING_ALWAYS = """
+import sys
+import polyroute.slot_training as training
+from polyroute.cli import main
+training.SECONDS_BETWEEN_SAVES = 0.0
+main(sys.argv[1:])
+"""
+
+
+def test_killed_adaptations_resume_to_the_same_end(run: Path, place: Path) -> None:
+    def arguments(out: str) -> list[str]:
+        return [
+            "adapt", str(run), "--data", str(place / "suite"), "--tasks", "all", "--shots", "8",
+            "--phase", "full", "--seeds", "0,1", "--grid", "steps=3,60", "--batch-size", "4",
+            "--optimizer", "sgd", "--lr", "0.05", "--out", str(place / out),
+        ]  # fmt: skip
+
+    def running() -> int:
+        return len(list((place / "killed-adapt" / "running").glob("*.safetensors")))
+
+    main(arguments("whole-adapt"))
+    command = [sys.executable, "-c", SAVING_ALWAYS, *arguments("killed-adapt")]
+    with subprocess.Popen(
+        command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=os.environ
+    ) as process:
+        limit = time.monotonic() + 120
+        results = place / "killed-adapt" / "results.json"
+        # The short ones are done and the long ones are under way.
+        while not (results.exists() and len(read(results)) == 4 and running() == 4):
+            assert process.poll() is None
+            assert time.monotonic() < limit
+            time.sleep(0.005)
+        process.send_signal(signal.SIGKILL)
+    done = read(results)
+    main([*arguments("killed-adapt"), "--resume"])
+    assert not (place / "killed-adapt" / "running").exists()
+    expected = {
+        (r["task"], r["seed"], r["label"]): r for r in read(place / "whole-adapt" / "results.json")
+    }
+    actual = {(r["task"], r["seed"], r["label"]): r for r in read(results)}
+    assert actual.keys() == expected.keys()
+    assert len(actual) == 8
+    assert read(results)[:4] == done  # what was finished is not done again
+    for key, result in actual.items():
+        assert result["indices"] == expected[key]["indices"]
+        assert result["last_loss"] == pytest.approx(expected[key]["last_loss"], rel=1e-4)
+        place_of = f"{key[0]}/seed-{key[1]}/{key[2]}/adapter_model.safetensors"
+        ours = load_file(place / "killed-adapt" / place_of)
+        for name, tensor in load_file(place / "whole-adapt" / place_of).items():
+            torch.testing.assert_close(ours[name], tensor, atol=1e-5, rtol=1e-4)
 
 
 def test_a_config_file_gives_defaults_and_the_command_line_wins(place: Path) -> None:

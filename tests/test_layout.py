@@ -22,6 +22,8 @@ ORDER = (
     "routing",
     "inventory",
     "routes",
+    "row_optimizer",
+    "saved_routes",
     "scope",
     "layers",
     "mixing",
@@ -30,6 +32,7 @@ ORDER = (
     "peft_export",
     "report",
     "model",
+    "slots",
     "build",
 )
 ALLOWED = {"torch", "safetensors", "polyroute"} | set(sys.stdlib_module_names)

@@ -207,7 +207,7 @@ def test_adding_a_task_leaves_the_other_rows_as_they_are() -> None:
     before = routes.logits
     assert before is not None
     copied = before.detach().clone()
-    assert routes.add("elm") == 4
+    assert routes.add(["elm"]) == [4]
     assert routes.logits is not None
     assert torch.equal(routes.logits[:4], copied)
     assert 0 < float(routes.logits[4].detach().abs().max()) <= 1e-3

@@ -187,12 +187,17 @@ def test_resuming_a_finished_run_does_nothing(
 
 def test_a_run_interrupted_after_its_last_step_is_completed(place: Path, run: Path) -> None:
     whole = content(run)
-    for name in ("metrics.json", "polyroute.json", "inventory.safetensors", "routes.safetensors"):
+    for name in (
+        "metrics.json",
+        "polyroute.json",
+        "inventory.safetensors",
+        "routes-00000-of-00001.safetensors",
+    ):
         (run / name).unlink()
     main([*train(place, "x"), "--out", str(run), "--resume"])
     assert json.loads((run / "metrics.json").read_text())["steps"] == 2
     after = content(run)
-    for name in ("polyroute.json", "inventory.safetensors", "routes.safetensors"):
+    for name in ("polyroute.json", "inventory.safetensors", "routes-00000-of-00001.safetensors"):
         assert after[name] == whole[name]
 
 
@@ -382,7 +387,7 @@ def test_the_base_model_is_left_as_it_was_when_an_adaptation_fails(
         raise InputError("stop")
 
     monkeypatch.setattr(commands, "load_base", load)
-    monkeypatch.setattr(commands, "adapt_task", fail)
+    monkeypatch.setattr(commands, "adapt_suite", fail)
     with pytest.raises(SystemExit):
         main(adapt(place, run, tmp_path / "x"))
     assert not any(isinstance(m, RoutedLayer) for m in bases[0][0].modules())

@@ -2,6 +2,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from accelerate.optimizer import AcceleratedOptimizer
 from base_models import EXAMPLES, made, t5
 from datasets import Dataset
 from models import routed
@@ -9,6 +11,7 @@ from transformers import TrainingArguments
 
 from polyroute import InputError, RoutedModel
 from polyroute.kind import ModelKind
+from polyroute.row_optimizer import RowAdamW
 from polyroute.trainer import MultiTaskTrainer, MultiTaskTrainingArguments
 
 
@@ -73,3 +76,57 @@ def test_a_merged_model_is_not_trained(parts: Any, tmp_path: Path) -> None:
         MultiTaskTrainer(model, kind, args, rows)
     model.unmerge()
     assert trainer.train().global_step == 2
+
+
+def parts_of(seed: int = 1) -> tuple[RoutedModel, ModelKind, Dataset]:
+    wrapper, kind = made(t5)
+    tasks = ("where", "truth", "count")
+    model = routed(wrapper.base_model, tasks, num_heads=4, seed=seed)
+    rows = Dataset.from_dict(kind.encode(EXAMPLES), features=kind.features).sort("task")
+    return model, kind, rows
+
+
+ROWWISE: dict[str, Any] = {
+    "rowwise_routes": True, "max_steps": 6, "save_steps": 3, "weight_decay": 0.1,
+    "route_weight_decay": 0.1, "gradient_accumulation_steps": 2, "max_grad_norm": 0.01,
+    "warmup_steps": 2, "logging_steps": 1, "per_device_train_batch_size": 1,
+}  # fmt: skip
+
+
+def test_a_table_trained_by_rows_resumes_to_the_same_end(tmp_path: Path) -> None:
+    model, kind, rows = parts_of()
+    trainer = MultiTaskTrainer(model, kind, arguments(tmp_path, **ROWWISE), rows)
+    trainer.train()
+    assert isinstance(trainer.create_optimizer(), RowAdamW | AcceleratedOptimizer)
+    norms = [entry["grad_norm"] for entry in trainer.state.log_history if "grad_norm" in entry]
+    assert len(norms) == 6
+    assert all(norm > 0.01 for norm in norms)
+    again, kind, rows = parts_of(seed=2)
+    resumed = MultiTaskTrainer(again, kind, arguments(tmp_path, **ROWWISE), rows)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-3"))
+    for name, tensor in model.state_dict().items():
+        torch.testing.assert_close(again.state_dict()[name], tensor, rtol=1e-6, atol=1e-7)
+
+
+def test_a_task_that_is_never_drawn_is_left_alone_by_rows(tmp_path: Path) -> None:
+    model, kind, rows = parts_of()
+    model.add_task("idle")
+    before = model.state_dict()["routes.logits"].clone()
+    args = arguments(tmp_path, rowwise_routes=True, route_weight_decay=0.5)
+    MultiTaskTrainer(model, kind, args, rows).train()
+    after = model.state_dict()["routes.logits"]
+    assert torch.equal(after[3], before[3])
+    assert not torch.equal(after, before)
+
+
+def test_what_cannot_be_trained_by_rows_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, kind, rows = parts_of()
+    args = arguments(tmp_path, rowwise_routes=True, optim="adafactor")
+    with pytest.raises(InputError, match="rowwise_routes is an AdamW, which optim='adafactor' is"):
+        MultiTaskTrainer(model, kind, args, rows)
+    args = arguments(tmp_path, rowwise_routes=True)
+    monkeypatch.setattr(type(args), "world_size", 2)
+    with pytest.raises(InputError, match="trains in one process on one device"):
+        MultiTaskTrainer(model, kind, args, rows)

@@ -5,14 +5,17 @@ with model.route(["mnli", "snips_intent"]):
     loss = model(**batch).loss
 """
 
+from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from polyroute.build import attach, from_pretrained
 from polyroute.config import MHRConfig
 from polyroute.errors import InputError
 from polyroute.model import RoutedModel
+from polyroute.saved_routes import SavedRoutes
 
 if TYPE_CHECKING:
+    from polyroute.adapt import adapt_many
     from polyroute.trainer import MultiTaskTrainer, MultiTaskTrainingArguments
 
 __all__ = [
@@ -21,6 +24,8 @@ __all__ = [
     "MultiTaskTrainer",
     "MultiTaskTrainingArguments",
     "RoutedModel",
+    "SavedRoutes",
+    "adapt_many",
     "attach",
     "from_pretrained",
 ]
@@ -28,10 +33,15 @@ __all__ = [
 __version__ = "0.1.0"
 
 
-def __getattr__(name: str) -> Any:
-    # The trainer needs transformers; the core, which most uses import, needs torch alone.
-    if name in ("MultiTaskTrainer", "MultiTaskTrainingArguments"):
-        from polyroute import trainer
+ABOVE_THE_CORE = {
+    "MultiTaskTrainer": "trainer",
+    "MultiTaskTrainingArguments": "trainer",
+    "adapt_many": "adapt",
+}
 
-        return getattr(trainer, name)
+
+def __getattr__(name: str) -> Any:
+    # Training needs transformers; the core, which most uses import, needs torch alone.
+    if name in ABOVE_THE_CORE:
+        return getattr(import_module(f"polyroute.{ABOVE_THE_CORE[name]}"), name)
     raise AttributeError(f"module 'polyroute' has no attribute {name!r}")

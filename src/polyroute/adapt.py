@@ -1,87 +1,239 @@
-"""Few-shot adaptation: from a trained inventory to a new task, with a handful of examples."""
+"""Few-shot adaptation: from a trained inventory to new tasks, with a handful of examples each.
 
-import math
-import time
-from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+Every (task, seed, settings) is a *slot*: a route, skills, optimizer, schedule, order of examples
+and early stopping of its own. All slots run side by side on one frozen base model, and each ends
+where it would end alone.
+"""
+
+import itertools
+import os
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, fields, replace
+from pathlib import Path
 from typing import Any
 
 import datasets
-import numpy as np
-import torch
-from torch import nn
+from torch import Tensor
 
-from polyroute.errors import InputError
+from polyroute.batches import Row
+from polyroute.errors import InputError, did_you_mean
 from polyroute.evaluate import score_rows
-from polyroute.examples import encoded
+from polyroute.examples import encoded, encoded_records
+from polyroute.factors import Factors
+from polyroute.files import make_folder
 from polyroute.kinds import ModelKind
 from polyroute.model import Phase, RoutedModel
+from polyroute.peft_export import write_peft_adapter
 from polyroute.sampling import draw_few_shot
+from polyroute.slot_training import AdaptSettings, Slot, SlotTraining, train_slots
 from polyroute.suite import Suite
 
-__all__ = ["AdaptSettings", "Adapted", "adapt", "adapt_task", "begin_task", "check_new"]
-
-
-@dataclass(frozen=True, kw_only=True)
-class AdaptSettings:
-    """How to adapt; the same for every task and seed.
-
-    Raises:
-        InputError: a number is out of range.
-    """
-
-    phase: Phase = "mu"
-    shots: int = 32
-    """Training examples of the new task."""
-    steps: int = 100
-    batch_size: int = 16
-    lr: float = 3e-3
-    """Of the skills."""
-    route_lr: float = 0.1
-    """Of the routing logits."""
-    weight_decay: float = 0.0
-    warmup: float = 0.06
-    """Share of the steps in which the rates rise from 0; they then fall linearly to 0."""
-    max_grad_norm: float = 1.0
-    init: str = "uniform"
-    """How the new task's route starts: `"uniform"`, or the name of a task to copy."""
-
-    def __post_init__(self) -> None:
-        """Check the numbers."""
-        for name in ("shots", "steps", "batch_size", "lr", "route_lr", "max_grad_norm"):
-            # Written so that NaN is refused too.
-            if not 0 < getattr(self, name) < math.inf:
-                raise InputError(f"{name} must be positive and finite, not {getattr(self, name)}")
-        if not 0 <= self.weight_decay < math.inf:
-            raise InputError(
-                f"weight_decay must be finite and not negative, got {self.weight_decay}"
-            )
-        if not 0 <= self.warmup < 1:
-            raise InputError(f"warmup must be in [0, 1), not {self.warmup}")
-        if self.init != "uniform" and self.phase in ("mu", "mu-uncollapsed", "random"):
-            raise InputError(
-                f"phase {self.phase!r} does not use a route, so init {self.init!r} would be "
-                "ignored; use phase 'full' or 'z', or init 'uniform'"
-            )
-
-    def to_dict(self) -> dict[str, Any]:
-        """The settings as JSON values."""
-        return asdict(self)
+__all__ = ["AdaptSettings", "Adapted", "adapt_many", "adapt_suite", "check_new", "variants"]
 
 
 @dataclass(frozen=True)
 class Adapted:
-    """What one adaptation did."""
+    """One slot at its end."""
 
+    task: str
+    seed: int
+    settings: AdaptSettings
+    indices: Sequence[int]
+    """Which of the examples it was trained on."""
     trained_parameters: int
+    steps: int
+    """Steps taken."""
+    best_step: int
+    """The number of steps after which the result was taken."""
     first_loss: float
     last_loss: float
     """Means over the first and the last tenth of the steps."""
+    validation_loss: float | None
+    """Of the result; None without validation examples."""
+    diverged_at: int | None
+    """The step at which the loss or a number was no longer finite: the result is worthless."""
     seconds: float
+    """The slot's share of the wall-clock time of training."""
+    route: Tensor | None = field(repr=False)
+    """Its routing logits `[N, H, K]`; None where the phase has none."""
+    factors: Sequence[Factors] = field(repr=False)
+    """What each site applies: the one plain adapter that the slot is."""
+    _model: RoutedModel = field(repr=False)
+
+    def export_peft(self, folder: str | os.PathLike[str]) -> None:
+        """Write it as an ordinary PEFT adapter.
+
+        Raises:
+            InputError: the folder cannot be written.
+        """
+        write_peft_adapter(folder, self._model.base_model, self._model.sites, self.factors)
+
+
+def adapt_many(
+    model: RoutedModel,
+    examples: Mapping[str, datasets.Dataset | Sequence[Mapping[str, Any]]],
+    *,
+    kind: ModelKind,
+    phase: Phase = "mu",
+    seeds: Sequence[int] = (0,),
+    grid: Mapping[str, Sequence[Any]] | None = None,
+    memory: str | int | None = None,
+    folder: str | os.PathLike[str] | None = None,
+    **settings: Any,
+) -> list[Adapted]:
+    """Adapt to many tasks in one run: every task, seed and combination of the grid, side by side.
+
+    Each ends exactly (up to rounding) where it would end alone: the same draw of examples, order,
+    schedule and clipping, whatever runs beside it. Dropout and noisy gates are off.
+
+        results = adapt_many(model, {"boolq": examples}, kind=kind, phase="z", seeds=[0, 1],
+                             grid={"route_lr": [0.03, 0.1]}, steps=100)
+        model.add_task("boolq", results[0].route)      # phase z: the route is all there is
+        results[0].export_peft("out/boolq")            # any phase: one ordinary LoRA
+
+    Args:
+        model: a trained inventory; it is not changed.
+        examples: by task: dictionaries with `input`, `target` and, optionally, `instruction` and
+            `choices`; or a data set with these columns.
+        kind: how the base model reads and learns; see `polyroute.kinds.kind_of`.
+        phase: what trains; see `RoutedModel.set_phase`.
+        seeds: of the draw of `shots` examples, the initialisation and the order.
+        grid: lists of values for fields of `AdaptSettings`.
+        memory: for slots and activations, such as `"8GB"`; by default half of what is free. More
+            slots than fit are run in waves.
+        folder: keep running slots here, so that the same call goes on after an interruption. The
+            results are not kept.
+        **settings: fields of `AdaptSettings`, the same for all.
+
+    Returns:
+        One result for each, tasks first, then the grid, then seeds.
+
+    Raises:
+        InputError: an example, a setting or a phase cannot be used; nothing was trained.
+    """
+    if not isinstance(examples, Mapping) or not examples:
+        raise InputError("examples must be a dictionary of a task's name to its examples")
+    choices = variants(AdaptSettings(phase=phase, **_known(settings)), grid)
+    slots, drawn = [], []
+    for task, given in examples.items():
+        rows = _rows(task, given, kind)
+        for (label, variant), seed in itertools.product(choices.items(), seeds):
+            slot, indices = _slot(task, seed, label, variant, rows)
+            slots.append(slot)
+            drawn.append(indices)
+    if len({slot.name for slot in slots}) < len(slots):
+        raise InputError(f"seeds must be different numbers, not {list(seeds)}")
+    found: dict[str, Adapted] = {}
+    indices_of = {slot.name: indices for slot, indices in zip(slots, drawn, strict=True)}
+
+    def finish(training: SlotTraining) -> None:
+        name = training.slot.name
+        found[name] = _result(model, training, indices_of[name])
+
+    place = None if folder is None else make_folder(folder)
+    train_slots(model, kind, phase, slots, finish=finish, memory=memory, folder=place)
+    return [found[slot.name] for slot in slots]
+
+
+def adapt_suite(
+    model: RoutedModel,
+    kind: ModelKind,
+    suite: Suite,
+    tasks: Sequence[str],
+    choices: Mapping[str, AdaptSettings],
+    *,
+    seeds: Sequence[int],
+    split: str = "test",
+    memory: str | int | None = None,
+    folder: Path | None = None,
+    done: Sequence[Mapping[str, Any]] = (),
+    each: Callable[[dict[str, Any], str], None] | None = None,
+) -> list[dict[str, Any]]:
+    """Adapt to tasks of a suite, and score each result as it is at the slot's last or best step.
+
+    Args:
+        model: a trained inventory; it is not changed.
+        kind: how its base model learns and answers.
+        suite: where the tasks are.
+        tasks: their names.
+        choices: settings by label, as `variants` makes them; all of one phase.
+        seeds: of the draw, the initialisation and the order.
+        split: to score on.
+        memory: see `adapt_many`.
+        folder: where running slots are kept.
+        done: results that are there already; their slots are left out.
+        each: called with a result and the route of its slot, while the model holds it.
+
+    Returns:
+        For each new slot, in order of ending: the scores, what was trained, the losses, seconds of
+        training, and `indices`, the rows of the training split that were drawn.
+
+    Raises:
+        InputError: the phase has nothing to train, or there are fewer examples than shots; nothing
+            was trained. Or slots diverged; the others are complete.
+    """
+    before = {(r["task"], r["seed"], r.get("label", "")) for r in done}
+    slots = []
+    indices_of: dict[str, Sequence[int]] = {}
+    for task in tasks:
+        check_new(model, task)
+        train = encoded(suite, task, "train", kind)
+        for (label, variant), seed in itertools.product(choices.items(), seeds):
+            if (task, seed, label) not in before:
+                slot, indices = _slot(task, seed, label, variant, train)
+                slots.append(slot)
+                indices_of[slot.name] = indices
+    results: list[dict[str, Any]] = []
+    lost: list[Adapted] = []
+
+    def finish(training: SlotTraining) -> None:
+        task, settings = training.slot.task, training.settings
+        adapted = _result(model, training, indices_of[training.slot.name])
+        if adapted.diverged_at is not None:
+            lost.append(adapted)
+            return
+        metric = suite.info(task).metric
+        rows, texts = encoded(suite, task, split, kind), suite.split(task, split)
+        score, normalised = score_rows(
+            model, kind, rows, texts["target"], metric, route=training.route
+        )
+        result = {
+            "task": task,
+            "seed": training.slot.seed,
+            "label": training.slot.label,
+            "phase": settings.phase,
+            "shots": len(training.slot.rows),
+            "split": split,
+            "metric": metric,
+            "score": score,
+            "score_normalised": normalised,
+            **{name: getattr(adapted, name) for name in REPORTED},
+        }
+        results.append(result)
+        if each is not None:
+            each(result, training.route)
+
+    if slots:
+        phase = slots[0].settings.phase
+        train_slots(model, kind, phase, slots, finish=finish, memory=memory, folder=folder)
+    if lost:
+        names = ", ".join(f"{a.task} with seed {a.seed} at step {a.diverged_at}" for a in lost[:3])
+        raise InputError(
+            f"training diverged for {len(lost)} of {len(slots)} adaptations ({names}): "
+            "lower --lr or --route-lr"
+        )
+    return results
+
+
+REPORTED = (
+    "trained_parameters", "steps", "best_step", "first_loss", "last_loss", "validation_loss",
+    "seconds", "indices",
+)  # fmt: skip
+"""Fields of `Adapted` that a result of `adapt_suite` has."""
 
 
 def check_new(model: RoutedModel, task: str) -> None:
-    """Make sure that a task can be added.
+    """Make sure that a task is not one of those of training.
 
     Raises:
         InputError: the inventory was trained on the task.
@@ -93,144 +245,98 @@ def check_new(model: RoutedModel, task: str) -> None:
         )
 
 
-def begin_task(model: RoutedModel, task: str, settings: AdaptSettings, seed: int) -> None:
-    """Reduce the model, in place, to one new task, and choose what trains.
+def variants(
+    settings: AdaptSettings, grid: Mapping[str, Sequence[Any]] | None = None
+) -> dict[str, AdaptSettings]:
+    """Settings for each combination of a grid's values, by a label such as `lr=0.001,steps=50`.
 
     Raises:
-        InputError: the inventory was trained on the task, or the phase has nothing to train.
+        InputError: the grid names no setting, repeats or lacks values, or varies the phase.
     """
-    check_new(model, task)
-    torch.manual_seed(seed)
-    model.add_task(task, settings.init)
-    model.keep_tasks([task])
-    model.set_phase(settings.phase)
-
-
-def adapt(
-    model: RoutedModel,
-    kind: ModelKind,
-    rows: datasets.Dataset,
-    settings: AdaptSettings,
-    *,
-    seed: int,
-) -> Adapted:
-    """Train what the phase trains, in place, on a few rows.
-
-    AdamW; linear warm-up and decay; the global gradient norm is clipped. The seed fixes the order
-    of the examples and every random number of the training.
-
-    Args:
-        model: after `begin_task`.
-        kind: how the base model learns.
-        rows: the encoded few-shot examples.
-        settings: how.
-        seed: of the order.
-
-    Raises:
-        InputError: the loss or a trained number is no longer finite.
-    """
-    started = time.perf_counter()
-    torch.manual_seed(seed)
-    groups = model.param_groups(
-        None, lr=settings.lr, route_lr=settings.route_lr, weight_decay=settings.weight_decay
-    )
-    trained = [p for group in groups for p in group["params"]]
-    optimizer = torch.optim.AdamW(groups)
-    schedule = torch.optim.lr_scheduler.LambdaLR(
-        optimizer, lambda step: _rate(step, settings.steps, settings.warmup)
-    )
-    model.train()
-    losses = []
-    examples = [rows[i] for i in range(len(rows))]
-    for batch in _batches(len(rows), settings.batch_size, settings.steps, seed):
-        loss = kind.loss(model, kind.collate([examples[i] for i in batch]))
-        loss.backward()  # type: ignore[no-untyped-call]
-        nn.utils.clip_grad_norm_(trained, settings.max_grad_norm)
-        optimizer.step()
-        schedule.step()
-        optimizer.zero_grad(set_to_none=True)
-        losses.append(loss.item())
-        if not math.isfinite(losses[-1]):
-            raise InputError(
-                f"training diverged: the loss is {losses[-1]} at step {len(losses)}; lower --lr"
-            )
-    if not all(bool(torch.isfinite(p).all()) for p in trained):
-        raise InputError(
-            f"training diverged: a weight is not finite at step {len(losses)}; lower --lr"
-        )
-    model.eval()
-    tenth = max(1, len(losses) // 10)
-    return Adapted(
-        sum(p.numel() for p in trained),
-        float(np.mean(losses[:tenth])),
-        float(np.mean(losses[-tenth:])),
-        time.perf_counter() - started,
-    )
-
-
-def adapt_task(
-    model: RoutedModel,
-    kind: ModelKind,
-    suite: Suite,
-    task: str,
-    settings: AdaptSettings,
-    *,
-    seed: int,
-    split: str = "test",
-) -> dict[str, Any]:
-    """Draw a few examples of a new task, adapt to them, in place, and score the result.
-
-    The score is that of the last step: nothing is selected by it.
-
-    Args:
-        model: a trained inventory.
-        kind: how its base model learns and answers.
-        suite: where the task is.
-        task: its name.
-        settings: how to adapt.
-        seed: of the draw, the initialisation and the order.
-        split: to score on.
-
-    Returns:
-        The scores, what was trained, the losses, seconds of training, and `indices`, the rows of
-        the training split that were drawn.
-    """
-    train = encoded(suite, task, "train", kind)
-    indices = draw_few_shot(len(train), settings.shots, seed)
-    begin_task(model, task, settings, seed)
-    adapted = adapt(model, kind, train.select(indices), settings, seed=seed)
-    metric = suite.info(task).metric
-    rows, texts = encoded(suite, task, split, kind), suite.split(task, split)
-    score, normalised = score_rows(model, kind, rows, texts["target"], metric, route=task)
+    grid = grid or {}
+    _known(grid)
+    if "phase" in grid:
+        raise InputError("the phase cannot vary within a run: adapt once for each phase")
+    for name, values in grid.items():
+        if isinstance(values, str) or not isinstance(values, Sequence) or not values:
+            raise InputError(f"the grid of {name!r} must be a list of values, not {values!r}")
+        if len(set(values)) < len(values):
+            raise InputError(f"the grid of {name!r} repeats a value: {list(values)}")
+    combinations = [
+        dict(zip(grid, values, strict=True)) for values in itertools.product(*grid.values())
+    ]
     return {
-        "task": task,
-        "seed": seed,
-        "phase": settings.phase,
-        "shots": settings.shots,
-        "split": split,
-        "metric": metric,
-        "score": score,
-        "score_normalised": normalised,
-        **asdict(adapted),
-        "indices": indices,
+        ",".join(f"{name}={value}" for name, value in combination.items()): replace(
+            settings, **combination
+        )
+        for combination in combinations
     }
 
 
-def _rate(step: int, steps: int, warmup: float) -> float:
-    """Factor of the learning rates at a step: up from above 0, then down to just above 0."""
-    rising = max(1, round(warmup * steps))
-    if step < rising:
-        return (step + 1) / rising
-    return max(0.0, (steps - step) / max(1, steps - rising + 1))
+def _known(settings: Mapping[str, Any]) -> Mapping[str, Any]:
+    names = [f.name for f in fields(AdaptSettings)]
+    for name in settings:
+        if name not in names:
+            raise InputError(f"there is no setting {name!r}: {did_you_mean(name, names)}")
+    return settings
 
 
-def _batches(num_rows: int, batch_size: int, steps: int, seed: int) -> Iterator[list[int]]:
-    """Row numbers of each step: shuffled passes over all rows, cut into equal batches."""
-    rng = np.random.Generator(np.random.PCG64(seed))
-    size = min(batch_size, num_rows)
-    queue: list[int] = []
-    for _ in range(steps):
-        while len(queue) < size:
-            queue.extend(rng.permutation(num_rows).tolist())
-        yield queue[:size]
-        del queue[:size]
+def _rows(
+    task: str, given: datasets.Dataset | Sequence[Mapping[str, Any]], kind: ModelKind
+) -> Sequence[Row]:
+    """A task's examples, encoded unless they are."""
+    if isinstance(given, datasets.Dataset):
+        if set(kind.features) <= set(given.column_names):
+            encoded_rows: Sequence[Row] = given
+            return encoded_rows
+        given = given.to_list()
+    if isinstance(given, str | Mapping) or not isinstance(given, Sequence) or not given:
+        raise InputError(f"the examples of task {task!r} must be a list of at least one")
+    return encoded_records(given, task, kind)
+
+
+def _slot(
+    task: str, seed: int, label: str, settings: AdaptSettings, rows: Sequence[Row]
+) -> tuple[Slot, Sequence[int]]:
+    """A slot, and which rows it trains on."""
+    held = settings.validation_shots
+    shots = len(rows) - held if settings.shots is None else settings.shots
+    try:
+        drawn = draw_few_shot(len(rows), shots + held, seed)
+    except InputError as error:
+        raise InputError(f"task {task!r}: {error}") from error
+    if shots < 1:
+        raise InputError(
+            f"task {task!r} has {len(rows)} examples, and {held} are for validation: none is left"
+        )
+    training, validation = ([rows[i] for i in part] for part in (drawn[:shots], drawn[shots:]))
+    return Slot(task, seed, settings, training, validation, label), drawn[:shots]
+
+
+def _result(model: RoutedModel, training: SlotTraining, indices: Sequence[int]) -> Adapted:
+    """What a slot became, copied while the model holds it."""
+    losses = training.losses
+    tenth = max(1, len(losses) // 10)
+    return Adapted(
+        task=training.slot.task,
+        seed=training.slot.seed,
+        settings=training.settings,
+        indices=indices,
+        trained_parameters=sum(tensor.numel() for tensor in training.trained),
+        steps=training.step,
+        best_step=training.best_step,
+        first_loss=sum(losses[:tenth]) / tenth,
+        last_loss=sum(losses[-tenth:]) / tenth,
+        validation_loss=training.best_loss,
+        diverged_at=training.diverged_at,
+        seconds=training.seconds,
+        route=None if model.routes.logits is None else model.routes[training.route].cpu(),
+        factors=[_copied(factor) for factor in model.factors_of(training.route)],
+        _model=model,
+    )
+
+
+def _copied(factors: Any) -> Factors:
+    tensors = {f.name: getattr(factors, f.name).detach().cpu().clone() for f in fields(factors)}
+    copy: Factors = replace(factors, **tensors)
+    return copy

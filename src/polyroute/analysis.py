@@ -11,20 +11,22 @@ from polyroute.routing import anneal, skill_weights
 
 __all__ = ["describe_checkpoint", "route_similarity", "routing_entropy", "saved_weights"]
 
+LISTED = 500
+"""An account of more tasks would be read by nobody, and compares each with each."""
 
-def saved_weights(checkpoint: Checkpoint) -> Tensor | None:
-    """The mixing weights of every task in evaluation, `[T, N, H, K]`; None without routing."""
-    if checkpoint.rows is None or len(checkpoint.rows) == 0:
+
+def saved_weights(checkpoint: Checkpoint, tasks: Sequence[str] | None = None) -> Tensor | None:
+    """The mixing weights of tasks, default all, in evaluation, `[T, N, H, K]`.
+
+    None without routing, and where there is no task.
+    """
+    tasks = checkpoint.tasks if tasks is None else tasks
+    rows, table = checkpoint.rows(tasks), checkpoint.saved_routes
+    if rows is None or table is None or not tasks:
         return None
     values = {k: v for k, v in checkpoint.description["config"].items() if k != "granularity"}
     config = MHRConfig.from_dict(values)
-    shape = (
-        len(checkpoint.rows),
-        len(checkpoint.description["routers"]),
-        config.heads,
-        int(checkpoint.description["num_skills"]),
-    )
-    weights = skill_weights(checkpoint.rows.view(shape).float(), config, training=False)
+    weights = skill_weights(rows.view(-1, *table.shape), config, training=False)
     return anneal(weights, float(checkpoint.description.get("anneal_progress", 0.0)))
 
 
@@ -57,9 +59,10 @@ def routing_entropy(weights: Tensor) -> Tensor:
 def describe_checkpoint(checkpoint: Checkpoint) -> str:
     """An account of a saved inventory, as text, without its base model."""
     description = checkpoint.description
-    config, sites, tasks = description["config"], description["sites"], description["tasks"]
+    config, sites, tasks = description["config"], description["sites"], checkpoint.tasks
     skills = sum(t.numel() for t in checkpoint.skills.values())
-    rows = 0 if checkpoint.rows is None else checkpoint.rows.numel()
+    table = checkpoint.saved_routes
+    rows = 0 if table is None else len(tasks) * table.width
     count = description["num_skills"]
     lines = [
         f"{config['method']} {config['adapter']} for {description['base']['class']} "
@@ -69,7 +72,10 @@ def describe_checkpoint(checkpoint: Checkpoint) -> str:
         f"  {count} skills with {skills:,} parameters; one adapter is {skills // max(count, 1):,}",
         f"  routing table of {len(tasks)} tasks with {rows:,} parameters",
     ]
-    weights = saved_weights(checkpoint)
+    if len(tasks) > LISTED:
+        lines.append(f"  of the first {LISTED} tasks:")
+        tasks = tasks[:LISTED]
+    weights = saved_weights(checkpoint, tasks)
     if weights is None:
         return "\n".join([*lines, "  tasks: " + ", ".join(tasks)])
     return "\n".join([*lines, *_usage(weights), *_neighbours(weights, tasks)])

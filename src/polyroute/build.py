@@ -1,7 +1,7 @@
 """Making routed models: from a base model and settings, or from a saved inventory."""
 
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
@@ -82,7 +82,8 @@ def from_pretrained(
     Args:
         base_model: as given to `attach` when the inventory was made.
         folder: where `RoutedModel.save_pretrained` wrote.
-        tasks: keep only these tasks' routes, `[]` for none; default all.
+        tasks: load only these tasks' routes, `[]` for none; default all. The rows of others are
+            not read.
         check_base: refuse a base model whose weights differ from those of training.
 
     Raises:
@@ -102,7 +103,7 @@ def from_checkpoint(
     check_base: bool = True,
 ) -> RoutedModel:
     """Build a routed model from a saved inventory; see `from_pretrained`."""
-    description = checkpoint.description
+    description, table = checkpoint.description, checkpoint.saved_routes
     sites = description["sites"]
     router_of = {site["name"]: description["routers"][site["router"]] for site in sites}
     values = dict(description["config"])
@@ -121,12 +122,16 @@ def from_checkpoint(
             )
     if check_base:
         _check_weights(base_model, found, description, source)
-    model = attach(base_model, config, description["tasks"], sites=[s.name for s in found])
+    if isinstance(tasks, str):
+        raise InputError(f"tasks must be a list of names, not the single string {tasks!r}")
+    # Private adapters are skills, which are in one file: all are loaded, then some are kept.
+    loaded_tasks = checkpoint.tasks if tasks is None or table is None else tuple(tasks)
+    model = attach(base_model, config, loaded_tasks, sites=[s.name for s in found])
     if granularity != "custom":
         model.mixer.config = replace(config, granularity=granularity)
     try:
         model.load_tensors(checkpoint, source)
-        if tasks is not None:
+        if tasks is not None and table is None:
             model.keep_tasks(tasks)
     except BaseException:
         model.unload()
@@ -135,7 +140,7 @@ def from_checkpoint(
 
 
 def _check_weights(
-    base_model: nn.Module, sites: Sequence[Site], description: dict[str, Any], source: str
+    base_model: nn.Module, sites: Sequence[Site], description: Mapping[str, Any], source: str
 ) -> None:
     """Make sure that the base model's weights are those that the inventory was trained on."""
     saved = description["sites"]

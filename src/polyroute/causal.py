@@ -101,6 +101,17 @@ class CausalKind(ModelKind):
         """Mean cross-entropy over the target tokens of the batch."""
         return token_loss(model, batch)
 
+    def row_losses(self, model: nn.Module, batch: Mapping[str, Any]) -> Tensor:
+        """As `ModelKind.row_losses`: over target tokens."""
+        batch = on_device_of(model, batch)
+        labels_BL = batch.pop("labels")  # without them the model computes no loss
+        logits_BLV = model(**batch, use_cache=False).logits
+        return -log_probs(logits_BLV[:, :-1], labels_BL[:, 1:])[:, 0]
+
+    def row_counts(self, rows: Sequence[Row]) -> list[int]:
+        """The length of each target."""
+        return [len(row["target_ids"]) for row in rows]
+
     def scores(self, model: nn.Module, rows: Sequence[Row]) -> list[Tensor]:
         """As `ModelKind.scores`; the forward has a row, prompt included, for each choice."""
         counts = choice_counts(rows)

@@ -1,95 +1,156 @@
 """The files of a saved inventory: JSON for what it is, safetensors for the numbers.
 
-    polyroute.json           format, config, tasks, sites, routers
+    polyroute.json           format, id, config, sites, routers; rows, or where there are none tasks
     inventory.safetensors    <site>.lora_a [H, K, d_in/H, r], <site>.lora_b [H, K, r, d_out/H]
-    routes.safetensors       rows [T, N * H * K]
+    routes-*.safetensors     the tasks and their rows, see `polyroute.saved_routes`
 
 The factors are in the layout of the published checkpoints, one tensor per layer, so that other
 programs can read them. Nothing here is ever unpickled.
 """
 
+import hashlib
+import json
 import math
 import os
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from polyroute.config import MHRConfig
 from polyroute.errors import InputError
-from polyroute.files import make_folder, read_json, read_tensors, write_json, write_tensors
+from polyroute.files import make_folder, read_metadata, read_tensors, write_json, write_tensors
+from polyroute.saved_routes import (
+    DESCRIPTION,
+    FORMAT,
+    NOTE,
+    SHARDS,
+    SavedRoutes,
+    read_description,
+    write_rows,
+)
 from polyroute.targets import SAMPLED
 
 __all__ = ["Checkpoint", "read_checkpoint", "write_checkpoint"]
 
-FORMAT = 1
-DESCRIPTION = "polyroute.json"
 SKILLS = "inventory.safetensors"
-ROWS = "routes.safetensors"
+AS_INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A saved inventory, in memory."""
+    """A saved inventory: its description and skills; its routing table stays on disk."""
 
-    description: dict[str, Any]
-    skills: dict[str, Tensor]
-    rows: Tensor | None
-    """`[T, N * H * K]`, or None where tasks have no logits."""
+    description: Mapping[str, Any]
+    skills: Mapping[str, Tensor]
+    saved_routes: SavedRoutes | None
+    """None where tasks have no logits."""
+
+    @cached_property
+    def tasks(self) -> tuple[str, ...]:
+        """The names of the tasks, in order.
+
+        Raises:
+            InputError: a file of the routing table is damaged.
+        """
+        if self.saved_routes is None:
+            return tuple(self.description["tasks"])
+        return tuple(self.saved_routes.names())
+
+    def rows(self, tasks: Sequence[str]) -> Tensor | None:
+        """The logits of some tasks, `[T, N * H * K]`, fp32; None where tasks have none.
+
+        Raises:
+            InputError: no such task, or a file of the routing table is damaged.
+        """
+        if self.saved_routes is None:
+            return None
+        table = torch.empty(len(tasks), self.saved_routes.width)
+        self.saved_routes.copy_into(table, tasks)
+        return table
 
 
-def write_checkpoint(folder: str | os.PathLike[str], checkpoint: Checkpoint) -> None:
-    """Write all files; the description last, so that an interrupted write is not mistaken for one.
+def write_checkpoint(
+    folder: str | os.PathLike[str],
+    description: Mapping[str, Any],
+    skills: Mapping[str, Tensor],
+    tasks: Sequence[str],
+    rows: Tensor | None,
+    shape: tuple[int, int, int] | None,
+) -> None:
+    """Write all files, the description last.
+
+    All carry one id, which their content gives: equal inventories are equal files, and what an
+    interrupted write left beside older files is noticed when it is read.
+
+    Args:
+        folder: where; made if missing.
+        description: what the inventory is; tasks and rows are added here.
+        skills: the factors, by layer.
+        tasks: names, in row order.
+        rows: the routing table `[T, N * H * K]`, or None.
+        shape: `(N, H, K)` of a row, or None.
 
     Raises:
         InputError: the folder cannot be made or written.
     """
     path = make_folder(folder)
-    write_tensors(path / SKILLS, checkpoint.skills)
-    if checkpoint.rows is not None:
-        write_tensors(path / ROWS, {"rows": checkpoint.rows})
-    else:
-        (path / ROWS).unlink(missing_ok=True)
-    write_json(path / DESCRIPTION, {"format": FORMAT, **checkpoint.description})
+    identity = _identity(description, skills, tasks, rows)
+    write_tensors(path / SKILLS, skills, metadata={NOTE: json.dumps({"id": identity})})
+    shards: list[Path] = []
+    table: dict[str, Any] = {"rows": None, "tasks": list(tasks)}
+    if rows is not None and shape is not None:
+        shards = write_rows(path, tasks, rows, identity)
+        table = {"rows": {"shards": len(shards), "shape": list(shape)}}
+    write_json(path / DESCRIPTION, {"format": FORMAT, "id": identity, **description, **table})
+    for former in set(path.glob(SHARDS)) - set(shards):
+        former.unlink(missing_ok=True)
+
+
+def _identity(
+    description: Mapping[str, Any],
+    skills: Mapping[str, Tensor],
+    tasks: Sequence[str],
+    rows: Tensor | None,
+) -> str:
+    total = hashlib.sha256(json.dumps([description, list(tasks)]).encode())
+    for tensor in (*skills.values(), *([] if rows is None else [rows])):
+        # Of each row or head the sum of its bits, which wraps around: a number that changed shows,
+        # no large table is copied, and it takes a tenth of the time of hashing all bytes.
+        bits = tensor.detach().view(AS_INTEGERS[tensor.element_size()])
+        sums = bits.sum(tuple(range(1, bits.dim())), dtype=bits.dtype)
+        total.update(str(sums.tolist()).encode())
+    return total.hexdigest()[:16]
 
 
 def read_checkpoint(folder: str | os.PathLike[str]) -> Checkpoint:
-    """The inverse of `write_checkpoint`.
+    """The inverse of `write_checkpoint`; the routing table is read when it is asked for.
 
     Raises:
         InputError: the folder holds no inventory, or a file is damaged or of another kind.
     """
     path = Path(folder)
-    if not (path / DESCRIPTION).is_file():
-        raise InputError(f"{path} holds no inventory: there is no {DESCRIPTION} in it")
-    description = read_json(path / DESCRIPTION)
-    if not isinstance(description, dict) or description.get("format") != FORMAT:
-        raise InputError(
-            f"{path / DESCRIPTION} is not in inventory format {FORMAT}; "
-            "it may come from another version of polyroute"
-        )
-    for key in ("config", "num_skills", "base", "tasks", "sites", "routers"):
+    description = read_description(path)
+    for key in ("id", "config", "num_skills", "base", "rows", "sites", "routers"):
         if key not in description:
             raise InputError(f"{path / DESCRIPTION} lacks the entry {key!r}; it is damaged")
+    if description["rows"] is None and "tasks" not in description:
+        raise InputError(f"{path / DESCRIPTION} lacks the entry 'tasks'; it is damaged")
+    saved_routes = None if description["rows"] is None else SavedRoutes(path)
     try:
         _check_description(description)
     except InputError as error:
         raise InputError(f"{path / DESCRIPTION} is damaged: {error}") from error
-    has_rows = description.get("has_rows", False)
-    if not isinstance(has_rows, bool) or ("has_rows" not in description and (path / ROWS).exists()):
+    if read_metadata(path / SKILLS).get(NOTE) != json.dumps({"id": description["id"]}):
         raise InputError(
-            f"{path / DESCRIPTION} is damaged: 'has_rows' does not say whether {ROWS} belongs to it"
+            f"{path / SKILLS} and {DESCRIPTION} are of two saves, so one was interrupted; save the "
+            "inventory again, or take an earlier checkpoint"
         )
-    rows = None
-    if has_rows:
-        rows = read_tensors(path / ROWS).get("rows")
-        if rows is None or rows.dim() != 2 or len(rows) != len(description["tasks"]):
-            raise InputError(
-                f"{path / ROWS} does not hold one row for each of the "
-                f"{len(description['tasks'])} tasks of {DESCRIPTION}"
-            )
-    return Checkpoint(description, read_tensors(path / SKILLS), rows)
+    return Checkpoint(description, read_tensors(path / SKILLS), saved_routes)
 
 
 def _check_description(description: dict[str, Any]) -> None:
@@ -98,7 +159,8 @@ def _check_description(description: dict[str, Any]) -> None:
     Raises:
         InputError: one is not; the message names it and not the file.
     """
-    tasks, routers, sites = (description[key] for key in ("tasks", "routers", "sites"))
+    tasks = description.get("tasks", [])
+    routers, sites = description["routers"], description["sites"]
     for name, values in (("tasks", tasks), ("routers", routers), ("sites", sites)):
         _expect(isinstance(values, list), name, "a list")
     _expect(all(isinstance(t, str) and t for t in tasks), "tasks", "a list of names")
@@ -113,6 +175,9 @@ def _check_description(description: dict[str, Any]) -> None:
     settings = MHRConfig.from_dict(named)
     skills = len(tasks) if settings.num_skills is None else settings.num_skills
     _expect(description["num_skills"] == skills, "num_skills", f"{skills}, as its config says")
+    if description["rows"] is not None:
+        shape = [len(routers), settings.heads, description["num_skills"]]
+        _expect(description["rows"]["shape"] == shape, "rows.shape", f"{shape}, as it must be")
     progress = description.get("anneal_progress", 0.0)
     _expect(_is_number(progress) and 0 <= progress <= 1, "anneal_progress", "between 0 and 1")
     _expect(bool(sites), "sites", "a list of at least one layer")

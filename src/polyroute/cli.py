@@ -139,6 +139,10 @@ def train(
     lr: Annotated[float, typer.Option(help="Learning rate of the skills.")] = 1e-3,
     route_lr: Annotated[float, typer.Option(help="Learning rate of the routing.")] = 0.1,
     weight_decay: Annotated[float, typer.Option(help="Of the skills; routing has none.")] = 0.0,
+    rowwise: Annotated[
+        bool,
+        typer.Option("--rowwise", help="Step only the batch's tasks; for thousands of tasks."),
+    ] = False,
     warmup: Annotated[float, typer.Option(help="Share of steps that warm up.")] = 0.06,
     temperature: Annotated[
         float, typer.Option(help="Task sampling: 1 by size, inf equally often.")
@@ -190,9 +194,25 @@ def adapt(
     lr: Annotated[float, typer.Option(help="Learning rate of the skills.")] = 3e-3,
     route_lr: Annotated[float, typer.Option(help="Learning rate of the routing.")] = 0.1,
     weight_decay: Annotated[float, typer.Option(help="Of the skills.")] = 0.0,
+    optimizer: Annotated[str, typer.Option(help="adamw, adafactor or sgd.")] = "adamw",
     init: Annotated[
         str, typer.Option(help="`uniform`, or a task whose route to copy.")
     ] = "uniform",
+    validation_shots: Annotated[
+        int, typer.Option(help="More examples of each task, whose loss chooses the best step.")
+    ] = 0,
+    eval_steps: Annotated[int, typer.Option(help="Steps between looks at them.")] = 10,
+    patience: Annotated[
+        int | None, typer.Option(help="Looks without a better loss before stopping early.")
+    ] = None,
+    grid: Annotated[
+        list[str] | None,
+        typer.Option(help="Try several values: route_lr=0.03,0.1. Repeat for more settings."),
+    ] = None,
+    memory: Annotated[
+        str | None,
+        typer.Option(help="For adaptations side by side, such as 8GB [half of what is free]."),
+    ] = None,
     split: Annotated[str, typer.Option(help="Split to score on.")] = "test",
     out: Annotated[
         Path | None, typer.Option(help="Folder of results [RUN/adapt-PHASE-SHOTS].")
@@ -203,8 +223,9 @@ def adapt(
 ) -> None:
     """Adapt a trained inventory to new tasks from a few examples, and score the result.
 
-    Without --tasks: all held-out tasks of the suite. Every adapted task is also written as an
-    ordinary PEFT LoRA.
+    Without --tasks, or with `--tasks all`: all held-out tasks of the suite. All tasks, seeds and
+    settings are adapted side by side, each exactly as alone. Every adapted task is also written as
+    an ordinary PEFT LoRA.
 
     Example: `polyroute adapt runs/mhr --data SUITE --tasks boolq,conjnli --shots 32 --phase mu
     --seeds 42,1024,0`
@@ -212,8 +233,9 @@ def adapt(
     from polyroute.commands import adapt_run
 
     options = dict(context.params)
-    options["tasks"] = _names(tasks)
+    options["tasks"] = None if tasks == "all" else _names(tasks)
     options["seeds"] = _seeds(seeds)
+    options["grid"] = _grid(grid or [])
     options["out"] = out or run / f"adapt-{phase}-{shots}"
     adapt_run(options)
 
@@ -289,6 +311,29 @@ def _seeds(text: str) -> list[int]:
     if len(set(seeds)) != len(seeds) or not all(0 <= seed < SEEDS for seed in seeds):
         raise InputError(f"--seeds {text!r} must be different numbers from 0 to {SEEDS - 1}")
     return seeds
+
+
+def _grid(texts: Sequence[str]) -> dict[str, list[Any]]:
+    """`lr=0.001,0.01` as the name of a setting and its values."""
+    found: dict[str, list[Any]] = {}
+    for text in texts:
+        name, equals, values = text.partition("=")
+        name = name.strip().replace("-", "_")
+        if not equals or not values.strip():
+            raise InputError(f"--grid {text!r} must be a setting and values: route_lr=0.03,0.1")
+        if name in found:
+            raise InputError(f"--grid names {name!r} twice; give all of its values at once")
+        found[name] = [_value(value.strip()) for value in values.split(",")]
+    return found
+
+
+def _value(text: str) -> Any:
+    for number in (int, float):
+        try:
+            return number(text)
+        except ValueError:
+            continue
+    return text
 
 
 def _target(text: str) -> str | list[str]:

@@ -1,10 +1,12 @@
 """What the commands do: from options to a finished run folder."""
 
+import itertools
 import math
 import os
+import shutil
 import tempfile
 import zipfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +15,9 @@ import torch
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
-from tqdm.auto import tqdm
 from transformers import TrainerCallback
 
-from polyroute.adapt import AdaptSettings, adapt_task, begin_task, check_new
+from polyroute.adapt import AdaptSettings, adapt_suite, check_new, variants
 from polyroute.analysis import describe_checkpoint
 from polyroute.build import attach, loaded
 from polyroute.checkpoint import Checkpoint, read_checkpoint
@@ -27,20 +28,24 @@ from polyroute.examples import encoded_mixture
 from polyroute.files import check_place, make_folder, read_json, write_json, write_tensors
 from polyroute.kinds import ModelKind, kind_of
 from polyroute.loading import load_base
+from polyroute.memory import bytes_of
 from polyroute.metrics import mean_and_error
 from polyroute.model import RoutedModel
 from polyroute.runs import DIGEST, check_run, digest, held, open_run, read_run, record
 from polyroute.sampling import draw_few_shot
+from polyroute.slots import Slots
 from polyroute.suite import Suite, check_tasks, held_out_tasks, training_tasks, validate
 from polyroute.suites import open_suite
 from polyroute.trainer import MultiTaskTrainer, MultiTaskTrainingArguments
 
-__all__ = ["adapt_run", "evaluate_run", "export_run", "inspect_run", "train_run"]
+__all__ = ["adapt_run", "base_of", "evaluate_run", "export_run", "inspect_run", "train_run"]
 
 METRICS = "metrics.json"
 TRAINER_STATE = "trainer_state.json"
 TORCH_FILES = ("optimizer.pt", "scheduler.pt", "rng_state.pth")
-RESULT = {"task", "seed", "metric", "score", "trained_parameters", "seconds"}
+RESULT = {"task", "seed", "label", "metric", "score", "trained_parameters", "seconds"}
+RUNNING = "running"
+"""The folder, in a run of `polyroute adapt`, of slots that are not done."""
 
 console = Console()
 
@@ -117,8 +122,8 @@ def _train_to_the_end(trainer: MultiTaskTrainer, folder: Path, last: Path | None
     else:
         found = trainer.train(resume_from_checkpoint=None if last is None else str(last)).metrics
         steps, log = trainer.state.global_step, trainer.state.log_history
-    trained = [p for p in model.parameters() if p.requires_grad]
-    if not all(bool(torch.isfinite(p).all()) for p in trained):
+    learned = [*model.inventory.parameters(), *model.routes.parameters()]
+    if not all(bool(torch.isfinite(p).all()) for p in learned):
         raise _diverged("a weight is not finite", steps)
     model.save_pretrained(folder)
     write_json(
@@ -219,7 +224,7 @@ def _damage(checkpoint: Path) -> str | None:
     path = checkpoint / TRAINER_STATE
     try:
         state = read_json(path)
-        read_checkpoint(checkpoint)
+        _ = read_checkpoint(checkpoint).tasks  # of every file of the routing table
     except InputError as error:
         return str(error)
     if not (
@@ -241,6 +246,7 @@ def _training_arguments(options: Mapping[str, Any], folder: Path) -> MultiTaskTr
         learning_rate=options["lr"],
         route_lr=options["route_lr"],
         weight_decay=options["weight_decay"],
+        rowwise_routes=options["rowwise"],
         warmup_steps=round(options["warmup"] * steps),
         temperature=options["temperature"],
         cap=options["cap"],
@@ -261,9 +267,10 @@ def _training_arguments(options: Mapping[str, Any], folder: Path) -> MultiTaskTr
 
 
 def adapt_run(options: Mapping[str, Any]) -> None:
-    """Adapt a run's inventory to every task, once per seed, and score each result.
+    """Adapt a run's inventory to every task, once per seed and setting, and score each result.
 
-    Results are written after each, so `resume` goes on with the next.
+    All run side by side. Results are written as they come and running slots about once a minute,
+    so `resume` goes on where it stopped.
 
     Args:
         options: of `polyroute adapt`, by name.
@@ -274,10 +281,13 @@ def adapt_run(options: Mapping[str, Any]) -> None:
     settings = AdaptSettings(
         **{
             name: options[name]
-            for name in ("phase", "shots", "steps", "batch_size", "lr", "route_lr",
-                         "weight_decay", "init")
+            for name in ("phase", "shots", "steps", "batch_size", "optimizer", "lr", "route_lr",
+                         "weight_decay", "init", "validation_shots", "eval_steps", "patience")
         }
     )  # fmt: skip
+    choices = variants(settings, options["grid"])
+    if options["memory"] is not None:
+        bytes_of(options["memory"])
     run, resume, split = options["run"], options["resume"], options["split"]
     place = {
         "resume": resume,
@@ -287,30 +297,37 @@ def adapt_run(options: Mapping[str, Any]) -> None:
     folder = check_run(options["out"], "adapt", **place)
     checkpoint = _inventory(run)
     suite = open_suite(options["data"])
-    base, kind = _base_of(run)
+    base, kind = base_of(run)
     tasks = _chosen(
         suite, options["tasks"], held_out_tasks(suite), kind,
         none=f"{options['data']} holds no task out",
     )  # fmt: skip
     validate(suite, tasks, needs=["train", split])
-    for task in tasks:
-        draw_few_shot(len(suite.split(task, "train")), settings.shots, 0)
-    _try_out(base, checkpoint, run, tasks, settings)
-    open_run(folder, "adapt", **place)
-    config = {**_plain(options), "tasks": list(tasks), DIGEST: digest(run)}
-    record(folder, "adapt", config, resume=resume)
-    with held(folder):
-        path = folder / "results.json"
-        results = _read_results(path) if path.exists() else []
-        done = {(r["task"], r["seed"]) for r in results}
-        slots = [(t, s) for t in tasks for s in options["seeds"] if (t, s) not in done]
-        for task, seed in tqdm(slots, "adapting"):
-            with loaded(base, checkpoint, run) as model:
-                result = adapt_task(model, kind, suite, task, settings, seed=seed, split=split)
-                _save_adapted(model, folder / task / f"seed-{seed}", task)
-            results.append(result)
-            write_json(path, results)
-    _print_adapted(results, tasks)
+    for task, variant in itertools.product(tasks, choices.values()):
+        shots = (variant.shots or 0) + variant.validation_shots
+        draw_few_shot(len(suite.split(task, "train")), shots, 0)
+    with loaded(base, checkpoint, run) as model:
+        _try_out(model, tasks, choices)
+        open_run(folder, "adapt", **place)
+        config = {**_plain(options), "tasks": list(tasks), DIGEST: digest(run)}
+        record(folder, "adapt", config, resume=resume)
+        with held(folder):
+            path = folder / "results.json"
+            results = _read_results(path) if path.exists() else []
+
+            def each(result: dict[str, Any], route: str) -> None:
+                place = folder / result["task"] / f"seed-{result['seed']}"
+                _save_adapted(model, place / result["label"], route)
+                results.append(result)
+                write_json(path, results)
+
+            adapt_suite(
+                model, kind, suite, tasks, choices, seeds=options["seeds"], split=split,
+                memory=options["memory"], folder=make_folder(folder / RUNNING),
+                done=list(results), each=each,
+            )  # fmt: skip
+        shutil.rmtree(folder / RUNNING)  # a killed process may have left half a file there
+    _print_adapted(results, tasks, choices)
     _say(f"results and adapters are in {folder}")
 
 
@@ -324,40 +341,45 @@ def _read_results(path: Path) -> list[dict[str, Any]]:
 
 
 def _try_out(
-    base: Any, checkpoint: Checkpoint, run: Any, tasks: Sequence[str], settings: AdaptSettings
+    model: RoutedModel, tasks: Sequence[str], choices: Mapping[str, AdaptSettings]
 ) -> None:
     """Find out, before any work is lost, whether every task can begin."""
-    with loaded(base, checkpoint, run) as model:
-        for task in tasks:
-            check_new(model, task)
-        begin_task(model, tasks[0], settings, 0)
-
-
-def _save_adapted(model: RoutedModel, folder: Path, task: str) -> None:
-    model.export_peft(task, folder)
-    if model.routes.logits is not None:
-        write_tensors(folder / "route.safetensors", {"route": model.routes[task]})
-
-
-def _print_adapted(results: Sequence[Mapping[str, Any]], tasks: Sequence[str]) -> None:
-    table = Table("task", "metric", "score", "standard error", "seeds", "parameters", "seconds")
-    means = []
     for task in tasks:
-        rows = [r for r in results if r["task"] == task]
-        mean, error = mean_and_error([r["score"] for r in rows])
-        means.append(mean)
-        table.add_row(
-            escape(task),
-            rows[0]["metric"],
-            f"{mean:.3f}",
-            "" if error is None else f"{error:.3f}",
-            str(len(rows)),
-            f"{rows[0]['trained_parameters']:,}",
-            f"{mean_and_error([r['seconds'] for r in rows])[0]:.1f}",
-        )
-    mean, error = mean_and_error(means)
-    table.add_row("mean over tasks", "", f"{mean:.3f}", "" if error is None else f"{error:.3f}")
-    console.print(table)
+        check_new(model, task)
+    for settings in choices.values():
+        with Slots(model, settings.phase, 1) as slots:
+            slots.start(0, seed=0, init=settings.init)
+
+
+def _save_adapted(model: RoutedModel, folder: Path, route: str) -> None:
+    model.export_peft(route, folder)
+    if model.routes.logits is not None:
+        write_tensors(folder / "route.safetensors", {"route": model.routes[route]})
+
+
+def _print_adapted(
+    results: Sequence[Mapping[str, Any]], tasks: Sequence[str], labels: Iterable[str]
+) -> None:
+    columns = ("task", "metric", "score", "standard error", "seeds", "parameters", "seconds")
+    for label in labels:
+        table = Table(*columns, title=label or None)
+        means = []
+        for task in tasks:
+            rows = [r for r in results if r["task"] == task and r["label"] == label]
+            mean, error = mean_and_error([r["score"] for r in rows])
+            means.append(mean)
+            table.add_row(
+                escape(task),
+                rows[0]["metric"],
+                f"{mean:.3f}",
+                "" if error is None else f"{error:.3f}",
+                str(len(rows)),
+                f"{rows[0]['trained_parameters']:,}",
+                f"{mean_and_error([r['seconds'] for r in rows])[0]:.1f}",
+            )
+        mean, error = mean_and_error(means)
+        table.add_row("mean over tasks", "", f"{mean:.3f}", "" if error is None else f"{error:.3f}")
+        console.print(table)
 
 
 def evaluate_run(
@@ -378,8 +400,8 @@ def evaluate_run(
     checkpoint = _inventory(run)
     _check_scores_place(path)
     suite = open_suite(data)
-    base, kind = _base_of(run)
-    trained = tuple(t for t in checkpoint.description["tasks"] if t in suite.tasks)
+    base, kind = base_of(run)
+    trained = tuple(t for t in checkpoint.tasks if t in suite.tasks)
     tasks = _chosen(
         suite, names, held_out_tasks(suite) if zero_shot else trained, kind,
         none=f"{data} holds no task out" if zero_shot else f"{data} has none of the tasks of {run}",
@@ -455,7 +477,7 @@ def export_run(run: Path, task: str, out: Path) -> None:
     check_place(out)
     if out.is_dir() and any(out.iterdir()) and not (out / "adapter_config.json").is_file():
         raise InputError(f"{out} is not empty and holds no adapter; name another --out folder")
-    base, _ = _base_of(run)
+    base, _ = base_of(run)
     with loaded(base, checkpoint, run) as model:
         model.export_peft(task, out)
     _say(f"wrote {task!r} as a PEFT adapter to {out}")
@@ -480,7 +502,7 @@ def _inventory(run: Path) -> Checkpoint:
     return read_checkpoint(run)
 
 
-def _base_of(run: str | os.PathLike[str]) -> tuple[Any, ModelKind]:
+def base_of(run: str | os.PathLike[str]) -> tuple[Any, ModelKind]:
     """The base model that a run was trained on, and its kind."""
     config = read_run(run)["config"]
     try:

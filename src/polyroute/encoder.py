@@ -94,6 +94,15 @@ class EncoderKind(ModelKind):
         scores_BC = self._scores(model, batch)
         return F.cross_entropy(scores_BC, batch["labels"].to(scores_BC.device))
 
+    def row_losses(self, model: nn.Module, batch: Mapping[str, Any]) -> Tensor:
+        """As `ModelKind.row_losses`: cross-entropy of the right choice."""
+        scores_BC = self._scores(model, batch)
+        return F.cross_entropy(scores_BC, batch["labels"].to(scores_BC.device), reduction="none")
+
+    def row_counts(self, rows: Sequence[Row]) -> list[int]:
+        """One choice each."""
+        return [1] * len(rows)
+
     def scores(self, model: nn.Module, rows: Sequence[Row]) -> list[Tensor]:
         """As `ModelKind.scores`: both columns hold the scaled cosine."""
         counts = choice_counts(rows)
@@ -108,10 +117,13 @@ class EncoderKind(ModelKind):
         """Scaled cosines `[B, C]`, -inf where a row has no such choice."""
         input_BD = self._embedded(model, batch["inputs"], batch["tasks"])
         choice_UD = self._embedded(model, batch["choices"], batch["choice_tasks"])
-        cosine_BU = input_BD @ choice_UD.T
-        index_BC = batch["choice_index"].to(cosine_BU.device)
-        scores_BC = self.scale * cosine_BU.gather(1, index_BC.clamp(min=0))
-        return scores_BC.masked_fill(index_BC < 0, -torch.inf)
+        index_BC = batch["choice_index"].to(choice_UD.device)
+        is_choice = index_BC >= 0
+        # Row by row, not all inputs by all choices: what is not finite in one task's embeddings
+        # would spread to all gradients, as zero times infinity. A row fills up with its own first.
+        index_BC = torch.where(is_choice, index_BC, index_BC[:, :1])
+        cosine_BC = torch.einsum("bd,bcd->bc", input_BD, choice_UD[index_BC])
+        return (self.scale * cosine_BC).masked_fill(~is_choice, -torch.inf)
 
     def _embedded(self, model: nn.Module, inputs: Mapping[str, Tensor], tasks: list[str]) -> Tensor:
         inputs = on_device_of(model, inputs)

@@ -1,6 +1,7 @@
 """Encoded examples: the rows of a suite's tasks as token ids, cached on disk by `datasets`."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import datasets
 import numpy as np
@@ -9,11 +10,16 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from tqdm.auto import tqdm
 
+from polyroute.batches import Row
 from polyroute.errors import InputError
 from polyroute.kinds import ModelKind
-from polyroute.suite import Suite, quiet_datasets
+from polyroute.records import check_record
+from polyroute.suite import COLUMNS, Suite, quiet_datasets
 
-__all__ = ["encoded", "encoded_mixture", "prompt_lengths", "task_sizes"]
+__all__ = ["encoded", "encoded_mixture", "encoded_records", "prompt_lengths", "task_sizes"]
+
+OPTIONAL = {"instruction": "", "input": "", "choices": None, "split": "train"}
+"""What a record may leave out."""
 
 
 def encoded(suite: Suite, task: str, split: str, kind: ModelKind) -> datasets.Dataset:
@@ -27,6 +33,30 @@ def encoded(suite: Suite, task: str, split: str, kind: ModelKind) -> datasets.Da
         return rows.map(
             kind.encode, batched=True, remove_columns=rows.column_names, features=kind.features
         )
+
+
+def encoded_records(records: Sequence[Mapping[str, Any]], task: str, kind: ModelKind) -> list[Row]:
+    """Examples that are at hand as dictionaries, as rows with the columns of `ModelKind.features`.
+
+    Args:
+        records: each with `target`, `instruction` or `input` or both, and, for tasks with choices,
+            `choices`.
+        task: what they are examples of.
+        kind: how the base model reads them.
+
+    Raises:
+        InputError: a record lacks something or has it of another type.
+    """
+    whole = []
+    for number, record in enumerate(records):
+        where = f"task {task!r}, example {number}"
+        if not isinstance(record, Mapping):
+            raise InputError(f"{where} must be a dictionary, not a {type(record).__name__}")
+        whole.append({**OPTIONAL, **record, "task": task})
+        check_record(whole[-1], task, where)
+    columns = kind.encode({name: [record[name] for record in whole] for name in COLUMNS})
+    names = list(columns)
+    return [dict(zip(names, row, strict=True)) for row in zip(*columns.values(), strict=True)]
 
 
 def encoded_mixture(

@@ -6,9 +6,10 @@ from typing import Protocol
 
 from torch import Tensor, nn
 
-from polyroute.kernels import apply_ia3, apply_lora
+from polyroute.errors import InputError
+from polyroute.kernels import apply_ia3, apply_lora, apply_token_lora
 
-__all__ = ["Factors", "IA3Factors", "LoRAFactors"]
+__all__ = ["Factors", "IA3Factors", "LoRAFactors", "TokenLoRAFactors"]
 
 
 class Factors(Protocol):
@@ -44,6 +45,30 @@ class LoRAFactors:
     def peft_tensors(self) -> Mapping[str, Tensor]:
         """PEFT stores both factors transposed to the way they multiply x."""
         return {"lora_A.weight": self.a, "lora_B.weight": self.b.t()}
+
+
+@dataclass(frozen=True)
+class TokenLoRAFactors:
+    """The skills of a low-rank update, and how each token mixes them."""
+
+    a: Tensor
+    """`[H, K, r, d_in/H]`."""
+    b: Tensor
+    """`[H, K, r, d_out/H]`, its scale included."""
+    weights: Tensor
+    """`[..., H, K]`; the leading axes are those of the layer's input, or 1, or missing."""
+
+    def apply(self, base: nn.Module, x: Tensor, dropout: float) -> Tensor:
+        """base(x) + x a^T b, with a and b mixed for each token."""
+        return apply_token_lora(base, x, self.a, self.b, self.weights, dropout)
+
+    def fold(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """Raises `InputError`: no one weight computes this."""
+        raise InputError("tokens that are routed one by one have no single adapter to merge")
+
+    def peft_tensors(self) -> Mapping[str, Tensor]:
+        """Raises `InputError`: no one adapter computes this."""
+        raise InputError("tokens that are routed one by one have no single adapter to export")
 
 
 @dataclass(frozen=True)

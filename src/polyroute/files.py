@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -17,6 +17,7 @@ __all__ = [
     "check_place",
     "make_folder",
     "read_json",
+    "read_metadata",
     "read_tensors",
     "write_json",
     "write_tensors",
@@ -88,12 +89,18 @@ def read_json(path: Path) -> Any:
         raise InputError(f"{path} is not valid JSON: {error}") from error
 
 
-def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
-    """Write a safetensors file, whole or not at all."""
+def write_tensors(
+    path: Path, tensors: Mapping[str, Tensor], *, metadata: Mapping[str, str] | None = None
+) -> None:
+    """Write a safetensors file, whole or not at all; a text may go along as metadata.
+
+    With several texts safetensors writes them in any order, so equal content would not be equal
+    files.
+    """
     contiguous = {name: t.detach().contiguous().cpu() for name, t in tensors.items()}
     temporary = _temporary_beside(path)
     try:
-        save_file(contiguous, temporary, metadata={"format": "pt"})
+        save_file(contiguous, temporary, metadata=dict(metadata or {"format": "pt"}))
         os.replace(temporary, path)
     except BaseException:
         temporary.unlink(missing_ok=True)
@@ -110,6 +117,21 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
         raise InputError(f"{path} does not exist")
     try:
         return load_file(path)
+    except (SafetensorError, OSError, ValueError) as error:
+        raise InputError(f"{path} is not a whole safetensors file: {error}") from error
+
+
+def read_metadata(path: Path) -> dict[str, str]:
+    """The texts that a safetensors file holds beside its tensors.
+
+    Raises:
+        InputError: the file is missing, truncated or of another kind.
+    """
+    if not path.is_file():
+        raise InputError(f"{path} does not exist")
+    try:
+        with safe_open(path, "pt") as file:
+            return dict(file.metadata() or {})
     except (SafetensorError, OSError, ValueError) as error:
         raise InputError(f"{path} is not a whole safetensors file: {error}") from error
 

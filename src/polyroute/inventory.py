@@ -9,11 +9,13 @@ D width of a head's block (d_in / H or d_out / H).
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import MutableMapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from polyroute.config import MHRConfig
 from polyroute.factors import Factors, IA3Factors, LoRAFactors
@@ -105,12 +107,57 @@ class Inventory(nn.Module):
             for kind in self.kinds:
                 self._reset(self._stacks_of(kind)[stack.key], kind, stack)
 
-    def _reset(self, skills: Tensor, kind: str, stack: Stack) -> None:
+    def _reset(
+        self, skills: Tensor, kind: str, stack: Stack, generator: torch.Generator | None = None
+    ) -> None:
         if kind == "lora_a":
             width = 3 * stack.d_in if self.init == "mttl" else stack.d_in / self.heads
-            skills.uniform_(-1 / math.sqrt(width), 1 / math.sqrt(width))
+            skills.uniform_(-1 / math.sqrt(width), 1 / math.sqrt(width), generator=generator)
         else:
             skills.fill_(1.0 if kind == "ia3" else 0.0)
+
+    def skills_of(self, place: int, *, gradients: bool = False) -> list[Tensor]:
+        """One set, or its gradients, `[n, H, K / sets, r, D]` for each stack and factor; views."""
+        size = self.num_skills // self.num_sets
+        found = []
+        for stack in self.stacks:
+            for kind in self.kinds:
+                skills = self._stacks_of(kind)[stack.key]
+                whole = skills.grad if gradients else skills
+                assert whole is not None
+                found.append(whole[:, :, place * size : (place + 1) * size])
+        return found
+
+    @torch.no_grad()
+    def redraw_set(self, place: int, seed: int) -> None:
+        """Draw one set afresh, as `reset_parameters` does, whatever device it is on."""
+        generator = torch.Generator().manual_seed(seed)
+        kinds = [(stack, kind) for stack in self.stacks for kind in self.kinds]
+        for skills, (stack, kind) in zip(self.skills_of(place), kinds, strict=True):
+            drawn = torch.empty(skills.shape)
+            self._reset(drawn, kind, stack, generator)
+            skills.copy_(drawn)
+
+    @torch.no_grad()
+    def fill_set(self, place: int, source: "Inventory", skill: int | None = None) -> None:
+        """Overwrite one set by what another inventory of the same layers holds.
+
+        Args:
+            place: the set.
+            source: all of its skills are copied where a set has as many; where a set has one skill,
+                it becomes `skill` of the source, or the mean of all.
+            skill: see `source`.
+        """
+        theirs = [
+            source._stacks_of(kind)[stack.key] for stack in source.stacks for kind in source.kinds
+        ]
+        for mine, skills in zip(self.skills_of(place), theirs, strict=True):
+            if mine.shape == skills.shape:
+                mine.copy_(skills)
+                continue
+            one = skills.mean(2, keepdim=True) if skill is None else skills[:, :, [skill]]
+            n, _, _, r, _ = one.shape  # the heads of a mean are blocks of one plain adapter
+            mine.copy_(one.permute(0, 2, 3, 1, 4).reshape(n, 1, 1, r, -1))
 
     def mix(
         self,
@@ -227,7 +274,7 @@ def _mix(inventory: Tensor, w_UnHK: Tensor, sets: Tensor | None) -> Tensor:
     rows, skills = w_UnHK.shape[0], w_UnHK.shape[-1]
     w = w_UnHK.permute(1, 2, 0, 3).reshape(n * heads, rows, skills).to(inventory.dtype)
     if sets is None:
-        mixed = torch.bmm(w, inventory.reshape(n * heads, skills, rank * block))
+        mixed: Tensor = WeightedSum.apply(w, inventory)  # type: ignore[no-untyped-call]
     else:
         own = inventory.view(n * heads, -1, skills, rank * block).index_select(1, sets)
         mixed = torch.matmul(w.unsqueeze(2), own)
@@ -241,3 +288,50 @@ def _pick(inventory: Tensor, sets: Tensor, scale: float) -> Tensor:
     n, heads, rows, rank, block = picked.shape
     picked = picked.permute(0, 2, 3, 1, 4).reshape(n, rows, rank, heads * block)
     return picked * scale if scale != 1.0 else picked
+
+
+class WeightedSum(torch.autograd.Function):
+    """Weights `[n H, U, K]` times skills `[n, H, K, r, D]`, to `[n H, U, r D]`.
+
+    A batched product, whose gradient for the skills is as large as all of them. On a CPU fresh
+    memory of that size costs several times the arithmetic (page faults), so it is recycled.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, w: Tensor, skills: Tensor) -> Tensor:
+        ctx.save_for_backward(w, skills)
+        return torch.bmm(w, skills.reshape(*w.shape[::2], -1))
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        w, skills = ctx.saved_tensors
+        need_w, need_skills = ctx.needs_input_grad
+        dw = torch.bmm(dy, skills.reshape(*w.shape[::2], -1).mT) if need_w else None
+        if not need_skills:
+            return dw, None
+        if torch.is_grad_enabled() or not skills.is_cpu or type(skills) is not nn.Parameter:
+            return dw, torch.bmm(w.mT, dy).view(skills.shape)
+        out = _recycled(skills)
+        torch.bmm(w.mT, dy, out=out.view(*w.shape[::2], -1))
+        return dw, out
+
+
+_last_gradients: MutableMapping[Tensor, torch.UntypedStorage] = WeakTensorKeyDictionary()
+"""For each stack of skills, the memory of the last gradient that was made for it."""
+
+
+def _recycled(skills: Tensor) -> Tensor:
+    """An uninitialised tensor of this shape, in the memory of the last one if that is free.
+
+    Free is what no tensor refers to any more, as after `zero_grad()`: whoever still holds the last
+    gradient keeps it. Taking the entry out first makes sure that two threads never get the same.
+    """
+    memory = _last_gradients.pop(skills, None)
+    if (
+        memory is None
+        or memory.nbytes() != skills.numel() * skills.element_size()
+        or torch._C._storage_Use_Count(memory._cdata) > 1
+    ):
+        memory = skills.new_empty(skills.numel()).untyped_storage()
+    _last_gradients[skills] = memory
+    return skills.new_empty(0).set_(memory).view(skills.shape)

@@ -3,14 +3,18 @@
 The executor follows from the shape of the factors:
 
 - one task in the batch: factors `[r, d]`, all tokens of all examples in one 2-D product;
-- several: factors `[B, r, d]`, one batched product over examples.
+- several: factors `[B, r, d]`, one batched product over examples;
+- a mixture for each token: the skills themselves, mixed in the space of the activations.
 
 Where the base layer is an ordinary frozen linear layer, `LinearLoRA` and `LinearLoRAPerExample`
 compute the whole layer: the update is added in place to the fresh output, and in backward to the
 fresh input gradient, which saves one pass over the activations each way. Anything else (quantised
-layers, autocast, dropout, compiled code) takes the plain path.
+layers, autocast, dropout, compiled code) takes the plain path. The rule and its measurements are in
+docs/design.md, "Executors".
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -20,7 +24,28 @@ from torch.nn import functional as F  # noqa: N812 (its name everywhere)
 
 from polyroute.targets import weight_matrix
 
-__all__ = ["apply_ia3", "apply_lora"]
+__all__ = ["apply_ia3", "apply_lora", "apply_token_lora", "plain_executors"]
+
+_plain_only = False
+
+
+@contextmanager
+def plain_executors() -> Iterator[None]:
+    """Let every layer take the plain path, to compare results and times; holds for the process."""
+    global _plain_only
+    before, _plain_only = _plain_only, True
+    try:
+        yield
+    finally:
+        _plain_only = before
+
+
+def _down(x: Tensor, a: Tensor) -> Tensor:
+    """The product x a^T, `[..., N, r]`, in the memory layout that is faster to compute."""
+    product, narrow = (torch.mm, 8) if a.dim() == 2 else (torch.bmm, 16)
+    if a.shape[-2] < narrow and a.is_cpu and a.dtype == torch.float32:
+        return product(a, x.mT).mT  # measured: docs/design.md, "Executors"
+    return product(x, a.mT)
 
 
 class LinearLoRA(torch.autograd.Function):
@@ -30,7 +55,7 @@ class LinearLoRA(torch.autograd.Function):
     def forward(
         ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: Tensor
     ) -> Tensor:
-        z = F.linear(x, a)
+        z = _down(x, a)
         y = F.linear(x, weight, bias).addmm_(z, b)
         ctx.save_for_backward(x, weight, a, b, z)
         return y
@@ -41,7 +66,7 @@ class LinearLoRA(torch.autograd.Function):
             return _backward_once(LinearLoRA, ctx, dy)
         x, weight, a, b, z = ctx.saved_tensors
         need_x, _, _, need_a, need_b = ctx.needs_input_grad
-        dz = F.linear(dy, b)
+        dz = _down(dy, b)
         da = dz.t() @ x if need_a else None
         db = z.t() @ dy if need_b else None
         dx = (dy @ weight).addmm_(dz, a) if need_x else None
@@ -55,7 +80,7 @@ class LinearLoRAPerExample(torch.autograd.Function):
     def forward(
         ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: Tensor
     ) -> Tensor:
-        z = torch.bmm(x, a.transpose(1, 2))
+        z = _down(x, a)
         y = F.linear(x, weight, bias).baddbmm_(z, b)
         ctx.save_for_backward(x, weight, a, b, z)
         return y
@@ -66,7 +91,7 @@ class LinearLoRAPerExample(torch.autograd.Function):
             return _backward_once(LinearLoRAPerExample, ctx, dy)
         x, weight, a, b, z = ctx.saved_tensors
         need_x, _, _, need_a, need_b = ctx.needs_input_grad
-        dz = torch.bmm(dy, b.transpose(1, 2))
+        dz = _down(dy, b)
         da = torch.bmm(dz.transpose(1, 2), x) if need_a else None
         db = torch.bmm(z.transpose(1, 2), dy) if need_b else None
         dx = torch.matmul(dy, weight).baddbmm_(dz, a) if need_x else None
@@ -82,7 +107,7 @@ def _backward_once(function: Any, ctx: Any, dy: Tensor) -> tuple[Tensor | None, 
 
 def _plain_weights(base: nn.Module, x: Tensor, a: Tensor) -> tuple[Tensor, Tensor | None] | None:
     """W and c where base(x) is exactly x W^T + c, frozen and plain, so that we may compute it."""
-    if torch.compiler.is_compiling():  # the compiler fuses the plain path by itself
+    if _plain_only or torch.compiler.is_compiling():  # the compiler fuses the plain path itself
         return None
     kind = type(base)
     if kind is not nn.Linear and kind.__name__ != "Conv1D":
@@ -130,10 +155,9 @@ def apply_lora(base: nn.Module, x: Tensor, a: Tensor, b: Tensor, dropout: float)
             function = LinearLoRA if one_task else LinearLoRAPerExample
             y: Tensor = function.apply(flat, weight, bias, a, b)  # type: ignore[no-untyped-call]
         elif one_task:
-            y = F.linear(flat, weight, bias).addmm_(F.linear(flat, a), b)
+            y = F.linear(flat, weight, bias).addmm_(_down(flat, a), b)
         else:
-            z = torch.bmm(flat, a.transpose(1, 2))
-            y = F.linear(flat, weight, bias).baddbmm_(z, b)
+            y = F.linear(flat, weight, bias).baddbmm_(_down(flat, a), b)
         return y if is_flat else y.view(*x.shape[:-1], y.shape[-1])
     y = base(x)
     h = F.dropout(x, dropout) if dropout else x
@@ -143,6 +167,38 @@ def apply_lora(base: nn.Module, x: Tensor, a: Tensor, b: Tensor, dropout: float)
     h = h.reshape(rows)
     delta = F.linear(h, a) @ b if one_task else torch.bmm(torch.bmm(h, a.transpose(1, 2)), b)
     return y + delta.view(y.shape).to(y.dtype)
+
+
+def apply_token_lora(
+    base: nn.Module, x: Tensor, a: Tensor, b: Tensor, weights: Tensor, dropout: float
+) -> Tensor:
+    """base(x) plus an update whose mixture is each token's own.
+
+    No factors of a token are ever formed: all skills are applied to its activations, and what they
+    give, r numbers a skill, is averaged.
+
+    Args:
+        base: the frozen layer.
+        x: `[..., d_in]`.
+        a: the skills, `[H, K, r, d_in/H]`.
+        b: `[H, K, r, d_out/H]`, scale included.
+        weights: `[..., H, K]`, those of each token; leading axes may be 1, or missing.
+        dropout: as in `apply_lora`.
+    """
+    y: Tensor = base(x)
+    h = F.dropout(x, dropout) if dropout else x
+    heads, skills, rank, block = a.shape
+    w_NHK = weights.expand(*x.shape[:-1], heads, skills).reshape(-1, heads, skills)
+    if not torch.is_autocast_enabled(x.device.type):
+        wide = torch.promote_types(x.dtype, a.dtype)
+        h, a, b, w_NHK = h.to(wide), a.to(wide), b.to(wide), w_NHK.to(wide)
+    w_HNK1 = w_NHK.transpose(0, 1).unsqueeze(-1)
+    h_HND = h.reshape(-1, heads, block).transpose(0, 1)
+    of_skills = torch.bmm(h_HND, a.reshape(heads, skills * rank, block).mT)
+    z_Nr = (w_HNK1 * of_skills.view(heads, -1, skills, rank)).sum((0, 2))
+    spread = (w_HNK1 * z_Nr.unsqueeze(1)).view(heads, -1, skills * rank)
+    delta_HND = torch.bmm(spread, b.reshape(heads, skills * rank, -1))
+    return y + delta_HND.transpose(0, 1).reshape(y.shape).to(y.dtype)
 
 
 def apply_ia3(base: nn.Module, x: Tensor, scale: Tensor) -> Tensor:

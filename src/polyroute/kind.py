@@ -129,6 +129,18 @@ class ModelKind(ABC):
         """The training loss of a batch of `collate`, a scalar on the model's device."""
 
     @abstractmethod
+    def row_losses(self, model: nn.Module, batch: Mapping[str, Any]) -> Tensor:
+        """The loss of each row of a batch of `collate`, summed over what it counts: float32 `[B]`.
+
+        The loss of a batch is their sum, divided by the sum of `row_counts`; so rows of a batch
+        may be computed apart, in any company.
+        """
+
+    @abstractmethod
+    def row_counts(self, rows: Sequence[Row]) -> list[int]:
+        """How many predictions each row is scored on: its target's tokens, or 1."""
+
+    @abstractmethod
     def scores(self, model: nn.Module, rows: Sequence[Row]) -> list[Tensor]:
         """Score every choice of every row; higher is better.
 

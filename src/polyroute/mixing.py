@@ -11,7 +11,7 @@ from polyroute.config import MHRConfig
 from polyroute.errors import InputError
 from polyroute.factors import Factors
 from polyroute.inventory import Inventory
-from polyroute.routes import MU_ROW, Routes
+from polyroute.routes import MU_ROW, Routes, index_on
 from polyroute.routing import anneal, skill_weights, uniform_weights
 from polyroute.scope import Mixture, Route
 from polyroute.targets import Site, weight_matrix
@@ -127,7 +127,7 @@ class Mixer(nn.Module):
         gather = None
         if 1 < len(distinct) < len(rows):
             position = {row: i for i, row in enumerate(distinct)}
-            gather = torch.tensor([position[row] for row in rows], device=device)
+            gather = index_on(device, tuple(position[row] for row in rows))
         with torch.autocast(device.type, enabled=False):
             weights, sets = self._weights(distinct, training=training)
             factors = self.inventory.mix(
@@ -148,24 +148,23 @@ class Mixer(nn.Module):
         if self.config.method == "private":
             return self._private(rows)
         num_skills = self.inventory.num_skills // self.inventory.num_sets
-        sets = None if self.inventory.num_sets == 1 else torch.tensor(rows, device=device)
+        sets = None if self.inventory.num_sets == 1 else index_on(device, tuple(rows))
         shape = (len(rows), self.num_routers, self.inventory.heads, num_skills)
         if self.routes.logits is None or all(row == MU_ROW for row in rows):
             return uniform_weights(torch.empty(shape, device=device)), sets
-        index = torch.tensor([max(row, 0) for row in rows], device=device)
-        logits = self.routes.gather(index).view(shape)
+        logits = self.routes.gather(rows).view(shape)
         weights = skill_weights(logits.float(), self.config, training=training)
         if self.anneal_progress:
             weights = anneal(weights, self.anneal_progress)
         if MU_ROW in rows:
-            is_mu = torch.tensor([row == MU_ROW for row in rows], device=device)
+            is_mu = index_on(device, tuple(row == MU_ROW for row in rows)).bool()
             weights = torch.where(is_mu.view(-1, 1, 1, 1), uniform_weights(weights), weights)
         return weights, sets
 
     def _private(self, rows: Sequence[int]) -> tuple[Tensor | None, Tensor | None]:
         device = self._routers[0].device
         if MU_ROW not in rows:
-            return None, torch.tensor(rows, device=device)
+            return None, index_on(device, tuple(rows))
         num_skills = self.inventory.num_skills
         if num_skills == 0:
             raise InputError("no private adapter is left to average: add a task first")

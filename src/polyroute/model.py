@@ -20,6 +20,7 @@ from polyroute.mixing import Mixer
 from polyroute.peft_export import write_peft_adapter
 from polyroute.report import count_parameters, describe
 from polyroute.routes import MU, MU_ROW, Routes
+from polyroute.row_optimizer import RowAdamW
 from polyroute.scope import BASE_ALONE, Mixture, Route, RouteScope, Routing
 from polyroute.targets import (
     Site,
@@ -67,7 +68,7 @@ class RoutedModel(nn.Module):
         device = weight_matrix(sites[0].layer).device
         num_skills = len(tasks) if config.num_skills is None else config.num_skills
         shape = (len(self.routers), config.heads, num_skills) if config.has_router else None
-        self.routes = Routes(tasks, shape, device)
+        self.routes = Routes(tasks, shape, device, config)
         self.inventory = Inventory(sites, config, num_skills, device)
         self.mixer = Mixer(config, self.inventory, self.routes, self.sites, by_site)
         self.merged_task: str | None = None
@@ -374,7 +375,8 @@ class RoutedModel(nn.Module):
     def add_task(self, name: str, init: str | Tensor = "uniform") -> int:
         """Append a task; every other task stays as it is.
 
-        Make the optimizer afterwards: the table is a new parameter.
+        Make the optimizer afterwards, unless it is that of `optimizer` and the table trains by
+        rows: the table is a new parameter.
 
         Args:
             name: a new name.
@@ -388,6 +390,24 @@ class RoutedModel(nn.Module):
             InputError: the name exists or is reserved, the task to copy does not exist, or the
                 tensor's shape is wrong.
         """
+        return self.add_tasks([name], init)[0]
+
+    def add_tasks(self, names: Sequence[str], init: str | Tensor = "uniform") -> list[int]:
+        """Append tasks, all or none; the table is copied once, so add many together.
+
+        Args:
+            names: new names.
+            init: as in `add_task`; a tensor may also be `[n, N, H, K]` (or `[n, N * H * K]`), one
+                row for each name.
+
+        Returns:
+            The row numbers.
+
+        Raises:
+            InputError: as `add_task`, for any of the names.
+        """
+        if isinstance(names, str):
+            raise InputError(f"names must be a list of tasks, not the single string {names!r}")
         values: Tensor | None = None
         source: int | None = None
         if isinstance(init, Tensor):
@@ -400,10 +420,11 @@ class RoutedModel(nn.Module):
         elif init not in ("uniform", MU):
             source = self.routes.row(init)
             values = self.routes[init] if self.routes.logits is not None else None
-        row = self.routes.add(name, values)
+        rows = self.routes.add(list(names), values)
         if self.adapter_config.method == "private":
-            self.inventory.add_skill(source)
-        return row
+            for _ in rows:
+                self.inventory.add_skill(source)
+        return rows
 
     def keep_tasks(self, names: Sequence[str]) -> None:
         """Drop every task but these; the skills stay (private adapters go with their task).
@@ -435,21 +456,9 @@ class RoutedModel(nn.Module):
         Raises:
             InputError: no such phase, nothing to train in it, or the model is merged.
         """
-        if phase not in get_args(Phase):
-            raise InputError(f"unknown phase {phase!r}: {did_you_mean(phase, get_args(Phase))}")
-        self.check_unmerged()
-        if phase == "z" and (self.routes.logits is None or not len(self.routes)):
-            raise InputError(
-                f"phase 'z' trains routing, and method {self.adapter_config.method!r} with "
-                f"{len(self.routes)} tasks has none; use 'full' or 'mu'"
-            )
-        if phase == "mu-uncollapsed" and not self.adapter_config.has_router:
-            raise InputError(
-                f"phase 'mu-uncollapsed' averages routed skills, and method "
-                f"{self.adapter_config.method!r} does not route; use 'mu'"
-            )
-        if phase == "mu" and self.inventory.num_skills == 0:
-            raise InputError("no private adapter is left to average: add a task first")
+        self.check_phase(phase)
+        if phase == "z" and not len(self.routes):
+            raise InputError("phase 'z' trains the routes of tasks, and there are none: add a task")
         if phase == "mu":
             self._collapse()
         elif phase == "mu-uncollapsed":
@@ -458,8 +467,31 @@ class RoutedModel(nn.Module):
             self.inventory.reset_parameters()
             self.routes.reset_parameters()
         self.mixer.anneal_progress = 0.0
+        self.routes.train_whole()
         self.inventory.requires_grad_(phase != "z")
         self.routes.requires_grad_(phase in ("full", "z", "random"))
+
+    def check_phase(self, phase: Phase) -> None:
+        """Make sure that a task could be trained in this phase.
+
+        Raises:
+            InputError: no such phase, nothing to train in it, or the model is merged.
+        """
+        if phase not in get_args(Phase):
+            raise InputError(f"unknown phase {phase!r}: {did_you_mean(phase, get_args(Phase))}")
+        self.check_unmerged()
+        method = self.adapter_config.method
+        if phase == "z" and self.routes.logits is None:
+            raise InputError(
+                f"phase 'z' trains routing, and method {method!r} has none here; use 'full' or 'mu'"
+            )
+        if phase == "mu-uncollapsed" and not self.adapter_config.has_router:
+            raise InputError(
+                f"phase 'mu-uncollapsed' averages routed skills, and method {method!r} does not "
+                "route; use 'mu'"
+            )
+        if phase == "mu" and self.inventory.num_skills == 0:
+            raise InputError("no private adapter is left to average: add a task first")
 
     def _collapse(self) -> None:
         self.inventory.average()
@@ -505,6 +537,7 @@ class RoutedModel(nn.Module):
                 raise InputError(f"{name} must not be negative, got {value}")
         if phase is not None:
             self.set_phase(phase)
+        self.routes.train_whole()
         groups = [
             ("skills", self.inventory, lr, weight_decay),
             ("routes", self.routes, route_lr, route_weight_decay),
@@ -514,6 +547,63 @@ class RoutedModel(nn.Module):
             for name, module, rate, decay in groups
             if (trained := [p for p in module.parameters() if p.requires_grad])
         ]
+
+    def optimizer(
+        self,
+        phase: Phase | None = None,
+        *,
+        lr: float = 1e-3,
+        route_lr: float = 1e-1,
+        weight_decay: float = 0.0,
+        route_weight_decay: float = 0.0,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+    ) -> torch.optim.Optimizer:
+        """AdamW whose step costs the rows of the batch, not the routing table: for many tasks.
+
+        Rows outside the batch are touched by no gradient, no moment and no weight decay; every row
+        has a clock of its own, which ticks when it is in the batch (`polyroute.row_optimizer` says
+        what that changes). Skills are trained as by `torch.optim.AdamW`, and in phases without
+        routing the optimizer is that.
+
+        The table is frozen and its rows train through `routes.touched`; the next `set_phase`,
+        `param_groups` or `optimizer` undoes that. It works in one process: the rows of a batch
+        would have to be exchanged between several.
+
+        Args:
+            phase: as in `param_groups`, with all that follows.
+            lr: of the skills.
+            route_lr: of the routing logits.
+            weight_decay: of the skills.
+            route_weight_decay: of the routing logits.
+            betas: decay rates of the moments.
+            eps: added to the root of the second moment.
+
+        Raises:
+            InputError: as `param_groups`.
+        """
+        groups = self.param_groups(
+            phase,
+            lr=lr,
+            route_lr=route_lr,
+            weight_decay=weight_decay,
+            route_weight_decay=route_weight_decay,
+        )
+        routed = [group for group in groups if group["name"] == "routes"]
+        if not routed:
+            return torch.optim.AdamW(groups, betas=betas, eps=eps)
+        routed[0]["params"] = [self.routes.train_by_rows()]
+        return RowAdamW(groups, self.routes, betas=betas, eps=eps)
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Forget the gradients.
+
+        Those of a table trained by rows go even where others are set to zero: the next batch has
+        other rows.
+        """
+        super().zero_grad(set_to_none)
+        if self.routes.touched is not None:
+            self.routes.touched.grad = None
 
     # ---------------------------------------------------------------- merging
 
@@ -585,6 +675,9 @@ class RoutedModel(nn.Module):
     def save_pretrained(self, folder: str | os.PathLike[str]) -> None:
         """Write the inventory, the routes and what they are, without the base model.
 
+        The routing table is written in parts of about 32 MB, whatever its size;
+        `polyroute.SavedRoutes` reads and changes single rows of it.
+
         Raises:
             InputError: the folder cannot be written, the model is merged or was unloaded, or it
                 has private adapters and no task left.
@@ -609,8 +702,6 @@ class RoutedModel(nn.Module):
                 "class": type(self.base_model).__name__,
                 "sample": sample_others(self.base_model, self.sites),
             },
-            "tasks": list(self.tasks),
-            "has_rows": rows is not None,
             "routers": self.routers,
             "sites": [
                 {
@@ -624,9 +715,7 @@ class RoutedModel(nn.Module):
                 for i, site in enumerate(self.sites)
             ],
         }
-        write_checkpoint(
-            folder, Checkpoint(description, skills, None if rows is None else rows.detach())
-        )
+        write_checkpoint(folder, description, skills, self.tasks, rows, self.routes.shape)
 
     def load_adapter(self, folder: str | os.PathLike[str]) -> None:
         """Overwrite skills and routes, in place, by those of a checkpoint of this very model.
@@ -637,7 +726,7 @@ class RoutedModel(nn.Module):
         self._check_loaded()
         self.check_unmerged()
         checkpoint, source = read_checkpoint(folder), os.fspath(folder)
-        if tuple(checkpoint.description["tasks"]) != self.tasks:
+        if checkpoint.tasks != self.tasks:
             raise InputError(f"{source} holds other tasks than this model")
         here, there = self.adapter_config.to_dict(), checkpoint.description["config"]
         for name in FUNCTION_SETTINGS:
@@ -666,16 +755,10 @@ class RoutedModel(nn.Module):
             for i, site in enumerate(self.sites)
             for kind, tensor in self.inventory.site_tensors(i).items()
         }
-        saved = dict(checkpoint.skills)
+        saved = checkpoint.skills
         if saved.keys() != expected.keys():
             name = sorted(saved.keys() ^ expected.keys())[0]
             raise InputError(f"{source} does not fit: tensor {name!r} is on one side only")
-        if checkpoint.rows is not None:
-            if self.routes.logits is None:
-                raise InputError(
-                    f"{source} does not fit: it holds routing rows, this model has none"
-                )
-            saved["rows"], expected["rows"] = checkpoint.rows, self.routes.logits
         for name, tensor in expected.items():
             if saved[name].shape != tensor.shape:
                 raise InputError(
@@ -687,7 +770,16 @@ class RoutedModel(nn.Module):
                     f"{source} is damaged: tensor {name!r} holds values that are not finite "
                     "fractional numbers; take an earlier checkpoint"
                 )
-        if checkpoint.rows is None:
+        table, logits = checkpoint.saved_routes, self.routes.logits
+        if table is not None:
+            if logits is None or table.shape != self.routes.shape:
+                raise InputError(
+                    f"{source} does not fit: its routing rows have shape {list(table.shape)}, "
+                    f"those of this model {list(self.routes.shape or ())}"
+                )
+            table.check(self.tasks)
+            table.copy_into(logits, self.tasks)
+        else:
             self.routes.drop_logits()
         for name, tensor in expected.items():
             tensor.copy_(saved[name])
@@ -712,12 +804,16 @@ class RoutedModel(nn.Module):
 
     def num_trainable(self) -> int:
         """How many parameters the current phase trains."""
-        return sum(p.numel() for p in self.parameters() if p.requires_grad)
+        trained = sum(p.numel() for p in self.parameters() if p.requires_grad)
+        if self.routes.touched is not None and self.routes.logits is not None:
+            # It stands for the table, of which it holds the rows of the last batch.
+            trained += self.routes.logits.numel() - self.routes.touched.numel()
+        return trained
 
     def print_trainable_parameters(self) -> None:
         """Print what trains, of how much."""
         trained = self.num_trainable()
-        total = sum(p.numel() for p in self.parameters())
+        total = sum(p.numel() for n, p in self.named_parameters() if n != "routes.touched")
         print(f"trainable: {trained:,} of {total:,} parameters ({100 * trained / total:.3f}%)")
 
     def describe(self) -> str:

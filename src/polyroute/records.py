@@ -18,7 +18,7 @@ import datasets
 from polyroute.errors import InputError, did_you_mean
 from polyroute.suite import COLUMNS, SPLITS, prompt
 
-__all__ = ["FEATURES", "cannot_read", "json_kind", "read_records"]
+__all__ = ["FEATURES", "cannot_read", "check_record", "json_kind", "read_records"]
 
 _TEXT_FIELDS = ("instruction", "input", "target", "split")
 FEATURES = datasets.Features(
@@ -36,7 +36,7 @@ def read_records(path: Path) -> Iterator[dict[str, Any]]:
     has_choices: bool | None = None
     for where, line in _lines(path):
         record = _parse(line, where)
-        _check_fields(record, task, where)
+        check_record(record, task, where)
         choices = record["choices"]
         if has_choices is None:
             has_choices = choices is not None
@@ -81,7 +81,12 @@ def _parse(line: str, where: str) -> dict[str, Any]:
     return record
 
 
-def _check_fields(record: Mapping[str, Any], task: str, where: str) -> None:
+def check_record(record: Mapping[str, Any], task: str, where: str) -> None:
+    """Make sure that a record has every field, of its type.
+
+    Raises:
+        InputError: it has not; `where` begins the sentence.
+    """
     for name in (*_TEXT_FIELDS, "choices"):
         if name not in record:
             raise InputError(f"{where}: the field {name!r} is missing; add it")

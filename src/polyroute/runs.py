@@ -211,7 +211,8 @@ def read_run(folder: str | os.PathLike[str]) -> dict[str, Any]:
 def digest(folder: str | os.PathLike[str]) -> str:
     """SHA-256 of the files of the inventory in a folder."""
     total = hashlib.sha256()
-    for name in ("polyroute.json", "inventory.safetensors", "routes.safetensors"):
+    shards = sorted(path.name for path in Path(folder).glob("routes-*-of-*.safetensors"))
+    for name in ("polyroute.json", "inventory.safetensors", *shards):
         path = Path(folder) / name
         if path.is_file():
             with path.open("rb") as file:

@@ -59,6 +59,16 @@ class Seq2SeqKind(ModelKind):
         """Mean cross-entropy over the target tokens of the batch."""
         return token_loss(model, batch)
 
+    def row_losses(self, model: nn.Module, batch: Mapping[str, Any]) -> Tensor:
+        """As `ModelKind.row_losses`: over target tokens."""
+        batch = on_device_of(model, batch)
+        logits_BLV = model(**batch, use_cache=False).logits
+        return -log_probs(logits_BLV, batch["labels"])[:, 0]
+
+    def row_counts(self, rows: Sequence[Row]) -> list[int]:
+        """The length of each target."""
+        return [len(row["target_ids"]) for row in rows]
+
     def scores(self, model: nn.Module, rows: Sequence[Row]) -> list[Tensor]:
         """As `ModelKind.scores`; each prompt is encoded once, whatever its number of choices."""
         counts = choice_counts(rows)

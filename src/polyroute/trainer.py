@@ -15,6 +15,7 @@ from transformers import (
     TrainerState,
     TrainingArguments,
 )
+from transformers.training_args import OptimizerNames
 
 from polyroute.errors import InputError
 from polyroute.examples import task_sizes
@@ -23,6 +24,8 @@ from polyroute.model import Phase, RoutedModel
 from polyroute.sampling import TaskSampler
 
 __all__ = ["MultiTaskTrainer", "MultiTaskTrainingArguments"]
+
+ROWWISE_OPTIMS = ("adamw_torch", "adamw_torch_fused")
 
 
 @dataclass
@@ -44,6 +47,10 @@ class MultiTaskTrainingArguments(TrainingArguments):
     )
     cap: int | None = field(
         default=None, metadata={"help": "Size above which a task counts no more in sampling."}
+    )
+    rowwise_routes: bool = field(
+        default=False,
+        metadata={"help": "Row-wise optimizer for the routing table; for thousands of tasks."},
     )
     remove_unused_columns: bool = field(
         default=False, metadata={"help": "Must stay False: batches are made of whole rows."}
@@ -124,17 +131,25 @@ class MultiTaskTrainer(Trainer):
         )
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
-        """The optimizer that `args.optim` names, over the model's own parameter groups."""
+        """The optimizer that `args.optim` names, over the model's own parameter groups.
+
+        With `args.rowwise_routes` it is `RoutedModel.optimizer`.
+        """
         if self.optimizer is None:
-            groups = self.model.param_groups(
-                None,
-                lr=self.args.learning_rate,
-                route_lr=self.args.route_lr,
-                weight_decay=self.args.weight_decay,
-                route_weight_decay=self.args.route_weight_decay,
-            )
-            optimizer_class, options = self.get_optimizer_cls_and_kwargs(self.args)
-            self.optimizer = optimizer_class(groups, **options)
+            args = self.args
+            rates: dict[str, float] = {
+                "lr": args.learning_rate,
+                "route_lr": args.route_lr,
+                "weight_decay": args.weight_decay,
+                "route_weight_decay": args.route_weight_decay,
+            }
+            if args.rowwise_routes:
+                self.optimizer = self.model.optimizer(
+                    None, betas=(args.adam_beta1, args.adam_beta2), eps=args.adam_epsilon, **rates
+                )
+            else:
+                optimizer_class, options = self.get_optimizer_cls_and_kwargs(args)
+                self.optimizer = optimizer_class(self.model.param_groups(None, **rates), **options)
         return self.optimizer
 
     def compute_loss(
@@ -189,6 +204,16 @@ def _check(model: object, args: object) -> None:
         raise InputError(
             f"label_smoothing_factor={args.label_smoothing_factor} has no effect on the loss of a "
             "kind; leave it at 0"
+        )
+    if args.rowwise_routes and args.optim not in ROWWISE_OPTIMS:
+        raise InputError(
+            f"rowwise_routes is an AdamW, which optim={str(OptimizerNames(args.optim).value)!r} is "
+            f"not; set optim to {ROWWISE_OPTIMS[0]!r}"
+        )
+    if args.rowwise_routes and args.world_size * max(args.n_gpu, 1) > 1:
+        raise InputError(
+            "rowwise_routes trains in one process on one device, and this run has several; "
+            "leave it at False, or start one process"
         )
     model.check_unmerged()
 

@@ -1,6 +1,5 @@
 """The demo: shared, poly and mhr side by side on the generated suite, in a few minutes."""
 
-import itertools
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -10,9 +9,8 @@ import numpy as np
 import torch
 from rich.console import Console
 from rich.table import Table
-from tqdm.auto import tqdm
 
-from polyroute.adapt import AdaptSettings, adapt_task
+from polyroute.adapt import AdaptSettings, adapt_suite
 from polyroute.build import attach, loaded
 from polyroute.checkpoint import read_checkpoint
 from polyroute.config import MHRConfig
@@ -98,7 +96,6 @@ def run_demo(out: Path, *, quick: bool = False, overwrite: bool = False) -> dict
         "machine": machine(),
     }
     write_json(folder / "results.json", report)
-    _export(base, kind, suite, folder, held_out[0])
     summary = _summarise(results)
     draw_accuracy(folder / "accuracy.png", summary)
     draw_routes(folder / "routes.png", routes)
@@ -157,22 +154,21 @@ def _adapt_all(
     *,
     quick: bool,
 ) -> list[dict[str, Any]]:
-    checkpoint = read_checkpoint(folder / method)
-    slots = list(itertools.product(PHASES[method], tasks, SEEDS[:1] if quick else SEEDS))
-    results = []
-    for phase, task, seed in tqdm(slots, f"adapting {method}", leave=False):
-        settings = AdaptSettings(phase=phase, **ADAPT)  # type: ignore[arg-type]
-        with loaded(base, checkpoint, folder / method) as model:
-            result = adapt_task(model, kind, suite, task, settings, seed=seed)
-        results.append({"method": method, **result})
+    """Every phase, task and seed, side by side within a phase; one result is also exported."""
+    results: list[dict[str, Any]] = []
+    with loaded(base, read_checkpoint(folder / method), folder / method) as model:
+        for phase in PHASES[method]:
+
+            def each(result: dict[str, Any], route: str) -> None:
+                results.append({"method": method, **result})
+                is_first = (result["task"], result["seed"]) == (tasks[0], SEEDS[0])
+                if (method, result["phase"]) == ("mhr", "z") and is_first:
+                    model.export_peft(route, folder / "lora" / tasks[0])
+
+            settings = {"": AdaptSettings(phase=phase, **ADAPT)}  # type: ignore[arg-type]
+            seeds = SEEDS[:1] if quick else SEEDS
+            adapt_suite(model, kind, suite, tasks, settings, seeds=seeds, each=each)
     return results
-
-
-def _export(base: Any, kind: ModelKind, suite: Suite, folder: Path, task: str) -> None:
-    settings = AdaptSettings(phase="z", **ADAPT)  # type: ignore[arg-type]
-    with loaded(base, read_checkpoint(folder / "mhr"), folder / "mhr") as model:
-        adapt_task(model, kind, suite, task, settings, seed=SEEDS[0])
-        model.export_peft(task, folder / "lora" / task)
 
 
 def _summarise(results: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:

@@ -66,7 +66,7 @@ def relate_routes_to_skills(checkpoint: Checkpoint, permutations: int = 999) -> 
         permutations: relabellings for the p-value.
     """
     skills = {task.name: task.skills for task in TASKS}
-    tasks = tuple(checkpoint.description["tasks"])
+    tasks = checkpoint.tasks
     weights = saved_weights(checkpoint)
     assert weights is not None
     similarity = route_similarity(weights).double().numpy()

@@ -1,0 +1,89 @@
+"""How much of an adaptation fits into memory: tokens in one forward, slots at a time."""
+
+import re
+from dataclasses import dataclass
+
+import psutil
+import torch
+
+from polyroute.errors import InputError
+from polyroute.model import Phase, RoutedModel
+
+__all__ = ["Budget", "bytes_of", "plan"]
+
+MOST_SLOTS = 256
+"""More side by side save nothing, and results would come later."""
+UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
+BINARY = {"": 1, "KI": 2**10, "MI": 2**20, "GI": 2**30, "TI": 2**40}
+CPU_ACTIVATION, ACCELERATOR_ACTIVATION = 2**20, 2**26
+"""Numbers in one activation `[tokens, d_in]` beyond which a larger batch is no faster: on a CPU it
+leaves the cache (measured: about 32 examples of 50 tokens at width 384 are best), and an
+accelerator is full."""
+COPIES = 5
+"""Of each trained number: value, gradient, two moments, and the best so far."""
+
+
+@dataclass(frozen=True)
+class Budget:
+    """What may be in memory at a time."""
+
+    tokens: int
+    """In one forward, padding included."""
+    slots: int
+
+
+def bytes_of(size: str | int) -> int:
+    """A size such as `8GB`, `500 MB` or `2GiB` in bytes.
+
+    Raises:
+        InputError: it is not a size above 0.
+    """
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]I?|)B?\s*", str(size).upper())
+    number = 0 if match is None else float(match[1]) * {**UNITS, **BINARY}[match[2]]
+    if number < 1:
+        raise InputError(f"memory {size!r} is no size; write for example 8GB")
+    return int(number)
+
+
+def plan(model: RoutedModel, phase: Phase, memory: str | int | None) -> Budget:
+    """Share memory out between activations and slots, half each.
+
+    Args:
+        model: the inventory and its base model, before slots are open.
+        phase: what each slot trains.
+        memory: for both, beyond the base model; None for half of what is free now.
+
+    Raises:
+        InputError: not even one slot fits.
+    """
+    device = next(model.parameters()).device
+    half = (_free(device) // 2 if memory is None else bytes_of(memory)) // 2
+    widths = sum(site.d_in + site.d_out for site in model.sites)
+    smallest = min(site.d_in for site in model.sites)
+    # Inputs and outputs of the adapted layers, and as much again for what lies between them.
+    per_token = 2 * widths * torch.finfo(torch.float32).bits // 8
+    fullest = CPU_ACTIVATION if device.type == "cpu" else ACCELERATOR_ACTIVATION
+    per_slot = COPIES * 4 * _trained(model, phase, widths)
+    if half < max(per_slot, per_token):
+        raise InputError(
+            f"memory {memory or 'that is free'} is too small: one slot of phase {phase!r} needs "
+            f"about {2 * max(per_slot, per_token) / 1e6:.1f} MB"
+        )
+    return Budget(min(fullest // smallest, half // per_token), min(MOST_SLOTS, half // per_slot))
+
+
+def _trained(model: RoutedModel, phase: Phase, widths: int) -> int:
+    """How many numbers one slot trains."""
+    shape = model.routes.shape
+    row = 0 if shape is None else shape[0] * shape[1] * shape[2]
+    if phase == "z":
+        return row
+    is_plain = phase == "mu" or not model.adapter_config.has_router
+    skills = 1 if is_plain else model.inventory.num_skills
+    return model.inventory.rank * widths * skills + row
+
+
+def _free(device: torch.device) -> int:
+    if device.type == "cuda":
+        return int(torch.cuda.mem_get_info(device)[0])
+    return int(psutil.virtual_memory().available)

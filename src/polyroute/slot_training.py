@@ -1,0 +1,452 @@
+"""Training many slots at once: each exactly as alone, all in the same forward passes."""
+
+import json
+import math
+import time
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+from urllib.parse import quote
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+
+from polyroute.batches import Row
+from polyroute.errors import InputError, did_you_mean
+from polyroute.files import read_metadata, read_tensors, write_tensors
+from polyroute.kinds import ModelKind
+from polyroute.memory import Budget, plan
+from polyroute.model import Phase, RoutedModel
+from polyroute.slots import Slots
+
+__all__ = ["AdaptSettings", "Slot", "SlotTraining", "train_slots"]
+
+OPTIMIZERS: dict[str, type[torch.optim.Optimizer]] = {
+    "adamw": torch.optim.AdamW,
+    "adafactor": torch.optim.Adafactor,
+    "sgd": torch.optim.SGD,
+}
+SECONDS_BETWEEN_SAVES = 60.0
+LENGTH_STEP = 8
+"""Rows whose lengths differ by less lie in one batch, those of a slot beside one another."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class AdaptSettings:
+    """How to adapt one slot.
+
+    Raises:
+        InputError: a number is out of range.
+    """
+
+    phase: Phase = "mu"
+    shots: int | None = None
+    """Training examples of the new task; None for all there are."""
+    steps: int = 100
+    batch_size: int = 16
+    optimizer: str = "adamw"
+    """`adamw`, `adafactor` or `sgd`, as torch has them."""
+    lr: float = 3e-3
+    """Of the skills."""
+    route_lr: float = 0.1
+    """Of the routing logits."""
+    weight_decay: float = 0.0
+    """Of the skills."""
+    warmup: float = 0.06
+    """Share of the steps in which the rates rise from 0; they then fall linearly to 0."""
+    max_grad_norm: float = 1.0
+    """Over all that the slot trains."""
+    init: str = "uniform"
+    """How the new task's route starts: `"uniform"`, or the name of a task to copy."""
+    validation_shots: int = 0
+    """More examples, drawn after the training ones, whose loss chooses the best step; 0 takes the
+    last step, whatever its loss."""
+    eval_steps: int = 10
+    """Steps between two looks at the validation examples."""
+    patience: int | None = None
+    """Looks without a better loss after which the slot stops early; None never stops early."""
+
+    def __post_init__(self) -> None:
+        """Check the numbers."""
+        for name in ("steps", "batch_size", "lr", "route_lr", "max_grad_norm", "eval_steps"):
+            # Written so that NaN is refused too.
+            if not 0 < getattr(self, name) < math.inf:
+                raise InputError(f"{name} must be positive and finite, not {getattr(self, name)}")
+        for name in ("shots", "patience"):
+            if getattr(self, name) is not None and not 0 < getattr(self, name) < math.inf:
+                raise InputError(f"{name} must be positive and finite, not {getattr(self, name)}")
+        for name in ("weight_decay", "validation_shots"):
+            if not 0 <= getattr(self, name) < math.inf:
+                raise InputError(
+                    f"{name} must be finite and not negative, got {getattr(self, name)}"
+                )
+        if not 0 <= self.warmup < 1:
+            raise InputError(f"warmup must be in [0, 1), not {self.warmup}")
+        if self.optimizer not in OPTIMIZERS:
+            raise InputError(
+                f"unknown optimizer {self.optimizer!r}: {did_you_mean(self.optimizer, OPTIMIZERS)}"
+            )
+        if self.patience is not None and not self.validation_shots:
+            raise InputError(
+                "patience stops by the loss of validation examples: set validation_shots too"
+            )
+        if self.init != "uniform" and self.phase in ("mu", "mu-uncollapsed", "random"):
+            raise InputError(
+                f"phase {self.phase!r} does not use a route, so init {self.init!r} would be "
+                "ignored; use phase 'full' or 'z', or init 'uniform'"
+            )
+
+    def to_dict(self) -> dict[str, Any]:
+        """The settings as JSON values."""
+        return asdict(self)
+
+
+@dataclass(frozen=True)
+class Slot:
+    """One adaptation: a task's examples, a seed, and settings."""
+
+    task: str
+    seed: int
+    settings: AdaptSettings
+    rows: Sequence[Row]
+    """The encoded training examples."""
+    validation_rows: Sequence[Row] = ()
+    label: str = ""
+    """What sets its settings apart from those of other slots; empty where they are alike."""
+
+    @property
+    def name(self) -> str:
+        """What files of this slot are called."""
+        parts = [quote(self.task, safe=""), f"seed-{self.seed}"]
+        return "-".join([*parts, quote(self.label, safe="=,")] if self.label else parts)
+
+
+class SlotTraining:
+    """One slot in training, at its place.
+
+    Attributes:
+        losses: of each step, before it.
+        best_step: the number of steps after which the validation loss was lowest; the number of
+            all steps where there are no validation examples.
+        best_loss: the lowest validation loss; None without validation examples.
+        diverged_at: the step at which the loss or a weight was no longer finite; None if never.
+        seconds: the slot's share of the time.
+    """
+
+    def __init__(self, slots: Slots, place: int, slot: Slot) -> None:
+        self.slots, self.place, self.slot = slots, place, slot
+        self.settings = slot.settings
+        slots.start(place, seed=slot.seed, init=self.settings.init)
+        self.parameters = slots.parameters(place)
+        rates = {"skills": self.settings.lr, "routes": self.settings.route_lr}
+        decay = {"skills": self.settings.weight_decay, "routes": 0.0}
+        groups: list[dict[str, Any]] = [
+            {"params": tensors, "lr": rates[name], "weight_decay": decay[name]}
+            for name, tensors in self.parameters.items()
+        ]
+        make: Any = OPTIMIZERS[self.settings.optimizer]
+        self.optimizer: torch.optim.Optimizer = make(groups)
+        self.rates = [float(group["lr"]) for group in groups]
+        self.trained = [tensor for tensors in self.parameters.values() for tensor in tensors]
+        self.order = _batches(len(slot.rows), self.settings, slot.seed)
+        self.losses: list[float] = []
+        self.best_step = 0
+        self.best_loss: float | None = None
+        self.best: list[Tensor] = []
+        self.stale = 0
+        self.diverged_at: int | None = None
+        self.seconds = 0.0
+
+    @property
+    def route(self) -> str:
+        """What to route as."""
+        return self.slots.names[self.place]
+
+    @property
+    def step(self) -> int:
+        """Steps done."""
+        return len(self.losses)
+
+    @property
+    def is_over(self) -> bool:
+        """Whether there is nothing more to train."""
+        patience = self.settings.patience
+        return (
+            self.step >= self.settings.steps
+            or self.diverged_at is not None
+            or (patience is not None and self.stale >= patience)
+        )
+
+    @property
+    def is_due(self) -> bool:
+        """Whether it is time to look at the validation examples."""
+        at_end = self.step == self.settings.steps
+        has_any = bool(self.slot.validation_rows) and self.diverged_at is None
+        return has_any and (at_end or self.step % self.settings.eval_steps == 0)
+
+    def next_rows(self) -> list[Row]:
+        """The examples of the next step."""
+        return [self.slot.rows[i] for i in next(self.order)]
+
+    @torch.no_grad()
+    def update(self, loss: float) -> None:
+        """Take one step, from the gradients that are there."""
+        self.losses.append(loss)
+        if not math.isfinite(loss):
+            self.diverged_at = self.step
+            return
+        self.slots.take_gradients(self.place, self.parameters)
+        nn.utils.clip_grad_norm_(self.trained, self.settings.max_grad_norm)
+        factor = _rate(self.step - 1, self.settings)
+        for group, rate in zip(self.optimizer.param_groups, self.rates, strict=True):
+            group["lr"] = rate * factor
+        self.optimizer.step()
+        for tensor in self.trained:
+            tensor.grad = None
+
+    def look(self, loss: float) -> None:
+        """Note the validation loss, and keep what is best."""
+        if math.isfinite(loss) and (self.best_loss is None or loss < self.best_loss):
+            self.best_loss, self.best_step, self.stale = loss, self.step, 0
+            self.best = [tensor.clone() for tensor in self.trained]
+        else:
+            self.stale += 1
+
+    def finish(self) -> None:
+        """Leave, in the slot, the best of its steps."""
+        if self.best:
+            for tensor, best in zip(self.trained, self.best, strict=True):
+                tensor.copy_(best)
+        else:
+            self.best_step = self.step
+        if not all(bool(torch.isfinite(tensor).all()) for tensor in self.trained):
+            self.diverged_at = self.diverged_at or self.step
+
+    def save(self, folder: Path) -> None:
+        """Write all that `load` needs to go on, in one file."""
+        state = self.optimizer.state_dict()["state"]
+        tensors = {f"parameter.{i}": tensor for i, tensor in enumerate(self.trained)}
+        tensors |= {f"best.{i}": tensor for i, tensor in enumerate(self.best)}
+        tensors |= {
+            f"state.{i}.{key}": value
+            for i, entries in state.items()
+            for key, value in entries.items()
+            if isinstance(value, Tensor)
+        }
+        note = {
+            "settings": self.settings.to_dict(),
+            "losses": self.losses,
+            "best_step": self.best_step,
+            "best_loss": self.best_loss,
+            "stale": self.stale,
+            "seconds": self.seconds,
+        }
+        write_tensors(self.file(folder), tensors, metadata={"slot": json.dumps(note)})
+
+    @torch.no_grad()
+    def load(self, folder: Path) -> None:
+        """Go on where `save` was last called, if it was.
+
+        Raises:
+            InputError: the file is damaged or of other settings.
+        """
+        path = self.file(folder)
+        if not path.exists():
+            return
+        try:
+            note = json.loads(read_metadata(path)["slot"])
+            saved = read_tensors(path)
+            if note["settings"] != self.settings.to_dict():
+                raise InputError(
+                    f"{path} was written with other settings; name another folder, or delete it"
+                )
+            for i, tensor in enumerate(self.trained):
+                tensor.copy_(saved.pop(f"parameter.{i}"))
+            self.best = [
+                saved.pop(f"best.{i}").to(tensor)
+                for i, tensor in enumerate(self.trained)
+                if f"best.{i}" in saved
+            ]
+            state: dict[int, dict[str, Tensor]] = {}
+            for key, value in saved.items():
+                _, number, name = key.split(".", 2)
+                state.setdefault(int(number), {})[name] = value
+            groups = self.optimizer.state_dict()["param_groups"]
+            self.optimizer.load_state_dict({"state": state, "param_groups": groups})
+            self.losses, self.best_step = list(note["losses"]), note["best_step"]
+            self.best_loss, self.stale = note["best_loss"], note["stale"]
+            self.seconds = note["seconds"]
+        except (KeyError, ValueError, RuntimeError, TypeError) as error:
+            if isinstance(error, InputError):
+                raise
+            raise InputError(
+                f"{path} is damaged; delete it to start that slot from the beginning"
+            ) from error
+        for _ in range(self.step):
+            next(self.order)
+
+    def file(self, folder: Path) -> Path:
+        """Where the slot is saved while it trains."""
+        return folder / f"{self.slot.name}.safetensors"
+
+
+def train_slots(
+    model: RoutedModel,
+    kind: ModelKind,
+    phase: Phase,
+    slots: Sequence[Slot],
+    *,
+    finish: Callable[[SlotTraining], None],
+    memory: str | int | None = None,
+    folder: Path | None = None,
+) -> None:
+    """Train slots side by side, as many at a time as memory allows; one that ends makes room.
+
+    Each slot takes its own steps in its own order; rows of all slots are cut into batches of
+    similar length, and a slot's gradient is that of the mean over its own rows.
+
+    Args:
+        model: a trained inventory; afterwards as before.
+        kind: how its base model learns.
+        phase: of every slot.
+        slots: what to train.
+        finish: called for each slot as it ends, while the model still holds it: its route is
+            `SlotTraining.route`.
+        memory: see `polyroute.memory.plan`.
+        folder: where running slots are saved about once a minute, and taken up again.
+
+    Raises:
+        InputError: the phase has nothing to train, not even one slot fits into memory, or a saved
+            slot is damaged.
+    """
+    budget = plan(model, phase, memory)
+    queue = deque(slots)
+    with Slots(model, phase, min(len(queue), budget.slots)) as places:
+        free = deque(range(len(places.names)))
+        running: list[SlotTraining] = []
+        ended, saved_at = 0, time.monotonic()
+        total = sum(slot.settings.steps for slot in slots)
+        with tqdm(total=total, desc="adapting", unit="step", delay=1.0, leave=False) as progress:
+            while queue or running:
+                while queue and free:
+                    training = SlotTraining(places, free.popleft(), queue.popleft())
+                    if folder is not None:
+                        training.load(folder)
+                        progress.update(training.step)
+                    running.append(training)
+                started = time.perf_counter()
+                stepping = [training for training in running if not training.is_over]
+                _take_step(model, kind, places, stepping, budget)
+                progress.update(len(stepping))
+                share = (time.perf_counter() - started) / max(1, len(stepping))
+                for training in stepping:
+                    training.seconds += share
+                for training in [training for training in running if training.is_over]:
+                    training.finish()
+                    finish(training)
+                    if folder is not None:
+                        training.file(folder).unlink(missing_ok=True)
+                    running.remove(training)
+                    free.append(training.place)
+                    ended += 1
+                    progress.update(training.settings.steps - training.step)
+                progress.set_postfix_str(f"{ended} of {len(slots)} slots done", refresh=False)
+                if folder is not None and time.monotonic() - saved_at > SECONDS_BETWEEN_SAVES:
+                    for training in running:
+                        training.save(folder)
+                    saved_at = time.monotonic()
+
+
+def _take_step(
+    model: RoutedModel,
+    kind: ModelKind,
+    places: Slots,
+    running: Sequence[SlotTraining],
+    budget: Budget,
+) -> None:
+    """One step of every slot, and a look at the validation examples where it is time."""
+    batches = [(training, training.next_rows()) for training in running]
+    losses = _losses(model, kind, batches, budget, backward=True)
+    for training, loss in zip(running, losses, strict=True):
+        training.update(loss)
+    places.zero_grad()
+    due = [training for training in running if training.is_due]
+    if due:
+        looks = [(training, training.slot.validation_rows) for training in due]
+        with torch.no_grad():
+            found = _losses(model, kind, looks, budget, backward=False)
+        for training, loss in zip(due, found, strict=True):
+            training.look(loss)
+
+
+def _losses(
+    model: RoutedModel,
+    kind: ModelKind,
+    batches: Sequence[tuple[SlotTraining, Sequence[Row]]],
+    budget: Budget,
+    *,
+    backward: bool,
+) -> list[float]:
+    """The mean loss of each slot over its rows; with `backward` also its gradients."""
+    pieces: list[tuple[int, Row, float]] = []
+    for number, (training, rows) in enumerate(batches):
+        counts = kind.row_counts(rows)
+        pieces += [(number, {**row, "task": training.route}, 1 / sum(counts)) for row in rows]
+    order: list[int] = []
+    parts: list[Tensor] = []
+    for chunk in _cut(pieces, budget.tokens):
+        rows = [row for _, row, _ in chunk]
+        row_losses = kind.row_losses(model, kind.collate(rows))
+        weighted = row_losses * torch.tensor([w for *_, w in chunk], device=row_losses.device)
+        if backward:
+            weighted.sum().backward()  # type: ignore[no-untyped-call]
+        order += [number for number, *_ in chunk]
+        parts.append(weighted.detach())
+    sums = np.zeros(len(batches))
+    np.add.at(sums, order, torch.cat(parts).double().cpu().numpy())  # one look at the device
+    found: list[float] = sums.tolist()
+    return found
+
+
+def _cut(
+    pieces: Sequence[tuple[int, Row, float]], tokens: int
+) -> Iterator[list[tuple[int, Row, float]]]:
+    """Cut rows into batches of similar length with at most so many tokens, padding included."""
+
+    def length(piece: tuple[int, Row, float]) -> int:
+        return len(piece[1]["prompt_ids"]) + len(piece[1]["target_ids"])
+
+    chunk: list[tuple[int, Row, float]] = []
+    longest = 0
+    for piece in sorted(pieces, key=lambda p: (-(length(p) // LENGTH_STEP), p[0])):
+        longest = max(longest, length(piece))
+        if chunk and (len(chunk) + 1) * longest > tokens:
+            yield chunk
+            chunk, longest = [], length(piece)
+        chunk.append(piece)
+    if chunk:
+        yield chunk
+
+
+def _rate(step: int, settings: AdaptSettings) -> float:
+    """Factor of the learning rates at a step: up from above 0, then down to just above 0."""
+    rising = max(1, round(settings.warmup * settings.steps))
+    if step < rising:
+        return (step + 1) / rising
+    return max(0.0, (settings.steps - step) / max(1, settings.steps - rising + 1))
+
+
+def _batches(num_rows: int, settings: AdaptSettings, seed: int) -> Iterator[list[int]]:
+    """Row numbers of each step: shuffled passes over all rows, cut into equal batches."""
+    rng = np.random.Generator(np.random.PCG64(seed))
+    size = min(settings.batch_size, num_rows)
+    queue: list[int] = []
+    for _ in range(settings.steps):
+        while len(queue) < size:
+            queue.extend(rng.permutation(num_rows).tolist())
+        yield queue[:size]
+        del queue[:size]
