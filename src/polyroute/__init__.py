@@ -16,6 +16,7 @@ from polyroute.saved_routes import SavedRoutes
 
 if TYPE_CHECKING:
     from polyroute.adapt import adapt_many
+    from polyroute.kinds import kind_of
     from polyroute.trainer import MultiTaskTrainer, MultiTaskTrainingArguments
 
 __all__ = [
@@ -28,6 +29,7 @@ __all__ = [
     "adapt_many",
     "attach",
     "from_pretrained",
+    "kind_of",
 ]
 
 __version__ = "0.1.0"
@@ -37,6 +39,7 @@ ABOVE_THE_CORE = {
     "MultiTaskTrainer": "trainer",
     "MultiTaskTrainingArguments": "trainer",
     "adapt_many": "adapt",
+    "kind_of": "kinds",
 }
 
 

@@ -6,6 +6,7 @@ where it would end alone.
 """
 
 import itertools
+import math
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
@@ -114,6 +115,8 @@ def adapt_many(
     if not isinstance(examples, Mapping) or not examples:
         raise InputError("examples must be a dictionary of a task's name to its examples")
     choices = variants(AdaptSettings(phase=phase, **_known(settings)), grid)
+    if isinstance(seeds, int | str) or not all(isinstance(seed, int) for seed in seeds):
+        raise InputError(f"seeds must be a list of whole numbers, not {seeds!r}")
     slots, drawn = [], []
     for task, given in examples.items():
         rows = _rows(task, given, kind)
@@ -162,17 +165,19 @@ def adapt_suite(
         memory: see `adapt_many`.
         folder: where running slots are kept.
         done: results that are there already; their slots are left out.
-        each: called with a result and the route of its slot, while the model holds it.
+        each: called with each result that did not diverge, and the route of its slot, while the
+            model holds it.
 
     Returns:
-        For each new slot, in order of ending: the scores, what was trained, the losses, seconds of
-        training, and `indices`, the rows of the training split that were drawn.
+        For each new slot, in order of ending: the scores (None where it diverged), what was
+        trained, the losses, seconds of training, and `indices`, the rows of the training split that
+        were drawn.
 
     Raises:
         InputError: the phase has nothing to train, or there are fewer examples than shots; nothing
-            was trained. Or slots diverged; the others are complete.
+            was trained. Or all slots diverged.
     """
-    before = {(r["task"], r["seed"], r.get("label", "")) for r in done}
+    before = {(r["task"], r["seed"], r["label"]) for r in done}
     slots = []
     indices_of: dict[str, Sequence[int]] = {}
     for task in tasks:
@@ -184,19 +189,18 @@ def adapt_suite(
                 slots.append(slot)
                 indices_of[slot.name] = indices
     results: list[dict[str, Any]] = []
-    lost: list[Adapted] = []
 
     def finish(training: SlotTraining) -> None:
         task, settings = training.slot.task, training.settings
         adapted = _result(model, training, indices_of[training.slot.name])
-        if adapted.diverged_at is not None:
-            lost.append(adapted)
-            return
         metric = suite.info(task).metric
-        rows, texts = encoded(suite, task, split, kind), suite.split(task, split)
-        score, normalised = score_rows(
-            model, kind, rows, texts["target"], metric, route=training.route
-        )
+        score: float | None = None
+        normalised: float | None = None
+        if adapted.diverged_at is None:
+            rows, texts = encoded(suite, task, split, kind), suite.split(task, split)
+            score, normalised = score_rows(
+                model, kind, rows, texts["target"], metric, route=training.route
+            )
         result = {
             "task": task,
             "seed": training.slot.seed,
@@ -207,27 +211,27 @@ def adapt_suite(
             "metric": metric,
             "score": score,
             "score_normalised": normalised,
-            **{name: getattr(adapted, name) for name in REPORTED},
+            **{name: _finite(getattr(adapted, name)) for name in REPORTED},
         }
         results.append(result)
-        if each is not None:
+        if each is not None and adapted.diverged_at is None:
             each(result, training.route)
 
     if slots:
         phase = slots[0].settings.phase
         train_slots(model, kind, phase, slots, finish=finish, memory=memory, folder=folder)
-    if lost:
-        names = ", ".join(f"{a.task} with seed {a.seed} at step {a.diverged_at}" for a in lost[:3])
+    if results and all(result["diverged_at"] is not None for result in results):
+        first = results[0]
         raise InputError(
-            f"training diverged for {len(lost)} of {len(slots)} adaptations ({names}): "
-            "lower --lr or --route-lr"
+            f"training diverged for all {len(results)} adaptations ({first['task']} with seed "
+            f"{first['seed']} at step {first['diverged_at']}): lower --lr or --route-lr"
         )
     return results
 
 
 REPORTED = (
     "trained_parameters", "steps", "best_step", "first_loss", "last_loss", "validation_loss",
-    "seconds", "indices",
+    "diverged_at", "seconds", "indices",
 )  # fmt: skip
 """Fields of `Adapted` that a result of `adapt_suite` has."""
 
@@ -334,6 +338,11 @@ def _result(model: RoutedModel, training: SlotTraining, indices: Sequence[int]) 
         factors=[_copied(factor) for factor in model.factors_of(training.route)],
         _model=model,
     )
+
+
+def _finite(value: Any) -> Any:
+    """The value; None in place of a number that JSON does not have."""
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _copied(factors: Any) -> Factors:

@@ -44,6 +44,7 @@ def _read_config(context: typer.Context, path: Path | None) -> Path | None:
         raise InputError(f"the config {path} must hold `option: value` lines")
     known = {str(p.name) for p in context.command.params} - {"config"}
     flags = {str(p.name) for p in context.command.params if getattr(p, "is_flag", False)}
+    several = {str(p.name) for p in context.command.params if getattr(p, "multiple", False)}
     defaults: dict[str, Any] = {}
     for key, value in values.items():
         name = str(key).replace("-", "_")
@@ -56,7 +57,11 @@ def _read_config(context: typer.Context, path: Path | None) -> Path | None:
                 f"config key {key!r} in {path} cannot be {value!r}; if it is meant as text, put it "
                 "in quotes"
             )
-        defaults[name] = ",".join(map(str, value)) if isinstance(value, list) else value
+        is_list = isinstance(value, list)
+        if name in several:
+            defaults[name] = list(map(str, value)) if is_list else [str(value)]
+        else:
+            defaults[name] = ",".join(map(str, value)) if is_list else value
     context.default_map = {**(context.default_map or {}), **defaults}
     return path
 
@@ -195,6 +200,8 @@ def adapt(
     route_lr: Annotated[float, typer.Option(help="Learning rate of the routing.")] = 0.1,
     weight_decay: Annotated[float, typer.Option(help="Of the skills.")] = 0.0,
     optimizer: Annotated[str, typer.Option(help="adamw, adafactor or sgd.")] = "adamw",
+    warmup: Annotated[float, typer.Option(help="Share of the steps in which rates rise.")] = 0.06,
+    max_grad_norm: Annotated[float, typer.Option(help="Gradients are clipped to it.")] = 1.0,
     init: Annotated[
         str, typer.Option(help="`uniform`, or a task whose route to copy.")
     ] = "uniform",

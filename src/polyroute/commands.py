@@ -7,6 +7,7 @@ import shutil
 import tempfile
 import zipfile
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -278,13 +279,7 @@ def adapt_run(options: Mapping[str, Any]) -> None:
     Raises:
         InputError: an option or the data cannot be used; nothing was trained.
     """
-    settings = AdaptSettings(
-        **{
-            name: options[name]
-            for name in ("phase", "shots", "steps", "batch_size", "optimizer", "lr", "route_lr",
-                         "weight_decay", "init", "validation_shots", "eval_steps", "patience")
-        }
-    )  # fmt: skip
+    settings = AdaptSettings(**{field.name: options[field.name] for field in fields(AdaptSettings)})
     choices = variants(settings, options["grid"])
     if options["memory"] is not None:
         bytes_of(options["memory"])
@@ -321,13 +316,20 @@ def adapt_run(options: Mapping[str, Any]) -> None:
                 results.append(result)
                 write_json(path, results)
 
-            adapt_suite(
+            ended = adapt_suite(
                 model, kind, suite, tasks, choices, seeds=options["seeds"], split=split,
                 memory=options["memory"], folder=make_folder(folder / RUNNING),
                 done=list(results), each=each,
             )  # fmt: skip
+            diverged = [result for result in ended if result["diverged_at"] is not None]
+            if diverged:
+                results += diverged
+                write_json(path, results)
         shutil.rmtree(folder / RUNNING)  # a killed process may have left half a file there
     _print_adapted(results, tasks, choices)
+    if diverged:
+        names = ", ".join(f"{r['task']} with seed {r['seed']} {r['label']}" for r in diverged[:3])
+        _say(f"diverged and left out: {len(diverged)} of {len(ended)} ({names}); lower --lr")
     _say(f"results and adapters are in {folder}")
 
 
@@ -362,10 +364,14 @@ def _print_adapted(
 ) -> None:
     columns = ("task", "metric", "score", "standard error", "seeds", "parameters", "seconds")
     for label in labels:
-        table = Table(*columns, title=label or None)
+        table = Table(*columns, title=escape(label) or None)
         means = []
         for task in tasks:
             rows = [r for r in results if r["task"] == task and r["label"] == label]
+            rows = [r for r in rows if r["score"] is not None]
+            if not rows:
+                table.add_row(escape(task), "", "diverged")
+                continue
             mean, error = mean_and_error([r["score"] for r in rows])
             means.append(mean)
             table.add_row(
@@ -377,8 +383,11 @@ def _print_adapted(
                 f"{rows[0]['trained_parameters']:,}",
                 f"{mean_and_error([r['seconds'] for r in rows])[0]:.1f}",
             )
-        mean, error = mean_and_error(means)
-        table.add_row("mean over tasks", "", f"{mean:.3f}", "" if error is None else f"{error:.3f}")
+        if means:
+            mean, error = mean_and_error(means)
+            table.add_row(
+                "mean over tasks", "", f"{mean:.3f}", "" if error is None else f"{error:.3f}"
+            )
         console.print(table)
 
 

@@ -99,6 +99,11 @@ class EncoderKind(ModelKind):
         scores_BC = self._scores(model, batch)
         return F.cross_entropy(scores_BC, batch["labels"].to(scores_BC.device), reduction="none")
 
+    def row_shape(self, row: Row) -> tuple[tuple[int, ...], Mapping[Any, int]]:
+        """As `ModelKind.row_shape`: a task's choices are embedded once in a batch."""
+        choices = {(row["task"], tuple(ids)): len(ids) for ids in row["choice_ids"]}
+        return (len(row["prompt_ids"]),), choices
+
     def row_counts(self, rows: Sequence[Row]) -> list[int]:
         """One choice each."""
         return [1] * len(rows)

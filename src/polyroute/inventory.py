@@ -43,8 +43,8 @@ class Inventory(nn.Module):
     width because every skinny product of forward and backward is fastest in that layout.
 
     With `num_sets` above 1 the K skills are that many *sets* of K / sets consecutive ones, and a
-    task mixes those of its own set alone: private adapters (sets of one), and tasks that are
-    adapted side by side.
+    task mixes those of its own set alone: that is how tasks are adapted side by side. (Private
+    adapters are one set of which each task takes one skill whole.)
     """
 
     def __init__(

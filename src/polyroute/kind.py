@@ -136,6 +136,15 @@ class ModelKind(ABC):
         may be computed apart, in any company.
         """
 
+    def row_shape(self, row: Row) -> tuple[tuple[int, ...], Mapping[Any, int]]:
+        """What one row adds to a batch.
+
+        Returns:
+            The lengths of its sequences, each padded to the longest of its kind; and the lengths,
+            by key, of sequences that rows of one batch share.
+        """
+        return (len(row["prompt_ids"]), len(row["target_ids"])), {}
+
     @abstractmethod
     def row_counts(self, rows: Sequence[Row]) -> list[int]:
         """How many predictions each row is scored on: its target's tokens, or 1."""

@@ -7,6 +7,7 @@ import psutil
 import torch
 
 from polyroute.errors import InputError
+from polyroute.kinds import ModelKind
 from polyroute.model import Phase, RoutedModel
 
 __all__ = ["Budget", "bytes_of", "plan"]
@@ -15,12 +16,15 @@ MOST_SLOTS = 256
 """More side by side save nothing, and results would come later."""
 UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
 BINARY = {"": 1, "KI": 2**10, "MI": 2**20, "GI": 2**30, "TI": 2**40}
-CPU_ACTIVATION, ACCELERATOR_ACTIVATION = 2**20, 2**26
+CPU_ACTIVATION, ACCELERATOR_ACTIVATION = 2**19, 2**26
 """Numbers in one activation `[tokens, d_in]` beyond which a larger batch is no faster: on a CPU it
 leaves the cache (measured: about 32 examples of 50 tokens at width 384 are best), and an
 accelerator is full."""
-COPIES = 5
-"""Of each trained number: value, gradient, two moments, and the best so far."""
+COPIES = 8
+"""Of each trained number: value, gradient, two moments, the best so far; and, while its gradient is
+made, what was mixed of it, the gradient of that, and one that is all zeros elsewhere."""
+SHORTEST_ROW = 16
+"""Tokens of a row below which its own factors take more than is planned for."""
 
 
 @dataclass(frozen=True)
@@ -45,11 +49,12 @@ def bytes_of(size: str | int) -> int:
     return int(number)
 
 
-def plan(model: RoutedModel, phase: Phase, memory: str | int | None) -> Budget:
+def plan(model: RoutedModel, kind: ModelKind, phase: Phase, memory: str | int | None) -> Budget:
     """Share memory out between activations and slots, half each.
 
     Args:
         model: the inventory and its base model, before slots are open.
+        kind: whether each token also gets logits over the vocabulary.
         phase: what each slot trains.
         memory: for both, beyond the base model; None for half of what is free now.
 
@@ -60,8 +65,12 @@ def plan(model: RoutedModel, phase: Phase, memory: str | int | None) -> Budget:
     half = (_free(device) // 2 if memory is None else bytes_of(memory)) // 2
     widths = sum(site.d_in + site.d_out for site in model.sites)
     smallest = min(site.d_in for site in model.sites)
-    # Inputs and outputs of the adapted layers, and as much again for what lies between them.
-    per_token = 2 * widths * torch.finfo(torch.float32).bits // 8
+    # Inputs and outputs of the adapted layers and as much again for what lies between them; the
+    # factors of each row and their gradients; logits, their logarithms and gradients.
+    numbers = 2 * widths + 2 * model.inventory.rank * widths // SHORTEST_ROW
+    if kind.supports_generation:
+        numbers += 3 * len(kind.tokenizer)
+    per_token = 4 * numbers
     fullest = CPU_ACTIVATION if device.type == "cpu" else ACCELERATOR_ACTIVATION
     per_slot = COPIES * 4 * _trained(model, phase, widths)
     if half < max(per_slot, per_token):
@@ -85,5 +94,6 @@ def _trained(model: RoutedModel, phase: Phase, widths: int) -> int:
 
 def _free(device: torch.device) -> int:
     if device.type == "cuda":
-        return int(torch.cuda.mem_get_info(device)[0])
+        unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return int(torch.cuda.mem_get_info(device)[0]) + unused
     return int(psutil.virtual_memory().available)

@@ -147,6 +147,10 @@ class Mixer(nn.Module):
             return None, torch.zeros(len(rows), dtype=torch.long, device=device)
         if self.config.method == "private":
             return self._private(rows)
+        if self.inventory.num_sets > 1 and MU_ROW in rows:
+            raise InputError(
+                "slots have no common average: 'mu' cannot be routed while they are open"
+            )
         num_skills = self.inventory.num_skills // self.inventory.num_sets
         sets = None if self.inventory.num_sets == 1 else index_on(device, tuple(rows))
         shape = (len(rows), self.num_routers, self.inventory.heads, num_skills)

@@ -26,17 +26,22 @@ COMPARED_AT_ONCE = 2**22
 """Numbers of the table that `nearest` holds a copy of at any time."""
 
 
-@lru_cache(maxsize=64)
 def index_on(device: torch.device, numbers: tuple[int, ...]) -> Tensor:
     """Whole numbers `[n]` on a device, without making the host wait for it; not to be changed.
 
-    The last ones are kept: a step that repeats the tasks of an earlier one copies nothing to the
-    device, as a CUDA graph needs.
+    On CUDA the last ones are kept: a step that repeats the tasks of an earlier one copies nothing,
+    as a CUDA graph needs.
     """
+    if device.type != "cuda":
+        return torch.tensor(numbers, dtype=torch.long, device=device)
+    # By stream, because nothing else makes another stream wait for the copy.
+    return _kept_index(device, numbers, torch.cuda.current_stream(device).cuda_stream)
+
+
+@lru_cache(maxsize=64)
+def _kept_index(device: torch.device, numbers: tuple[int, ...], _: int) -> Tensor:
     with torch.inference_mode(False):  # what is kept may later meet autograd
-        on_host = torch.tensor(
-            numbers, dtype=torch.long, device="cpu", pin_memory=device.type == "cuda"
-        )
+        on_host = torch.tensor(numbers, dtype=torch.long, device="cpu", pin_memory=True)
         return on_host.to(device, non_blocking=True)
 
 

@@ -54,7 +54,7 @@ class RowAdamW(torch.optim.Optimizer):
         self._routes = routes
         width = groups[-1]["params"][0].shape[1]
         self._moments = {name: torch.empty(0, width) for name in MOMENTS}
-        """`[C, N * H * K]` each, for C slots of which the first `_used` are taken."""
+        """`[C, N * H * K]` each, for C places of which the first `_used` are taken."""
         self._clocks = torch.empty(0)
         """`[C]`, on the host as torch's own step counts are."""
         self._used = 0
@@ -108,11 +108,11 @@ class RowAdamW(torch.optim.Optimizer):
         gradient, rows = touched.grad, routes.take_collected()
         if gradient is None or not rows:
             return
-        slots = self._slots_of(rows, logits)
-        there = slots.to(logits.device)
+        places = self._places_of(rows, logits)
+        there = places.to(logits.device)
         values = routes.read(rows)  # not those of `touched`: a row may have been written since
         moments = {name: whole.index_select(0, there) for name, whole in self._moments.items()}
-        clocks = list(self._clocks[slots].unbind())
+        clocks = list(self._clocks[places].unbind())
         _adamw(
             group,
             list(values.unbind()),
@@ -123,18 +123,18 @@ class RowAdamW(torch.optim.Optimizer):
         logits.index_copy_(0, torch.tensor(rows, device=logits.device), values)
         for name, whole in self._moments.items():
             whole.index_copy_(0, there, moments[name])
-        self._clocks[slots] = torch.stack(clocks)
+        self._clocks[places] = torch.stack(clocks)
         touched.data = values
 
-    def _slots_of(self, rows: list[int], logits: Tensor) -> Tensor:
+    def _places_of(self, rows: list[int], logits: Tensor) -> Tensor:
         """Where the states of rows are, `[U]`, on the host; new rows get zeros."""
         index = self._routes.state_rows
         assert index is not None
-        slots = index[rows]
-        new = (slots < 0).nonzero()[:, 0]
+        places = index[rows]
+        new = (places < 0).nonzero()[:, 0]
         start, self._used = self._used, self._used + len(new)
-        slots[new] = torch.arange(start, self._used)
-        index[rows] = slots
+        places[new] = torch.arange(start, self._used)
+        index[rows] = places
         capacity = len(self._clocks)
         if self._used > capacity:
             # Doubling, so that growing costs a constant per row; but never beyond one per task.
@@ -147,7 +147,7 @@ class RowAdamW(torch.optim.Optimizer):
             self._moments[name][start : self._used] = 0.0
         if len(self._clocks) < capacity:
             self._clocks = torch.cat([self._clocks[:start], torch.zeros(capacity - start)])
-        return slots
+        return places
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Forget the gradients; those of the rows always go, as the next rows are others."""
@@ -159,11 +159,16 @@ class RowAdamW(torch.optim.Optimizer):
         """The state as for any torch optimizer, and `table`: that of the rows that have trained."""
         index = self._routes.state_rows
         rows = torch.empty(0, dtype=torch.long) if index is None else (index >= 0).nonzero()[:, 0]
-        slots = rows if index is None else index[rows]
-        table = {name: whole[slots.to(whole.device)] for name, whole in self._moments.items()}
+        places = rows if index is None else index[rows]
+        table = {name: whole[places.to(whole.device)] for name, whole in self._moments.items()}
         return {
             **super().state_dict(),
-            "table": {"row": rows, "step": self._clocks[slots], **table},
+            "table": {
+                "row": rows,
+                "step": self._clocks[places],
+                "tasks": 0 if index is None else len(index),
+                **table,
+            },
         }
 
     @torch.no_grad()
@@ -187,7 +192,7 @@ class RowAdamW(torch.optim.Optimizer):
             )
         rows, shape = table["row"].cpu(), (len(table["row"]), logits.shape[1])
         fits = all(tuple(table[name].shape) == shape for name in MOMENTS)
-        if not fits or (len(rows) and int(rows.max()) >= len(index)):
+        if not fits or table["tasks"] != len(index):
             raise InputError(
                 f"this optimizer state belongs to another routing table than this one of "
                 f"{len(index)} tasks with {logits.shape[1]} numbers each"

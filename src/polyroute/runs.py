@@ -28,7 +28,7 @@ DESCRIPTION = "run.json"
 DIGEST = "inventory_sha256"
 """Where the config of a run that starts from an inventory keeps the inventory's `digest`."""
 PATHS = ("model", "data", "run")
-NOT_KEPT = ("resume", "overwrite", "config", "out")
+NOT_KEPT = ("resume", "overwrite", "config", "out", "memory")
 PACKAGES = ("polyroute", "torch", "transformers", "accelerate", "datasets", "numpy", "peft")
 
 

@@ -1,11 +1,13 @@
 """Training many slots at once: each exactly as alone, all in the same forward passes."""
 
+import hashlib
 import json
 import math
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
+from numbers import Integral, Real
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
@@ -31,6 +33,7 @@ OPTIMIZERS: dict[str, type[torch.optim.Optimizer]] = {
     "sgd": torch.optim.SGD,
 }
 SECONDS_BETWEEN_SAVES = 60.0
+LONGEST_NAME = 120
 LENGTH_STEP = 8
 """Rows whose lengths differ by less lie in one batch, those of a slot beside one another."""
 
@@ -71,7 +74,22 @@ class AdaptSettings:
     """Looks without a better loss after which the slot stops early; None never stops early."""
 
     def __post_init__(self) -> None:
-        """Check the numbers."""
+        """Check the values."""
+        for name in ("shots", "steps", "batch_size", "validation_shots", "eval_steps", "patience"):
+            value = getattr(self, name)
+            if value is None and name in ("shots", "patience"):
+                continue
+            if isinstance(value, bool) or not isinstance(value, Integral):
+                raise InputError(f"{name} must be a whole number, not {value!r}")
+            object.__setattr__(self, name, int(value))
+        for name in ("lr", "route_lr", "weight_decay", "warmup", "max_grad_norm"):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, Real):
+                raise InputError(f"{name} must be a number, not {value!r}")
+            object.__setattr__(self, name, float(value))
+        for name in ("phase", "optimizer", "init"):
+            if not isinstance(getattr(self, name), str):
+                raise InputError(f"{name} must be a name, not {getattr(self, name)!r}")
         for name in ("steps", "batch_size", "lr", "route_lr", "max_grad_norm", "eval_steps"):
             # Written so that NaN is refused too.
             if not 0 < getattr(self, name) < math.inf:
@@ -122,7 +140,52 @@ class Slot:
     def name(self) -> str:
         """What files of this slot are called."""
         parts = [quote(self.task, safe=""), f"seed-{self.seed}"]
-        return "-".join([*parts, quote(self.label, safe="=,")] if self.label else parts)
+        name = "-".join([*parts, quote(self.label, safe="=,")] if self.label else parts)
+        if len(name) <= LONGEST_NAME:
+            return name
+        return f"{name[:LONGEST_NAME]}-{hashlib.sha256(name.encode()).hexdigest()[:16]}"
+
+    def file(self, folder: Path) -> Path:
+        """Where the slot is saved while it trains."""
+        return folder / f"{self.name}.safetensors"
+
+    def saved_note(self, folder: Path, digest: str) -> dict[str, Any]:
+        """What its file in a folder says beside tensors.
+
+        Raises:
+            InputError: the file is damaged, or that of another slot.
+        """
+        path = self.file(folder)
+        try:
+            note: dict[str, Any] = json.loads(read_metadata(path)["slot"])
+            settings, of = note["settings"], note["digest"]
+        except (KeyError, ValueError, TypeError) as error:
+            if isinstance(error, InputError):
+                raise
+            raise InputError(
+                f"{path} is damaged; delete it to start that slot from the beginning"
+            ) from error
+        if settings != self.settings.to_dict():
+            raise InputError(
+                f"{path} was written with other settings; name another folder, or delete it"
+            )
+        if of != digest:
+            raise InputError(
+                f"{path} was written for other examples or another inventory; name another folder, "
+                "or delete it"
+            )
+        return note
+
+    def digest(self, model: RoutedModel) -> str:
+        """Of what it learns from and what it starts from, so that another is not taken for it."""
+        columns = ("prompt_ids", "target_ids", "choice_ids", "label")
+        rows = [[row[c] for c in columns] for row in (*self.rows, *self.validation_rows)]
+        total = hashlib.sha256(json.dumps([len(self.rows), rows]).encode())
+        for parameter in (*model.inventory.parameters(), *model.routes.parameters()):
+            # Enough of each to tell two inventories apart; all of a large one would take long.
+            some = parameter.detach().reshape(-1)[:: max(1, parameter.numel() // 4096)]
+            total.update(some.float().cpu().numpy().tobytes())
+        return total.hexdigest()
 
 
 class SlotTraining:
@@ -137,8 +200,8 @@ class SlotTraining:
         seconds: the slot's share of the time.
     """
 
-    def __init__(self, slots: Slots, place: int, slot: Slot) -> None:
-        self.slots, self.place, self.slot = slots, place, slot
+    def __init__(self, slots: Slots, place: int, slot: Slot, digest: str = "") -> None:
+        self.slots, self.place, self.slot, self.digest = slots, place, slot, digest
         self.settings = slot.settings
         slots.start(place, seed=slot.seed, init=self.settings.init)
         self.parameters = slots.parameters(place)
@@ -218,9 +281,10 @@ class SlotTraining:
 
     def finish(self) -> None:
         """Leave, in the slot, the best of its steps."""
-        if self.best:
+        if self.best:  # also where it diverged afterwards
             for tensor, best in zip(self.trained, self.best, strict=True):
                 tensor.copy_(best)
+            self.diverged_at = None
         else:
             self.best_step = self.step
         if not all(bool(torch.isfinite(tensor).all()) for tensor in self.trained):
@@ -239,13 +303,14 @@ class SlotTraining:
         }
         note = {
             "settings": self.settings.to_dict(),
+            "digest": self.digest,
             "losses": self.losses,
             "best_step": self.best_step,
             "best_loss": self.best_loss,
             "stale": self.stale,
             "seconds": self.seconds,
         }
-        write_tensors(self.file(folder), tensors, metadata={"slot": json.dumps(note)})
+        write_tensors(self.slot.file(folder), tensors, metadata={"slot": json.dumps(note)})
 
     @torch.no_grad()
     def load(self, folder: Path) -> None:
@@ -254,16 +319,12 @@ class SlotTraining:
         Raises:
             InputError: the file is damaged or of other settings.
         """
-        path = self.file(folder)
+        path = self.slot.file(folder)
         if not path.exists():
             return
+        note = self.slot.saved_note(folder, self.digest)
         try:
-            note = json.loads(read_metadata(path)["slot"])
             saved = read_tensors(path)
-            if note["settings"] != self.settings.to_dict():
-                raise InputError(
-                    f"{path} was written with other settings; name another folder, or delete it"
-                )
             for i, tensor in enumerate(self.trained):
                 tensor.copy_(saved.pop(f"parameter.{i}"))
             self.best = [
@@ -288,10 +349,6 @@ class SlotTraining:
             ) from error
         for _ in range(self.step):
             next(self.order)
-
-    def file(self, folder: Path) -> Path:
-        """Where the slot is saved while it trains."""
-        return folder / f"{self.slot.name}.safetensors"
 
 
 def train_slots(
@@ -323,7 +380,9 @@ def train_slots(
         InputError: the phase has nothing to train, not even one slot fits into memory, or a saved
             slot is damaged.
     """
-    budget = plan(model, phase, memory)
+    model.check_phase(phase)
+    budget = plan(model, kind, phase, memory)
+    digests = _check(model, kind, phase, slots, folder)
     queue = deque(slots)
     with Slots(model, phase, min(len(queue), budget.slots)) as places:
         free = deque(range(len(places.names)))
@@ -333,7 +392,8 @@ def train_slots(
         with tqdm(total=total, desc="adapting", unit="step", delay=1.0, leave=False) as progress:
             while queue or running:
                 while queue and free:
-                    training = SlotTraining(places, free.popleft(), queue.popleft())
+                    slot = queue.popleft()
+                    training = SlotTraining(places, free.popleft(), slot, digests[slot.name])
                     if folder is not None:
                         training.load(folder)
                         progress.update(training.step)
@@ -349,7 +409,7 @@ def train_slots(
                     training.finish()
                     finish(training)
                     if folder is not None:
-                        training.file(folder).unlink(missing_ok=True)
+                        training.slot.file(folder).unlink(missing_ok=True)
                     running.remove(training)
                     free.append(training.place)
                     ended += 1
@@ -359,6 +419,23 @@ def train_slots(
                     for training in running:
                         training.save(folder)
                     saved_at = time.monotonic()
+
+
+def _check(
+    model: RoutedModel, kind: ModelKind, phase: Phase, slots: Sequence[Slot], folder: Path | None
+) -> dict[str, str]:
+    """Find out, before any work is lost, whether every slot can begin; the digests, by name."""
+    with Slots(model, phase, 1) as places:
+        for init in dict.fromkeys(slot.settings.init for slot in slots):
+            places.start(0, seed=0, init=init)
+    for slot in slots:
+        for rows in filter(None, (slot.rows, slot.validation_rows)):
+            kind.collate(rows)
+    digests = {slot.name: "" if folder is None else slot.digest(model) for slot in slots}
+    for slot in slots:
+        if folder is not None and slot.file(folder).exists():
+            slot.saved_note(folder, digests[slot.name])
+    return digests
 
 
 def _take_step(
@@ -398,7 +475,8 @@ def _losses(
         pieces += [(number, {**row, "task": training.route}, 1 / sum(counts)) for row in rows]
     order: list[int] = []
     parts: list[Tensor] = []
-    for chunk in _cut(pieces, budget.tokens):
+    is_apart = any(site.sees_token_subsets for site in model.sites)
+    for chunk in _cut(kind, pieces, budget.tokens, is_apart=is_apart):
         rows = [row for _, row, _ in chunk]
         row_losses = kind.row_losses(model, kind.collate(rows))
         weighted = row_losses * torch.tensor([w for *_, w in chunk], device=row_losses.device)
@@ -413,21 +491,30 @@ def _losses(
 
 
 def _cut(
-    pieces: Sequence[tuple[int, Row, float]], tokens: int
+    kind: ModelKind, pieces: Sequence[tuple[int, Row, float]], tokens: int, *, is_apart: bool
 ) -> Iterator[list[tuple[int, Row, float]]]:
-    """Cut rows into batches of similar length with at most so many tokens, padding included."""
+    """Cut rows into batches of similar length with at most so many tokens, padding included.
 
-    def length(piece: tuple[int, Row, float]) -> int:
-        return len(piece[1]["prompt_ids"]) + len(piece[1]["target_ids"])
+    A row that has more is a batch of its own. With `is_apart` a batch has rows of one slot only.
+    """
+    shaped = [(kind.row_shape(row), (number, row, weight)) for number, row, weight in pieces]
+
+    def place(entry: tuple[Any, tuple[int, Row, float]]) -> tuple[int, int, int]:
+        (lengths, _), (number, *_) = entry
+        return (number if is_apart else 0, -(sum(lengths) // LENGTH_STEP), number)
 
     chunk: list[tuple[int, Row, float]] = []
-    longest = 0
-    for piece in sorted(pieces, key=lambda p: (-(length(p) // LENGTH_STEP), p[0])):
-        longest = max(longest, length(piece))
-        if chunk and (len(chunk) + 1) * longest > tokens:
+    longest: tuple[int, ...] = ()
+    common: dict[Any, int] = {}
+    for (lengths, shared), piece in sorted(shaped, key=place):
+        wider = tuple(map(max, lengths, longest)) if longest else lengths
+        together = {**common, **shared}
+        size = (len(chunk) + 1) * sum(wider) + len(together) * max(together.values(), default=0)
+        if chunk and (size > tokens or (is_apart and chunk[0][0] != piece[0])):
             yield chunk
-            chunk, longest = [], length(piece)
+            chunk, wider, together = [], lengths, dict(shared)
         chunk.append(piece)
+        longest, common = wider, together
     if chunk:
         yield chunk
 

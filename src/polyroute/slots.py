@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from polyroute.errors import InputError
 from polyroute.inventory import Inventory
 from polyroute.mixing import Mixer
 from polyroute.model import Phase, RoutedModel
@@ -37,6 +38,8 @@ class Slots(AbstractContextManager["Slots"]):
 
     def __init__(self, model: RoutedModel, phase: Phase, size: int) -> None:
         model.check_phase(phase)
+        if phase == "full" and model.inventory.num_skills == 0:
+            raise InputError("no private adapter is left to start from: add a task first")
         self.model = model
         self.phase = phase
         self.names = tuple(f"slot {place}" for place in range(size))
@@ -50,7 +53,7 @@ class Slots(AbstractContextManager["Slots"]):
             config = replace(config, method="private", num_skills=None, num_heads=1)
         has_logits = phase in ("full", "z", "random") and not is_plain
         device = next(model.mixer.buffers()).device
-        self.routes = Routes(self.names, shape if has_logits else None, device)
+        self.routes = Routes(self.names, shape if has_logits else None, device, config)
         self.inventory = model.inventory
         if phase != "z":
             each = 1 if is_plain else model.inventory.num_skills
@@ -78,8 +81,6 @@ class Slots(AbstractContextManager["Slots"]):
         parameters = self._own["inventory"].parameters()
         for parameter, required in zip(parameters, self._required_grad, strict=True):
             parameter.requires_grad_(required)
-            if self.phase == "z":
-                parameter.grad = None
         for module in self._training:  # one by one: a frozen part may have been in evaluation mode
             module.training = True
 
@@ -99,7 +100,7 @@ class Slots(AbstractContextManager["Slots"]):
         name = init if isinstance(init, str) and init not in ("uniform", MU) else None
         source = None if name is None else routes.row(name)
         if self.phase == "random":
-            self.inventory.redraw_set(place, seed)
+            self.inventory.redraw_set(place, seed + 1)  # not the numbers that the logits get
         elif self.phase != "z":
             is_private = self.model.adapter_config.method == "private"
             self.inventory.fill_set(place, inventory, source if is_private else None)
@@ -137,6 +138,7 @@ class Slots(AbstractContextManager["Slots"]):
             parameters["routes"][0].grad = None if gradient is None else gradient[place]
 
     def zero_grad(self) -> None:
-        """Forget the gradients of all slots."""
-        for module in (self.inventory, self.routes):
-            module.zero_grad(set_to_none=True)
+        """Forget the gradients of all slots; the model's own stay."""
+        self.routes.zero_grad(set_to_none=True)
+        if self.phase != "z":
+            self.inventory.zero_grad(set_to_none=True)
