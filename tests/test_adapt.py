@@ -406,6 +406,8 @@ def test_settings_of_a_grid_have_labels() -> None:
         ({"batch_size": 2.5}, "batch_size must be a whole number"),
         ({"patience": "none"}, "patience must be a whole number"),
         ({"seeds": 3}, "seeds must be a list"),
+        ({"seeds": [2**70]}, "from 0 to"),
+        ({"route_lr": 1e39}, "at most 1e"),
     ],
 )
 def test_bad_requests_end_in_one_sentence(options: dict[str, Any], sentence: str) -> None:

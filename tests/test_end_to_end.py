@@ -241,7 +241,7 @@ def test_killed_adaptations_resume_to_the_same_end(run: Path, place: Path) -> No
         ]  # fmt: skip
 
     def running() -> int:
-        return len(list((place / "killed-adapt" / "running").glob("*.safetensors")))
+        return len(list((place / "killed-adapt" / ".running").glob("*.safetensors")))
 
     main(arguments("whole-adapt"))
     command = [sys.executable, "-c", SAVING_ALWAYS, *arguments("killed-adapt")]
@@ -258,7 +258,7 @@ def test_killed_adaptations_resume_to_the_same_end(run: Path, place: Path) -> No
         process.send_signal(signal.SIGKILL)
     done = read(results)
     main([*arguments("killed-adapt"), "--resume"])
-    assert not (place / "killed-adapt" / "running").exists()
+    assert not (place / "killed-adapt" / ".running").exists()
     expected = {
         (r["task"], r["seed"], r["label"]): r for r in read(place / "whole-adapt" / "results.json")
     }

@@ -10,6 +10,7 @@ import math
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
+from numbers import Integral
 from pathlib import Path
 from typing import Any
 
@@ -84,8 +85,9 @@ def adapt_many(
 ) -> list[Adapted]:
     """Adapt to many tasks in one run: every task, seed and combination of the grid, side by side.
 
-    Each ends exactly (up to rounding) where it would end alone: the same draw of examples, order,
-    schedule and clipping, whatever runs beside it. Dropout and noisy gates are off.
+    Each ends, up to rounding, where it would end alone: the same draw of examples, order, schedule
+    and clipping, whatever runs beside it. (AdamW enlarges rounding where gradients are tiny.)
+    Dropout and noisy gates are off.
 
         results = adapt_many(model, {"boolq": examples}, kind=kind, phase="z", seeds=[0, 1],
                              grid={"route_lr": [0.03, 0.1]}, steps=100)
@@ -115,8 +117,14 @@ def adapt_many(
     if not isinstance(examples, Mapping) or not examples:
         raise InputError("examples must be a dictionary of a task's name to its examples")
     choices = variants(AdaptSettings(phase=phase, **_known(settings)), grid)
-    if isinstance(seeds, int | str) or not all(isinstance(seed, int) for seed in seeds):
+    if not isinstance(seeds, Sequence) or isinstance(seeds, str) or not seeds:
         raise InputError(f"seeds must be a list of whole numbers, not {seeds!r}")
+    for seed in seeds:
+        if isinstance(seed, bool) or not isinstance(seed, Integral) or not 0 <= seed < 2**32:
+            raise InputError(f"a seed must be a whole number from 0 to {2**32 - 1}, not {seed!r}")
+    for task in examples:
+        if not isinstance(task, str) or not task:
+            raise InputError(f"a task name must be a non-empty string, not {task!r}")
     slots, drawn = [], []
     for task, given in examples.items():
         rows = _rows(task, given, kind)
@@ -220,7 +228,8 @@ def adapt_suite(
     if slots:
         phase = slots[0].settings.phase
         train_slots(model, kind, phase, slots, finish=finish, memory=memory, folder=folder)
-    if results and all(result["diverged_at"] is not None for result in results):
+    nothing_else = not any(result["score"] is not None for result in done)
+    if results and nothing_else and all(r["diverged_at"] is not None for r in results):
         first = results[0]
         raise InputError(
             f"training diverged for all {len(results)} adaptations ({first['task']} with seed "
@@ -264,17 +273,14 @@ def variants(
     for name, values in grid.items():
         if isinstance(values, str) or not isinstance(values, Sequence) or not values:
             raise InputError(f"the grid of {name!r} must be a list of values, not {values!r}")
-        if len(set(values)) < len(values):
+        if len(set(map(str, values))) < len(values):
             raise InputError(f"the grid of {name!r} repeats a value: {list(values)}")
-    combinations = [
-        dict(zip(grid, values, strict=True)) for values in itertools.product(*grid.values())
-    ]
-    return {
-        ",".join(f"{name}={value}" for name, value in combination.items()): replace(
-            settings, **combination
-        )
-        for combination in combinations
-    }
+    found: dict[str, AdaptSettings] = {}
+    for values in itertools.product(*grid.values()):
+        variant = replace(settings, **dict(zip(grid, values, strict=True)))
+        # Sorted, and from the checked values: 1 and 1.0 are one setting, in whatever order.
+        found[",".join(f"{name}={getattr(variant, name)}" for name in sorted(grid))] = variant
+    return found
 
 
 def _known(settings: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -290,6 +296,7 @@ def _rows(
 ) -> Sequence[Row]:
     """A task's examples, encoded unless they are."""
     if isinstance(given, datasets.Dataset):
+        given = given.with_format(None)
         if set(kind.features) <= set(given.column_names):
             encoded_rows: Sequence[Row] = given
             return encoded_rows

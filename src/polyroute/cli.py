@@ -231,8 +231,8 @@ def adapt(
     """Adapt a trained inventory to new tasks from a few examples, and score the result.
 
     Without --tasks, or with `--tasks all`: all held-out tasks of the suite. All tasks, seeds and
-    settings are adapted side by side, each exactly as alone. Every adapted task is also written as
-    an ordinary PEFT LoRA.
+    settings are adapted side by side, each (up to rounding) as alone. Every adapted task is also
+    written as an ordinary PEFT LoRA.
 
     Example: `polyroute adapt runs/mhr --data SUITE --tasks boolq,conjnli --shots 32 --phase mu
     --seeds 42,1024,0`

@@ -29,7 +29,7 @@ from polyroute.examples import encoded_mixture
 from polyroute.files import check_place, make_folder, read_json, write_json, write_tensors
 from polyroute.kinds import ModelKind, kind_of
 from polyroute.loading import load_base
-from polyroute.memory import bytes_of
+from polyroute.memory import plan
 from polyroute.metrics import mean_and_error
 from polyroute.model import RoutedModel
 from polyroute.runs import DIGEST, check_run, digest, held, open_run, read_run, record
@@ -45,7 +45,7 @@ METRICS = "metrics.json"
 TRAINER_STATE = "trainer_state.json"
 TORCH_FILES = ("optimizer.pt", "scheduler.pt", "rng_state.pth")
 RESULT = {"task", "seed", "label", "metric", "score", "trained_parameters", "seconds"}
-RUNNING = "running"
+RUNNING = ".running"
 """The folder, in a run of `polyroute adapt`, of slots that are not done."""
 
 console = Console()
@@ -281,8 +281,6 @@ def adapt_run(options: Mapping[str, Any]) -> None:
     """
     settings = AdaptSettings(**{field.name: options[field.name] for field in fields(AdaptSettings)})
     choices = variants(settings, options["grid"])
-    if options["memory"] is not None:
-        bytes_of(options["memory"])
     run, resume, split = options["run"], options["resume"], options["split"]
     place = {
         "resume": resume,
@@ -303,6 +301,7 @@ def adapt_run(options: Mapping[str, Any]) -> None:
         draw_few_shot(len(suite.split(task, "train")), shots, 0)
     with loaded(base, checkpoint, run) as model:
         _try_out(model, tasks, choices)
+        plan(model, kind, settings.phase, options["memory"])
         open_run(folder, "adapt", **place)
         config = {**_plain(options), "tasks": list(tasks), DIGEST: digest(run)}
         record(folder, "adapt", config, resume=resume)

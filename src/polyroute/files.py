@@ -102,6 +102,9 @@ def write_tensors(
     try:
         save_file(contiguous, temporary, metadata=dict(metadata or {"format": "pt"}))
         os.replace(temporary, path)
+    except SafetensorError as error:  # a full disk, for one
+        temporary.unlink(missing_ok=True)
+        raise InputError(f"cannot write {path}: {error}") from error
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise

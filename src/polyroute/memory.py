@@ -1,5 +1,6 @@
 """How much of an adaptation fits into memory: tokens in one forward, slots at a time."""
 
+import math
 import re
 from dataclasses import dataclass
 
@@ -44,7 +45,7 @@ def bytes_of(size: str | int) -> int:
     """
     match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]I?|)B?\s*", str(size).upper())
     number = 0 if match is None else float(match[1]) * {**UNITS, **BINARY}[match[2]]
-    if number < 1:
+    if not 1 <= number < math.inf:
         raise InputError(f"memory {size!r} is no size; write for example 8GB")
     return int(number)
 

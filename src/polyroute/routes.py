@@ -189,6 +189,8 @@ class Routes(nn.Module):
         """One row, flat; with a count also that many rows, `[count, N * H * K]`."""
         logits, shape = self._table()
         given = tuple(values.shape)
+        if not values.isfinite().all():
+            raise InputError("a routing row must hold finite numbers; check the values")
         if given in (shape, (logits.shape[1],)):
             return values.reshape(-1).to(logits)
         if count is not None and given in ((count, *shape), (count, logits.shape[1])):
@@ -410,11 +412,12 @@ class _GatherRows(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, touched: Tensor, routes: Routes, rows: tuple[int, ...]) -> Tensor:
-        ctx.routes, ctx.rows = routes, rows
+        ctx.routes, ctx.rows, ctx.names = routes, rows, routes._rows
         return routes.read(rows)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[None, None, None]:
-        ctx.routes._collect(ctx.rows, gradient)
+        if ctx.names is ctx.routes._rows:  # else rows were renumbered by `keep` since
+            ctx.routes._collect(ctx.rows, gradient)
         return None, None, None

@@ -118,8 +118,8 @@ class SavedRoutes:
     """The routing rows of a saved inventory, one at a time and without its base model.
 
     Reading maps the row; `write`, `add` and `delete` replace one shard of about 32 MB, whole or not
-    at all. One process may change a table at a time. The number of shards stays that of the save:
-    after many additions, load and save the inventory once.
+    at all. One thread of one process may change a table at a time: there is no lock. The number of
+    shards stays that of the save: after many additions, load and save the inventory once.
 
     Args:
         folder: where `RoutedModel.save_pretrained` wrote.
@@ -181,9 +181,9 @@ class SavedRoutes:
             InputError: no such task, another shape, values that are not finite, or a damaged shard.
         """
         opened = self._opened(name)
-        place, row = self._position(opened, name), self._flat(values)
+        place = self._position(opened, name)
         shard = opened.load()
-        shard.rows[place] = row
+        shard.rows[place] = self._flat(values, shard.rows.dtype)
         shard.write(opened.path)
 
     def add(self, name: str, values: Tensor) -> None:
@@ -194,13 +194,14 @@ class SavedRoutes:
         """
         if not isinstance(name, str) or not name or name == MU:
             raise InputError(f"a task name must be a non-empty string other than {MU!r}: {name!r}")
-        opened, row = self._opened(name), self._flat(values)
+        opened = self._opened(name)
         if name in opened.names:
             raise InputError(f"task {name!r} exists in {self.folder}; overwrite it with write()")
         shard = opened.load()
+        row = self._flat(values, shard.rows.dtype)
         shard.names.append(name)
         shard.order = torch.cat([shard.order, torch.tensor([time.time_ns()])])
-        shard.rows = torch.cat([shard.rows, row.to(shard.rows)[None]])
+        shard.rows = torch.cat([shard.rows, row[None]])
         shard.write(opened.path)
 
     def delete(self, name: str) -> None:
@@ -274,15 +275,17 @@ class SavedRoutes:
             f"unknown task {name!r} in {self.folder}: {did_you_mean(name, self.names())}"
         )
 
-    def _flat(self, values: Tensor) -> Tensor:
+    def _flat(self, values: Tensor, dtype: torch.dtype) -> Tensor:
         if tuple(values.shape) not in (self.shape, (self.width,)):
             raise InputError(
                 f"a routing row has shape {list(self.shape)} (routers, heads, skills), "
                 f"not {list(values.shape)}"
             )
-        if not values.is_floating_point() or not values.isfinite().all():
+        # As the table holds them: a double that is finite need not be so in single precision.
+        row = values.detach().reshape(-1).cpu().to(dtype)
+        if not values.is_floating_point() or not row.isfinite().all():
             raise InputError("a routing row must hold finite fractional numbers; check the values")
-        return values.detach().reshape(-1).cpu()
+        return row
 
 
 class _Opened:

@@ -34,6 +34,11 @@ OPTIMIZERS: dict[str, type[torch.optim.Optimizer]] = {
 }
 SECONDS_BETWEEN_SAVES = 60.0
 LONGEST_NAME = 120
+LARGEST = 1e37
+"""Of a rate or decay: AdamW multiplies by up to ten, and single precision ends at 3e38."""
+CLEARLY = 1e-5
+"""By which share a validation loss must be lower to be better; less is rounding, and would let the
+best step depend on which other slots share the batches."""
 LENGTH_STEP = 8
 """Rows whose lengths differ by less lie in one batch, those of a slot beside one another."""
 
@@ -86,7 +91,13 @@ class AdaptSettings:
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, Real):
                 raise InputError(f"{name} must be a number, not {value!r}")
-            object.__setattr__(self, name, float(value))
+            try:
+                number = float(value)
+            except OverflowError:
+                number = math.inf
+            if LARGEST < number < math.inf:
+                raise InputError(f"{name} must be at most {LARGEST:g}, not {number:g}")
+            object.__setattr__(self, name, number)
         for name in ("phase", "optimizer", "init"):
             if not isinstance(getattr(self, name), str):
                 raise InputError(f"{name} must be a name, not {getattr(self, name)!r}")
@@ -181,7 +192,8 @@ class Slot:
         columns = ("prompt_ids", "target_ids", "choice_ids", "label")
         rows = [[row[c] for c in columns] for row in (*self.rows, *self.validation_rows)]
         total = hashlib.sha256(json.dumps([len(self.rows), rows]).encode())
-        for parameter in (*model.inventory.parameters(), *model.routes.parameters()):
+        logits = model.routes.logits
+        for parameter in (*model.inventory.parameters(), *([] if logits is None else [logits])):
             # Enough of each to tell two inventories apart; all of a large one would take long.
             some = parameter.detach().reshape(-1)[:: max(1, parameter.numel() // 4096)]
             total.update(some.float().cpu().numpy().tobytes())
@@ -273,7 +285,8 @@ class SlotTraining:
 
     def look(self, loss: float) -> None:
         """Note the validation loss, and keep what is best."""
-        if math.isfinite(loss) and (self.best_loss is None or loss < self.best_loss):
+        best = self.best_loss
+        if math.isfinite(loss) and (best is None or loss < best - CLEARLY * abs(best)):
             self.best_loss, self.best_step, self.stale = loss, self.step, 0
             self.best = [tensor.clone() for tensor in self.trained]
         else:
@@ -325,7 +338,12 @@ class SlotTraining:
         note = self.slot.saved_note(folder, self.digest)
         try:
             saved = read_tensors(path)
+            losses = note["losses"]
+            if not isinstance(losses, list) or not 0 < len(losses) < self.settings.steps:
+                raise ValueError("steps that were not taken")
             for i, tensor in enumerate(self.trained):
+                if saved[f"parameter.{i}"].shape != tensor.shape:
+                    raise ValueError("another shape")
                 tensor.copy_(saved.pop(f"parameter.{i}"))
             self.best = [
                 saved.pop(f"best.{i}").to(tensor)
@@ -338,7 +356,7 @@ class SlotTraining:
                 state.setdefault(int(number), {})[name] = value
             groups = self.optimizer.state_dict()["param_groups"]
             self.optimizer.load_state_dict({"state": state, "param_groups": groups})
-            self.losses, self.best_step = list(note["losses"]), note["best_step"]
+            self.losses, self.best_step = [float(loss) for loss in losses], note["best_step"]
             self.best_loss, self.stale = note["best_loss"], note["stale"]
             self.seconds = note["seconds"]
         except (KeyError, ValueError, RuntimeError, TypeError) as error:
@@ -384,7 +402,7 @@ def train_slots(
     budget = plan(model, kind, phase, memory)
     digests = _check(model, kind, phase, slots, folder)
     queue = deque(slots)
-    with Slots(model, phase, min(len(queue), budget.slots)) as places:
+    with torch.enable_grad(), Slots(model, phase, min(len(queue), budget.slots)) as places:
         free = deque(range(len(places.names)))
         running: list[SlotTraining] = []
         ended, saved_at = 0, time.monotonic()

@@ -68,6 +68,7 @@ def routes_from_dataset(model: RoutedModel, dataset: datasets.Dataset) -> None:
         raise InputError(
             f"routing rows are imported from a datasets.Dataset, not a {type(dataset).__name__}"
         )
+    dataset = dataset.with_format(None)
     if not _is_table(dataset.features):
         found = ", ".join(f"{name}: {kind}" for name, kind in dataset.features.items())
         raise InputError(
