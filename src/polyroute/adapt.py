@@ -10,6 +10,7 @@ import math
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
+from functools import cache
 from numbers import Integral
 from pathlib import Path
 from typing import Any
@@ -125,21 +126,17 @@ def adapt_many(
     for task in examples:
         if not isinstance(task, str) or not task:
             raise InputError(f"a task name must be a non-empty string, not {task!r}")
-    slots, drawn = [], []
+    slots = []
     for task, given in examples.items():
         rows = _rows(task, given, kind)
         for (label, variant), seed in itertools.product(choices.items(), seeds):
-            slot, indices = _slot(task, seed, label, variant, rows)
-            slots.append(slot)
-            drawn.append(indices)
+            slots.append(_slot(task, seed, label, variant, rows))
     if len({slot.name for slot in slots}) < len(slots):
         raise InputError(f"seeds must be different numbers, not {list(seeds)}")
     found: dict[str, Adapted] = {}
-    indices_of = {slot.name: indices for slot, indices in zip(slots, drawn, strict=True)}
 
     def finish(training: SlotTraining) -> None:
-        name = training.slot.name
-        found[name] = _result(model, training, indices_of[name])
+        found[training.slot.name] = _result(model, training)
 
     place = None if folder is None else make_folder(folder)
     train_slots(model, kind, phase, slots, finish=finish, memory=memory, folder=place)
@@ -187,28 +184,27 @@ def adapt_suite(
     """
     before = {(r["task"], r["seed"], r["label"]) for r in done}
     slots = []
-    indices_of: dict[str, Sequence[int]] = {}
     for task in tasks:
         check_new(model, task)
         train = encoded(suite, task, "train", kind)
         for (label, variant), seed in itertools.product(choices.items(), seeds):
             if (task, seed, label) not in before:
-                slot, indices = _slot(task, seed, label, variant, train)
-                slots.append(slot)
-                indices_of[slot.name] = indices
+                slots.append(_slot(task, seed, label, variant, train))
     results: list[dict[str, Any]] = []
+
+    @cache  # many slots are scored on the same rows
+    def scored_on(task: str) -> tuple[datasets.Dataset, Sequence[str]]:
+        return encoded(suite, task, split, kind), suite.split(task, split)["target"]
 
     def finish(training: SlotTraining) -> None:
         task, settings = training.slot.task, training.settings
-        adapted = _result(model, training, indices_of[training.slot.name])
+        adapted = _result(model, training)
         metric = suite.info(task).metric
         score: float | None = None
         normalised: float | None = None
         if adapted.diverged_at is None:
-            rows, texts = encoded(suite, task, split, kind), suite.split(task, split)
-            score, normalised = score_rows(
-                model, kind, rows, texts["target"], metric, route=training.route
-            )
+            rows, targets = scored_on(task)
+            score, normalised = score_rows(model, kind, rows, targets, metric, route=training.route)
         result = {
             "task": task,
             "seed": training.slot.seed,
@@ -306,10 +302,8 @@ def _rows(
     return encoded_records(given, task, kind)
 
 
-def _slot(
-    task: str, seed: int, label: str, settings: AdaptSettings, rows: Sequence[Row]
-) -> tuple[Slot, Sequence[int]]:
-    """A slot, and which rows it trains on."""
+def _slot(task: str, seed: int, label: str, settings: AdaptSettings, rows: Sequence[Row]) -> Slot:
+    """A slot with the rows that its seed draws."""
     held = settings.validation_shots
     shots = len(rows) - held if settings.shots is None else settings.shots
     try:
@@ -321,10 +315,10 @@ def _slot(
             f"task {task!r} has {len(rows)} examples, and {held} are for validation: none is left"
         )
     training, validation = ([rows[i] for i in part] for part in (drawn[:shots], drawn[shots:]))
-    return Slot(task, seed, settings, training, validation, label), drawn[:shots]
+    return Slot(task, seed, settings, training, validation, label, drawn[:shots])
 
 
-def _result(model: RoutedModel, training: SlotTraining, indices: Sequence[int]) -> Adapted:
+def _result(model: RoutedModel, training: SlotTraining) -> Adapted:
     """What a slot became, copied while the model holds it."""
     losses = training.losses
     tenth = max(1, len(losses) // 10)
@@ -332,7 +326,7 @@ def _result(model: RoutedModel, training: SlotTraining, indices: Sequence[int]) 
         task=training.slot.task,
         seed=training.slot.seed,
         settings=training.settings,
-        indices=indices,
+        indices=training.slot.indices,
         trained_parameters=sum(tensor.numel() for tensor in training.trained),
         steps=training.step,
         best_step=training.best_step,

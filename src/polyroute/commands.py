@@ -34,7 +34,7 @@ from polyroute.metrics import mean_and_error
 from polyroute.model import RoutedModel
 from polyroute.runs import DIGEST, check_run, digest, held, open_run, read_run, record
 from polyroute.sampling import draw_few_shot
-from polyroute.slots import Slots
+from polyroute.slots import check_starts
 from polyroute.suite import Suite, check_tasks, held_out_tasks, training_tasks, validate
 from polyroute.suites import open_suite
 from polyroute.trainer import MultiTaskTrainer, MultiTaskTrainingArguments
@@ -347,9 +347,8 @@ def _try_out(
     """Find out, before any work is lost, whether every task can begin."""
     for task in tasks:
         check_new(model, task)
-    for settings in choices.values():
-        with Slots(model, settings.phase, 1) as slots:
-            slots.start(0, seed=0, init=settings.init)
+    settings = list(choices.values())
+    check_starts(model, settings[0].phase, [each.init for each in settings])
 
 
 def _save_adapted(model: RoutedModel, folder: Path, route: str) -> None:

@@ -10,6 +10,7 @@ import torch
 from polyroute.errors import InputError
 from polyroute.kinds import ModelKind
 from polyroute.model import Phase, RoutedModel
+from polyroute.slots import has_one_skill
 
 __all__ = ["Budget", "bytes_of", "plan"]
 
@@ -88,8 +89,7 @@ def _trained(model: RoutedModel, phase: Phase, widths: int) -> int:
     row = 0 if shape is None else shape[0] * shape[1] * shape[2]
     if phase == "z":
         return row
-    is_plain = phase == "mu" or not model.adapter_config.has_router
-    skills = 1 if is_plain else model.inventory.num_skills
+    skills = 1 if has_one_skill(model, phase) else model.inventory.num_skills
     return model.inventory.rank * widths * skills + row
 
 

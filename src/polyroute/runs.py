@@ -16,6 +16,7 @@ import torch
 
 from polyroute.errors import InputError
 from polyroute.files import check_place, make_folder, read_json, write_json
+from polyroute.saved_routes import SHARDS
 
 try:
     import fcntl
@@ -211,7 +212,7 @@ def read_run(folder: str | os.PathLike[str]) -> dict[str, Any]:
 def digest(folder: str | os.PathLike[str]) -> str:
     """SHA-256 of the files of the inventory in a folder."""
     total = hashlib.sha256()
-    shards = sorted(path.name for path in Path(folder).glob("routes-*-of-*.safetensors"))
+    shards = sorted(path.name for path in Path(folder).glob(SHARDS))
     for name in ("polyroute.json", "inventory.safetensors", *shards):
         path = Path(folder) / name
         if path.is_file():

@@ -23,7 +23,7 @@ from polyroute.files import read_metadata, read_tensors, write_tensors
 from polyroute.kinds import ModelKind
 from polyroute.memory import Budget, plan
 from polyroute.model import Phase, RoutedModel
-from polyroute.slots import Slots
+from polyroute.slots import Slots, check_starts
 
 __all__ = ["AdaptSettings", "Slot", "SlotTraining", "train_slots"]
 
@@ -146,6 +146,8 @@ class Slot:
     validation_rows: Sequence[Row] = ()
     label: str = ""
     """What sets its settings apart from those of other slots; empty where they are alike."""
+    indices: Sequence[int] = ()
+    """Which of the task's examples `rows` are."""
 
     @property
     def name(self) -> str:
@@ -443,9 +445,7 @@ def _check(
     model: RoutedModel, kind: ModelKind, phase: Phase, slots: Sequence[Slot], folder: Path | None
 ) -> dict[str, str]:
     """Find out, before any work is lost, whether every slot can begin; the digests, by name."""
-    with Slots(model, phase, 1) as places:
-        for init in dict.fromkeys(slot.settings.init for slot in slots):
-            places.start(0, seed=0, init=init)
+    check_starts(model, phase, [slot.settings.init for slot in slots])
     for slot in slots:
         for rows in filter(None, (slot.rows, slot.validation_rows)):
             kind.collate(rows)

@@ -5,6 +5,7 @@ phase trains skills. For as long as slots are open the routed model holds them i
 tasks, so whatever takes a task's name takes a slot's.
 """
 
+from collections.abc import Iterable
 from contextlib import AbstractContextManager
 from dataclasses import replace
 from typing import Any
@@ -18,7 +19,26 @@ from polyroute.mixing import Mixer
 from polyroute.model import Phase, RoutedModel
 from polyroute.routes import MU, Routes
 
-__all__ = ["Slots"]
+__all__ = ["Slots", "check_starts", "has_one_skill"]
+
+
+def has_one_skill(model: RoutedModel, phase: Phase) -> bool:
+    """Whether what a slot trains of the skills is one plain adapter, taken whole.
+
+    The methods without routing have nothing else.
+    """
+    return phase == "mu" or not model.adapter_config.has_router
+
+
+def check_starts(model: RoutedModel, phase: Phase, inits: Iterable[str]) -> None:
+    """Make sure that slots can start, from each of these.
+
+    Raises:
+        InputError: as `Slots` and `Slots.start`.
+    """
+    with Slots(model, phase, 1) as slots:
+        for init in dict.fromkeys(inits):
+            slots.start(0, seed=0, init=init)
 
 
 class Slots(AbstractContextManager["Slots"]):
@@ -47,8 +67,7 @@ class Slots(AbstractContextManager["Slots"]):
             "inventory": model.inventory, "routes": model.routes, "mixer": model.mixer,
         }  # fmt: skip
         config, shape = model.adapter_config, model.routes.shape
-        # One plain adapter is one skill, whole: the methods without routing have nothing else.
-        is_plain = phase == "mu" or not config.has_router
+        is_plain = has_one_skill(model, phase)
         if is_plain:
             config = replace(config, method="private", num_skills=None, num_heads=1)
         has_logits = phase in ("full", "z", "random") and not is_plain
@@ -85,19 +104,19 @@ class Slots(AbstractContextManager["Slots"]):
             module.training = True
 
     @torch.no_grad()
-    def start(self, place: int, *, seed: int, init: str | Tensor = "uniform") -> None:
+    def start(self, place: int, *, seed: int, init: str = "uniform") -> None:
         """Make one slot as a new task is at the start of its phase.
 
         Args:
             place: the slot, counted from 0.
             seed: of what is drawn: fresh logits, and fresh skills in phase `random`.
-            init: as in `RoutedModel.add_task`.
+            init: `"uniform"`, or one of the model's tasks, whose row is copied.
 
         Raises:
             InputError: there is no such task to copy.
         """
         inventory, routes = self._own["inventory"], self._own["routes"]
-        name = init if isinstance(init, str) and init not in ("uniform", MU) else None
+        name = init if init not in ("uniform", MU) else None
         source = None if name is None else routes.row(name)
         if self.phase == "random":
             self.inventory.redraw_set(place, seed + 1)  # not the numbers that the logits get
@@ -105,9 +124,7 @@ class Slots(AbstractContextManager["Slots"]):
             is_private = self.model.adapter_config.method == "private"
             self.inventory.fill_set(place, inventory, source if is_private else None)
         if self.routes.logits is not None:
-            if isinstance(init, Tensor):
-                self.routes[place] = init
-            elif name is not None:
+            if name is not None:
                 self.routes[place] = routes[name]
             else:
                 self.routes.redraw(place, seed)
