@@ -33,6 +33,7 @@ ORDER = (
     "report",
     "model",
     "slots",
+    "optimizers",
     "build",
 )
 ALLOWED = {"torch", "safetensors", "polyroute"} | set(sys.stdlib_module_names)

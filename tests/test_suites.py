@@ -8,8 +8,8 @@ import datasets
 import pytest
 
 from polyroute.errors import InputError
-from polyroute.jsonl import JsonlSuite
 from polyroute.metrics import text_metric
+from polyroute.readers.jsonl import JsonlSuite
 from polyroute.routes import MU
 from polyroute.suite import (
     METRICS,

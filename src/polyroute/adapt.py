@@ -25,6 +25,7 @@ from polyroute.examples import encoded, encoded_records
 from polyroute.factors import Factors
 from polyroute.files import make_folder
 from polyroute.kinds import ModelKind
+from polyroute.metrics import acceptable_answers
 from polyroute.model import Phase, RoutedModel
 from polyroute.peft_export import write_peft_adapter
 from polyroute.sampling import draw_few_shot
@@ -52,7 +53,7 @@ class Adapted:
     last_loss: float
     """Means over the first and the last tenth of the steps."""
     validation_loss: float | None
-    """Of the result; None without validation examples."""
+    """Of the result; None where no loss of validation examples chose it."""
     diverged_at: int | None
     """The step at which the loss or a number was no longer finite: the result is worthless."""
     seconds: float
@@ -193,8 +194,19 @@ def adapt_suite(
     results: list[dict[str, Any]] = []
 
     @cache  # many slots are scored on the same rows
-    def scored_on(task: str) -> tuple[datasets.Dataset, Sequence[str]]:
-        return encoded(suite, task, split, kind), suite.split(task, split)["target"]
+    def scored_on(task: str) -> tuple[datasets.Dataset, Sequence[str | Sequence[str]]]:
+        return encoded(suite, task, split, kind), acceptable_answers(suite.split(task, split))
+
+    def chosen_by(training: SlotTraining) -> float:
+        slot, by = training.slot, training.settings.choose_by
+        rows, answers = scored_on(slot.task)
+        if not training.settings.looks_at_test:
+            drawn = list(slot.validation_indices)
+            rows = encoded(suite, slot.task, "train", kind).select(drawn)
+            answers = acceptable_answers(suite.split(slot.task, "train").select(drawn))
+        metric = suite.info(slot.task).metric
+        score, normalised = score_rows(model, kind, rows, answers, metric, route=training.route)
+        return score if normalised is None or not by.endswith("normalised") else normalised
 
     def finish(training: SlotTraining) -> None:
         task, settings = training.slot.task, training.settings
@@ -203,13 +215,14 @@ def adapt_suite(
         score: float | None = None
         normalised: float | None = None
         if adapted.diverged_at is None:
-            rows, targets = scored_on(task)
-            score, normalised = score_rows(model, kind, rows, targets, metric, route=training.route)
+            rows, answers = scored_on(task)
+            score, normalised = score_rows(model, kind, rows, answers, metric, route=training.route)
         result = {
             "task": task,
             "seed": training.slot.seed,
             "label": training.slot.label,
             "phase": settings.phase,
+            "chosen_by": settings.choose_by,
             "shots": len(training.slot.rows),
             "split": split,
             "metric": metric,
@@ -223,7 +236,9 @@ def adapt_suite(
 
     if slots:
         phase = slots[0].settings.phase
-        train_slots(model, kind, phase, slots, finish=finish, memory=memory, folder=folder)
+        train_slots(
+            model, kind, phase, slots, finish=finish, memory=memory, folder=folder, score=chosen_by
+        )
     nothing_else = not any(result["score"] is not None for result in done)
     if results and nothing_else and all(r["diverged_at"] is not None for r in results):
         first = results[0]
@@ -315,7 +330,8 @@ def _slot(task: str, seed: int, label: str, settings: AdaptSettings, rows: Seque
             f"task {task!r} has {len(rows)} examples, and {held} are for validation: none is left"
         )
     training, validation = ([rows[i] for i in part] for part in (drawn[:shots], drawn[shots:]))
-    return Slot(task, seed, settings, training, validation, label, drawn[:shots])
+    indices = drawn[:shots], drawn[shots:]
+    return Slot(task, seed, settings, training, validation, label, *indices)
 
 
 def _result(model: RoutedModel, training: SlotTraining) -> Adapted:
@@ -332,7 +348,7 @@ def _result(model: RoutedModel, training: SlotTraining) -> Adapted:
         best_step=training.best_step,
         first_loss=sum(losses[:tenth]) / tenth,
         last_loss=sum(losses[-tenth:]) / tenth,
-        validation_loss=training.best_loss,
+        validation_loss=training.best_loss if training.settings.choose_by == "loss" else None,
         diverged_at=training.diverged_at,
         seconds=training.seconds,
         route=None if model.routes.logits is None else model.routes[training.route].cpu(),

@@ -19,6 +19,8 @@ __all__ = [
     "Ids",
     "Row",
     "choice_counts",
+    "choice_index",
+    "choice_labels",
     "evaluating",
     "flat_choices",
     "flat_tasks",
@@ -27,6 +29,7 @@ __all__ = [
     "padded",
     "tasks_of",
     "token_loss",
+    "token_losses",
 ]
 
 Ids = list[int]
@@ -54,10 +57,30 @@ def choice_counts(rows: Sequence[Row]) -> list[int]:
     for row in rows:
         if not row["choice_ids"]:
             raise InputError(
-                f"task {row['task']!r} has a row without choices: use a text-generating base, or "
-                "tasks with choices"
+                f"task {row['task']!r} has a row without choices: use a text-generating base with "
+                "objective 'lm', or tasks with choices"
             )
     return [len(row["choice_ids"]) for row in rows]
+
+
+def choice_index(rows: Sequence[Row]) -> Tensor:
+    """Which of N each row's choices are: `[B, C]`, -1 where a row has fewer than C."""
+    places = iter(range(sum(choice_counts(rows))))
+    return padded([[next(places) for _ in row["choice_ids"]] for row in rows], -1)
+
+
+def choice_labels(rows: Sequence[Row]) -> Tensor:
+    """Which of a row's choices is right: `[B]`.
+
+    Raises:
+        InputError: a target is not one of them.
+    """
+    for row in rows:
+        if row["label"] < 0:
+            raise InputError(
+                f"a target of task {row['task']!r} is not one of its choices: add it to them"
+            )
+    return torch.tensor([row["label"] for row in rows])
 
 
 def flat_choices(rows: Sequence[Row]) -> Tensor:
@@ -76,16 +99,25 @@ def token_loss(model: nn.Module, batch: Mapping[str, Any]) -> Tensor:
     return loss
 
 
+def token_losses(logits_NLV: Tensor, labels_NL: Tensor, label_smoothing: float = 0.0) -> Tensor:
+    """Cross-entropy of every label, and 0 where there is none: `[N, L]`, at least float32."""
+    taken_NL = labels_NL != IGNORED
+    dtype = torch.promote_types(logits_NLV.dtype, torch.float32)
+    loss_NL = torch.zeros(labels_NL.shape, dtype=dtype, device=labels_NL.device)
+    # Only the labelled places in float32, and no sum by index: both small and deterministic.
+    loss_NL[taken_NL] = F.cross_entropy(
+        logits_NLV[taken_NL].to(dtype),
+        labels_NL[taken_NL],
+        label_smoothing=label_smoothing,
+        reduction="none",
+    )
+    return loss_NL
+
+
 def log_probs(logits_NLV: Tensor, labels_NL: Tensor) -> Tensor:
     """Log-probability of each row's labels, and the same per token: float32 `[N, 2]`."""
-    taken_NL = labels_NL != IGNORED
-    log_NL = torch.zeros(labels_NL.shape, device=labels_NL.device)
-    # Only the labelled places in float32, and no sum by index: both small and deterministic.
-    log_NL[taken_NL] = -F.cross_entropy(
-        logits_NLV[taken_NL].float(), labels_NL[taken_NL], reduction="none"
-    )
-    sum_N = log_NL.sum(1)
-    return torch.stack([sum_N, sum_N / taken_NL.sum(1)], dim=1)
+    sum_N = -token_losses(logits_NLV, labels_NL).float().sum(1)
+    return torch.stack([sum_N, sum_N / (labels_NL != IGNORED).sum(1)], dim=1)
 
 
 def on_device_of(model: nn.Module, batch: Mapping[str, Any]) -> dict[str, Any]:

@@ -1,9 +1,8 @@
 """The kind of decoder-only models."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
 
@@ -11,33 +10,29 @@ from polyroute.batches import (
     IGNORED,
     Ids,
     Row,
-    choice_counts,
-    evaluating,
     flat_tasks,
-    log_probs,
-    on_device_of,
     padded,
     tasks_of,
-    token_loss,
 )
 from polyroute.errors import InputError
-from polyroute.kind import ModelKind
+from polyroute.objectives import Objective
+from polyroute.text_kind import TextKind
 
 __all__ = ["CausalKind"]
 
 
-class CausalKind(ModelKind):
+class CausalKind(TextKind):
     """Decoder-only models, such as Llama: one sequence of prompt, newline, target and end token.
 
     Where a sequence is longer than `max_input + max_target` or the model's positions, the
     beginning of its prompt goes (after the first token, where that is a BOS), never its target.
     A batch is `input_ids`, `attention_mask`, `labels` `[B, L]` and `tasks`; `labels` are -100 on
-    prompt and padding. Padding is on the right, so that positions count from 0 in every
+    prompt and padding. Where choices are compared, each is a row of its own, after its prompt: B is
+    then N. Padding is on the right, so that positions count from 0 in every
     architecture, and on the left for generation, where `generate` derives them from the mask.
     """
 
     name = "causal"
-    supports_generation = True
     auto_class = AutoModelForCausalLM
 
     def __init__(
@@ -47,10 +42,15 @@ class CausalKind(ModelKind):
         max_input: int = 256,
         max_target: int = 64,
         max_positions: int | None = None,
+        objective: str | Objective = "lm",
     ) -> None:
-        """Set the lengths, in tokens, as `ModelKind` does."""
+        """Set the lengths, in tokens, and the objective, as `ModelKind` does."""
         super().__init__(
-            tokenizer, max_input=max_input, max_target=max_target, max_positions=max_positions
+            tokenizer,
+            max_input=max_input,
+            max_target=max_target,
+            max_positions=max_positions,
+            objective=objective,
         )
         self.limit = min(max_input + max_target, self.max_positions)
         self.max_target = min(max_target, self.limit - 1)  # a token needs one before it
@@ -88,8 +88,7 @@ class CausalKind(ModelKind):
             "tasks": tasks,
         }
 
-    def collate(self, rows: Sequence[Row]) -> dict[str, Any]:
-        """As `ModelKind.collate`."""
+    def _targets(self, rows: Sequence[Row]) -> dict[str, Any]:
         targets = [row["target_ids"] for row in rows]
         prompts = [
             self._fitted(row["prompt_ids"], self.limit - len(target))
@@ -97,36 +96,23 @@ class CausalKind(ModelKind):
         ]
         return self._batch(prompts, targets, tasks_of(rows))
 
-    def loss(self, model: nn.Module, batch: Mapping[str, Any]) -> Tensor:
-        """Mean cross-entropy over the target tokens of the batch."""
-        return token_loss(model, batch)
-
-    def row_losses(self, model: nn.Module, batch: Mapping[str, Any]) -> Tensor:
-        """As `ModelKind.row_losses`: over target tokens."""
-        batch = on_device_of(model, batch)
-        labels_BL = batch.pop("labels")  # without them the model computes no loss
-        logits_BLV = model(**batch, use_cache=False).logits
-        return -log_probs(logits_BLV[:, :-1], labels_BL[:, 1:])[:, 0]
-
-    def row_counts(self, rows: Sequence[Row]) -> list[int]:
-        """The length of each target."""
-        return [len(row["target_ids"]) for row in rows]
-
-    def scores(self, model: nn.Module, rows: Sequence[Row]) -> list[Tensor]:
-        """As `ModelKind.scores`; the forward has a row, prompt included, for each choice."""
-        counts = choice_counts(rows)
+    def _choices(self, rows: Sequence[Row]) -> dict[str, Any]:
+        # All choices of a row see the same prompt, the one that leaves room for the longest.
         prompts = [
-            # All choices of a row see the same prompt, the one that leaves room for the longest.
             self._fitted(row["prompt_ids"], self.limit - max(map(len, row["choice_ids"])))
             for row in rows
+            for _ in row["choice_ids"]
         ]
-        repeated = [p for p, count in zip(prompts, counts, strict=True) for _ in range(count)]
         choices = [choice for row in rows for choice in row["choice_ids"]]
-        batch = on_device_of(model, self._batch(repeated, choices, flat_tasks(rows)))
-        labels_NL = batch.pop("labels")  # without them the model computes no loss
-        with evaluating(model):
-            logits_NLV = model(**batch, use_cache=False).logits
-        return list(torch.split(log_probs(logits_NLV[:, :-1], labels_NL[:, 1:]), counts))
+        return self._batch(prompts, choices, flat_tasks(rows))
+
+    def _target_logits(self, model: nn.Module, batch: dict[str, Any]) -> tuple[Tensor, Tensor]:
+        labels_BL = batch.pop("labels")  # without them the model computes no loss
+        logits_BLV = model(**batch, use_cache=False).logits
+        return logits_BLV[:, :-1], labels_BL[:, 1:]
+
+    def _choice_logits(self, model: nn.Module, batch: dict[str, Any]) -> tuple[Tensor, Tensor]:
+        return self._target_logits(model, batch)
 
     def generate(
         self,

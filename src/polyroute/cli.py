@@ -2,7 +2,8 @@
 
 import math
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import fields
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -10,6 +11,7 @@ import typer
 import yaml
 
 from polyroute.errors import InputError, did_you_mean
+from polyroute.recipes import read_recipe, read_yaml
 
 __all__ = ["app", "main"]
 
@@ -18,7 +20,16 @@ SEEDS = 2**32
 MOST = 2**31 - 1
 """No whole number may be larger; torch and numpy cannot count further everywhere."""
 TRAINING_PHASES = ("full", "mu")
-"""The others start from an inventory that has learned something."""
+CONTINUED_PHASES = ("z", "mu-uncollapsed")
+"""They start from an inventory that has learned something."""
+FROM_START = (
+    "model", "dtype", "max_input", "max_target", "method", "adapter", "skills", "heads", "rank",
+    "alpha", "target", "exclude", "granularity", "init", "gate", "normalization", "dropout",
+    "logit_dropout", "shared_skill", "anneal_steps",
+)  # fmt: skip
+"""Options of training that cannot change when it goes on from another run."""
+TRAINING_OPTIMIZERS = ("adamw", "adafactor")
+SCHEDULES = ("linear", "constant")
 
 app = typer.Typer(
     help="Train one inventory of LoRA skills on many tasks, and adapt it to new ones.",
@@ -31,39 +42,50 @@ app = typer.Typer(
 
 def _read_config(context: typer.Context, path: Path | None) -> Path | None:
     """Make the entries of a YAML file the defaults of the command's options."""
-    if path is None:
-        return None
-    try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
-    except OSError as error:
-        raise InputError(f"cannot read the config {path}: {error.strerror}") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        reason = " ".join(str(error).split())
-        raise InputError(f"the config {path} is not valid YAML: {reason}") from error
-    if not isinstance(values, dict):
-        raise InputError(f"the config {path} must hold `option: value` lines")
-    known = {str(p.name) for p in context.command.params} - {"config"}
-    flags = {str(p.name) for p in context.command.params if getattr(p, "is_flag", False)}
-    several = {str(p.name) for p in context.command.params if getattr(p, "multiple", False)}
+    if path is not None:
+        values = read_yaml(path, f"the config {path}")
+        defaults = _defaults(context.command, values, f"config key {{!r}} in {path}")
+        context.default_map = {**(context.default_map or {}), **defaults}
+    return path
+
+
+def _read_recipe(context: typer.Context, name: str | None) -> str | None:
+    """Make what a recipe says the defaults, where no config says otherwise."""
+    if name is not None:
+        command = context.command
+        values = read_recipe(name)[str(command.name)]
+        defaults = _defaults(command, values, f"{command.name} key {{!r}} of the recipe {name}")
+        context.default_map = {**defaults, **(context.default_map or {})}
+    return name
+
+
+def _defaults(command: Any, values: Mapping[Any, Any], where: str) -> dict[str, Any]:
+    """Options as a file gives them, as defaults of a command.
+
+    Args:
+        command: whose options they are.
+        values: by the names of options, with hyphens or underscores.
+        where: begins the sentence of an error; the key goes into its braces.
+    """
+    options = {str(p.name): p for p in command.params if p.name not in ("config", "help")}
     defaults: dict[str, Any] = {}
     for key, value in values.items():
         name = str(key).replace("-", "_")
-        if name not in known:
+        if name not in options:
+            raise InputError(f"{where.format(key)} does not exist: {did_you_mean(name, options)}")
+        option = options[name]
+        is_flag = getattr(option, "is_flag", False)
+        is_unset = value is None and option.default is not None
+        if isinstance(value, dict) or is_unset or (isinstance(value, bool) and not is_flag):
             raise InputError(
-                f"config key {key!r} in {path} does not exist: {did_you_mean(name, known)}"
-            )
-        if isinstance(value, dict) or (isinstance(value, bool) and name not in flags):
-            raise InputError(
-                f"config key {key!r} in {path} cannot be {value!r}; if it is meant as text, put it "
-                "in quotes"
+                f"{where.format(key)} cannot be {value!r}; if it is meant as text, put it in quotes"
             )
         is_list = isinstance(value, list)
-        if name in several:
+        if getattr(option, "multiple", False):
             defaults[name] = list(map(str, value)) if is_list else [str(value)]
         else:
             defaults[name] = ",".join(map(str, value)) if is_list else value
-    context.default_map = {**(context.default_map or {}), **defaults}
-    return path
+    return defaults
 
 
 Config = Annotated[
@@ -74,9 +96,41 @@ Config = Annotated[
         help="YAML file with any of these options; the command line wins.",
     ),
 ]
-Data = Annotated[str, typer.Option(help="Suite: a folder with one JSONL file per task.")]
+Recipe = Annotated[
+    str | None,
+    typer.Option(
+        is_eager=True,
+        callback=_read_recipe,
+        help="Published settings as defaults: paper, paper-t0, paper-superni, or a YAML file.",
+    ),
+]
+Reader = Annotated[
+    list[str] | None,
+    typer.Option(help="Option of the suite's reader, such as seed=1024. Repeat for more."),
+]
+Data = Annotated[
+    str,
+    typer.Option(
+        help="Suite: a folder of JSONL, CSV or Parquet files, a YAML file of hub data sets, or a "
+        "copy of Super-NaturalInstructions or P3; see docs/data.md."
+    ),
+]
 Run = Annotated[Path, typer.Argument(help="Folder that `polyroute train` wrote.")]
 TaskNames = Annotated[str | None, typer.Option(help="Task names, separated by commas.")]
+ScaleParameter = Annotated[
+    bool,
+    typer.Option(
+        "--scale-parameter/--no-scale-parameter",
+        help="Of adafactor: steps in proportion to the size of what they change.",
+    ),
+]
+MaxGradNorm = Annotated[float, typer.Option(help="All gradients together are clipped to it.")]
+RouteWeightDecay = Annotated[
+    float, typer.Option(help="Of the routing: pulls it to the uniform mixture.")
+]
+Objective = Annotated[
+    str, typer.Option(help="What is learned: lm, t-few (compares choices) or superni (smoothed).")
+]
 Resume = Annotated[bool, typer.Option("--resume", help="Continue the run in the --out folder.")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace the run in --out.")]
 
@@ -107,16 +161,21 @@ def demo(
 @app.command()
 def train(
     context: typer.Context,
-    model: Annotated[
-        str,
-        typer.Option(help="Base model: folder, hub id, `demo`, or `package:NAME` (inside NAME)."),
-    ],
     data: Data,
     out: Annotated[Path, typer.Option(help="Folder of the run.")],
+    model: Annotated[
+        str | None,
+        typer.Option(help="Base model: folder, hub id, `demo`, or `package:NAME` (inside NAME)."),
+    ] = None,
+    start: Annotated[
+        Path | None,
+        typer.Option(help="Go on from the inventory of this run; it says what is trained on what."),
+    ] = None,
     dtype: Annotated[
         str, typer.Option(help="Of the base model: float32, bfloat16 or float16.")
     ] = "float32",
     tasks: TaskNames = None,
+    reader: Reader = None,
     method: Annotated[str, typer.Option(help="mhr, poly, shared or private.")] = "mhr",
     adapter: Annotated[str, typer.Option(help="lora or ia3.")] = "lora",
     skills: Annotated[int | None, typer.Option(help="Skills in the inventory [8].")] = None,
@@ -136,19 +195,38 @@ def train(
         str, typer.Option(help="sigmoid, relaxed_bernoulli or straight_through.")
     ] = "sigmoid",
     normalization: Annotated[str, typer.Option(help="sum, l2 or average_correction.")] = "sum",
+    logit_dropout: Annotated[
+        float, typer.Option(help="Probability with which a gate is dropped in training.")
+    ] = 0.0,
+    shared_skill: Annotated[
+        bool, typer.Option("--shared-skill", help="The last skill is always on, for every task.")
+    ] = False,
+    anneal_steps: Annotated[
+        int, typer.Option(help="Last steps, over which routing moves to the uniform mixture.")
+    ] = 0,
     dropout: Annotated[float, typer.Option(help="Dropout of the adapter's input.")] = 0.0,
-    phase: Annotated[str, typer.Option(help="full or mu.")] = "full",
+    phase: Annotated[
+        str, typer.Option(help="full or mu; with --start also z or mu-uncollapsed.")
+    ] = "full",
+    objective: Objective = "lm",
     steps: Annotated[int, typer.Option(help="Optimizer steps.")] = 1000,
     batch_size: Annotated[int, typer.Option(help="Examples in a step on one device.")] = 32,
     accumulation: Annotated[int, typer.Option(help="Micro-batches added up in a step.")] = 1,
     lr: Annotated[float, typer.Option(help="Learning rate of the skills.")] = 1e-3,
     route_lr: Annotated[float, typer.Option(help="Learning rate of the routing.")] = 0.1,
-    weight_decay: Annotated[float, typer.Option(help="Of the skills; routing has none.")] = 0.0,
+    weight_decay: Annotated[float, typer.Option(help="Of the skills.")] = 0.0,
+    route_weight_decay: RouteWeightDecay = 0.0,
+    optimizer: Annotated[str, typer.Option(help="adamw or adafactor.")] = "adamw",
+    scale_parameter: ScaleParameter = True,
+    max_grad_norm: MaxGradNorm = 1.0,
     rowwise: Annotated[
         bool,
         typer.Option("--rowwise", help="Step only the batch's tasks; for thousands of tasks."),
     ] = False,
     warmup: Annotated[float, typer.Option(help="Share of steps that warm up.")] = 0.06,
+    schedule: Annotated[
+        str, typer.Option(help="Of the rates after that: linear (down to 0) or constant.")
+    ] = "linear",
     temperature: Annotated[
         float, typer.Option(help="Task sampling: 1 by size, inf equally often.")
     ] = 1.0,
@@ -161,9 +239,14 @@ def train(
         bool, typer.Option("--checkpointing", help="Save memory: recompute activations.")
     ] = False,
     save_steps: Annotated[int, typer.Option(help="Steps between checkpoints.")] = 500,
+    alignment_steps: Annotated[
+        int | None,
+        typer.Option(help="Steps between measurements of gradient alignment, such as 100 [none]."),
+    ] = None,
     report_to: Annotated[str, typer.Option(help="none, tensorboard, wandb ...")] = "none",
     resume: Resume = False,
     overwrite: Overwrite = False,
+    recipe: Recipe = None,
     config: Config = None,
 ) -> None:
     """Train an inventory and its routing on the training tasks of a suite.
@@ -177,11 +260,21 @@ def train(
     options["target"] = _target(target)
     options["exclude"] = None if exclude is None else _target(exclude)
     options["tasks"] = _names(tasks)
+    options["reader"] = _reader(reader or [])
     _positive(
         steps=steps, batch_size=batch_size, accumulation=accumulation, lr=lr, route_lr=route_lr,
         temperature=temperature, save_steps=save_steps, max_input=max_input, max_target=max_target,
+        max_grad_norm=max_grad_norm,
     )  # fmt: skip
-    _check_training(phase, weight_decay, warmup, cap, seed)
+    _check_start(context, model, start)
+    _check_training(phase, warmup, cap, seed, is_fresh=start is None)
+    _not_negative(weight_decay=weight_decay, route_weight_decay=route_weight_decay)
+    _check_optimizer(optimizer, schedule, scale_parameter=scale_parameter, rowwise=rowwise)
+    if anneal_steps > steps:
+        raise InputError(f"--anneal-steps {anneal_steps} is more than the {steps} of --steps")
+    options["alignment_steps"] = alignment_steps or None
+    if alignment_steps:
+        _positive(alignment_steps=alignment_steps)
     train_run(options)
 
 
@@ -191,24 +284,35 @@ def adapt(
     run: Run,
     data: Data,
     tasks: TaskNames = None,
+    reader: Reader = None,
     shots: Annotated[int, typer.Option(help="Training examples of each new task.")] = 32,
     phase: Annotated[str, typer.Option(help="full, z, mu, mu-uncollapsed or random.")] = "mu",
+    objective: Objective = "lm",
     seeds: Annotated[str, typer.Option(help="One draw and one training each.")] = "42,1024,0",
     steps: Annotated[int, typer.Option(help="Optimizer steps of each.")] = 100,
     batch_size: Annotated[int, typer.Option(help="Examples in a step.")] = 16,
     lr: Annotated[float, typer.Option(help="Learning rate of the skills.")] = 3e-3,
     route_lr: Annotated[float, typer.Option(help="Learning rate of the routing.")] = 0.1,
     weight_decay: Annotated[float, typer.Option(help="Of the skills.")] = 0.0,
+    route_weight_decay: RouteWeightDecay = 0.0,
     optimizer: Annotated[str, typer.Option(help="adamw, adafactor or sgd.")] = "adamw",
+    scale_parameter: ScaleParameter = True,
     warmup: Annotated[float, typer.Option(help="Share of the steps in which rates rise.")] = 0.06,
-    max_grad_norm: Annotated[float, typer.Option(help="Gradients are clipped to it.")] = 1.0,
+    max_grad_norm: MaxGradNorm = 1.0,
     init: Annotated[
-        str, typer.Option(help="`uniform`, or a task whose route to copy.")
+        str,
+        typer.Option(help="Start: `uniform`, `nearest` (the best training tasks), or a task."),
     ] = "uniform",
     validation_shots: Annotated[
         int, typer.Option(help="More examples of each task, whose loss chooses the best step.")
     ] = 0,
     eval_steps: Annotated[int, typer.Option(help="Steps between looks at them.")] = 10,
+    choose_by: Annotated[
+        str,
+        typer.Option(
+            help="What chooses: their loss or score; or test_score, as published T0 runs do."
+        ),
+    ] = "loss",
     patience: Annotated[
         int | None, typer.Option(help="Looks without a better loss before stopping early.")
     ] = None,
@@ -226,6 +330,7 @@ def adapt(
     ] = None,
     resume: Resume = False,
     overwrite: Overwrite = False,
+    recipe: Recipe = None,
     config: Config = None,
 ) -> None:
     """Adapt a trained inventory to new tasks from a few examples, and score the result.
@@ -241,6 +346,7 @@ def adapt(
 
     options = dict(context.params)
     options["tasks"] = None if tasks == "all" else _names(tasks)
+    options["reader"] = _reader(reader or [])
     options["seeds"] = _seeds(seeds)
     options["grid"] = _grid(grid or [])
     options["out"] = out or run / f"adapt-{phase}-{shots}"
@@ -252,6 +358,7 @@ def evaluate(
     run: Run,
     data: Data,
     tasks: TaskNames = None,
+    reader: Reader = None,
     zero_shot: Annotated[
         bool,
         typer.Option("--zero-shot", help="Route every task as the average of the skills."),
@@ -268,35 +375,180 @@ def evaluate(
     from polyroute.commands import evaluate_run
 
     _positive(batch_size=batch_size)
-    evaluate_run(run, data, _names(tasks), zero_shot, split, batch_size, out)
+    options = _reader(reader or [])
+    evaluate_run(run, data, _names(tasks), zero_shot, split, batch_size, out, options)
+
+
+@app.command()
+def reproduce(
+    preset: Annotated[str, typer.Argument(help="suite, superni or t0.")],
+    out: Annotated[Path, typer.Option(help="Folder of the results; each method has one in it.")],
+    model: Annotated[str | None, typer.Option(help="Base model [the paper's].")] = None,
+    data: Annotated[str | None, typer.Option(help="Suite, in the format of the preset.")] = None,
+    methods: Annotated[
+        str | None, typer.Option(help="Of the preset, separated by commas [all].")
+    ] = None,
+    selection: Annotated[
+        str,
+        typer.Option(help="Of the best step: separate, or paper as published, some on test data."),
+    ] = "separate",
+    set_: Annotated[
+        list[str] | None,
+        typer.Option("--set", help="Replace a value: train.steps=3, seeds=[0]. Repeat for more."),
+    ] = None,
+    quick: Annotated[
+        bool, typer.Option("--quick", help="A tenth of the work and one seed, to see that it runs.")
+    ] = False,
+    resume: Resume = False,
+    overwrite: Overwrite = False,
+) -> None:
+    """Run the paper's experiments: train every method, adapt it in every phase, compare.
+
+    Everything is checked before anything is trained. Stages that are done are not done again.
+
+    Example: `polyroute reproduce t0 --data T0 --methods mhr,poly,shared --out runs/t0`
+    """
+    from polyroute.reproduce import reproduce as run_preset
+
+    run_preset(
+        preset, out, _command, model=model, data=data,
+        methods=None if methods is None else [name.strip() for name in methods.split(",")],
+        selection=selection, settings=_settings(set_ or []), quick=quick, resume=resume,
+        overwrite=overwrite,
+    )  # fmt: skip
+
+
+def _command(name: str, options: Mapping[str, Any]) -> Callable[[], None]:
+    """Check the options of a command; what is returned runs it."""
+    command: Any = typer.main.get_command(app)
+    command = command.commands[name]
+    defaults = _defaults(command, options, f"option {{!r}} of polyroute {name}")
+    context = command.make_context(name, [], default_map=defaults)
+    if name == "adapt":  # which checks its settings when it begins: after all of training
+        from polyroute.slot_training import AdaptSettings
+
+        AdaptSettings(**{f.name: context.params[f.name] for f in fields(AdaptSettings)})
+
+    def run() -> None:
+        with context:
+            command.invoke(context)
+
+    return run
+
+
+def _settings(texts: Sequence[str]) -> dict[str, Any]:
+    """`train.steps=3` as a place in a preset and its value, which is YAML."""
+    found: dict[str, Any] = {}
+    for text in texts:
+        place, equals, value = text.partition("=")
+        if not equals:
+            raise InputError(f"--set {text!r} must be a place and its value: train.steps=3")
+        try:
+            found[place.strip()] = yaml.safe_load(value)
+        except yaml.YAMLError as error:
+            raise InputError(f"--set {text!r}: the value is not valid YAML") from error
+    return found
 
 
 @app.command()
 def export(
     run: Run,
-    task: Annotated[str, typer.Option(help="Task name, or `mu` for the average of the skills.")],
-    out: Annotated[Path, typer.Option(help="Folder of the adapter.")],
+    out: Annotated[Path, typer.Option(help="Folder to write to; for mttl also a name.ckpt.")],
+    task: Annotated[
+        str | None,
+        typer.Option(help="Task name, or `mu` for the average of the skills; for peft alone."),
+    ] = None,
+    format: Annotated[
+        str,
+        typer.Option(help="peft: one task as a LoRA. mttl or peft-poly: skills and all routes."),
+    ] = "peft",
 ) -> None:
-    """Write one task as an ordinary PEFT LoRA, equal in function.
+    """Write one task as an ordinary PEFT LoRA, equal in function, or all for another program.
 
     Example: `polyroute export runs/mhr --task mnli --out out/mnli`
     """
     from polyroute.commands import export_run
 
-    export_run(run, task, out)
+    export_run(run, task, out, format)
+
+
+@app.command("import")
+def import_(
+    context: typer.Context,
+    source: Annotated[Path, typer.Argument(help="Checkpoint of mttl (.ckpt) or PEFT Poly folder.")],
+    model: Annotated[str, typer.Option(help="The base model that it was trained on, as in train.")],
+    out: Annotated[Path, typer.Option(help="Folder of the run.")],
+    format: Annotated[
+        str | None,
+        typer.Option(help="mttl, mttl-main or peft-poly [by what is there]."),
+    ] = None,
+    tasks_file: Annotated[
+        Path | None,
+        typer.Option(help="Names of the routing rows: one a line, or a JSON list [numbers]."),
+    ] = None,
+    allow_pickle: Annotated[
+        bool,
+        typer.Option("--allow-pickle", help="Read .ckpt, .pt and .bin; runs no code in them."),
+    ] = False,
+    dtype: Annotated[
+        str, typer.Option(help="Of the base model: float32, bfloat16 or float16.")
+    ] = "float32",
+    max_input: Annotated[int, typer.Option(help="Most tokens of a prompt.")] = 256,
+    max_target: Annotated[int, typer.Option(help="Most tokens of a target.")] = 64,
+    overwrite: Overwrite = False,
+    config: Config = None,
+) -> None:
+    """Make a run of an inventory that another program trained; the other commands then take it.
+
+    Example: `polyroute import mhr.ckpt --model google/t5-xl-lm-adapt --out runs/mhr --allow-pickle`
+    """
+    from polyroute.commands import import_run
+
+    _positive(max_input=max_input, max_target=max_target)
+    import_run(context.params)
 
 
 @app.command()
-def inspect(run: Run) -> None:
+def inspect(
+    run: Run,
+    data: Annotated[
+        str | None,
+        typer.Option(help="Suite: compares routes with the categories of its tasks."),
+    ] = None,
+) -> None:
     """Show what a run holds: sizes, tasks, and which skills they use.
 
-    Reads the run alone; the base model is not needed.
+    The base model is not needed.
 
-    Example: `polyroute inspect runs/mhr`
+    Example: `polyroute inspect runs/mhr --data SUITE`
     """
     from polyroute.commands import inspect_run
 
-    inspect_run(run)
+    inspect_run(run, data)
+
+
+@app.command()
+def report(
+    runs: Annotated[list[Path], typer.Argument(help="Folders that train, adapt or demo wrote.")],
+    out: Annotated[Path, typer.Option(help="The page; an older report is replaced.")] = Path(
+        "report.html"
+    ),
+    data: Annotated[
+        str | None, typer.Option(help="Suite with the categories of tasks [that of the runs].")
+    ] = None,
+) -> None:
+    """Show what runs came to on one HTML page: tables, curves, alignment, and how tasks are routed.
+
+    The page needs no network. Its figures (PNG, SVG) and numbers (CSV) go to a folder beside it. A
+    run of train brings the adaptations and scores in its folder. Runs that differ by their seed
+    alone are one line of the table.
+
+    Example: `polyroute report runs/shared runs/poly runs/mhr --out report.html`
+    """
+    from polyroute.report_page import write_report
+
+    beside = write_report(runs, out, data=data)
+    print(f"the report is {out}; its figures and numbers are in {beside}")
 
 
 def _names(text: str | None) -> list[str] | None:
@@ -334,7 +586,20 @@ def _grid(texts: Sequence[str]) -> dict[str, list[Any]]:
     return found
 
 
+def _reader(texts: Sequence[str]) -> dict[str, Any] | None:
+    """`seed=1024` as the name of an option of a reader and its value."""
+    found: dict[str, Any] = {}
+    for text in texts:
+        name, equals, value = text.partition("=")
+        if not equals:
+            raise InputError(f"--reader {text!r} must be an option and its value: seed=1024")
+        found[name.strip().replace("-", "_")] = _value(value.strip())
+    return found or None  # so that runs from before there were readers' options can go on
+
+
 def _value(text: str) -> Any:
+    if text in ("true", "false"):
+        return text == "true"
     for number in (int, float):
         try:
             return number(text)
@@ -360,13 +625,45 @@ def _positive(**options: float) -> None:
             raise InputError(f"--{name.replace('_', '-')} must be at most {MOST}, not {value}")
 
 
+def _not_negative(**options: float) -> None:
+    for name, value in options.items():
+        if not 0 <= value < math.inf:
+            raise InputError(
+                f"--{name.replace('_', '-')} must be finite and not negative, not {value:g}"
+            )
+
+
+def _check_optimizer(name: str, schedule: str, *, scale_parameter: bool, rowwise: bool) -> None:
+    if name not in TRAINING_OPTIMIZERS:
+        raise InputError(f"unknown optimizer {name!r} of training; use adamw or adafactor")
+    if schedule not in SCHEDULES:
+        raise InputError(f"unknown schedule {schedule!r}; use linear or constant")
+    if name != "adafactor" and not scale_parameter:
+        raise InputError("--no-scale-parameter is for adafactor; add --optimizer adafactor")
+    if name != "adamw" and rowwise:
+        raise InputError(f"--rowwise is an AdamW; leave it out with --optimizer {name}")
+
+
+def _check_start(context: typer.Context, model: str | None, start: Path | None) -> None:
+    if start is None:
+        if model is None:
+            raise InputError("name a base model with --model, or a run to go on from with --start")
+        return
+    for name in FROM_START:
+        source = context.get_parameter_source(name)
+        if source is not None and source.name == "COMMANDLINE":
+            raise InputError(
+                f"--{name.replace('_', '-')} comes from the run that --start names; leave it out"
+            )
+
+
 def _check_training(
-    phase: str, weight_decay: float, warmup: float, cap: int | None, seed: int
+    phase: str, warmup: float, cap: int | None, seed: int, *, is_fresh: bool
 ) -> None:
-    if phase not in TRAINING_PHASES:
-        raise InputError(f"unknown phase {phase!r} of training; use full or mu")
-    if not 0 <= weight_decay < math.inf:
-        raise InputError(f"--weight-decay must be finite and not negative, not {weight_decay:g}")
+    allowed = TRAINING_PHASES if is_fresh else (*TRAINING_PHASES, *CONTINUED_PHASES)
+    if phase not in allowed:
+        more = "; others go on from a run, with --start" if is_fresh else ""
+        raise InputError(f"unknown phase {phase!r} of training; use {' or '.join(allowed)}{more}")
     if not 0 <= warmup < 1:
         raise InputError(f"--warmup must be at least 0 and below 1, not {warmup:g}")
     if cap is not None:

@@ -19,19 +19,24 @@ from rich.table import Table
 from transformers import TrainerCallback
 
 from polyroute.adapt import AdaptSettings, adapt_suite, check_new, variants
-from polyroute.analysis import describe_checkpoint
-from polyroute.build import attach, loaded
+from polyroute.alignment import AlignmentCallback
+from polyroute.analysis import analyse, describe_checkpoint
+from polyroute.build import attach, from_checkpoint, loaded
 from polyroute.checkpoint import Checkpoint, read_checkpoint
 from polyroute.config import MHRConfig
 from polyroute.errors import InputError
-from polyroute.evaluate import TaskScore, check_answerable, evaluate, macro_average
+from polyroute.evaluate import TaskScore, evaluate, macro_average
 from polyroute.examples import encoded_mixture
+from polyroute.exchange import check_export, read_inventory, write_inventory
+from polyroute.exchange.foreign import read_names
 from polyroute.files import check_place, make_folder, read_json, write_json, write_tensors
 from polyroute.kinds import ModelKind, kind_of
-from polyroute.loading import load_base
+from polyroute.loading import load_base, load_suite
 from polyroute.memory import plan
 from polyroute.metrics import mean_and_error
 from polyroute.model import RoutedModel
+from polyroute.objectives import Objective
+from polyroute.optimizers import summary
 from polyroute.runs import DIGEST, check_run, digest, held, open_run, read_run, record
 from polyroute.sampling import draw_few_shot
 from polyroute.slots import check_starts
@@ -39,10 +44,22 @@ from polyroute.suite import Suite, check_tasks, held_out_tasks, training_tasks, 
 from polyroute.suites import open_suite
 from polyroute.trainer import MultiTaskTrainer, MultiTaskTrainingArguments
 
-__all__ = ["adapt_run", "base_of", "evaluate_run", "export_run", "inspect_run", "train_run"]
+__all__ = [
+    "adapt_run",
+    "base_of",
+    "evaluate_run",
+    "export_run",
+    "import_run",
+    "inspect_run",
+    "train_run",
+]
 
 METRICS = "metrics.json"
+ALIGNMENT = "alignment.json"
 TRAINER_STATE = "trainer_state.json"
+OPTIMS = {"adamw": "adamw_torch_fused", "adafactor": "adafactor"}
+SCHEDULERS = {"linear": "linear", "constant": "constant_with_warmup"}
+"""What the trainer calls the values of --optimizer and --schedule."""
 TORCH_FILES = ("optimizer.pt", "scheduler.pt", "rng_state.pth")
 RESULT = {"task", "seed", "label", "metric", "score", "trained_parameters", "seconds"}
 RUNNING = ".running"
@@ -64,7 +81,58 @@ def train_run(options: Mapping[str, Any]) -> None:
     Raises:
         InputError: an option, the data or the base model cannot be used; nothing was trained.
     """
-    adapter = MHRConfig(
+    resume = options["resume"]
+    place = {
+        "resume": resume,
+        "overwrite": options["overwrite"],
+        "inputs": (options["model"] or options["start"], options["data"]),
+    }
+    adapter = _adapter(options)
+    start = options["start"]
+    checkpoint = None if start is None else _inventory(start)
+    if start is not None:
+        options = {**options, **_base_options(start)}
+    folder = check_run(options["out"], "train", **place)
+    suite = load_suite(options["data"], options["reader"])
+    base, tokenizer = load_base(options["model"], dtype=options["dtype"])
+    kind = kind_of(
+        base, tokenizer, max_input=options["max_input"], max_target=options["max_target"],
+        objective=options["objective"],
+    )  # fmt: skip
+    tasks = _chosen(
+        suite, options["tasks"], training_tasks(suite), kind,
+        none=f"every task of {options['data']} is held out",
+    )  # fmt: skip
+    validate(suite, tasks, needs=["train"])
+    torch.manual_seed(options["seed"])
+    if checkpoint is None:
+        model = _attached(base, adapter, tasks)
+    else:
+        model = from_checkpoint(base, checkpoint, str(start))
+        model.check_phase(options["phase"])
+        model.add_tasks([task for task in tasks if task not in model.routes])
+    model.set_phase(options["phase"])
+    rows = encoded_mixture(suite, tasks, "train", kind)
+    trainer = _trainer(model, kind, options, rows)
+    if options["alignment_steps"] is not None:
+        steps = options["alignment_steps"]
+        trainer.add_callback(AlignmentCallback(model, kind, rows, folder / ALIGNMENT, steps=steps))
+    open_run(folder, "train", **place)
+    optimization = summary(options)
+    config = {**_plain(options), "tasks": list(tasks), "optimization": optimization}
+    record(folder, "train", config, resume=resume)
+    with held(folder):
+        if resume and (folder / METRICS).is_file():
+            _say(f"the run in {folder} is finished; there is nothing to resume")
+            return
+        _say(model.describe())
+        _say(optimization)
+        _train_to_the_end(trainer, folder, _last_checkpoint(folder) if resume else None)
+    _say(f"trained {len(tasks)} tasks; the inventory is in {folder}")
+
+
+def _adapter(options: Mapping[str, Any]) -> MHRConfig:
+    return MHRConfig(
         method=options["method"],
         adapter=options["adapter"],
         num_skills=options["skills"],
@@ -78,37 +146,10 @@ def train_run(options: Mapping[str, Any]) -> None:
         gate=options["gate"],
         normalization=options["normalization"],
         dropout=options["dropout"],
+        logit_dropout=options["logit_dropout"],
+        shared_skill=options["shared_skill"],
+        anneal_steps=options["anneal_steps"],
     )
-    resume = options["resume"]
-    place = {
-        "resume": resume,
-        "overwrite": options["overwrite"],
-        "inputs": (options["model"], options["data"]),
-    }
-    folder = check_run(options["out"], "train", **place)
-    suite = open_suite(options["data"])
-    base, tokenizer = load_base(options["model"], dtype=options["dtype"])
-    kind = kind_of(
-        base, tokenizer, max_input=options["max_input"], max_target=options["max_target"]
-    )
-    tasks = _chosen(
-        suite, options["tasks"], training_tasks(suite), kind,
-        none=f"every task of {options['data']} is held out",
-    )  # fmt: skip
-    validate(suite, tasks, needs=["train"])
-    torch.manual_seed(options["seed"])
-    model = _attached(base, adapter, tasks)
-    model.set_phase(options["phase"])
-    trainer = _trainer(model, kind, options, encoded_mixture(suite, tasks, "train", kind))
-    open_run(folder, "train", **place)
-    record(folder, "train", {**_plain(options), "tasks": list(tasks)}, resume=resume)
-    with held(folder):
-        if resume and (folder / METRICS).is_file():
-            _say(f"the run in {folder} is finished; there is nothing to resume")
-            return
-        _say(model.describe())
-        _train_to_the_end(trainer, folder, _last_checkpoint(folder) if resume else None)
-    _say(f"trained {len(tasks)} tasks; the inventory is in {folder}")
 
 
 def _train_to_the_end(trainer: MultiTaskTrainer, folder: Path, last: Path | None) -> None:
@@ -247,6 +288,11 @@ def _training_arguments(options: Mapping[str, Any], folder: Path) -> MultiTaskTr
         learning_rate=options["lr"],
         route_lr=options["route_lr"],
         weight_decay=options["weight_decay"],
+        route_weight_decay=options["route_weight_decay"],
+        optim=OPTIMS[options["optimizer"]],
+        scale_parameter=options["scale_parameter"],
+        max_grad_norm=options["max_grad_norm"],
+        lr_scheduler_type=SCHEDULERS[options["schedule"]],
         rowwise_routes=options["rowwise"],
         warmup_steps=round(options["warmup"] * steps),
         temperature=options["temperature"],
@@ -289,8 +335,8 @@ def adapt_run(options: Mapping[str, Any]) -> None:
     }
     folder = check_run(options["out"], "adapt", **place)
     checkpoint = _inventory(run)
-    suite = open_suite(options["data"])
-    base, kind = base_of(run)
+    suite = load_suite(options["data"], options["reader"])
+    base, kind = base_of(run, objective=options["objective"])
     tasks = _chosen(
         suite, options["tasks"], held_out_tasks(suite), kind,
         none=f"{options['data']} holds no task out",
@@ -303,9 +349,11 @@ def adapt_run(options: Mapping[str, Any]) -> None:
         _try_out(model, tasks, choices)
         plan(model, kind, settings.phase, options["memory"])
         open_run(folder, "adapt", **place)
+        ways = list(dict.fromkeys(choice.optimization for choice in choices.values()))
         config = {**_plain(options), "tasks": list(tasks), DIGEST: digest(run)}
-        record(folder, "adapt", config, resume=resume)
+        record(folder, "adapt", {**config, "optimization": ways}, resume=resume)
         with held(folder):
+            _say("\n".join(ways))
             path = folder / "results.json"
             results = _read_results(path) if path.exists() else []
 
@@ -397,8 +445,9 @@ def evaluate_run(
     split: str,
     batch_size: int,
     out: Path | None,
+    reader: Mapping[str, Any] | None = None,
 ) -> None:
-    """Score a run and write the scores beside it.
+    """Score a run and write the scores beside it; `reader` has options of the suite's reader.
 
     Raises:
         InputError: the run, the data or a name cannot be used.
@@ -406,7 +455,7 @@ def evaluate_run(
     path = out or run / f"evaluate-{'zero-shot-' if zero_shot else ''}{split}.json"
     checkpoint = _inventory(run)
     _check_scores_place(path)
-    suite = open_suite(data)
+    suite = load_suite(data, reader)
     base, kind = base_of(run)
     trained = tuple(t for t in checkpoint.tasks if t in suite.tasks)
     tasks = _chosen(
@@ -474,29 +523,75 @@ def _print_scores(scores: Sequence[TaskScore]) -> None:
     console.print(table)
 
 
-def export_run(run: Path, task: str, out: Path) -> None:
-    """Write one task of a run as a PEFT adapter.
+def export_run(run: Path, task: str | None, out: Path, form: str = "peft") -> None:
+    """Write one task of a run as a PEFT adapter, or all of it for another program.
 
     Raises:
-        InputError: the run or the task cannot be used, or the folder cannot be written.
+        InputError: the run or the task cannot be used, or the place cannot be written.
     """
     checkpoint = _inventory(run)
-    check_place(out)
-    if out.is_dir() and any(out.iterdir()) and not (out / "adapter_config.json").is_file():
-        raise InputError(f"{out} is not empty and holds no adapter; name another --out folder")
+    check_export(out, form, task)
     base, _ = base_of(run)
     with loaded(base, checkpoint, run) as model:
-        model.export_peft(task, out)
-    _say(f"wrote {task!r} as a PEFT adapter to {out}")
+        write_inventory(model, out, form, task)
+    if task is None:
+        _say(f"wrote the inventory as {form} to {out}")
+    else:
+        _say(f"wrote {task!r} as a PEFT adapter to {out}")
 
 
-def inspect_run(run: Path) -> None:
-    """Print what a run holds.
+def import_run(options: Mapping[str, Any]) -> None:
+    """Make a run of an inventory that another program trained.
+
+    Args:
+        options: of `polyroute import`, by name.
 
     Raises:
-        InputError: the folder holds no inventory.
+        InputError: an option, the checkpoint or the base model cannot be used.
     """
-    _say(describe_checkpoint(_inventory(run)))
+    source, names = options["source"], options["tasks_file"]
+    place = {
+        "resume": False,
+        "overwrite": options["overwrite"],
+        "inputs": (source, options["model"]),
+    }
+    folder = check_run(options["out"], "import", **place)
+    tasks = None if names is None else read_names(names)
+    base, tokenizer = load_base(options["model"], dtype=options["dtype"])
+    kind_of(base, tokenizer, max_input=options["max_input"], max_target=options["max_target"])
+    model = read_inventory(
+        base, source, form=options["format"], tasks=tasks, allow_pickle=options["allow_pickle"]
+    )
+    open_run(folder, "import", **place)
+    record(folder, "import", _plain(options))
+    with held(folder):
+        model.save_pretrained(folder)
+    _say(model.describe())
+    _say(f"imported {len(model.tasks)} tasks; the inventory is in {folder}")
+
+
+def inspect_run(run: Path, data: str | None = None) -> None:
+    """Print what a run holds and, given a suite, how routes relate to its categories.
+
+    Raises:
+        InputError: the folder holds no inventory; or, given a suite, it cannot be read, or the
+            tasks have no routes or no categories to compare.
+    """
+    checkpoint = _inventory(run)
+    _say(describe_checkpoint(checkpoint))
+    if data is None:
+        return
+    suite = open_suite(data)
+    categories = {t: suite.info(t).category for t in checkpoint.tasks if t in suite.tasks}
+    relation = analyse(checkpoint, categories).relation
+    if relation is None:
+        raise InputError(f"{data} groups the tasks of {run} into no categories that say something")
+    _say(
+        f"  {relation.tasks} tasks in {relation.categories} categories:\n"
+        f"    adjusted Rand index of clusters by route: {relation.ari:.3f}\n"
+        f"    nearest task is of the same category: {relation.purity:.3f} "
+        f"(by chance {relation.chance:.3f}, p {relation.p:.4f})"
+    )
 
 
 def _inventory(run: Path) -> Checkpoint:
@@ -509,15 +604,23 @@ def _inventory(run: Path) -> Checkpoint:
     return read_checkpoint(run)
 
 
-def base_of(run: str | os.PathLike[str]) -> tuple[Any, ModelKind]:
-    """The base model that a run was trained on, and its kind."""
-    config = read_run(run)["config"]
+def base_of(
+    run: str | os.PathLike[str], *, objective: str | Objective = "lm"
+) -> tuple[Any, ModelKind]:
+    """The base model that a run was trained on, and its kind, to learn by an objective."""
+    options = _base_options(run)
+    base, tokenizer = load_base(options["model"], dtype=options["dtype"])
+    lengths = {name: options[name] for name in ("max_input", "max_target")}
+    return base, kind_of(base, tokenizer, **lengths, objective=objective)
+
+
+def _base_options(run: str | os.PathLike[str]) -> dict[str, Any]:
+    """What a run says of its base model: options of `polyroute train`."""
+    config = {"dtype": "float32", **read_run(run)["config"]}
     try:
-        name, lengths = config["model"], (config["max_input"], config["max_target"])
+        return {name: config[name] for name in ("model", "dtype", "max_input", "max_target")}
     except KeyError as error:
         raise InputError(f"{run} was not written by `polyroute train`") from error
-    base, tokenizer = load_base(name, dtype=config.get("dtype", "float32"))
-    return base, kind_of(base, tokenizer, max_input=lengths[0], max_target=lengths[1])
 
 
 def _chosen(
@@ -528,28 +631,35 @@ def _chosen(
     *,
     none: str,
 ) -> tuple[str, ...]:
-    """The tasks asked for; by default all that the base model can answer; `none`: if there are no.
+    """The tasks asked for; by default all that the kind can use; `none`: if there are no.
 
     Raises:
-        InputError: there is no such task, or it cannot be answered.
+        InputError: there is no such task, or the kind cannot use it.
     """
+    if kind.supports_generation:
+        why, instead = "the objective compares them", "use --objective lm"
+    else:
+        why = "an encoder base model writes no text"
+        instead = "use a text-generating base model"
+
+    def usable(task: str) -> bool:
+        return not kind.needs_choices or suite.info(task).has_choices
+
     if names is not None:
         tasks = check_tasks(suite, names)
-        check_answerable(suite, tasks, kind)
+        for task in tasks:
+            if not usable(task):
+                raise InputError(
+                    f"task {task!r} has no choices, and {why}: leave the task out, or {instead}"
+                )
         return tasks
     if not default:
         raise InputError(f"{none}; choose tasks with --tasks")
-    able = [t for t in default if kind.supports_generation or suite.info(t).has_choices]
+    able = [task for task in default if usable(task)]
     if not able:
-        raise InputError(
-            f"none of the {len(default)} tasks has choices, and an encoder base model writes no "
-            "text: use a text-generating base model"
-        )
+        raise InputError(f"none of the {len(default)} tasks has choices, and {why}: {instead}")
     if len(able) < len(default):
-        _say(
-            f"left out {len(default) - len(able)} tasks without choices, which an encoder base "
-            "model cannot answer"
-        )
+        _say(f"left out {len(default) - len(able)} tasks without choices: {why}")
     return check_tasks(suite, able)
 
 

@@ -8,9 +8,19 @@ from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812 - torch's own name for it
 from transformers import AutoModel, PreTrainedTokenizerBase
 
-from polyroute.batches import Ids, Row, choice_counts, evaluating, on_device_of, padded, tasks_of
+from polyroute.batches import (
+    Ids,
+    Row,
+    choice_counts,
+    choice_labels,
+    evaluating,
+    on_device_of,
+    padded,
+    tasks_of,
+)
 from polyroute.errors import InputError
 from polyroute.kind import UNBOUNDED, ModelKind
+from polyroute.objectives import LM, Objective
 
 __all__ = ["EncoderKind"]
 
@@ -36,6 +46,7 @@ class EncoderKind(ModelKind):
         max_input: int = 256,
         max_target: int = 64,
         max_positions: int | None = None,
+        objective: str | Objective = "lm",
         scale: float = 20.0,
     ) -> None:
         """Set the lengths, in tokens, and the scale.
@@ -45,12 +56,25 @@ class EncoderKind(ModelKind):
             max_input: most tokens of a prompt, at least 2.
             max_target: most tokens of a choice, at least 2.
             max_positions: longest sequence the model accepts; None where it has no bound.
+            objective: must be left at its default; the loss is that of `loss`.
             scale: what cosines are multiplied with, an inverse temperature.
+
+        Raises:
+            InputError: there is another objective, or a length is below 2.
         """
         longest = min(tokenizer.model_max_length, max_positions or UNBOUNDED)
         super().__init__(
-            tokenizer, max_input=max_input, max_target=max_target, max_positions=longest
+            tokenizer,
+            max_input=max_input,
+            max_target=max_target,
+            max_positions=longest,
+            objective=objective,
         )
+        if self.objective != LM:
+            raise InputError(
+                "an encoder base model already learns by comparing choices, and has no other "
+                f"objective: leave out {objective!r}"
+            )
         self.scale = scale
 
     def _prompt_ids(self, texts: list[str]) -> list[Ids]:
@@ -75,19 +99,18 @@ class EncoderKind(ModelKind):
             "choice_index": padded(index, -1),
         }
 
+    @property
+    def needs_choices(self) -> bool:
+        """Always."""
+        return True
+
     def collate(self, rows: Sequence[Row]) -> dict[str, Any]:
         """As `ModelKind.collate`.
 
         Raises:
             InputError: a row has no choices, or its target is not one of them.
         """
-        batch = self._pairs(rows)
-        for row in rows:
-            if row["label"] < 0:
-                raise InputError(
-                    f"a target of task {row['task']!r} is not one of its choices: add it to them"
-                )
-        return {**batch, "labels": torch.tensor([row["label"] for row in rows])}
+        return {**self._pairs(rows), "labels": choice_labels(rows)}
 
     def loss(self, model: nn.Module, batch: Mapping[str, Any]) -> Tensor:
         """Mean cross-entropy of the right choice among the choices of its row."""
@@ -97,16 +120,17 @@ class EncoderKind(ModelKind):
     def row_losses(self, model: nn.Module, batch: Mapping[str, Any]) -> Tensor:
         """As `ModelKind.row_losses`: cross-entropy of the right choice."""
         scores_BC = self._scores(model, batch)
-        return F.cross_entropy(scores_BC, batch["labels"].to(scores_BC.device), reduction="none")
+        labels_B = batch["labels"].to(scores_BC.device)
+        return F.cross_entropy(scores_BC, labels_B, reduction="none")[:, None]
 
-    def row_shape(self, row: Row) -> tuple[tuple[int, ...], Mapping[Any, int]]:
+    def row_shape(self, row: Row) -> tuple[int, tuple[int, ...], Mapping[Any, int]]:
         """As `ModelKind.row_shape`: a task's choices are embedded once in a batch."""
         choices = {(row["task"], tuple(ids)): len(ids) for ids in row["choice_ids"]}
-        return (len(row["prompt_ids"]),), choices
+        return 1, (len(row["prompt_ids"]),), choices
 
-    def row_counts(self, rows: Sequence[Row]) -> list[int]:
+    def row_counts(self, rows: Sequence[Row]) -> list[list[int]]:
         """One choice each."""
-        return [1] * len(rows)
+        return [[1]] * len(rows)
 
     def scores(self, model: nn.Module, rows: Sequence[Row]) -> list[Tensor]:
         """As `ModelKind.scores`: both columns hold the scaled cosine."""

@@ -13,7 +13,13 @@ from tqdm.auto import tqdm
 from polyroute.errors import InputError
 from polyroute.examples import encoded, prompt_lengths
 from polyroute.kinds import ModelKind
-from polyroute.metrics import baselines, mean_and_error, text_metric
+from polyroute.metrics import (
+    acceptable_answers,
+    baselines,
+    best_match,
+    mean_and_error,
+    text_metric,
+)
 from polyroute.model import RoutedModel
 from polyroute.suite import Suite
 
@@ -107,7 +113,7 @@ def _task_score(
     train = suite.split(task, "train") if "train" in suite.splits(task) else None
     simple = baselines(train, texts, metric=metric)
     score, normalised = score_rows(
-        model, kind, rows, texts["target"], metric, route=route, batch_size=batch_size
+        model, kind, rows, acceptable_answers(texts), metric, route=route, batch_size=batch_size
     )
     return TaskScore(task, metric, score, normalised, simple.majority, simple.chance, len(rows))
 
@@ -116,13 +122,16 @@ def score_rows(
     model: RoutedModel,
     kind: ModelKind,
     rows: datasets.Dataset,
-    targets: Sequence[str],
+    answers: Sequence[str | Sequence[str]],
     metric: str,
     *,
     route: str,
     batch_size: int = 32,
 ) -> tuple[float, float | None]:
     """Mean score of encoded rows of one task.
+
+    Text is compared with `answers`, for each row one or, where several are acceptable, a list of
+    which the nearest counts.
 
     For accuracy a row counts 1/n where n choices have exactly the best score and the label is among
     them. Choices that are equal once cut to `max_target` always tie; a warning says so.
@@ -149,7 +158,7 @@ def score_rows(
     total = 0.0
     for batch in _batches(rows, batch_size, route):
         for row, answer in zip(batch, kind.generate(model, batch), strict=True):
-            total += compare(answer, targets[row["index"]])
+            total += best_match(compare, answer, answers[row["index"]])
     return total / len(rows), None
 
 

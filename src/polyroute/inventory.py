@@ -139,21 +139,33 @@ class Inventory(nn.Module):
             skills.copy_(drawn)
 
     @torch.no_grad()
-    def fill_set(self, place: int, source: "Inventory", skill: int | None = None) -> None:
+    def fill_set(
+        self,
+        place: int,
+        source: "Inventory",
+        skill: int | None = None,
+        mixture: Sequence[Tensor] | None = None,
+    ) -> None:
         """Overwrite one set by what another inventory of the same layers holds.
 
         Args:
             place: the set.
             source: all of its skills are copied where a set has as many; where a set has one skill,
-                it becomes `skill` of the source, or the mean of all.
+                it becomes `skill` of the source, their `mixture`, or the mean of all.
             skill: see `source`.
+            mixture: for each stack the weights `[n, H, K]` of each of its layers.
         """
         theirs = [
-            source._stacks_of(kind)[stack.key] for stack in source.stacks for kind in source.kinds
+            (source._stacks_of(kind)[stack.key], None if mixture is None else mixture[number])
+            for number, stack in enumerate(source.stacks)
+            for kind in source.kinds
         ]
-        for mine, skills in zip(self.skills_of(place), theirs, strict=True):
+        for mine, (skills, weights) in zip(self.skills_of(place), theirs, strict=True):
             if mine.shape == skills.shape:
                 mine.copy_(skills)
+                continue
+            if weights is not None:
+                mine.copy_(_mix(skills, weights.unsqueeze(0), None).unsqueeze(1))
                 continue
             one = skills.mean(2, keepdim=True) if skill is None else skills[:, :, [skill]]
             n, _, _, r, _ = one.shape  # the heads of a mean are blocks of one plain adapter

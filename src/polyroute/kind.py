@@ -6,7 +6,7 @@ the name of the task of each row of that forward. Each kind has a file of its ow
 tells which of them a model is.
 
 Shape letters: B rows, C choices, N rows x their choices, U unique choices, L tokens, V vocabulary,
-D embedding.
+D embedding, T terms of a loss.
 """
 
 from abc import ABC, abstractmethod
@@ -20,6 +20,7 @@ from transformers import PreTrainedTokenizerBase
 
 from polyroute.batches import Ids, Row, evaluating, on_device_of, padded
 from polyroute.errors import InputError
+from polyroute.objectives import Objective, objective_of
 from polyroute.suite import prompt
 
 __all__ = ["UNBOUNDED", "ModelKind"]
@@ -55,24 +56,27 @@ class ModelKind(ABC):
         max_input: int = 256,
         max_target: int = 64,
         max_positions: int | None = None,
+        objective: str | Objective = "lm",
     ) -> None:
-        """Set the lengths, in tokens.
+        """Set the lengths, in tokens, and the objective.
 
         Args:
             tokenizer: the base model's tokenizer.
             max_input: most tokens of a prompt, at least 2.
             max_target: most tokens of a target or choice with its end token, at least 2.
             max_positions: longest sequence the model accepts; None where it has no bound.
+            objective: what the loss is, by name or value; see `polyroute.objectives`.
 
         Raises:
-            InputError: a length is below 2, or the kind writes text and the tokenizer has no end
-                token.
+            InputError: a length is below 2, the kind writes text and the tokenizer has no end
+                token, or the kind cannot learn by the objective.
         """
         if self.supports_generation and tokenizer.eos_token_id is None:
             raise InputError("the tokenizer has no end token: set tokenizer.eos_token")
         for setting, value in (("max_input", max_input), ("max_target", max_target)):
             if value < 2:
                 raise InputError(f"{setting}={value} is too short: give at least 2 tokens")
+        self.objective = objective_of(objective)
         self.tokenizer = tokenizer
         self.max_positions = max_positions or UNBOUNDED
         self.max_input = min(max_input, self.max_positions)
@@ -81,7 +85,8 @@ class ModelKind(ABC):
     def encode(self, examples: Mapping[str, list[Any]]) -> dict[str, list[Any]]:
         """Turn a batch of texts into token ids; the function to give to `datasets.Dataset.map`.
 
-        Equal tokenizers and lengths have equal fingerprints, so a second `map` reads the cache.
+        Equal tokenizers, lengths and objectives have equal fingerprints, so a second `map` reads
+        the cache.
 
         Args:
             examples: the columns `task`, `instruction`, `input`, `target` and `choices` (a list
@@ -130,24 +135,30 @@ class ModelKind(ABC):
 
     @abstractmethod
     def row_losses(self, model: nn.Module, batch: Mapping[str, Any]) -> Tensor:
-        """The loss of each row of a batch of `collate`, summed over what it counts: float32 `[B]`.
+        """The terms of the loss of each row of a batch of `collate`: float32 `[B, T]`.
 
-        The loss of a batch is their sum, divided by the sum of `row_counts`; so rows of a batch
-        may be computed apart, in any company.
+        Each is summed over what the row counts. The loss of a batch is their sum over rows, times
+        `polyroute.objectives.term_weights` of `row_counts`; so rows of a batch may be computed
+        apart, in any company.
         """
 
-    def row_shape(self, row: Row) -> tuple[tuple[int, ...], Mapping[Any, int]]:
+    @abstractmethod
+    def row_counts(self, rows: Sequence[Row]) -> list[list[int]]:
+        """How many predictions each row is scored on, in each of T terms."""
+
+    def row_shape(self, row: Row) -> tuple[int, tuple[int, ...], Mapping[Any, int]]:
         """What one row adds to a batch.
 
         Returns:
-            The lengths of its sequences, each padded to the longest of its kind; and the lengths,
-            by key, of sequences that rows of one batch share.
+            How many times its sequences are there; their lengths, each padded to the longest of its
+            kind; and the lengths, by key, of sequences that rows of one batch share.
         """
-        return (len(row["prompt_ids"]), len(row["target_ids"])), {}
+        return 1, (len(row["prompt_ids"]), len(row["target_ids"])), {}
 
+    @property
     @abstractmethod
-    def row_counts(self, rows: Sequence[Row]) -> list[int]:
-        """How many predictions each row is scored on: its target's tokens, or 1."""
+    def needs_choices(self) -> bool:
+        """Whether rows without choices cannot be learned from."""
 
     @abstractmethod
     def scores(self, model: nn.Module, rows: Sequence[Row]) -> list[Tensor]:

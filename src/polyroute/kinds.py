@@ -11,6 +11,7 @@ from polyroute.causal import CausalKind
 from polyroute.encoder import EncoderKind
 from polyroute.errors import InputError
 from polyroute.kind import ModelKind
+from polyroute.objectives import Objective
 from polyroute.seq2seq import Seq2SeqKind
 
 __all__ = ["CausalKind", "EncoderKind", "ModelKind", "Seq2SeqKind", "kind_class", "kind_of"]
@@ -22,6 +23,7 @@ def kind_of(
     *,
     max_input: int = 256,
     max_target: int = 64,
+    objective: str | Objective = "lm",
 ) -> ModelKind:
     """The kind of a base model, by its own config.
 
@@ -31,10 +33,11 @@ def kind_of(
         tokenizer: the model's tokenizer.
         max_input: most tokens of a prompt.
         max_target: most tokens of a target or choice.
+        objective: what it learns by: `"lm"`, `"t-few"`, `"superni"`, or an `Objective`.
 
     Raises:
         InputError: it is no transformers model or of no known architecture, or the tokenizer has
-            no end token where one is needed.
+            no end token where one is needed, or the kind cannot learn by the objective.
     """
     config, architecture = _described(model_or_config)
     positions = getattr(config, "max_position_embeddings", None)
@@ -43,6 +46,7 @@ def kind_of(
         max_input=max_input,
         max_target=max_target,
         max_positions=positions if isinstance(positions, int) and positions > 0 else None,
+        objective=objective,
     )
 
 

@@ -1,15 +1,19 @@
-"""Loading a base model and its tokenizer, from wherever they are."""
+"""Loading a base model and its tokenizer, from wherever they are, and suites that need one."""
 
 import importlib.util
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import AutoConfig, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from polyroute.errors import InputError, did_you_mean
 from polyroute.kinds import kind_class
+from polyroute.suite import Suite
+from polyroute.suites import open_suite
 
-__all__ = ["load_base"]
+__all__ = ["check_base", "load_base", "load_suite"]
 
 DTYPES = {str(d).removeprefix("torch."): d for d in (torch.float32, torch.bfloat16, torch.float16)}
 TOKENIZER_FILES = ("tokenizer", "vocab", "spiece", "sentencepiece")
@@ -38,15 +42,14 @@ def load_base(
         model, info = kind.auto_class.from_pretrained(
             source, dtype=DTYPES[dtype], output_loading_info=True
         )
+        if dtype == "bfloat16" and not torch.accelerator.is_available():
+            # The backward of torch's fused attention takes half of a bf16 step on a CPU.
+            model.set_attn_implementation("eager")
         tokenizer = AutoTokenizer.from_pretrained(source)
     except InputError:
         raise
     except Exception as error:  # a damaged file can make transformers raise anything
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".:")
-        raise InputError(
-            f"base model {path!r} cannot be loaded: give a folder written by save_pretrained, or "
-            f"a hub id that can be reached ({reason})"
-        ) from error
+        raise _not_loaded(path, error) from error
     # transformers fills gaps with random numbers. Poolers are exempt: no kind looks at them.
     missing = sorted(key for key in info["missing_keys"] if "pooler" not in key)
     if missing:
@@ -55,6 +58,46 @@ def load_base(
             "save the whole model with save_pretrained"
         )
     return model, tokenizer
+
+
+def check_base(path: str) -> None:
+    """Find out whether there is such a base model, without loading its weights.
+
+    Raises:
+        InputError: there is not, or it is of no known kind.
+    """
+    source = _located(path)
+    try:
+        kind_class(AutoConfig.from_pretrained(source))
+    except InputError:
+        raise
+    except Exception as error:  # as above
+        raise _not_loaded(path, error) from error
+
+
+def load_suite(path: str, options: Mapping[str, Any] | None = None) -> Suite:
+    """Open a suite with options of its reader, of which `tokenizer` names a base model's.
+
+    Raises:
+        InputError: there is no such suite or base model, or the reader has no such option.
+    """
+    given = dict(options or {})
+    if "tokenizer" in given:
+        name = str(given["tokenizer"])
+        source = _located(name)
+        try:
+            given["tokenizer"] = AutoTokenizer.from_pretrained(source)
+        except Exception as error:  # as above
+            raise _not_loaded(name, error) from error
+    return open_suite(path, **given)
+
+
+def _not_loaded(path: str, error: Exception) -> InputError:
+    reason = (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".:")
+    return InputError(
+        f"base model {path!r} cannot be loaded: give a folder written by save_pretrained, or "
+        f"a hub id that can be reached ({reason})"
+    )
 
 
 def _located(path: str) -> str:

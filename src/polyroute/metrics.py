@@ -14,7 +14,9 @@ from polyroute.errors import InputError, did_you_mean
 
 __all__ = [
     "Baselines",
+    "acceptable_answers",
     "baselines",
+    "best_match",
     "exact_match",
     "mean_and_error",
     "normalise_answer",
@@ -71,6 +73,21 @@ def rouge_l(prediction: str, reference: str) -> float:
     return float(_rouge_scorer().score(reference, prediction)["rougeL"].fmeasure)
 
 
+def best_match(
+    metric: Callable[[str, str], float], prediction: str, answers: str | Iterable[str]
+) -> float:
+    """The score of a prediction against the answer it is nearest to, where several may be given."""
+    several = [answers] if isinstance(answers, str) else answers
+    return max(metric(prediction, answer) for answer in several)
+
+
+def acceptable_answers(rows: datasets.Dataset) -> Sequence[str | list[str]]:
+    """Every acceptable answer of each example of a split: its references, or else its target."""
+    several = "references" in rows.column_names
+    answers: Sequence[str | list[str]] = rows["references" if several else "target"]
+    return answers
+
+
 def text_metric(name: str) -> Callable[[str, str], float]:
     """The function of prediction and reference that a suite calls by this name.
 
@@ -94,7 +111,7 @@ def baselines(
 
     Args:
         train: column `target`; None where a task has no training split.
-        test: columns `target` and `choices`.
+        test: columns `target`, `choices` and, where several answers are acceptable, `references`.
         metric: a name that `text_metric` knows; where there are choices it is not looked at.
 
     Raises:
@@ -109,13 +126,13 @@ def baselines(
             targets.update(batch["target"])
     majority = targets.most_common(1)[0][0] if targets else None
     hits = chances = 0.0
-    for batch in test.select_columns(["target", "choices"]).iter(batch_size=1000):
-        for target, choices in zip(batch["target"], batch["choices"], strict=True):
-            if majority is not None and choices is None:
-                hits += text_metric(metric)(majority, target)
-            else:
-                hits += majority == target
-            chances += 0.0 if choices is None else 1 / len(choices)
+    rows = zip(test["target"], test["choices"], acceptable_answers(test), strict=True)
+    for target, choices, answers in rows:
+        if majority is not None and choices is None:
+            hits += best_match(text_metric(metric), majority, answers)
+        else:
+            hits += majority == target
+        chances += 0.0 if choices is None else 1 / len(choices)
     has_choices = test[0]["choices"] is not None
     share = None if majority is None else hits / len(test)
     return Baselines(share, chances / len(test) if has_choices else None)

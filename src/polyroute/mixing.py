@@ -183,6 +183,15 @@ class Mixer(nn.Module):
         weights, _ = self._weights([row])
         return None if weights is None else weights[0]
 
+    def weights_from(self, logits: Tensor) -> Tensor:
+        """The weights in evaluation that logits `[..., N, H, K]` stand for."""
+        weights = skill_weights(logits.float(), self.config, training=False)
+        return anneal(weights, self.anneal_progress) if self.anneal_progress else weights
+
+    def by_stack(self, weights: Tensor) -> list[Tensor]:
+        """Weights `[N, H, K]` of the routers as those of the layers: for each stack `[n, H, K]`."""
+        return [weights.index_select(0, router) for router in self._routers]
+
     @torch.no_grad()
     def factors_of(self, row: int) -> Sequence[Factors]:
         """What each site applies for one table row in evaluation, fp32."""

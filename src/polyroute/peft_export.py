@@ -10,7 +10,7 @@ from polyroute.factors import Factors, LoRAFactors
 from polyroute.files import make_folder, write_json, write_tensors
 from polyroute.targets import Site, find_endings
 
-__all__ = ["write_peft_adapter"]
+__all__ = ["base_name", "task_type", "write_peft_adapter"]
 
 
 def write_peft_adapter(
@@ -39,8 +39,8 @@ def write_peft_adapter(
     kind = _lora_fields(first.a.shape[0]) if isinstance(first, LoRAFactors) else _ia3_fields()
     config: dict[str, Any] = {
         **kind,
-        "task_type": _task_type(base_model),
-        "base_model_name_or_path": _base_name(base_model),
+        "task_type": task_type(base_model),
+        "base_model_name_or_path": base_name(base_model),
         "target_modules": find_endings(base_model, sites),
         "fan_in_fan_out": any(site.is_conv1d for site in sites),
         "inference_mode": True,
@@ -64,7 +64,8 @@ def _ia3_fields() -> Mapping[str, Any]:
     return {"peft_type": "IA3", "feedforward_modules": []}
 
 
-def _task_type(base_model: nn.Module) -> str | None:
+def task_type(base_model: nn.Module) -> str | None:
+    """What PEFT calls the kind of the base model; None where it has no name for it."""
     config = getattr(base_model, "config", None)
     if getattr(config, "is_encoder_decoder", False):
         return "SEQ_2_SEQ_LM"
@@ -74,6 +75,7 @@ def _task_type(base_model: nn.Module) -> str | None:
     return None
 
 
-def _base_name(base_model: nn.Module) -> str | None:
+def base_name(base_model: nn.Module) -> str | None:
+    """Where transformers loaded the base model from; None if it did not."""
     name = getattr(getattr(base_model, "config", None), "_name_or_path", None)
     return str(name) if name else None

@@ -5,11 +5,12 @@ A line is one record:
     {"instruction": str, "input": str, "target": str, "choices": [str, ...] or null,
      "split": "train", "validation" or "test"}
 
+`references` may be there where several answers are acceptable, a list with the target among them.
 `task` may be there too and must then be the file's name; any other key is ignored.
 """
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,36 +19,73 @@ import datasets
 from polyroute.errors import InputError, did_you_mean
 from polyroute.suite import COLUMNS, SPLITS, prompt
 
-__all__ = ["FEATURES", "cannot_read", "check_record", "json_kind", "read_records"]
+__all__ = [
+    "FEATURES",
+    "cannot_read",
+    "check_record",
+    "checked",
+    "json_kind",
+    "read_objects",
+    "read_records",
+]
 
 _TEXT_FIELDS = ("instruction", "input", "target", "split")
 FEATURES = datasets.Features(
     {
         **{name: datasets.Value("string") for name in COLUMNS if name != "choices"},
         "choices": datasets.List(datasets.Value("string")),
+        "references": datasets.List(datasets.Value("string")),
         "split": datasets.ClassLabel(names=list(SPLITS)),
     }
 )
 
 
 def read_records(path: Path) -> Iterator[dict[str, Any]]:
-    """The checked records of a task file, in order, with the fields of `FEATURES`."""
-    task = path.stem
-    has_choices: bool | None = None
-    for where, line in _lines(path):
-        record = _parse(line, where)
+    """The checked records of a task file, in order, with the fields of `FEATURES`.
+
+    Raises:
+        InputError: the file cannot be read or is malformed.
+    """
+    return checked(read_objects(path), path.stem, str(path))
+
+
+def checked(
+    records: Iterable[tuple[str, Mapping[str, Any]]], task: str, place: str
+) -> Iterator[dict[str, Any]]:
+    """The records of one task, one by one, with the fields of `FEATURES`.
+
+    Args:
+        records: each with the words that say where it is.
+        task: whose they are.
+        place: where they come from, in words.
+
+    Raises:
+        InputError: there is no record, or one of them is malformed or unlike the first.
+    """
+    first: dict[str, bool] | None = None
+    for where, record in records:
         check_record(record, task, where)
-        choices = record["choices"]
-        if has_choices is None:
-            has_choices = choices is not None
-        if has_choices != (choices is not None):
-            raise InputError(
-                f"{where}: the field 'choices' is {json_kind(choices)} but the first record "
-                "differs; give choices to every record of a task or to none"
-            )
-        yield {**{name: record[name] for name in FEATURES if name != "task"}, "task": task}
-    if has_choices is None:
-        raise InputError(f"{path} holds no record; remove the file or add one record per line")
+        lists = {name: record.get(name) is not None for name in ("choices", "references")}
+        first = first or lists
+        for name, there in lists.items():
+            if there != first[name]:
+                raise InputError(
+                    f"{where}: the field {name!r} is {json_kind(record.get(name))} but the first "
+                    f"record differs; give {name} to every record of a task or to none"
+                )
+        yield {**{name: record.get(name) for name in FEATURES}, "task": task}
+    if first is None:
+        raise InputError(f"{place} holds no record; remove the file or add one record per line")
+
+
+def read_objects(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    """The JSON objects of a JSONL file, each with the words that say where it is.
+
+    Raises:
+        InputError: the file cannot be read, is not UTF-8, or a line is not a JSON object.
+    """
+    for where, line in _lines(path):
+        yield where, _parse(line, where)
 
 
 def _lines(path: Path) -> Iterator[tuple[str, str]]:
@@ -106,16 +144,13 @@ def check_record(record: Mapping[str, Any], task: str, where: str) -> None:
         raise InputError(f"{where}: 'instruction' and 'input' are both empty; fill one of them")
     if record["choices"] is not None:
         _check_choices(record["choices"], record["target"], where)
+    if record.get("references") is not None:
+        _check_list(record["references"], "references", where)
+        _check_among(record["target"], record["references"], "references", where)
 
 
 def _check_choices(choices: Any, target: str, where: str) -> None:
-    if not isinstance(choices, list):
-        raise InputError(
-            f"{where}: the field 'choices' must be a list of strings or null, not "
-            f"{json_kind(choices)}"
-        )
-    for choice in choices:
-        _check_text(choice, f"{where}: each entry of the field 'choices'")
+    _check_list(choices, "choices", where)
     if len(choices) < 2:
         raise InputError(
             f"{where}: the field 'choices' has fewer than 2 entries; list every answer that can "
@@ -123,10 +158,24 @@ def _check_choices(choices: Any, target: str, where: str) -> None:
         )
     if len(set(choices)) < len(choices):
         raise InputError(f"{where}: the field 'choices' lists an entry twice; list each once")
-    if target not in choices:
+    _check_among(target, choices, "choices", where)
+
+
+def _check_list(values: Any, name: str, where: str) -> None:
+    if not isinstance(values, list):
         raise InputError(
-            f"{where}: the target {target!r} is not among the choices; "
-            f"{did_you_mean(target, choices)}"
+            f"{where}: the field {name!r} must be a list of strings or null, not "
+            f"{json_kind(values)}"
+        )
+    for value in values:
+        _check_text(value, f"{where}: each entry of the field {name!r}")
+
+
+def _check_among(target: str, values: list[str], name: str, where: str) -> None:
+    if target not in values:
+        raise InputError(
+            f"{where}: the target {target!r} is not among the {name}; "
+            f"{did_you_mean(target, values)}"
         )
 
 

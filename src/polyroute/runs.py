@@ -28,7 +28,7 @@ __all__ = ["DIGEST", "check_run", "digest", "held", "machine", "open_run", "read
 DESCRIPTION = "run.json"
 DIGEST = "inventory_sha256"
 """Where the config of a run that starts from an inventory keeps the inventory's `digest`."""
-PATHS = ("model", "data", "run")
+PATHS = ("model", "data", "run", "start", "source")
 NOT_KEPT = ("resume", "overwrite", "config", "out", "memory")
 PACKAGES = ("polyroute", "torch", "transformers", "accelerate", "datasets", "numpy", "peft")
 

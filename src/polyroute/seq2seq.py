@@ -1,6 +1,6 @@
 """The kind of encoder-decoder models."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -12,29 +12,25 @@ from polyroute.batches import (
     IGNORED,
     Ids,
     Row,
-    choice_counts,
-    evaluating,
     flat_choices,
     flat_tasks,
-    log_probs,
-    on_device_of,
     padded,
     tasks_of,
-    token_loss,
 )
-from polyroute.kind import ModelKind
+from polyroute.text_kind import TextKind
 
 __all__ = ["Seq2SeqKind"]
 
 
-class Seq2SeqKind(ModelKind):
+class Seq2SeqKind(TextKind):
     """Encoder-decoder models, such as T5: the prompt is encoded, the target decoded.
 
-    A batch is `input_ids`, `attention_mask` `[B, L]`, `labels` `[B, L']` and `tasks`.
+    A batch is `input_ids`, `attention_mask` `[B, L]`, `labels` `[B, L']` and `tasks`. Where choices
+    are compared, each prompt is encoded once: `labels` are then `[N, L']`, with `choice_tasks`, and
+    `owners` `[N]`, the row of each choice.
     """
 
     name = "seq2seq"
-    supports_generation = True
     auto_class = AutoModelForSeq2SeqLM
 
     def _prompt_ids(self, texts: list[str]) -> list[Ids]:
@@ -47,51 +43,44 @@ class Seq2SeqKind(ModelKind):
         eos = self.tokenizer.eos_token_id
         return self._cut(ids if ids[-1:] == [eos] else [*ids, eos], length)
 
-    def collate(self, rows: Sequence[Row]) -> dict[str, Any]:
-        """As `ModelKind.collate`."""
+    def _targets(self, rows: Sequence[Row]) -> dict[str, Any]:
         return {
             **self._inputs([row["prompt_ids"] for row in rows]),
             "labels": padded([row["target_ids"] for row in rows], IGNORED),
             "tasks": tasks_of(rows),
         }
 
-    def loss(self, model: nn.Module, batch: Mapping[str, Any]) -> Tensor:
-        """Mean cross-entropy over the target tokens of the batch."""
-        return token_loss(model, batch)
+    def _choices(self, rows: Sequence[Row]) -> dict[str, Any]:
+        return {
+            **self._inputs([row["prompt_ids"] for row in rows]),
+            "labels": flat_choices(rows),
+            "tasks": tasks_of(rows),
+            "choice_tasks": flat_tasks(rows),
+            "owners": torch.tensor([i for i, row in enumerate(rows) for _ in row["choice_ids"]]),
+        }
 
-    def row_losses(self, model: nn.Module, batch: Mapping[str, Any]) -> Tensor:
-        """As `ModelKind.row_losses`: over target tokens."""
-        batch = on_device_of(model, batch)
-        logits_BLV = model(**batch, use_cache=False).logits
-        return -log_probs(logits_BLV, batch["labels"])[:, 0]
+    def _target_logits(self, model: nn.Module, batch: dict[str, Any]) -> tuple[Tensor, Tensor]:
+        return model(**batch, use_cache=False).logits, batch["labels"]
 
-    def row_counts(self, rows: Sequence[Row]) -> list[int]:
-        """The length of each target."""
-        return [len(row["target_ids"]) for row in rows]
-
-    def scores(self, model: nn.Module, rows: Sequence[Row]) -> list[Tensor]:
-        """As `ModelKind.scores`; each prompt is encoded once, whatever its number of choices."""
-        counts = choice_counts(rows)
-        batch = on_device_of(model, {**self.collate(rows), "labels": flat_choices(rows)})
-        labels_NL = batch.pop("labels")
-        repeats = torch.tensor(counts, device=labels_NL.device)
-        with evaluating(model):
-            # The first call is there for its encoder states. It goes through `model` itself, with
-            # a decoder input of one arbitrary token, because then the encoder is routed like in
-            # any other call and the only thing asked of a routed model is that it takes `tasks`.
-            # The second call has one row and one task name for each choice: ragged choices need
-            # neither groups nor dummies.
-            one_token = batch["input_ids"][:, :1]
-            encoded = model(**batch, decoder_input_ids=one_token, use_cache=False)
-            states_NLD = encoded.encoder_last_hidden_state.repeat_interleave(repeats, dim=0)
-            logits_NLV = model(
-                encoder_outputs=BaseModelOutput(last_hidden_state=states_NLD),
-                attention_mask=batch["attention_mask"].repeat_interleave(repeats, dim=0),
-                labels=labels_NL,
-                tasks=flat_tasks(rows),
-                use_cache=False,
-            ).logits
-        return list(torch.split(log_probs(logits_NLV, labels_NL), counts))
+    def _choice_logits(self, model: nn.Module, batch: dict[str, Any]) -> tuple[Tensor, Tensor]:
+        labels_NL, owners_N = batch.pop("labels"), batch.pop("owners")
+        tasks = batch.pop("choice_tasks")
+        # The first call is there for its encoder states. It goes through `model` itself, with a
+        # decoder input of one arbitrary token, because then the encoder is routed like in any other
+        # call and the only thing asked of a routed model is that it takes `tasks`. The second call
+        # has one row and one task name for each choice: ragged choices need neither groups nor
+        # dummies.
+        one_token = batch["input_ids"][:, :1]
+        encoded = model(**batch, decoder_input_ids=one_token, use_cache=False)
+        states_NLD = encoded.encoder_last_hidden_state[owners_N]
+        logits_NLV = model(
+            encoder_outputs=BaseModelOutput(last_hidden_state=states_NLD),
+            attention_mask=batch["attention_mask"][owners_N],
+            labels=labels_NL,
+            tasks=tasks,
+            use_cache=False,
+        ).logits
+        return logits_NLV, labels_NL
 
     def generate(
         self,

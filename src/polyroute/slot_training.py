@@ -23,15 +23,15 @@ from polyroute.files import read_metadata, read_tensors, write_tensors
 from polyroute.kinds import ModelKind
 from polyroute.memory import Budget, plan
 from polyroute.model import Phase, RoutedModel
-from polyroute.slots import Slots, check_starts
+from polyroute.objectives import Objective
+from polyroute.optimizers import check_optimizer, make_optimizer, summary
+from polyroute.row_batches import losses_of
+from polyroute.slots import NEAREST, Slots, check_starts
+from polyroute.starts import nearest_routes
 
 __all__ = ["AdaptSettings", "Slot", "SlotTraining", "train_slots"]
 
-OPTIMIZERS: dict[str, type[torch.optim.Optimizer]] = {
-    "adamw": torch.optim.AdamW,
-    "adafactor": torch.optim.Adafactor,
-    "sgd": torch.optim.SGD,
-}
+CHOOSE_BY = ("loss", "score", "score_normalised", "test_score", "test_score_normalised")
 SECONDS_BETWEEN_SAVES = 60.0
 LONGEST_NAME = 120
 LARGEST = 1e37
@@ -39,8 +39,6 @@ LARGEST = 1e37
 CLEARLY = 1e-5
 """By which share a validation loss must be lower to be better; less is rounding, and would let the
 best step depend on which other slots share the batches."""
-LENGTH_STEP = 8
-"""Rows whose lengths differ by less lie in one batch, those of a slot beside one another."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,26 +55,37 @@ class AdaptSettings:
     steps: int = 100
     batch_size: int = 16
     optimizer: str = "adamw"
-    """`adamw`, `adafactor` or `sgd`, as torch has them."""
+    """`adamw`, `adafactor` or `sgd`; see `polyroute.optimizers`."""
+    scale_parameter: bool = True
+    """Of `adafactor`: steps in proportion to the size of what they change."""
     lr: float = 3e-3
     """Of the skills."""
     route_lr: float = 0.1
     """Of the routing logits."""
     weight_decay: float = 0.0
     """Of the skills."""
+    route_weight_decay: float = 0.0
+    """Of the routing logits: it pulls them to the uniform mixture."""
     warmup: float = 0.06
     """Share of the steps in which the rates rise from 0; they then fall linearly to 0."""
     max_grad_norm: float = 1.0
     """Over all that the slot trains."""
     init: str = "uniform"
-    """How the new task's route starts: `"uniform"`, or the name of a task to copy."""
+    """Where the new task starts: `"uniform"`, the average of the skills; `"nearest"`, the mixture
+    of the training tasks that answer its examples best; or the name of one task. Phase `mu` then
+    tunes that mixture as one adapter."""
     validation_shots: int = 0
     """More examples, drawn after the training ones, whose loss chooses the best step; 0 takes the
     last step, whatever its loss."""
     eval_steps: int = 10
-    """Steps between two looks at the validation examples."""
+    """Steps between two looks at the examples that choose the best step."""
     patience: int | None = None
     """Looks without a better loss after which the slot stops early; None never stops early."""
+    choose_by: str = "loss"
+    """What chooses the best step: the `loss` or the `score` of the validation examples, or
+    `test_score`, the score on the very split that the result is scored on, as some published runs
+    did; such results look better than they are. `score_normalised` and `test_score_normalised` rank
+    choices by log-probability per token. All but `loss` need a suite."""
 
     def __post_init__(self) -> None:
         """Check the values."""
@@ -87,7 +96,9 @@ class AdaptSettings:
             if isinstance(value, bool) or not isinstance(value, Integral):
                 raise InputError(f"{name} must be a whole number, not {value!r}")
             object.__setattr__(self, name, int(value))
-        for name in ("lr", "route_lr", "weight_decay", "warmup", "max_grad_norm"):
+        for name in (
+            "lr", "route_lr", "weight_decay", "route_weight_decay", "warmup", "max_grad_norm",
+        ):  # fmt: skip
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, Real):
                 raise InputError(f"{name} must be a number, not {value!r}")
@@ -98,7 +109,7 @@ class AdaptSettings:
             if LARGEST < number < math.inf:
                 raise InputError(f"{name} must be at most {LARGEST:g}, not {number:g}")
             object.__setattr__(self, name, number)
-        for name in ("phase", "optimizer", "init"):
+        for name in ("phase", "optimizer", "init", "choose_by"):
             if not isinstance(getattr(self, name), str):
                 raise InputError(f"{name} must be a name, not {getattr(self, name)!r}")
         for name in ("steps", "batch_size", "lr", "route_lr", "max_grad_norm", "eval_steps"):
@@ -108,26 +119,41 @@ class AdaptSettings:
         for name in ("shots", "patience"):
             if getattr(self, name) is not None and not 0 < getattr(self, name) < math.inf:
                 raise InputError(f"{name} must be positive and finite, not {getattr(self, name)}")
-        for name in ("weight_decay", "validation_shots"):
+        for name in ("weight_decay", "route_weight_decay", "validation_shots"):
             if not 0 <= getattr(self, name) < math.inf:
                 raise InputError(
                     f"{name} must be finite and not negative, got {getattr(self, name)}"
                 )
         if not 0 <= self.warmup < 1:
             raise InputError(f"warmup must be in [0, 1), not {self.warmup}")
-        if self.optimizer not in OPTIMIZERS:
+        check_optimizer(self.optimizer, scale_parameter=self.scale_parameter)
+        if self.choose_by not in CHOOSE_BY:
             raise InputError(
-                f"unknown optimizer {self.optimizer!r}: {did_you_mean(self.optimizer, OPTIMIZERS)}"
+                f"unknown choose_by {self.choose_by!r}: {did_you_mean(self.choose_by, CHOOSE_BY)}"
             )
-        if self.patience is not None and not self.validation_shots:
+        if self.choose_by in ("score", "score_normalised") and not self.validation_shots:
+            raise InputError(
+                f"choose_by {self.choose_by!r} looks at validation examples: set validation_shots"
+            )
+        if self.patience is not None and not self.validation_shots and not self.looks_at_test:
             raise InputError(
                 "patience stops by the loss of validation examples: set validation_shots too"
             )
-        if self.init != "uniform" and self.phase in ("mu", "mu-uncollapsed", "random"):
+        if self.init != "uniform" and self.phase in ("mu-uncollapsed", "random"):
             raise InputError(
                 f"phase {self.phase!r} does not use a route, so init {self.init!r} would be "
-                "ignored; use phase 'full' or 'z', or init 'uniform'"
+                "ignored; use phase 'full', 'z' or 'mu', or init 'uniform'"
             )
+
+    @property
+    def looks_at_test(self) -> bool:
+        """Whether the split that the result is scored on chooses the best step."""
+        return self.choose_by.startswith("test_")
+
+    @property
+    def optimization(self) -> str:
+        """The optimizer and all that it was given, in one line."""
+        return summary({**asdict(self), "schedule": "linear"})
 
     def to_dict(self) -> dict[str, Any]:
         """The settings as JSON values."""
@@ -148,6 +174,8 @@ class Slot:
     """What sets its settings apart from those of other slots; empty where they are alike."""
     indices: Sequence[int] = ()
     """Which of the task's examples `rows` are."""
+    validation_indices: Sequence[int] = ()
+    """And which `validation_rows` are."""
 
     @property
     def name(self) -> str:
@@ -184,16 +212,16 @@ class Slot:
             )
         if of != digest:
             raise InputError(
-                f"{path} was written for other examples or another inventory; name another folder, "
-                "or delete it"
+                f"{path} was written for another objective, other examples or another inventory; "
+                "name another folder, or delete it"
             )
         return note
 
-    def digest(self, model: RoutedModel) -> str:
-        """Of what it learns from and what it starts from, so that another is not taken for it."""
+    def digest(self, model: RoutedModel, objective: Objective) -> str:
+        """Of what it learns, by what and from where, so that another is not taken for it."""
         columns = ("prompt_ids", "target_ids", "choice_ids", "label")
         rows = [[row[c] for c in columns] for row in (*self.rows, *self.validation_rows)]
-        total = hashlib.sha256(json.dumps([len(self.rows), rows]).encode())
+        total = hashlib.sha256(json.dumps([repr(objective), len(self.rows), rows]).encode())
         logits = model.routes.logits
         for parameter in (*model.inventory.parameters(), *([] if logits is None else [logits])):
             # Enough of each to tell two inventories apart; all of a large one would take long.
@@ -209,24 +237,34 @@ class SlotTraining:
         losses: of each step, before it.
         best_step: the number of steps after which the validation loss was lowest; the number of
             all steps where there are no validation examples.
-        best_loss: the lowest validation loss; None without validation examples.
+        best_loss: the lowest validation loss, or one minus the best score; None where nothing
+            chooses.
         diverged_at: the step at which the loss or a weight was no longer finite; None if never.
         seconds: the slot's share of the time.
     """
 
-    def __init__(self, slots: Slots, place: int, slot: Slot, digest: str = "") -> None:
+    def __init__(
+        self,
+        slots: Slots,
+        place: int,
+        slot: Slot,
+        digest: str = "",
+        start: Tensor | None = None,
+    ) -> None:
         self.slots, self.place, self.slot, self.digest = slots, place, slot, digest
         self.settings = slot.settings
-        slots.start(place, seed=slot.seed, init=self.settings.init)
+        slots.start(place, seed=slot.seed, init=self.settings.init if start is None else start)
         self.parameters = slots.parameters(place)
         rates = {"skills": self.settings.lr, "routes": self.settings.route_lr}
-        decay = {"skills": self.settings.weight_decay, "routes": 0.0}
+        decay = {"skills": self.settings.weight_decay, "routes": self.settings.route_weight_decay}
         groups: list[dict[str, Any]] = [
-            {"params": tensors, "lr": rates[name], "weight_decay": decay[name]}
+            {"name": name, "params": tensors, "lr": rates[name], "weight_decay": decay[name]}
             for name, tensors in self.parameters.items()
         ]
-        make: Any = OPTIMIZERS[self.settings.optimizer]
-        self.optimizer: torch.optim.Optimizer = make(groups)
+        self.optimizer = make_optimizer(
+            self.settings.optimizer, groups, slots.model,
+            scale_parameter=self.settings.scale_parameter,
+        )  # fmt: skip
         self.rates = [float(group["lr"]) for group in groups]
         self.trained = [tensor for tensors in self.parameters.values() for tensor in tensors]
         self.order = _batches(len(slot.rows), self.settings, slot.seed)
@@ -262,8 +300,9 @@ class SlotTraining:
     def is_due(self) -> bool:
         """Whether it is time to look at the validation examples."""
         at_end = self.step == self.settings.steps
-        has_any = bool(self.slot.validation_rows) and self.diverged_at is None
-        return has_any and (at_end or self.step % self.settings.eval_steps == 0)
+        has_any = bool(self.slot.validation_rows) or self.settings.looks_at_test
+        is_time = at_end or self.step % self.settings.eval_steps == 0
+        return has_any and is_time and self.diverged_at is None
 
     def next_rows(self) -> list[Row]:
         """The examples of the next step."""
@@ -380,6 +419,7 @@ def train_slots(
     finish: Callable[[SlotTraining], None],
     memory: str | int | None = None,
     folder: Path | None = None,
+    score: Callable[[SlotTraining], float] | None = None,
 ) -> None:
     """Train slots side by side, as many at a time as memory allows; one that ends makes room.
 
@@ -395,14 +435,20 @@ def train_slots(
             `SlotTraining.route`.
         memory: see `polyroute.memory.plan`.
         folder: where running slots are saved about once a minute, and taken up again.
+        score: of a slot as it is, 0 to 1, where `choose_by` is a score.
 
     Raises:
         InputError: the phase has nothing to train, not even one slot fits into memory, or a saved
             slot is damaged.
     """
     model.check_phase(phase)
+    if score is None and any(slot.settings.choose_by != "loss" for slot in slots):
+        raise InputError(
+            "only adaptation to tasks of a suite can choose by a score: leave choose_by"
+        )
     budget = plan(model, kind, phase, memory)
     digests = _check(model, kind, phase, slots, folder)
+    starts = _starts(model, kind, slots, budget, folder)
     queue = deque(slots)
     with torch.enable_grad(), Slots(model, phase, min(len(queue), budget.slots)) as places:
         free = deque(range(len(places.names)))
@@ -413,14 +459,16 @@ def train_slots(
             while queue or running:
                 while queue and free:
                     slot = queue.popleft()
-                    training = SlotTraining(places, free.popleft(), slot, digests[slot.name])
+                    training = SlotTraining(
+                        places, free.popleft(), slot, digests[slot.name], starts.get(slot.name)
+                    )
                     if folder is not None:
                         training.load(folder)
                         progress.update(training.step)
                     running.append(training)
                 started = time.perf_counter()
                 stepping = [training for training in running if not training.is_over]
-                _take_step(model, kind, places, stepping, budget)
+                _take_step(model, kind, places, stepping, budget, score)
                 progress.update(len(stepping))
                 share = (time.perf_counter() - started) / max(1, len(stepping))
                 for training in stepping:
@@ -449,11 +497,32 @@ def _check(
     for slot in slots:
         for rows in filter(None, (slot.rows, slot.validation_rows)):
             kind.collate(rows)
-    digests = {slot.name: "" if folder is None else slot.digest(model) for slot in slots}
+    digests = {
+        slot.name: "" if folder is None else slot.digest(model, kind.objective) for slot in slots
+    }
     for slot in slots:
         if folder is not None and slot.file(folder).exists():
             slot.saved_note(folder, digests[slot.name])
     return digests
+
+
+def _starts(
+    model: RoutedModel, kind: ModelKind, slots: Sequence[Slot], budget: Budget, folder: Path | None
+) -> dict[str, Tensor]:
+    """The routes, by slot, that are looked for; slots of equal examples share one."""
+    fresh = [
+        slot
+        for slot in slots
+        if slot.settings.init == NEAREST and (folder is None or not slot.file(folder).exists())
+    ]
+    if not fresh:
+        return {}
+    examples = {(slot.task, slot.seed, len(slot.rows)): slot.rows for slot in fresh}
+    names = {key: str(number) for number, key in enumerate(examples)}
+    found = nearest_routes(
+        model, kind, {names[key]: rows for key, rows in examples.items()}, budget.tokens
+    )
+    return {slot.name: found[names[slot.task, slot.seed, len(slot.rows)]] for slot in fresh}
 
 
 def _take_step(
@@ -462,79 +531,27 @@ def _take_step(
     places: Slots,
     running: Sequence[SlotTraining],
     budget: Budget,
+    score: Callable[[SlotTraining], float] | None,
 ) -> None:
     """One step of every slot, and a look at the validation examples where it is time."""
     batches = [(training, training.next_rows()) for training in running]
-    losses = _losses(model, kind, batches, budget, backward=True)
+    routed = [(training.route, rows) for training, rows in batches]
+    losses = losses_of(model, kind, routed, budget.tokens, backward=True)
     for training, loss in zip(running, losses, strict=True):
         training.update(loss)
     places.zero_grad()
-    due = [training for training in running if training.is_due]
+    for training in running:
+        if training.is_due and training.settings.choose_by != "loss":
+            assert score is not None
+            with torch.no_grad():
+                training.look(1 - score(training))
+    due = [t for t in running if t.is_due and t.settings.choose_by == "loss"]
     if due:
-        looks = [(training, training.slot.validation_rows) for training in due]
+        looks = [(training.route, training.slot.validation_rows) for training in due]
         with torch.no_grad():
-            found = _losses(model, kind, looks, budget, backward=False)
+            found = losses_of(model, kind, looks, budget.tokens)
         for training, loss in zip(due, found, strict=True):
             training.look(loss)
-
-
-def _losses(
-    model: RoutedModel,
-    kind: ModelKind,
-    batches: Sequence[tuple[SlotTraining, Sequence[Row]]],
-    budget: Budget,
-    *,
-    backward: bool,
-) -> list[float]:
-    """The mean loss of each slot over its rows; with `backward` also its gradients."""
-    pieces: list[tuple[int, Row, float]] = []
-    for number, (training, rows) in enumerate(batches):
-        counts = kind.row_counts(rows)
-        pieces += [(number, {**row, "task": training.route}, 1 / sum(counts)) for row in rows]
-    order: list[int] = []
-    parts: list[Tensor] = []
-    is_apart = any(site.sees_token_subsets for site in model.sites)
-    for chunk in _cut(kind, pieces, budget.tokens, is_apart=is_apart):
-        rows = [row for _, row, _ in chunk]
-        row_losses = kind.row_losses(model, kind.collate(rows))
-        weighted = row_losses * torch.tensor([w for *_, w in chunk], device=row_losses.device)
-        if backward:
-            weighted.sum().backward()  # type: ignore[no-untyped-call]
-        order += [number for number, *_ in chunk]
-        parts.append(weighted.detach())
-    sums = np.zeros(len(batches))
-    np.add.at(sums, order, torch.cat(parts).double().cpu().numpy())  # one look at the device
-    found: list[float] = sums.tolist()
-    return found
-
-
-def _cut(
-    kind: ModelKind, pieces: Sequence[tuple[int, Row, float]], tokens: int, *, is_apart: bool
-) -> Iterator[list[tuple[int, Row, float]]]:
-    """Cut rows into batches of similar length with at most so many tokens, padding included.
-
-    A row that has more is a batch of its own. With `is_apart` a batch has rows of one slot only.
-    """
-    shaped = [(kind.row_shape(row), (number, row, weight)) for number, row, weight in pieces]
-
-    def place(entry: tuple[Any, tuple[int, Row, float]]) -> tuple[int, int, int]:
-        (lengths, _), (number, *_) = entry
-        return (number if is_apart else 0, -(sum(lengths) // LENGTH_STEP), number)
-
-    chunk: list[tuple[int, Row, float]] = []
-    longest: tuple[int, ...] = ()
-    common: dict[Any, int] = {}
-    for (lengths, shared), piece in sorted(shaped, key=place):
-        wider = tuple(map(max, lengths, longest)) if longest else lengths
-        together = {**common, **shared}
-        size = (len(chunk) + 1) * sum(wider) + len(together) * max(together.values(), default=0)
-        if chunk and (size > tokens or (is_apart and chunk[0][0] != piece[0])):
-            yield chunk
-            chunk, wider, together = [], lengths, dict(shared)
-        chunk.append(piece)
-        longest, common = wider, together
-    if chunk:
-        yield chunk
 
 
 def _rate(step: int, settings: AdaptSettings) -> float:

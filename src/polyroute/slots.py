@@ -5,7 +5,7 @@ phase trains skills. For as long as slots are open the routed model holds them i
 tasks, so whatever takes a task's name takes a slot's.
 """
 
-from collections.abc import Iterable
+from collections.abc import Collection
 from contextlib import AbstractContextManager
 from dataclasses import replace
 from typing import Any
@@ -19,7 +19,10 @@ from polyroute.mixing import Mixer
 from polyroute.model import Phase, RoutedModel
 from polyroute.routes import MU, Routes
 
-__all__ = ["Slots", "check_starts", "has_one_skill"]
+__all__ = ["NEAREST", "Slots", "check_starts", "has_one_skill"]
+
+NEAREST = "nearest"
+"""As the start of a slot: the route that `polyroute.starts` finds for its examples."""
 
 
 def has_one_skill(model: RoutedModel, phase: Phase) -> bool:
@@ -30,15 +33,21 @@ def has_one_skill(model: RoutedModel, phase: Phase) -> bool:
     return phase == "mu" or not model.adapter_config.has_router
 
 
-def check_starts(model: RoutedModel, phase: Phase, inits: Iterable[str]) -> None:
+def check_starts(model: RoutedModel, phase: Phase, inits: Collection[str]) -> None:
     """Make sure that slots can start, from each of these.
 
     Raises:
-        InputError: as `Slots` and `Slots.start`.
+        InputError: as `Slots` and `Slots.start`, or there are no routes to look for the nearest in.
     """
     with Slots(model, phase, 1) as slots:
         for init in dict.fromkeys(inits):
-            slots.start(0, seed=0, init=init)
+            if init != NEAREST:
+                slots.start(0, seed=0, init=init)
+    if NEAREST in inits and (model.routes.logits is None or not len(model.routes)):
+        raise InputError(
+            f"init {NEAREST!r} starts from the routes of training tasks, and this inventory has "
+            "none: use init 'uniform'"
+        )
 
 
 class Slots(AbstractContextManager["Slots"]):
@@ -104,28 +113,36 @@ class Slots(AbstractContextManager["Slots"]):
             module.training = True
 
     @torch.no_grad()
-    def start(self, place: int, *, seed: int, init: str = "uniform") -> None:
+    def start(self, place: int, *, seed: int, init: str | Tensor = "uniform") -> None:
         """Make one slot as a new task is at the start of its phase.
 
         Args:
             place: the slot, counted from 0.
             seed: of what is drawn: fresh logits, and fresh skills in phase `random`.
-            init: `"uniform"`, or one of the model's tasks, whose row is copied.
+            init: `"uniform"`; one of the model's tasks, whose row is copied; or logits `[N, H, K]`.
+                Where the phase has no routes, the one adapter starts as their mixture.
 
         Raises:
             InputError: there is no such task to copy.
         """
         inventory, routes = self._own["inventory"], self._own["routes"]
-        name = init if init not in ("uniform", MU) else None
-        source = None if name is None else routes.row(name)
+        source: int | None = None
+        logits: Tensor | None = None
+        if isinstance(init, Tensor):
+            logits = init
+        elif init not in ("uniform", MU):
+            source = routes.row(init)
+            logits = None if routes.logits is None else routes[source]
         if self.phase == "random":
             self.inventory.redraw_set(place, seed + 1)  # not the numbers that the logits get
         elif self.phase != "z":
             is_private = self.model.adapter_config.method == "private"
-            self.inventory.fill_set(place, inventory, source if is_private else None)
+            mixer = self._own["mixer"]
+            mixture = None if logits is None else mixer.by_stack(mixer.weights_from(logits))
+            self.inventory.fill_set(place, inventory, source if is_private else None, mixture)
         if self.routes.logits is not None:
-            if name is not None:
-                self.routes[place] = routes[name]
+            if logits is not None:
+                self.routes[place] = logits
             else:
                 self.routes.redraw(place, seed)
 

@@ -91,7 +91,8 @@ class Suite(Protocol):
 
         Returns:
             At least one row; columns task, instruction, input, target (strings) and choices
-            (list of strings, or None for free text).
+            (list of strings, or None for free text); and references (list of strings, the target
+            among them) where several answers are acceptable.
 
         Raises:
             InputError: the suite has no such task or the task no such split, or its data is

@@ -21,6 +21,7 @@ from polyroute.errors import InputError
 from polyroute.examples import task_sizes
 from polyroute.kinds import ModelKind
 from polyroute.model import Phase, RoutedModel
+from polyroute.optimizers import LayerAdafactor
 from polyroute.sampling import TaskSampler
 
 __all__ = ["MultiTaskTrainer", "MultiTaskTrainingArguments"]
@@ -32,13 +33,18 @@ ROWWISE_OPTIMS = ("adamw_torch", "adamw_torch_fused")
 class MultiTaskTrainingArguments(TrainingArguments):
     """Everything that transformers' `TrainingArguments` has, and what routing adds.
 
-    `learning_rate` and `weight_decay` are those of the skills.
+    `learning_rate` and `weight_decay` are those of the skills. `optim="adafactor"` is
+    `polyroute.optimizers.LayerAdafactor`.
     """
 
     learning_rate: float = field(default=1e-3, metadata={"help": "Learning rate of the skills."})
     route_lr: float = field(default=0.1, metadata={"help": "Learning rate of the routing logits."})
     route_weight_decay: float = field(
         default=0.0, metadata={"help": "Weight decay of the routing logits."}
+    )
+    scale_parameter: bool = field(
+        default=True,
+        metadata={"help": "Of adafactor: steps in proportion to the size of what they change."},
     )
     phase: str = field(default="full", metadata={"help": "What trains; see set_phase."})
     temperature: float = field(
@@ -133,7 +139,7 @@ class MultiTaskTrainer(Trainer):
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """The optimizer that `args.optim` names, over the model's own parameter groups.
 
-        With `args.rowwise_routes` it is `RoutedModel.optimizer`.
+        With `args.rowwise_routes` it is `RoutedModel.optimizer`; `adafactor` is `LayerAdafactor`.
         """
         if self.optimizer is None:
             args = self.args
@@ -146,6 +152,11 @@ class MultiTaskTrainer(Trainer):
             if args.rowwise_routes:
                 self.optimizer = self.model.optimizer(
                     None, betas=(args.adam_beta1, args.adam_beta2), eps=args.adam_epsilon, **rates
+                )
+            elif args.optim == OptimizerNames.ADAFACTOR:
+                groups = self.model.param_groups(None, **rates)
+                self.optimizer = LayerAdafactor(
+                    groups, self.model, scale_parameter=args.scale_parameter
                 )
             else:
                 optimizer_class, options = self.get_optimizer_cls_and_kwargs(args)
@@ -204,6 +215,11 @@ def _check(model: object, args: object) -> None:
         raise InputError(
             f"label_smoothing_factor={args.label_smoothing_factor} has no effect on the loss of a "
             "kind; leave it at 0"
+        )
+    if not args.scale_parameter and args.optim != OptimizerNames.ADAFACTOR:
+        raise InputError(
+            "scale_parameter is a setting of adafactor, which "
+            f"optim={str(OptimizerNames(args.optim).value)!r} does not have; leave it at True"
         )
     if args.rowwise_routes and args.optim not in ROWWISE_OPTIMS:
         raise InputError(

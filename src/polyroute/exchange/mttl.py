@@ -1,0 +1,248 @@
+"""Checkpoints of mttl, the code of the MHR paper (arXiv:2211.03831), read and written.
+
+A checkpoint holds `hyper_parameters` and a `state_dict`, whose keys are the layer names of the
+base model after a leading `model.`:
+
+    <layer>.lora_a, .lora_b            [H, K, d_in/H, r], [H, K, r, d_out/H]; or a plain LoRA's
+                                       [d_in, r], [r, d_out]
+    <layer>.multi_lora_b               [d_out], an (IA)^3 scale
+    <layer>.selector.module_logits     [T, H * K], of the first layer of each router; none: average
+
+The later `main` branch has `<layer>.experts.lora_a` `[K, H, d_in/H, r]`, `.lora_b`
+`[K, r, H, d_out/H]`, and a last row of logits for unknown tasks. Rows are in the order of the task
+names as sorted strings; the names themselves are not in the file.
+"""
+
+import argparse
+import os
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+from torch import Tensor, nn
+
+from polyroute.config import MHRConfig
+from polyroute.errors import InputError
+from polyroute.exchange.foreign import (
+    NAMES,
+    ForeignInventory,
+    read_names,
+    read_pickle,
+    routed_model,
+)
+from polyroute.exchange.mttl_layers import chosen_layers, our_granularity
+from polyroute.files import read_json, read_tensors
+from polyroute.model import RoutedModel
+
+__all__ = ["HYPER_PARAMETERS", "STATE", "Layout", "from_mttl"]
+
+Layout = Literal["mttl", "mttl-main"]
+HYPER_PARAMETERS = "hyper_parameters.json"
+STATE = "state_dict.safetensors"
+"""The files of a checkpoint as `polyroute.exchange.mttl_export` writes it: without a pickle."""
+
+OLDER_NAMES = {
+    "lora_modules": "modify_modules",
+    "lora_layers": "modify_layers",
+    "poly_selector": "router_selector",
+    "poly_granularity": "router_granularity",
+}
+MODIFIERS = ("lora", "ia3", "skilled_lora")
+KEY = re.compile(
+    r"(?P<layer>.+?)(?P<main>\.experts)?\.(?P<part>lora_a|lora_b|multi_lora_b|selector\.module_logits)"
+)
+LOGITS = "selector.module_logits"
+Layers = Mapping[str, Mapping[str, Tensor]]
+
+
+def from_mttl(
+    base_model: nn.Module,
+    path: str | os.PathLike[str],
+    *,
+    tasks: Sequence[str] | None = None,
+    layout: Layout | None = None,
+    allow_pickle: bool = False,
+) -> RoutedModel:
+    """Attach the inventory of an mttl checkpoint to its base model.
+
+    Poly and MHR checkpoints keep their routing, settings of the gates included; those without
+    logits take the average for every task. A LoRA or (IA)^3 becomes a shared adapter.
+
+    Args:
+        base_model: the one it was trained on.
+        path: a Lightning checkpoint, or a folder that `polyroute.exchange.mttl_export` wrote.
+        tasks: names of the routing rows, in their order; default those in the folder, else numbers.
+        layout: `"mttl"`, of the paper's code and before, or `"mttl-main"`; default by the keys.
+        allow_pickle: Lightning checkpoints are pickles. Only tensors and plain values are read
+            from them, and no code in them is run.
+
+    Raises:
+        InputError: the checkpoint cannot be read, is not whole, is of a method that polyroute does
+            not have, or does not fit the base model.
+    """
+    source, place = os.fspath(path), Path(path)
+    state, hyper = _read(place, allow_pickle)
+    if tasks is None and (place / NAMES).is_file():
+        tasks = read_names(place / NAMES)
+    layers, looks_main = _layers(state, source)
+    _check_method(hyper, source)
+    _check_layers(base_model, layers, hyper, source)
+    is_main = looks_main if layout is None else layout == "mttl-main"
+    return routed_model(base_model, _inventory(layers, hyper, source, is_main=is_main), tasks)
+
+
+def _read(path: Path, allow_pickle: bool) -> tuple[dict[str, Any], dict[str, Any]]:
+    if path.is_dir():
+        state: Any = read_tensors(path / STATE)
+        hyper: Any = read_json(path / HYPER_PARAMETERS)
+    else:
+        value = read_pickle(path, allowed=allow_pickle)
+        missing = {"hyper_parameters", "state_dict"} - value.keys()
+        if missing:
+            raise InputError(f"{path} lacks {sorted(missing)[0]!r}, so it is no mttl checkpoint")
+        state, hyper = value["state_dict"], value["hyper_parameters"]
+    if isinstance(hyper, argparse.Namespace):
+        hyper = dict(vars(hyper))
+    if not isinstance(hyper, dict) or not isinstance(state, dict):
+        raise InputError(f"{path} is no mttl checkpoint: its settings or tensors have no names")
+    settings: dict[str, Any] = hyper
+    return state, {OLDER_NAMES.get(name, name): value for name, value in settings.items()}
+
+
+def _layers(state: Mapping[str, Any], source: str) -> tuple[Layers, bool]:
+    """The tensors by layer and part, and whether the keys are those of the main branch."""
+    layers: dict[str, dict[str, Tensor]] = {}
+    is_main = False
+    for key, tensor in state.items():
+        name = str(key).removeprefix("expert_model.").removeprefix("model.")
+        if name.endswith((".weight", ".bias")):  # of the base model, which the layers wrap
+            continue
+        match = KEY.fullmatch(name)
+        if match is None or not isinstance(tensor, Tensor):
+            raise InputError(
+                f"{source} holds {key!r}, which is no part of a LoRA, Poly, MHR or (IA)^3 of mttl"
+            )
+        layers.setdefault(match["layer"], {})[match["part"]] = tensor
+        is_main = is_main or match["main"] is not None
+    if not layers:
+        raise InputError(f"{source} holds no adapter: no key of it ends in .lora_a")
+    return layers, is_main
+
+
+def _check_method(hyper: Mapping[str, Any], source: str) -> None:
+    modifier = hyper.get("model_modifier") or "poly"
+    if modifier not in MODIFIERS and not str(modifier).startswith("poly"):
+        raise InputError(f"{source} has model_modifier={modifier!r}, which polyroute does not have")
+    selector = hyper.get("router_selector") or "poly"
+    if selector not in ("poly", "poly_router", "average"):
+        raise InputError(
+            f"{source} has router_selector={selector!r}, which polyroute does not have"
+        )
+
+
+def _check_layers(
+    base_model: nn.Module, layers: Layers, hyper: Mapping[str, Any], source: str
+) -> None:
+    """Make sure that no layer is missing that the settings of the checkpoint name."""
+    modules, own = hyper.get("modify_modules"), hyper.get("modify_layers")
+    if not isinstance(modules, str) or not isinstance(own, str):
+        return
+    linear = [n for n, m in base_model.named_modules() if isinstance(m, nn.Linear)]
+    missing = sorted(chosen_layers(linear, modules, own) - layers.keys())
+    if missing:
+        raise InputError(
+            f"{source} has no adapter for layer {missing[0]!r}, which its settings choose: it is "
+            "not whole, or belongs to another base model"
+        )
+
+
+def _inventory(
+    layers: Layers, hyper: Mapping[str, Any], source: str, *, is_main: bool
+) -> ForeignInventory:
+    skills: dict[str, Tensor] = {}
+    for layer, parts in layers.items():
+        for part, tensor in parts.items():
+            if part != LOGITS:
+                kind = "ia3" if part == "multi_lora_b" else part
+                skills[f"{layer}.{kind}"] = _as_ours(tensor, part, f"{source}: {layer}", is_main)
+    first = next((n for n in skills if not n.endswith(".lora_b")), None)
+    if first is None:
+        raise InputError(f"{source} holds no skills: no key of it ends in .lora_a")
+    heads, num_skills, _, rank = skills[first].shape
+    num_tasks = hyper.get("n_tasks")
+    count = num_tasks if isinstance(num_tasks, int) and num_tasks > 0 else 1
+    if first.endswith(".ia3"):
+        config = MHRConfig(method="shared", adapter="ia3")
+        return ForeignInventory(source, config, skills, {}, count)
+    is_routed = layers[first.removesuffix(".lora_a")]["lora_a"].ndim == 4
+    said = {"n_skills": num_skills, "n_splits": heads} if is_routed and not is_main else {}
+    for setting, value in {"lora_rank": rank, **said}.items():
+        if hyper.get(setting) not in (None, value):
+            raise InputError(
+                f"{source} has {setting}={hyper[setting]} but tensors for {value}; it is damaged, "
+                "or of the other layout (--format mttl or mttl-main)"
+            )
+    alpha = hyper.get("lora_alpha")
+    if alpha is None and is_main:  # older code has none and means 1, this one has other defaults
+        raise InputError(f"{source} lacks the setting lora_alpha, by which the update is scaled")
+    common: dict[str, Any] = {"rank": rank, "alpha": 1.0 if alpha is None else alpha}
+    if not is_routed:
+        return ForeignInventory(source, MHRConfig(method="shared", **common), skills, {}, count)
+    tables = _tables(layers, heads, num_skills, source, is_main=is_main)
+    if is_main:  # its granularity is a pattern of its own, its gates are always plain sigmoids
+        common["granularity"] = "coarsegrained" if len(tables) == 1 else "finegrained"
+    else:
+        granularity = our_granularity(
+            list(layers), hyper.get("router_granularity") or "finegrained"
+        )
+        common |= {"granularity": granularity, **_router(hyper)}
+    config = MHRConfig(
+        method="mhr" if heads > 1 else "poly", num_heads=heads, num_skills=num_skills, **common
+    )
+    return ForeignInventory(source, config, skills, tables, count)
+
+
+def _as_ours(tensor: Tensor, part: str, where: str, is_main: bool) -> Tensor:
+    """`[H, K, ...]`."""
+    if tensor.ndim != 1 if part == "multi_lora_b" else tensor.ndim not in (2, 4):
+        raise InputError(f"{where}.{part} has shape {list(tensor.shape)}, which is of no layout")
+    if tensor.ndim < 4:
+        return tensor[None, None, None] if tensor.ndim == 1 else tensor[None, None]
+    if not is_main:
+        return tensor
+    return tensor.permute(1, 0, 2, 3) if part == "lora_a" else tensor.permute(2, 0, 1, 3)
+
+
+def _tables(
+    layers: Layers, heads: int, num_skills: int, source: str, *, is_main: bool
+) -> dict[str, Tensor]:
+    """The routing logits `[T, H * K]` by layer; empty where all routes are the average."""
+    tables = {layer: parts[LOGITS] for layer, parts in layers.items() if LOGITS in parts}
+    width, constant = heads * num_skills, (heads, num_skills)
+    # Older code saved a constant for an average router.
+    if all(t.shape == constant and not (t - 1 / num_skills).round(decimals=6).any()
+           for t in tables.values()):  # fmt: skip
+        return {}
+    for layer, table in tables.items():
+        if table.ndim != 2 or table.shape[1] != width:
+            raise InputError(
+                f"{source}: the routing logits of {layer!r} have shape {list(table.shape)}, where "
+                f"{width} for each task are needed"
+            )
+    if is_main and all(len(t) > 1 and not t[-1].any() for t in tables.values()):
+        return {layer: table[:-1] for layer, table in tables.items()}  # the last is no task's
+    return tables
+
+
+def _router(hyper: Mapping[str, Any]) -> dict[str, Any]:
+    if hyper.get("module_logits_l2_norm"):  # mttl looks at no other setting then
+        return {"normalization": "l2"}
+    gate = "relaxed_bernoulli" if hyper.get("module_logits_relaxed_bernoulli") else "sigmoid"
+    corrected = hyper.get("poly_average_correction")
+    return {
+        "gate": "straight_through" if hyper.get("module_logits_straight_through") else gate,
+        "normalization": "average_correction" if corrected else "sum",
+        "shared_skill": bool(hyper.get("poly_use_shared_skill")),
+        "logit_dropout": hyper.get("module_logits_dropout") or 0.0,
+    }

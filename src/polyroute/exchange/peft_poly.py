@@ -1,0 +1,211 @@
+"""Checkpoints of PEFT's Poly tuner, read and written.
+
+A folder with `adapter_config.json` and a safetensors file:
+
+    base_model.model.<layer>.poly_lora_A                    [H, K, d_in/H, r]
+    base_model.model.<layer>.poly_lora_B                    [H, K, r, d_out/H]
+    base_model.model.<layer>.poly_router.module_logits      [T, H * K]
+
+The update is always scaled by 1/r, which is an alpha of 1, and every layer has its own router.
+"""
+
+import os
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from polyroute.config import MHRConfig
+from polyroute.errors import InputError
+from polyroute.exchange.foreign import (
+    NAMES,
+    ForeignInventory,
+    check_exportable,
+    read_names,
+    read_pickle,
+    routed_model,
+)
+from polyroute.files import make_folder, read_json, read_tensors, write_json, write_tensors
+from polyroute.model import RoutedModel
+from polyroute.peft_export import base_name, task_type
+from polyroute.targets import find_endings, find_sites
+
+__all__ = ["CONFIG", "from_peft_poly", "write_peft_poly"]
+
+CONFIG = "adapter_config.json"
+TENSORS = "adapter_model.safetensors"
+PICKLE = "adapter_model.bin"
+COUNTS = ("r", "n_tasks", "n_skills", "n_splits")
+ROUTER = "poly_router.module_logits"
+KEY = re.compile(r"base_model\.model\.(?P<layer>.+)\.(?P<part>poly_lora_A|poly_lora_B|"
+                 rf"{re.escape(ROUTER)})")  # fmt: skip
+
+
+def from_peft_poly(
+    base_model: nn.Module,
+    folder: str | os.PathLike[str],
+    *,
+    tasks: Sequence[str] | None = None,
+    allow_pickle: bool = False,
+) -> RoutedModel:
+    """Attach the inventory of a PEFT Poly checkpoint to its base model.
+
+    In training PEFT draws its gates (`gate="relaxed_bernoulli"`); in evaluation they are sigmoids.
+
+    Args:
+        base_model: the one it was trained on.
+        folder: what PEFT's `save_pretrained` wrote.
+        tasks: names of the tasks, by `task_ids`; default those that `write_peft_poly` left there,
+            else numbers.
+        allow_pickle: read `adapter_model.bin` where there are no safetensors. Only tensors are
+            read from it, and no code in it is run.
+
+    Raises:
+        InputError: the folder holds no Poly checkpoint, it is not whole, or it does not fit the
+            base model.
+    """
+    source, path = os.fspath(folder), Path(folder)
+    if not (path / CONFIG).is_file():
+        raise InputError(f"{source} is no PEFT checkpoint: there is no {CONFIG} in it")
+    fields = read_json(path / CONFIG)
+    config = _config(fields, source)
+    if (path / TENSORS).is_file() or not (path / PICKLE).is_file():
+        tensors: Mapping[str, Any] = read_tensors(path / TENSORS)
+    else:
+        tensors = read_pickle(path / PICKLE, allowed=allow_pickle)
+    if tasks is None and (path / NAMES).is_file():
+        tasks = read_names(path / NAMES)
+    found = _inventory(tensors, config, source)
+    _check_whole(base_model, found, fields)
+    if any(len(table) != fields["n_tasks"] for table in found.logits.values()):
+        raise InputError(
+            f"{source} has n_tasks={fields['n_tasks']} but another number of routing rows; "
+            "it is damaged"
+        )
+    return routed_model(base_model, found, tasks)
+
+
+def _config(fields: Any, source: str) -> MHRConfig:
+    kind = fields.get("peft_type") if isinstance(fields, dict) else None
+    if kind != "POLY" or fields.get("poly_type", "poly") != "poly":
+        raise InputError(f"{source} holds an adapter of PEFT type {kind!r}, where 'POLY' is needed")
+    for name in COUNTS:
+        value = fields.get(name)
+        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+            raise InputError(f"{source}: {name}={value!r} is not a positive whole number")
+    return MHRConfig(
+        method="mhr" if fields["n_splits"] > 1 else "poly",
+        num_heads=fields["n_splits"],
+        num_skills=fields["n_skills"],
+        rank=fields["r"],
+        alpha=1.0,
+        init="peft",
+        gate="relaxed_bernoulli",
+    )
+
+
+def _inventory(tensors: Mapping[str, Any], config: MHRConfig, source: str) -> ForeignInventory:
+    skills: dict[str, Tensor] = {}
+    logits: dict[str, Tensor] = {}
+    for key, tensor in tensors.items():
+        match = KEY.fullmatch(key)
+        if match is None or not isinstance(tensor, Tensor):
+            raise InputError(
+                f"{source} holds {key!r}, which is no part of Poly; modules_to_save and other "
+                "trained weights of the base model cannot be imported"
+            )
+        if match["part"] == ROUTER:
+            logits[match["layer"]] = tensor
+        else:
+            kind = match["part"].removeprefix("poly_").lower()
+            skills[f"{match['layer']}.{kind}"] = tensor
+    if not skills or not logits:
+        raise InputError(f"{source} lacks the skills or the routing of Poly; it is not whole")
+    return ForeignInventory(source, config, skills, logits)
+
+
+def _check_whole(base_model: nn.Module, found: ForeignInventory, fields: Mapping[str, Any]) -> None:
+    """Make sure that every layer is there that the settings of the checkpoint choose."""
+    target = fields.get("target_modules")
+    if not target or fields.get("exclude_modules"):
+        return
+    try:
+        sites = find_sites(base_model, replace(found.config, target_modules=target))
+    except InputError as error:
+        raise InputError(f"{found.source} belongs to another base model: {error}") from error
+    missing = sorted({site.name for site in sites} - found.layers)
+    if missing:
+        raise InputError(
+            f"{found.source} has no adapter for layer {missing[0]!r}, which its settings choose: "
+            "it is not whole, or belongs to another base model"
+        )
+
+
+def write_peft_poly(model: RoutedModel, folder: str | os.PathLike[str]) -> None:
+    """Write all skills and routes as a checkpoint that PEFT loads as `PolyConfig`.
+
+    The rows are in the order of `model.tasks`, which also goes to `tasks.json`. Scaling is folded
+    into B. Tasks of an inventory without logits get a uniform route.
+
+    Args:
+        model: of method `mhr` or `poly`, with one router for each layer.
+        folder: where to; made if missing.
+
+    Raises:
+        InputError: PEFT's Poly has no such method or gate, or the folder cannot be written.
+    """
+    check_exportable(model, "PEFT's Poly")
+    config, num_routers = model.adapter_config, len(model.routers)
+    _check_plain(config, model)
+    path, names = make_folder(folder), list(model.tasks)
+    width = config.heads * model.inventory.num_skills
+    logits = model.routes.logits
+    table = torch.zeros(len(names), num_routers * width) if logits is None else logits.detach()
+    table = table.view(len(names), num_routers, width)
+    assert config.alpha is not None
+    tensors: dict[str, Tensor] = {}
+    for i, site in enumerate(model.sites):
+        prefix, skills = f"base_model.model.{site.name}.", model.inventory.site_tensors(i)
+        tensors[prefix + "poly_lora_A"] = skills["lora_a"]
+        tensors[prefix + "poly_lora_B"] = skills["lora_b"] * config.alpha
+        tensors[prefix + ROUTER] = table[:, model.mixer.router_of_site[i]]
+    fields = {
+        "peft_type": "POLY",
+        "poly_type": "poly",
+        "task_type": task_type(model.base_model),
+        "base_model_name_or_path": base_name(model.base_model),
+        "r": config.rank,
+        "n_tasks": len(names),
+        "n_skills": model.inventory.num_skills,
+        "n_splits": config.heads,
+        "target_modules": find_endings(model.base_model, model.sites),
+        "inference_mode": True,
+    }
+    write_tensors(path / TENSORS, tensors)
+    write_json(path / CONFIG, fields)
+    write_json(path / NAMES, names)
+
+
+def _check_plain(config: MHRConfig, model: RoutedModel) -> None:
+    """Make sure that PEFT's Poly would compute the same.
+
+    Raises:
+        InputError: it would not; the message names the setting.
+    """
+    finegrained = len(model.routers) == len(model.sites)
+    for holds, what in (
+        (config.has_router, f"no method {config.method!r}"),
+        (config.adapter == "lora", "no (IA)^3"),
+        (config.gate != "straight_through", f"no gate {config.gate!r}"),
+        (config.normalization == "sum", f"no normalization {config.normalization!r}"),
+        (not config.shared_skill, "no shared skill"),
+        (not config.logit_dropout, "no dropout of gates"),
+        (finegrained, "a router for each layer, and layers of this inventory share routers"),
+        (bool(model.tasks), "no inventory without tasks"),
+    ):
+        if not holds:
+            raise InputError(f"PEFT's Poly has {what}; write each task with --format peft")

@@ -1,0 +1,5 @@
+"""One page that shows what runs came to: tables, curves, alignment and routing."""
+
+from polyroute.report_page.write import write_report
+
+__all__ = ["write_report"]

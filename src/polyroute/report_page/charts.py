@@ -1,0 +1,154 @@
+"""The charts of a report as data; `figures` and the page's script draw the same ones."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any, NamedTuple
+
+from polyroute.report_page.data import Run
+from polyroute.report_page.summary import Row
+
+__all__ = [
+    "NEUTRAL",
+    "Chart",
+    "Point",
+    "Series",
+    "chart_of",
+    "learning",
+    "parameters",
+    "shots",
+    "thin",
+]
+
+MOST_POINTS = 500
+"""Of a series; more than a screen is wide would only make the page large."""
+NEUTRAL = -1
+"""The colour of what belongs to no run."""
+
+
+class Point(NamedTuple):
+    """One point of a series; its interval and label may be missing."""
+
+    x: float
+    y: float
+    low: float | None = None
+    high: float | None = None
+    label: str = ""
+
+
+@dataclass(frozen=True)
+class Series:
+    """Points of one colour and one marker."""
+
+    name: str
+    colour: int
+    points: Sequence[Point]
+    marker: int | None = None
+    """None for a line alone."""
+    line: bool = True
+
+
+@dataclass(frozen=True)
+class Chart:
+    """One pair of axes."""
+
+    key: str
+    """Its name as a file and in the page."""
+    title: str
+    x: str
+    y: str
+    series: Sequence[Series]
+    log: bool = False
+    """Whether x is logarithmic."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """The chart as JSON values."""
+        return asdict(self)
+
+
+def learning(runs: Sequence[Run], colours: Mapping[str, int]) -> Chart | None:
+    """Training loss over steps, for each run."""
+    series = [
+        Series(run.name, colours[run.name], thin([Point(*pair) for pair in run.losses]))
+        for run in runs
+        if run.losses
+    ]
+    return chart_of("learning", "Learning curves", "step", "training loss", series)
+
+
+def shots(rows: Sequence[Row], colours: Mapping[str, int]) -> Chart | None:
+    """Mean score over shots, for each way that was measured at several."""
+    series = [
+        Series(name, colour, _along([_point(row, row.shots or 0) for row in members]), marker)
+        for name, colour, marker, members in _ways(
+            [row for row in rows if row.shots], colours, by_shots=False
+        )
+        if len(members) > 1
+    ]
+    return chart_of("shots", "Adaptation curves", "shots", "mean score", series, log=True)
+
+
+def parameters(rows: Sequence[Row], colours: Mapping[str, int]) -> Chart | None:
+    """Mean score over the parameters that a new task trains.
+
+    A phase of poly and mhr that was measured at three sizes or more, as z is at several numbers of
+    heads, is a curve.
+    """
+    rows = [row for row in rows if row.parameters]
+    ways = list(_ways(rows, colours, by_shots=True))
+    curves: dict[tuple[Any, ...], list[Point]] = {}
+    for row in rows:
+        if row.stage == "adapted" and row.method in ("poly", "mhr"):
+            key = (row.phase, row.shots, row.setting, row.split)
+            curves.setdefault(key, []).append(_point(row, row.parameters or 0))
+    series = [
+        Series("", NEUTRAL, _along(points))
+        for points in curves.values()
+        if len({point.x for point in points}) > 2
+    ]
+    series += [
+        Series(name, colour, [_point(row, row.parameters or 0) for row in members], marker, False)
+        for name, colour, marker, members in ways
+    ]
+    return chart_of(
+        "parameters", "Scores over trained parameters", "parameters trained for a new task",
+        "mean score", series, log=True,
+    )  # fmt: skip
+
+
+def _ways(
+    rows: Sequence[Row], colours: Mapping[str, int], *, by_shots: bool
+) -> Iterator[tuple[str, int, int, list[Row]]]:
+    """Adapted rows that belong together, with a name, the colour of the run and a marker."""
+    rows = [row for row in rows if row.stage == "adapted"]
+    phases = list(dict.fromkeys(row.phase for row in rows))
+    ways: dict[tuple[Any, ...], list[Row]] = {}
+    for row in rows:
+        key = (row.run, row.phase, row.setting, row.split, row.shots if by_shots else None)
+        ways.setdefault(key, []).append(row)
+    for (run, phase, setting, split, number), members in ways.items():
+        shots = f"{number} shots" if by_shots and len({row.shots for row in rows}) > 1 else ""
+        name = ", ".join(
+            filter(None, (f"{run}: {phase}", shots, setting, "" if split == "test" else split))
+        )
+        yield name, colours[run], phases.index(phase), members
+
+
+def _point(row: Row, x: float) -> Point:
+    return Point(x, row.estimate.mean, row.estimate.low, row.estimate.high)
+
+
+def _along(points: Sequence[Point]) -> list[Point]:
+    return sorted(points, key=lambda point: point.x)
+
+
+def thin(points: Sequence[Point]) -> list[Point]:
+    """Every so many points and the last one, if there are too many."""
+    step = -(-len(points) // MOST_POINTS) or 1
+    return [*points[::step], *([] if (len(points) - 1) % step == 0 else points[-1:])]
+
+
+def chart_of(
+    key: str, title: str, x: str, y: str, series: Sequence[Series], *, log: bool = False
+) -> Chart | None:
+    """A chart; None without series."""
+    return Chart(key, title, x, y, series, log) if series else None

@@ -1,0 +1,246 @@
+"""What the folders of runs hold, as far as a report needs it."""
+
+import math
+import os
+import re
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from polyroute.errors import InputError
+from polyroute.files import read_json
+from polyroute.runs import read_run
+
+__all__ = ["Result", "Run", "clean", "is_number", "read_runs"]
+
+UNPRINTABLE = re.compile("[\x00-\x1f\x7f-\x9f\ud800-\udfff\ufffe\uffff]")
+
+
+@dataclass(frozen=True)
+class Result:
+    """One score of one task."""
+
+    stage: str
+    """`adapted`, `zero-shot` or `trained`: what the model knew of the task."""
+    phase: str
+    shots: int | None
+    setting: str
+    """What else tells it from other results of the run; mostly empty."""
+    split: str
+    task: str
+    metric: str
+    seed: int | None
+    score: float
+    parameters: int | None
+    """Trained for the task."""
+    seconds: float | None
+
+
+@dataclass
+class Run:
+    """One trained inventory and all that was measured on it."""
+
+    name: str
+    folder: Path
+    method: str
+    config: Mapping[str, Any]
+    results: list[Result] = field(default_factory=list)
+    losses: list[tuple[float, float]] = field(default_factory=list)
+    """(step, loss)."""
+    alignment: Mapping[str, Any] | None = None
+    inventory: Path | None = None
+    """Where its inventory is."""
+    data: str | None = None
+    """Its suite."""
+
+
+def read_runs(folders: Sequence[str | os.PathLike[str]]) -> tuple[list[Run], list[str]]:
+    """Read folders of `polyroute train`, `adapt` and `demo`.
+
+    Returns:
+        The runs, and a sentence for each thing that is missing or damaged and was left out.
+
+    Raises:
+        InputError: a folder is no run's, or of a command that a report does not know.
+    """
+    runs: dict[Path, Run] = {}
+    notes: list[str] = []
+    adapted: list[Path] = []
+    for given in folders:
+        folder = Path(given).expanduser().resolve()
+        description = read_run(folder)
+        command, config = description["command"], description["config"]
+        if command == "train":
+            runs[folder] = _trained(folder, config, notes)
+            adapted += [path.parent for path in sorted(folder.glob("*/results.json"))]
+        elif command == "adapt":
+            adapted.append(folder)
+        elif command == "demo":
+            runs |= {run.folder: run for run in _demo(folder, notes)}
+        else:
+            raise InputError(
+                f"{given} is a run of `polyroute {command}`; a report shows runs of train, adapt "
+                "and demo"
+            )
+    for folder in dict.fromkeys(adapted):
+        try:
+            config = read_run(folder)["config"]
+            results = list(_adaptations(read_json(folder / "results.json"), folder, notes))
+        except InputError as error:
+            notes.append(f"Left out: {error}.")
+            continue
+        source = Path(str(config.get("run", folder))).expanduser().resolve()
+        if folder.parent in runs and not source.is_dir():
+            source = folder.parent  # it was moved since
+        if source not in runs:
+            runs[source] = _known_by_name(source)
+        runs[source].results += _told_apart(runs[source].results, results, folder.name)
+    found = list(runs.values())
+    for run, name in zip(found, _names([run.folder for run in found]), strict=True):
+        run.name = name
+    return found, notes
+
+
+def clean(text: object) -> str:
+    """Text without characters that no file format shows."""
+    return UNPRINTABLE.sub("\ufffd", str(text))
+
+
+def is_number(value: object) -> bool:
+    """Whether a value of JSON is a finite number."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _trained(folder: Path, config: Mapping[str, Any], notes: list[str]) -> Run:
+    run = Run(folder.name, folder, clean(config.get("method", "unknown")), config)
+    run.data = config.get("data")
+    if (folder / "polyroute.json").is_file():
+        run.inventory = folder
+    else:
+        notes.append(f"The run in {folder} has no inventory yet, so its routing is left out.")
+    parameters, seconds = None, None
+    metrics = _optional(folder / "metrics.json", dict, notes)
+    if metrics is None and not (folder / "metrics.json").exists():
+        notes.append(f"The run in {folder} is unfinished: it has no metrics.json, hence no losses.")
+    elif metrics is not None:
+        parameters, seconds = metrics.get("trained_parameters"), metrics.get("train_runtime")
+        log = [entry for entry in metrics.get("log") or [] if isinstance(entry, dict)]
+        pairs = [(entry.get("step"), entry.get("loss")) for entry in log]
+        run.losses = [(s, v) for s, v in pairs if is_number(s) and is_number(v)]  # type: ignore[misc]
+    run.alignment = _optional(folder / "alignment.json", dict, notes)
+    for path in sorted(folder.glob("*.json")):
+        if path.stem in ("run", "metrics", "alignment", "polyroute"):
+            continue
+        scores = _optional(path, dict, notes)
+        if scores is not None and scores.keys() >= {"macro_average", "split", "tasks"}:
+            zero = bool(scores.get("zero_shot"))
+            spent = (0, None) if zero else (parameters, seconds)
+            results = list(_evaluated(scores, zero, spent, path, notes))
+            run.results += _told_apart(run.results, results, path.stem)
+    return run
+
+
+def _demo(folder: Path, notes: list[str]) -> Iterator[Run]:
+    path = folder / "results.json"
+    report = _optional(path, dict, notes)
+    if report is None or not isinstance(report.get("adaptations"), list):
+        notes.append(f"The demo in {folder} is unfinished, so it is left out.")
+        return
+    rows = [row for row in report["adaptations"] if isinstance(row, dict)]
+    for method in dict.fromkeys(str(row.get("method")) for row in rows):
+        run = Run(clean(method), folder / method, clean(method), {})
+        own = [row for row in rows if str(row.get("method")) == method]
+        run.results = list(_adaptations(own, folder, notes))
+        run.inventory = folder / method if (folder / method / "polyroute.json").is_file() else None
+        run.data = str(folder / "suite")
+        yield run
+
+
+def _known_by_name(source: Path) -> Run:
+    """The run that an adaptation started from, of which no more than its method is shown."""
+    try:
+        config = read_run(source)["config"]
+    except InputError:
+        config = {}
+    return Run(source.name, source, clean(config.get("method", "unknown")), config)
+
+
+def _adaptations(rows: Any, folder: Path, notes: list[str]) -> Iterator[Result]:
+    if not isinstance(rows, list):
+        raise InputError(f"{folder / 'results.json'} is damaged: it is not a list of results")
+    diverged = 0
+    for row in rows:
+        diverged += isinstance(row, dict) and row.get("score", 0) is None
+        if not isinstance(row, dict) or not is_number(row.get("score")) or "task" not in row:
+            continue
+        shots = row.get("shots")
+        yield Result(
+            "adapted", clean(row.get("phase", "")), shots if is_number(shots) else None,
+            clean(row.get("label", "")), clean(row.get("split", "")), clean(row["task"]),
+            clean(row.get("metric", "")), row.get("seed"), float(row["score"]),
+            *_spent(row.get("trained_parameters"), row.get("seconds")),
+        )  # fmt: skip
+    if diverged:
+        notes.append(f"{diverged} of {len(rows)} adaptations in {folder} diverged; left out.")
+
+
+def _evaluated(
+    scores: Mapping[str, Any], zero: bool, spent: tuple[Any, Any], path: Path, notes: list[str]
+) -> Iterator[Result]:
+    stage, phase = ("zero-shot", "none") if zero else ("trained", "as trained")
+    tasks = scores["tasks"] if isinstance(scores["tasks"], list) else []
+    rows = [r for r in tasks if isinstance(r, dict) and is_number(r.get("score")) and "task" in r]
+    if not rows:
+        notes.append(f"Left out: {path} holds no score.")
+    for row in rows:
+        yield Result(
+            stage, phase, 0 if zero else None, "", clean(scores["split"]), clean(row["task"]),
+            clean(row.get("metric", "")), None, float(row["score"]), *_spent(*spent),
+        )  # fmt: skip
+
+
+def _spent(parameters: Any, seconds: Any) -> tuple[int | None, float | None]:
+    return (
+        int(parameters) if is_number(parameters) else None,
+        float(seconds) if is_number(seconds) else None,
+    )
+
+
+def _told_apart(before: Sequence[Result], new: Sequence[Result], origin: str) -> Sequence[Result]:
+    """Results of another file, marked by its name where the run has such results already."""
+
+    def kinds(results: Sequence[Result]) -> set[tuple[Any, ...]]:
+        return {(r.stage, r.phase, r.shots, r.setting, r.split) for r in results}
+
+    if not kinds(before) & kinds(new):
+        return new
+    return [replace(r, setting=" ".join(filter(None, (clean(origin), r.setting)))) for r in new]
+
+
+def _optional(path: Path, kind: type, notes: list[str]) -> Any:
+    """The JSON of a file that may be missing; what is damaged is noted and left out."""
+    if not path.exists():
+        return None
+    try:
+        value = read_json(path)
+    except InputError as error:
+        notes.append(f"Left out: {error}.")
+        return None
+    return value if isinstance(value, kind) else None
+
+
+def _names(folders: Sequence[Path]) -> list[str]:
+    """The last parts of each path, as many as tell it from the others."""
+    depths = [1] * len(folders)
+    while True:
+        names = ["/".join(p.parts[-d:]) for p, d in zip(folders, depths, strict=True)]
+        twice = {name for name, count in Counter(names).items() if count > 1}
+        longer = [
+            d + (name in twice and d < len(p.parts))
+            for p, d, name in zip(folders, depths, names, strict=True)
+        ]
+        if longer == depths:
+            return [clean(name) for name in names]
+        depths = longer

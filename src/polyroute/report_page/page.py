@@ -1,0 +1,75 @@
+"""The report as one HTML page that needs nothing else."""
+
+import json
+from collections.abc import Iterable
+from dataclasses import asdict
+from html import escape
+from importlib.resources import files
+from string import Template
+from typing import Any
+
+import polyroute
+from polyroute.report_page.contents import Contents
+from polyroute.report_page.tables import results_table, tasks_table
+
+__all__ = ["GENERATOR", "render"]
+
+GENERATOR = '<meta name="generator" content="polyroute report">'
+"""Stands near the start of every page, so that it is known as one."""
+SCRIPTS = ("chart.js", "explorer.js", "report.js")
+
+
+def render(report: Contents, beside: str) -> str:
+    """The page as text.
+
+    Args:
+        report: what it shows.
+        beside: the name of the folder of its files.
+    """
+    keys = {chart.key for chart in report.charts}
+    content = {
+        "references": [asdict(each) for each in report.references],
+        "charts": [chart.to_dict() for chart in report.charts],
+        "routing": [routing.to_dict() for routing in report.routing],
+    }
+    names = ", ".join(f"<b>{escape(run.name)}</b>" for run in report.runs)
+    notes = "".join(f"<li>{escape(note)}</li>" for note in report.notes)
+    return Template(_asset("template.html")).substitute(
+        generator=GENERATOR,
+        version=polyroute.__version__,
+        style=_asset("style.css"),
+        script="\n".join(map(_asset, SCRIPTS)),
+        content=_embedded(content),
+        runs=names,
+        beside=escape(beside),
+        results=results_table(report.rows, report.references),
+        tasks=tasks_table(report.rows, report.categories),
+        learning=_figure("learning", keys, "No run kept the losses of its training."),
+        shots=_figure(
+            "shots",
+            keys,
+            "Each run was adapted with one number of shots; a curve takes several.",
+        ),
+        parameters=_figure("parameters", keys, "No run was adapted to new tasks."),
+        has_alignment="" if any(key.startswith("alignment-") for key in keys) else "hidden",
+        no_alignment="hidden" if any(key.startswith("alignment-") for key in keys) else "",
+        has_routing="" if report.routing else "hidden",
+        no_routing="hidden" if report.routing else "",
+        notes=f"<ul>{notes}</ul>" if notes else "<p>Nothing.</p>",
+    )
+
+
+def _figure(key: str, keys: Iterable[str], otherwise: str) -> str:
+    if key in keys:
+        return f'<figure class="chart" data-chart="{key}"></figure>'
+    return f'<p class="missing">{otherwise}</p>'
+
+
+def _asset(name: str) -> str:
+    return (files(__package__) / name).read_text(encoding="utf-8")
+
+
+def _embedded(content: Any) -> str:
+    """JSON that cannot end the script element it stands in: `<` only ever occurs in strings."""
+    text = json.dumps(content, allow_nan=False, separators=(",", ":"))
+    return text.replace("<", "\\u003c")

@@ -1,0 +1,64 @@
+"""Writing a report: the page, and the folder of files beside it."""
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+from polyroute.errors import InputError
+from polyroute.files import check_place, make_folder
+from polyroute.report_page.contents import collect
+from polyroute.report_page.files import write_files
+from polyroute.report_page.page import GENERATOR, render
+
+__all__ = ["write_report"]
+
+
+def write_report(
+    folders: Sequence[str | os.PathLike[str]],
+    out: str | os.PathLike[str],
+    *,
+    data: str | None = None,
+) -> Path:
+    """Write what runs came to as one HTML page, with its figures and numbers in a folder beside it.
+
+    Args:
+        folders: of `polyroute train`, `adapt` or `demo`; the first is what others are compared
+            with, unless one is of method `shared`.
+        out: the page; the folder is called like it, with `-files` at the end.
+        data: a suite that tells the categories of tasks; by default those of the runs.
+
+    Returns:
+        The folder of files.
+
+    Raises:
+        InputError: a folder holds no run, or the page cannot be written there.
+    """
+    path = Path(out).expanduser()
+    beside = path.with_name(f"{path.stem}-files")
+    _check_place(path, beside)
+    report = collect(folders, data)
+    page = render(report, beside.name)
+    make_folder(path.parent)
+    make_folder(beside)
+    write_files(report, beside)
+    path.write_text(page, encoding="utf-8")
+    return beside
+
+
+def _check_place(path: Path, beside: Path) -> None:
+    """Make sure, before anything is read, that a report can be written and replaces only one."""
+    if path.is_dir():
+        raise InputError(f"{path} is a folder; name an HTML file as --out")
+    check_place(path.parent)
+    if path.exists():
+        with path.open("rb") as file:
+            start = file.read(1000)
+        if GENERATOR.encode() not in start:
+            raise InputError(
+                f"{path} is there and is no report of polyroute; name another --out file"
+            )
+    elif beside.exists() and (not beside.is_dir() or any(beside.iterdir())):
+        raise InputError(
+            f"{beside}, where the figures go, is there and belongs to no report; "
+            "name another --out file"
+        )
