@@ -31,27 +31,39 @@ from paper_study import Study, adapt, align, finetune, train, zero_shot
 from polyroute.slot_training import AdaptSettings
 
 RESULTS = Path(__file__).parent / "results" / "paper"
+MAIN = ("shared", "poly", "mhr", "shared-matched", "private")
+"""Trained first, with every seed; the others of a study follow."""
+CONTINUED = ("shared", "poly", "mhr")
+"""Whose average is also trained on, for zero-shot use."""
 
 
 def run_generated(study: Study) -> None:
     """Every contender from five seeds of training; with each its own draw of few-shot examples."""
-    for seed in TRAINING_SEEDS:
-        own = replace(study, seeds=(seed,))
-        for config in study.inventories:
-            name = f"{config}-s{seed}"
-            steps = None if seed else GENERATED_TRAINING.steps // 10
-            train(own, name, config, GENERATED_TRAINING, seed=seed, alignment_steps=steps)
-            align(own, f"aligned-{name}", name, study.train[::4], 20)
-            zero_shot(own, f"zero-shot-{name}", name, study.test)
-            for phase in _phases(config):
-                settings = AdaptSettings(phase=phase, **GENERATED_ADAPTATION)  # type: ignore[arg-type]
-                adapt(own, f"{phase}-{name}", name, {"": settings}, study.test)
-        for config in ("shared", "poly", "mhr"):
-            name = f"{config}-continued-s{seed}"
-            train(own, name, config, GENERATED_CONTINUED, seed=seed, start=f"{config}-s{seed}")
-            zero_shot(own, f"zero-shot-{name}", name, study.test)
-        settings = AdaptSettings(phase="mu", **{**GENERATED_ADAPTATION, "lr": 1e-3})  # type: ignore[arg-type]
-        finetune(own, f"fine-tuning-s{seed}", settings, study.test)
+    extras = [name for name in study.inventories if name not in MAIN]
+    for configs in (MAIN, extras):
+        for seed in TRAINING_SEEDS:
+            own = replace(study, seeds=(seed,))
+            for config in configs:
+                _run_generated(own, config, seed)
+            if configs is extras:
+                values = {**GENERATED_ADAPTATION, "lr": 1e-3}
+                settings = AdaptSettings(phase="mu", **values)  # type: ignore[arg-type]
+                finetune(own, f"fine-tuning-s{seed}", settings, study.test)
+
+
+def _run_generated(study: Study, config: str, seed: int) -> None:
+    name = f"{config}-s{seed}"
+    steps = None if seed else GENERATED_TRAINING.steps // 10
+    train(study, name, config, GENERATED_TRAINING, seed=seed, alignment_steps=steps)
+    align(study, f"aligned-{name}", name, study.train[::4], 20)
+    zero_shot(study, f"zero-shot-{name}", name, study.test)
+    for phase in _phases(config):
+        settings = AdaptSettings(phase=phase, **GENERATED_ADAPTATION)  # type: ignore[arg-type]
+        adapt(study, f"{phase}-{name}", name, {"": settings}, study.test)
+    if config in CONTINUED:
+        name = f"{config}-continued-s{seed}"
+        train(study, name, config, GENERATED_CONTINUED, seed=seed, start=f"{config}-s{seed}")
+        zero_shot(study, f"zero-shot-{name}", name, study.test)
 
 
 def _phases(config: str) -> Sequence[str]:

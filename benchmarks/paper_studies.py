@@ -1,7 +1,7 @@
 """The two studies of `paper.py`: generated tasks, where the skills are known, and real ones."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -122,19 +122,36 @@ def _cell(inventory: str, phase: str, recipe: str, *changes: Mapping[str, Any]) 
     return Cell(f"{inventory}-{phase}-{recipe}", inventory, settings)
 
 
-PAPER_CELLS = [
-    _cell(inventory, phase, "paper")
-    for inventory, phases in {
-        "shared": ("mu",),
-        "mhr": ("full", "mu", "z"),
-        "poly": ("full", "mu", "z"),
-        "shared-matched": ("mu",),
-    }.items()
-    for phase in phases
+FREE: Mapping[str, Any] = {"weight_decay": 0.0, "route_weight_decay": 0.0, "max_grad_norm": 1.0}
+ROUTES_FAST: Mapping[str, Any] = {**FREE, "route_lr": 1.0}
+
+CELLS = [
+    *(
+        _cell(inventory, phase, "paper")
+        for inventory, phases in {
+            "shared": ("mu",),
+            "mhr": ("full", "z", "mu"),
+            "poly": ("full", "z", "mu"),
+            "shared-matched": ("mu",),
+        }.items()
+        for phase in phases
+    ),
+    _cell("mhr", "z", "ours", ROUTES_FAST),
 ]
+"""What is scored on the test tasks: the paper's recipe, and what the development tasks chose."""
 
-CELLS: list[Cell] = [*PAPER_CELLS]
-"""What is scored on the test tasks."""
-
-DEVELOPMENT: list[Cell] = []
-"""What was compared on the development tasks to choose the settings of the other cells."""
+DEVELOPMENT = [
+    replace(cell, seeds=(0, 1))
+    for cell in (
+        _cell("mhr", "full", "paper", {"route_weight_decay": 0.0}),
+        _cell("mhr", "full", "fast", ROUTES_FAST, {"lr": 3e-3}),
+        _cell("mhr", "mu", "paper", {"route_weight_decay": 0.0}),
+        _cell("mhr", "mu", "lr3e3", FREE, {"lr": 3e-3}),
+        _cell("mhr", "mu", "lr5e3", FREE, {"lr": 5e-3}),
+        _cell("mhr", "mu", "nearest", FREE, {"lr": 3e-3, "init": "nearest"}),
+        _cell("mhr", "z", "slow", FREE),
+        _cell("mhr", "z", "ours", ROUTES_FAST),
+        _cell("shared", "mu", "lr3e3", FREE, {"lr": 3e-3}),
+    )
+]
+"""What was compared on the development tasks."""

@@ -65,6 +65,8 @@ def test_a_continued_run_serves_every_command(run: Path, place: Path) -> None:
     config = json.loads((place / "mu" / "run.json").read_text())["config"]
     assert config["model"] == str(place / "base")
     assert config["max_input"] == 32
+    # A report tells runs apart by these; they are the inventory's, not the defaults of --method.
+    assert [config[name] for name in ("method", "skills", "heads", "rank")] == ["mhr", 3, 4, 2]
     main([*go_on(place, "mu", "--phase", "mu"), "--resume"])
 
 

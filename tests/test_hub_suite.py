@@ -224,3 +224,25 @@ def test_edited_data_is_read_again(folder: Path) -> None:
     text = (folder / "nli.csv").read_text()
     (folder / "nli.csv").write_text(text + "A,B,1,c,d,1\n")
     assert len(put(folder, x=task()).split("x", "train")) == 3
+
+
+def test_two_tasks_of_the_same_rows_keep_their_names(folder: Path) -> None:
+    suite = put(folder, one=task(), other=task())
+    assert [suite.split(name, "train")[0]["task"] for name in suite.tasks] == ["one", "other"]
+
+
+@pytest.mark.parametrize("name", ["../x", "..", "/x", "a\0b", "a//b"])
+def test_a_task_whose_results_would_lie_elsewhere_is_refused(folder: Path, name: str) -> None:
+    with pytest.raises(InputError, match="which cannot name a folder of results"):
+        put(folder, **{name: task()})
+
+
+@pytest.mark.parametrize("changes", [{"name": ["a"]}, {"revision": 5}])
+def test_a_name_of_another_kind_is_refused(folder: Path, changes: dict[str, Any]) -> None:
+    with pytest.raises(InputError, match="must be a text; put it in quotes"):
+        put(folder, one=task(**changes))
+
+
+def test_labels_must_be_texts_by_value(folder: Path) -> None:
+    with pytest.raises(InputError, match="'labels' must be a list or a mapping"):
+        put(folder, one=task({"input": "premise", "target": "label", "labels": 5}))

@@ -21,6 +21,7 @@ from polyroute.errors import InputError
 from polyroute.report_page import figures, tables, write_report
 from polyroute.report_page import routing as routing_module
 from polyroute.report_page.contents import Contents, collect
+from polyroute.report_page.data import read_runs
 from polyroute.report_page.intervals import estimates
 from polyroute.report_page.page import render
 
@@ -430,3 +431,12 @@ def test_what_cannot_be_reported_is_one_sentence(
     assert "belongs to no report" in error(str(runs[0]), "--out", str(tmp_path / "mine.html"))
     assert "there is no suite" in error(str(runs[0]), *out, "--data", str(tmp_path / "nowhere"))
     assert not (tmp_path / "page.html").exists()
+
+
+def test_metrics_of_another_form_are_no_losses(tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    folder.mkdir()
+    (folder / "run.json").write_text('{"command": "train", "config": {}}')
+    (folder / "metrics.json").write_text('{"log": 5}')
+    runs, _ = read_runs([folder])
+    assert runs[0].losses == []

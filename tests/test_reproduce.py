@@ -244,6 +244,32 @@ def test_what_is_wrong_is_found_before_anything_starts(
     assert not (place / "none").exists()
 
 
+@pytest.mark.parametrize(
+    ("place", "value", "message"),
+    [
+        ("score", "acuracy", "score must be score or score_normalised, not 'acuracy'"),
+        ("least", "many", "least must be a whole number, 0 or more, not 'many'"),
+        ("methods", 5, "methods must map names to values, not be 5"),
+        ("methods.mhr", 5, "methods must map names to values"),
+        ("mu-training", [1], "mu-training must map names to values"),
+        ("model", 5, "model must be a name, not 5"),
+        ("data", 5, "data must be a suite, not 5"),
+        ("zero-shot", "no way", "zero-shot must be true or false, not 'no way'"),
+        ("seeds", [-1], "seeds must be different numbers from 0"),
+        ("seeds", [3, 3], "seeds must be different numbers from 0"),
+        ("tasks", [5], "tasks must be a list such as"),
+        ("says", 5, "says must be a list of sentences, not 5"),
+        ("reference", 5, "reference must have source, columns and rows, not 5"),
+        ("seeds-of", "luck", "seeds-of must be draw or reader, not 'luck'"),
+    ],
+)
+def test_a_value_of_another_kind_is_refused_before_anything_runs(
+    place: str, value: Any, message: str
+) -> None:
+    with pytest.raises(InputError, match=message):
+        read_preset("suite", {place: value})
+
+
 def test_a_preset_that_is_not_there() -> None:
     with pytest.raises(InputError, match="there is no preset 't1'; did you mean 't0'"):
         read_preset("t1")

@@ -1,5 +1,6 @@
 """Where a new task starts: at the mixture of a route, and at routes that answer its examples."""
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -7,7 +8,7 @@ import torch
 from base_models import bert, llama, t5
 from test_adapt import TRAINED, examples, tensors_of, trained
 
-from polyroute import adapt_many
+from polyroute import adapt_many, slot_training
 from polyroute.errors import InputError
 from polyroute.examples import encoded_records
 from polyroute.row_batches import losses_of
@@ -82,6 +83,29 @@ def test_company_changes_nothing() -> None:
         torch.testing.assert_close(single.route, result.route, atol=1e-5, rtol=1e-5)
 
 
+def test_an_interrupted_slot_goes_on_from_its_start(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, kind = trained()
+    given = {"new": examples("new")}
+    options = {"kind": kind, "phase": "full", "init": "nearest", "steps": 4, "batch_size": 4}
+    expected = adapt_many(model, given, **options)[0]
+    monkeypatch.setattr(slot_training, "SECONDS_BETWEEN_SAVES", 0.0)
+    take, steps = slot_training._take_step, iter(range(9))
+
+    def interrupted(*arguments: Any) -> None:
+        if next(steps) == 2:
+            raise KeyboardInterrupt
+        take(*arguments)
+
+    monkeypatch.setattr(slot_training, "_take_step", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        adapt_many(model, given, folder=tmp_path / "x", **options)
+    actual = adapt_many(model, given, folder=tmp_path / "x", **options)[0]
+    for one, other in zip(tensors_of(actual), tensors_of(expected), strict=True):
+        torch.testing.assert_close(one, other)
+
+
 def test_the_model_is_left_as_it_was() -> None:
     model, kind = trained()
     before = {name: value.clone() for name, value in model.state_dict().items()}
@@ -105,3 +129,10 @@ def test_phases_that_start_afresh_take_no_start() -> None:
     model, kind = trained()
     with pytest.raises(InputError, match="would be ignored"):
         adapt_many(model, {"new": examples("new")}, kind=kind, phase="random", init="nearest")
+
+
+def test_a_task_called_nearest_leaves_no_doubt() -> None:
+    model, kind = trained()
+    model.add_task("nearest")
+    with pytest.raises(InputError, match="could also mean the task of that name"):
+        adapt_many(model, {"new": examples("new")}, kind=kind, phase="z", init="nearest")

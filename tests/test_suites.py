@@ -431,3 +431,18 @@ def test_tasks_of_the_shared_suite_are_read_as_their_files_say(cache: Path) -> N
         rows = [json.loads(line) for line in text.split("\n") if line]
         read = [row for split in SPLITS for row in suite.split(task, split)]
         assert read == [{name: row[name] for name in COLUMNS} for row in rows]
+
+
+@pytest.mark.parametrize(
+    ("option", "words"),
+    [
+        ({"validation": "x"}, "validation must be a whole number, not 'x'"),
+        ({"seed": True}, "seed must be a whole number, not True"),
+        ({"resample": "no"}, "resample must be true or false, not 'no'"),
+        ({"shots": "anli"}, "shots must be names with their values, not 'anli'"),
+        ({"sead": 1}, "has no option 'sead'"),
+    ],
+)
+def test_options_of_a_reader_are_checked(option: dict[str, object], words: str) -> None:
+    with pytest.raises(InputError, match=words):
+        open_suite("bigscience/P3", **option)

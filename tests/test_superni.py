@@ -278,5 +278,5 @@ def test_wrong_split_files_are_refused(folder: Path) -> None:
 
 
 def test_an_option_of_another_reader_is_refused(folder: Path) -> None:
-    with pytest.raises(InputError, match=r"SuperNiSuite, which reads .* options resample"):
+    with pytest.raises(InputError, match=r"SuperNiSuite, which reads .* has no option 'resample'"):
         put(folder, {"a": task(1)}, {}, resample=True)

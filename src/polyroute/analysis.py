@@ -96,6 +96,9 @@ def diversity(weights: Tensor, *, over: str) -> Tensor:
     Args:
         weights: `[T, N, H, K]`.
         over: `"heads"` or `"routers"`.
+
+    Raises:
+        InputError: it is neither.
     """
     if over not in ("heads", "routers"):
         raise InputError(f"over must be 'heads' or 'routers', not {over!r}")

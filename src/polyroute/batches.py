@@ -53,7 +53,11 @@ def tasks_of(rows: Sequence[Row]) -> list[str]:
 
 
 def choice_counts(rows: Sequence[Row]) -> list[int]:
-    """How many choices each row has, at least 1."""
+    """How many choices each row has, at least 1.
+
+    Raises:
+        InputError: a row has none.
+    """
     for row in rows:
         if not row["choice_ids"]:
             raise InputError(
@@ -64,7 +68,11 @@ def choice_counts(rows: Sequence[Row]) -> list[int]:
 
 
 def choice_index(rows: Sequence[Row]) -> Tensor:
-    """Which of N each row's choices are: `[B, C]`, -1 where a row has fewer than C."""
+    """Which of N each row's choices are: `[B, C]`, -1 where a row has fewer than C.
+
+    Raises:
+        InputError: a row has none.
+    """
     places = iter(range(sum(choice_counts(rows))))
     return padded([[next(places) for _ in row["choice_ids"]] for row in rows], -1)
 

@@ -1,5 +1,6 @@
 """The command line: one function per command; its signature and docstring are its help."""
 
+import json
 import math
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -291,8 +292,10 @@ def adapt(
     seeds: Annotated[str, typer.Option(help="One draw and one training each.")] = "42,1024,0",
     steps: Annotated[int, typer.Option(help="Optimizer steps of each.")] = 100,
     batch_size: Annotated[int, typer.Option(help="Examples in a step.")] = 16,
-    lr: Annotated[float, typer.Option(help="Learning rate of the skills.")] = 3e-3,
-    route_lr: Annotated[float, typer.Option(help="Learning rate of the routing.")] = 0.1,
+    lr: Annotated[float, typer.Option(help="Learning rate of the skills.")] = 1e-3,
+    route_lr: Annotated[
+        float | None, typer.Option(help="Learning rate of the routing [1 in phase z, else 0.1].")
+    ] = None,
     weight_decay: Annotated[float, typer.Option(help="Of the skills.")] = 0.0,
     route_weight_decay: RouteWeightDecay = 0.0,
     optimizer: Annotated[str, typer.Option(help="adamw, adafactor or sgd.")] = "adamw",
@@ -593,7 +596,12 @@ def _reader(texts: Sequence[str]) -> dict[str, Any] | None:
         name, equals, value = text.partition("=")
         if not equals:
             raise InputError(f"--reader {text!r} must be an option and its value: seed=1024")
-        found[name.strip().replace("-", "_")] = _value(value.strip())
+        value = value.strip()
+        try:
+            parsed = json.loads(value) if value.startswith(("{", "[")) else _value(value)
+        except ValueError as error:
+            raise InputError(f"--reader {text!r} has a value that is not JSON: {error}") from error
+        found[name.strip().replace("-", "_")] = parsed
     return found or None  # so that runs from before there were readers' options can go on
 
 

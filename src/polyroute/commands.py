@@ -85,13 +85,13 @@ def train_run(options: Mapping[str, Any]) -> None:
     place = {
         "resume": resume,
         "overwrite": options["overwrite"],
-        "inputs": (options["model"] or options["start"], options["data"]),
+        "inputs": tuple(filter(None, (options["model"], options["start"], options["data"]))),
     }
     adapter = _adapter(options)
     start = options["start"]
     checkpoint = None if start is None else _inventory(start)
-    if start is not None:
-        options = {**options, **_base_options(start)}
+    if checkpoint is not None:
+        options = {**options, **_base_options(start), **_adapter_options(checkpoint)}
     folder = check_run(options["out"], "train", **place)
     suite = load_suite(options["data"], options["reader"])
     base, tokenizer = load_base(options["model"], dtype=options["dtype"])
@@ -150,6 +150,14 @@ def _adapter(options: Mapping[str, Any]) -> MHRConfig:
         shared_skill=options["shared_skill"],
         anneal_steps=options["anneal_steps"],
     )
+
+
+def _adapter_options(checkpoint: Checkpoint) -> dict[str, Any]:
+    """What an inventory says of itself: options of `polyroute train`."""
+    renamed = {"num_skills": "skills", "num_heads": "heads", "target_modules": "target",
+               "exclude_modules": "exclude"}  # fmt: skip
+    config = checkpoint.description["config"]
+    return {renamed.get(name, name): config[name] for name in config}
 
 
 def _train_to_the_end(trainer: MultiTaskTrainer, folder: Path, last: Path | None) -> None:
@@ -563,7 +571,6 @@ def import_run(options: Mapping[str, Any]) -> None:
         base, source, form=options["format"], tasks=tasks, allow_pickle=options["allow_pickle"]
     )
     open_run(folder, "import", **place)
-    record(folder, "import", _plain(options))
     with held(folder):
         model.save_pretrained(folder)
     _say(model.describe())
@@ -595,9 +602,15 @@ def inspect_run(run: Path, data: str | None = None) -> None:
 
 
 def _inventory(run: Path) -> Checkpoint:
-    """The inventory of a run that is finished."""
+    """The inventory of a run that is finished.
+
+    Raises:
+        InputError: the run is not finished, or its command leaves no inventory.
+    """
     if (run / "run.json").is_file() and not (run / "polyroute.json").exists():
         command = read_run(run)["command"]
+        if command == "import":
+            raise InputError(f"the import to {run} was interrupted; repeat it with --overwrite")
         if command != "train":
             raise InputError(f"{run} was written by `polyroute {command}`, not `polyroute train`")
         raise InputError(f"the run in {run} is unfinished; continue it with --resume")
@@ -615,7 +628,11 @@ def base_of(
 
 
 def _base_options(run: str | os.PathLike[str]) -> dict[str, Any]:
-    """What a run says of its base model: options of `polyroute train`."""
+    """What a run says of its base model: options of `polyroute train`, as `import` has them too.
+
+    Raises:
+        InputError: the folder is no run's, or the run says nothing of a base model.
+    """
     config = {"dtype": "float32", **read_run(run)["config"]}
     try:
         return {name: config[name] for name in ("model", "dtype", "max_input", "max_target")}

@@ -21,6 +21,7 @@ __all__ = [
     "read_tensors",
     "write_json",
     "write_tensors",
+    "write_text",
 ]
 
 
@@ -70,7 +71,12 @@ def write_json(path: Path, value: object) -> None:
         raise InputError(
             f"{path} is not written: a number in it is NaN or infinite, so something diverged"
         ) from error
-    _replace(path, (text + "\n").encode())
+    write_text(path, text + "\n")
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write text as UTF-8, whole or not at all."""
+    _replace(path, text.encode())
 
 
 def read_json(path: Path) -> Any:

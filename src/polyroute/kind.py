@@ -127,6 +127,10 @@ class ModelKind(ABC):
 
         Returns:
             Tensors, and in `tasks` the task name of each row. Each kind documents its own.
+
+        Raises:
+            InputError: the loss compares choices, and a row has none or its target is not one of
+                them.
         """
 
     @abstractmethod
@@ -135,7 +139,7 @@ class ModelKind(ABC):
 
     @abstractmethod
     def row_losses(self, model: nn.Module, batch: Mapping[str, Any]) -> Tensor:
-        """The terms of the loss of each row of a batch of `collate`: float32 `[B, T]`.
+        """The terms of the loss of each row of a batch of `collate`: `[B, T]`, at least float32.
 
         Each is summed over what the row counts. The loss of a batch is their sum over rows, times
         `polyroute.objectives.term_weights` of `row_counts`; so rows of a batch may be computed

@@ -104,6 +104,10 @@ class Objective:
             labels_NL: the tokens of the choices; -100 is none.
             index_BC: which of N a row's choices are, -1 where it has fewer than C.
             gold_B: which of C is right.
+
+        Returns:
+            Of targets, multiple-choice, unlikelihood: the terms of the class, before division by
+            what `row_counts` counts.
         """
         is_choice_BC = index_BC >= 0
         is_gold_BC = torch.arange(index_BC.shape[1], device=gold_B.device) == gold_B[:, None]

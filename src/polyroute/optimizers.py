@@ -170,7 +170,8 @@ def summary(settings: Mapping[str, Any]) -> str:
     """What decides the result of training besides the data, in one line.
 
     Args:
-        settings: by the names of the options of `polyroute train`.
+        settings: by the names of the options of `polyroute train`: the optimizer and
+            `scale_parameter`, rates, decays, clipping, warm-up and schedule.
     """
     name, sizes = settings["optimizer"], "on" if settings["scale_parameter"] else "off"
     if name == "adafactor":

@@ -5,6 +5,7 @@ folder of its own, so a stage that is done is not done again, and the results ar
 what lies in these folders.
 """
 
+import json
 import statistics
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
@@ -13,7 +14,7 @@ from pathlib import Path
 from typing import Any, get_args
 
 from polyroute.errors import InputError, did_you_mean
-from polyroute.files import read_json, write_json
+from polyroute.files import read_json, write_json, write_text
 from polyroute.loading import check_base, load_suite
 from polyroute.model import Phase
 from polyroute.recipes import read_yaml
@@ -27,6 +28,8 @@ Command = Callable[[str, Mapping[str, Any]], Callable[[], None]]
 
 SECTIONS = ("train", "adapt")
 """Entries of a preset that hold options of the command of that name."""
+SCORES = ("score", "score_normalised")
+SEEDS_OF = ("draw", "reader")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,12 +43,14 @@ class Preset:
     models: Mapping[str, Mapping[str, Any]]
     """Options of training that depend on the base model."""
     data: str | None
+    """The suite; None where it has to be given."""
     reader: Mapping[str, Any]
     """Options of the suite's reader; MODEL stands for the base model."""
     recipe: str
     train: Mapping[str, Any]
     """Options of training besides those of the recipe, for every method and model."""
     adapt: Mapping[str, Any]
+    """Options of adaptation besides those of the recipe, for every method and phase."""
     methods: Mapping[str, Mapping[str, Any]]
     """By name: `title`, options of `train`, and the `phases` of adaptation."""
     zero_shot: bool
@@ -77,6 +82,7 @@ class Preset:
 
     def __post_init__(self) -> None:
         """Check what the run relies on."""
+        self._check_kinds()
         for name in self.methods:
             if self.methods[name].keys() != {"title", "train", "phases"}:
                 raise InputError(f"the method {name!r} must have a title, train and phases")
@@ -92,13 +98,46 @@ class Preset:
         seeds = self.seeds
         if not isinstance(seeds, list) or not seeds or not all(type(s) is int for s in seeds):
             raise InputError(f"seeds must be a list of whole numbers such as [42, 0], not {seeds}")
-        if self.tasks is not None and not isinstance(self.tasks, list):
+        if len(set(seeds)) < len(seeds) or not all(0 <= seed < 2**32 for seed in seeds):
+            raise InputError(f"seeds must be different numbers from 0 to {2**32 - 1}, not {seeds}")
+        if self.tasks is not None and not (
+            isinstance(self.tasks, list) and all(isinstance(task, str) for task in self.tasks)
+        ):
             raise InputError(f"tasks must be a list such as [rte, cb], not {self.tasks!r}")
         if not isinstance(self.shots, int | dict):
             raise InputError(f"shots must be a number, or one for each task, not {self.shots!r}")
         for task in self.tasks or ():
             if isinstance(self.shots, dict) and task not in self.shots:
                 raise InputError(f"shots has no number for the task {task!r}; add shots.{task}")
+
+    def _check_kinds(self) -> None:
+        mappings = ("models", "reader", "train", "adapt", "methods", "mu_training", "selection")
+        for name in mappings:
+            content = getattr(self, name)
+            nested = name in ("models", "methods", "selection")
+            if not isinstance(content, dict) or (
+                nested and not all(isinstance(entry, dict) for entry in content.values())
+            ):
+                raise InputError(f"{_key(name)} must map names to values, not be {content!r}")
+        for name in ("model", "recipe"):
+            if not isinstance(getattr(self, name), str):
+                raise InputError(f"{name} must be a name, not {getattr(self, name)!r}")
+        if not isinstance(self.says, list):
+            raise InputError(f"says must be a list of sentences, not {self.says!r}")
+        if not isinstance(self.reference, dict | None):
+            raise InputError(
+                f"reference must have source, columns and rows, not {self.reference!r}"
+            )
+        if not isinstance(self.data, str | None):
+            raise InputError(f"data must be a suite, not {self.data!r}")
+        if type(self.least) is not int or self.least < 0:
+            raise InputError(f"least must be a whole number, 0 or more, not {self.least!r}")
+        if not isinstance(self.zero_shot, bool):
+            raise InputError(f"zero-shot must be true or false, not {self.zero_shot!r}")
+        for name, known in (("score", SCORES), ("seeds_of", SEEDS_OF)):
+            value = getattr(self, name)
+            if value not in known:
+                raise InputError(f"{_key(name)} must be {' or '.join(known)}, not {value!r}")
 
 
 @dataclass(frozen=True)
@@ -124,6 +163,11 @@ class Way:
     stages: Sequence[Stage]
 
 
+def _key(name: str) -> str:
+    """What a preset calls one of its fields."""
+    return name.replace("_", "-")
+
+
 def preset_names() -> tuple[str, ...]:
     """The presets there are."""
     folder = files("polyroute") / "presets"
@@ -144,7 +188,7 @@ def read_preset(name: str, settings: Mapping[str, Any] | None = None) -> Preset:
     if name not in preset_names():
         raise InputError(f"there is no preset {name!r}; {did_you_mean(name, preset_names())}")
     content = read_yaml(files("polyroute") / "presets" / f"{name}.yaml", f"the preset {name}")
-    known = {field.name.replace("_", "-") for field in fields(Preset)}
+    known = {_key(field.name) for field in fields(Preset)}
     for place, value in (settings or {}).items():
         *path, last = place.split(".")
         where: Any = content
@@ -236,9 +280,7 @@ def reproduce(
                 _run(stage, command)
                 summary = _summary(preset, [way for _, ways in plan for way in ways])
                 write_json(folder / "results.json", {**config, **summary})
-                (folder / "results.md").write_text(
-                    _page({**config, **summary}, preset), encoding="utf-8"
-                )
+                write_text(folder / "results.md", _page({**config, **summary}, preset))
     print(f"the results are in {folder / 'results.md'}")
 
 
@@ -288,7 +330,10 @@ def _planned(
     }
     run = folder / method
     common = {"data": preset.data}
-    readers = [[f"{k}={v}" for k, v in options.items()] for options in _readers(preset)]
+    readers = [
+        [f"{k}={v if isinstance(v, str) else json.dumps(v)}" for k, v in options.items()]
+        for options in _readers(preset)
+    ]
     train = {
         "recipe": preset.recipe,
         "model": preset.model,

@@ -36,6 +36,12 @@ def losses_of(
         batches: each with the task that its rows are routed as.
         tokens: most tokens in one forward, padding included.
         backward: also add the gradients of the sum of all losses.
+
+    Returns:
+        A loss for each batch, in their order.
+
+    Raises:
+        InputError: a row cannot be learned from; see `ModelKind.collate`.
     """
     pieces: list[Piece] = []
     for number, (route, rows) in enumerate(batches):
@@ -61,9 +67,10 @@ def losses_of(
 def _cut(
     kind: ModelKind, pieces: Sequence[Piece], tokens: int, *, is_apart: bool
 ) -> Iterator[list[Piece]]:
-    """Cut rows into batches of similar length with at most so many tokens, padding included.
+    """Cut rows into forwards of similar length with at most so many tokens, padding included.
 
-    A row that has more is a batch of its own. With `is_apart` a batch has rows of one slot only.
+    A row that has more is a forward of its own. With `is_apart` a forward has rows of one batch
+    only.
     """
     shaped = [(kind.row_shape(row), (number, row, weights)) for number, row, weights in pieces]
 

@@ -58,10 +58,11 @@ class AdaptSettings:
     """`adamw`, `adafactor` or `sgd`; see `polyroute.optimizers`."""
     scale_parameter: bool = True
     """Of `adafactor`: steps in proportion to the size of what they change."""
-    lr: float = 3e-3
+    lr: float = 1e-3
     """Of the skills."""
-    route_lr: float = 0.1
-    """Of the routing logits."""
+    route_lr: float | None = None
+    """Of the routing logits; by default 1 in phase `z`, where nothing else trains, and 0.1
+    elsewhere."""
     weight_decay: float = 0.0
     """Of the skills."""
     route_weight_decay: float = 0.0
@@ -89,6 +90,8 @@ class AdaptSettings:
 
     def __post_init__(self) -> None:
         """Check the values."""
+        if self.route_lr is None:
+            object.__setattr__(self, "route_lr", 1.0 if self.phase == "z" else 0.1)
         for name in ("shots", "steps", "batch_size", "validation_shots", "eval_steps", "patience"):
             value = getattr(self, name)
             if value is None and name in ("shots", "patience"):
@@ -235,8 +238,8 @@ class SlotTraining:
 
     Attributes:
         losses: of each step, before it.
-        best_step: the number of steps after which the validation loss was lowest; the number of
-            all steps where there are no validation examples.
+        best_step: the number of steps after which what chooses was best; the number of all steps
+            where nothing chooses.
         best_loss: the lowest validation loss, or one minus the best score; None where nothing
             chooses.
         diverged_at: the step at which the loss or a weight was no longer finite; None if never.
@@ -253,9 +256,12 @@ class SlotTraining:
     ) -> None:
         self.slots, self.place, self.slot, self.digest = slots, place, slot, digest
         self.settings = slot.settings
-        slots.start(place, seed=slot.seed, init=self.settings.init if start is None else start)
+        init = self.settings.init
+        if init == NEAREST:
+            init = "uniform"  # where none was looked for, `load` overwrites the slot
+        slots.start(place, seed=slot.seed, init=init if start is None else start)
         self.parameters = slots.parameters(place)
-        rates = {"skills": self.settings.lr, "routes": self.settings.route_lr}
+        rates = {"skills": self.settings.lr, "routes": self.settings.route_lr or 0.0}
         decay = {"skills": self.settings.weight_decay, "routes": self.settings.route_weight_decay}
         groups: list[dict[str, Any]] = [
             {"name": name, "params": tensors, "lr": rates[name], "weight_decay": decay[name]}
@@ -298,7 +304,7 @@ class SlotTraining:
 
     @property
     def is_due(self) -> bool:
-        """Whether it is time to look at the validation examples."""
+        """Whether it is time to look at the examples that choose the best step."""
         at_end = self.step == self.settings.steps
         has_any = bool(self.slot.validation_rows) or self.settings.looks_at_test
         is_time = at_end or self.step % self.settings.eval_steps == 0
@@ -325,7 +331,7 @@ class SlotTraining:
             tensor.grad = None
 
     def look(self, loss: float) -> None:
-        """Note the validation loss, and keep what is best."""
+        """Note the validation loss, or one minus the score, and keep what is best."""
         best = self.best_loss
         if math.isfinite(loss) and (best is None or loss < best - CLEARLY * abs(best)):
             self.best_loss, self.best_step, self.stale = loss, self.step, 0
@@ -438,8 +444,9 @@ def train_slots(
         score: of a slot as it is, 0 to 1, where `choose_by` is a score.
 
     Raises:
-        InputError: the phase has nothing to train, not even one slot fits into memory, or a saved
-            slot is damaged.
+        InputError: the phase has nothing to train, a slot chooses by a score and `score` is None,
+            a start or an example cannot be used, not even one slot fits into memory, or a saved
+            slot is damaged or of other settings.
     """
     model.check_phase(phase)
     if score is None and any(slot.settings.choose_by != "loss" for slot in slots):

@@ -43,6 +43,11 @@ def check_starts(model: RoutedModel, phase: Phase, inits: Collection[str]) -> No
         for init in dict.fromkeys(inits):
             if init != NEAREST:
                 slots.start(0, seed=0, init=init)
+    if NEAREST in inits and NEAREST in model.routes:
+        raise InputError(
+            f"init {NEAREST!r} could also mean the task of that name, which this inventory has: "
+            "take another start"
+        )
     if NEAREST in inits and (model.routes.logits is None or not len(model.routes)):
         raise InputError(
             f"init {NEAREST!r} starts from the routes of training tasks, and this inventory has "

@@ -5,8 +5,9 @@ the uniform mixture tells, to first order, how much each would help:
 
     L(w_t) - L(u) ~ <dL/dw (u), w_t - u>,   and   dL/dw = 2 K dL/dz at z = 0, up to a constant in k
 
-for weights w_t of task t, u uniform, z logits: one product with the table of all tasks. Only the
-few that promise most are then tried.
+for weights w_t of task t, u uniform, z logits: one product with the table of all tasks. (With
+normalisation by a sum; by another the factor differs, and the constant does not quite cancel.) Only
+the few that promise most are then tried.
 
 Shape letters: S slots, T training tasks, C candidates, N routers, H heads, K skills.
 """

@@ -1,8 +1,10 @@
 """The readers of suites there are, and which of them a suite needs."""
 
 import os
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from types import NoneType
+from typing import Any, get_args, get_origin, get_type_hints
 
 from polyroute.errors import InputError
 from polyroute.readers.hub import HubSuite
@@ -13,6 +15,14 @@ from polyroute.readers.tabular import TabularSuite, is_tabular
 from polyroute.suite import Suite
 
 __all__ = ["open_suite"]
+
+PLAIN = {
+    bool: "true or false",
+    int: "a whole number",
+    Mapping: "names with their values",
+    Sequence: "a list",
+}
+"""Types of readers' options that can be checked, in words."""
 
 
 def open_suite(path: str | Path, *, cache_dir: str | Path | None = None, **options: Any) -> Suite:
@@ -33,16 +43,24 @@ def open_suite(path: str | Path, *, cache_dir: str | Path | None = None, **optio
         InputError: there is no readable suite at the path, or its reader has no such option.
     """
     reader = _reader(path)
-    try:
-        suite: Suite = reader(path, cache_dir=cache_dir, **options)
-    except TypeError as error:
-        if "unexpected keyword argument" not in str(error):
-            raise
-        raise InputError(
-            f"{reader.__name__}, which reads {path}, has not all of the options "
-            f"{', '.join(sorted(options))}"
-        ) from error
+    hints = get_type_hints(reader.__init__)
+    for name, value in options.items():
+        if name not in hints:
+            raise InputError(f"{reader.__name__}, which reads {path}, has no option {name!r}")
+        kinds = set(get_args(hints[name])) or {hints[name]}
+        _check_option(name, value, {get_origin(kind) or kind for kind in kinds})
+    suite: Suite = reader(path, cache_dir=cache_dir, **options)
     return suite
+
+
+def _check_option(name: str, value: Any, kinds: set[Any]) -> None:
+    """Compare a value with the types that a reader's option takes, where that is one plain type."""
+    for kind, words in PLAIN.items():
+        if value is not None and kinds <= {kind, NoneType}:
+            is_text = isinstance(value, str)
+            is_bool = isinstance(value, bool) and kind is not bool
+            if not isinstance(value, kind) or is_text or is_bool:
+                raise InputError(f"the reader's option {name} must be {words}, not {value!r}")
 
 
 def _reader(path: str | Path) -> Any:

@@ -88,6 +88,12 @@ def _source(
     for split, theirs in splits.items():
         if not isinstance(theirs, str):
             raise InputError(f"{where}, split: {split!r} must be the name of a split of the data")
+    for key in ("path", "name", "revision"):
+        if not isinstance(entry.get(key, ""), str | None):
+            raise InputError(f"{where}: {key!r} must be a text; put it in quotes")
+    labels = columns.get("labels")
+    if not isinstance(labels, list | dict | None):
+        raise InputError(f"{where}, columns: 'labels' must be a list or a mapping of texts")
     rows = cache(partial(_loaded, entry, splits, where, folder, cache_dir))
 
     def records() -> Iterator[Mapping[str, Any]]:
@@ -96,7 +102,13 @@ def _source(
     return TaskSource(
         place=where,
         records=records,
-        key=lambda: [columns, splits, {name: rows_key(part) for name, part in rows().items()}],
+        # Two tasks of the same rows are two tables: the name of the task is in each row.
+        key=lambda: [
+            task,
+            columns,
+            splits,
+            {name: rows_key(part) for name, part in rows().items()},
+        ],
         info=_info(entry, columns, where),
     )
 

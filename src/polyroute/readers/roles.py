@@ -26,6 +26,12 @@ def check_names(places: Iterable[tuple[str, Path]]) -> None:
     """
     seen: dict[str, Path] = {}
     for task, path in places:
+        # Results of a task go to a folder of its name: it must not lead elsewhere.
+        if not task.isprintable() or any(part in ("", ".", "..") for part in task.split("/")):
+            raise InputError(
+                f"{path} gives a task called {task!r}, which cannot name a folder of results; "
+                "rename it"
+            )
         key = task.casefold()
         if key == RESERVED_TASK:
             raise InputError(

@@ -72,7 +72,7 @@ def read_runs(folders: Sequence[str | os.PathLike[str]]) -> tuple[list[Run], lis
         folder = Path(given).expanduser().resolve()
         description = read_run(folder)
         command, config = description["command"], description["config"]
-        if command == "train":
+        if command in ("train", "import"):
             runs[folder] = _trained(folder, config, notes)
             adapted += [path.parent for path in sorted(folder.glob("*/results.json"))]
         elif command == "adapt":
@@ -81,8 +81,8 @@ def read_runs(folders: Sequence[str | os.PathLike[str]]) -> tuple[list[Run], lis
             runs |= {run.folder: run for run in _demo(folder, notes)}
         else:
             raise InputError(
-                f"{given} is a run of `polyroute {command}`; a report shows runs of train, adapt "
-                "and demo"
+                f"{given} is a run of `polyroute {command}`; a report shows runs of train, import, "
+                "adapt and demo"
             )
     for folder in dict.fromkeys(adapted):
         try:
@@ -126,9 +126,10 @@ def _trained(folder: Path, config: Mapping[str, Any], notes: list[str]) -> Run:
         notes.append(f"The run in {folder} is unfinished: it has no metrics.json, hence no losses.")
     elif metrics is not None:
         parameters, seconds = metrics.get("trained_parameters"), metrics.get("train_runtime")
-        log = [entry for entry in metrics.get("log") or [] if isinstance(entry, dict)]
+        log = metrics.get("log")
+        log = [e for e in log if isinstance(e, dict)] if isinstance(log, list) else []
         pairs = [(entry.get("step"), entry.get("loss")) for entry in log]
-        run.losses = [(s, v) for s, v in pairs if is_number(s) and is_number(v)]  # type: ignore[misc]
+        run.losses = [(s, v) for s, v in pairs if is_number(s) and is_number(v)]
     run.alignment = _optional(folder / "alignment.json", dict, notes)
     for path in sorted(folder.glob("*.json")):
         if path.stem in ("run", "metrics", "alignment", "polyroute"):

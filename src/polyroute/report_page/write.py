@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from polyroute.errors import InputError
-from polyroute.files import check_place, make_folder
+from polyroute.files import check_place, make_folder, write_text
 from polyroute.report_page.contents import collect
 from polyroute.report_page.files import write_files
 from polyroute.report_page.page import GENERATOR, render
@@ -41,7 +41,7 @@ def write_report(
     make_folder(path.parent)
     make_folder(beside)
     write_files(report, beside)
-    path.write_text(page, encoding="utf-8")
+    write_text(path, page)
     return beside
 
 

@@ -1,0 +1,219 @@
+"""Write docs/paper.md from benchmarks/results/paper.
+
+    python benchmarks/paper_page.py
+
+Nothing is measured here: the same results give the same page. `tests/test_benchmarks.py` makes sure
+that the page is that of the results beside it.
+"""
+
+import json
+import statistics
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from paper_tables import Interval, by_task, difference, interval, method_table, results_of, rows
+
+RESULTS = Path(__file__).parent / "results" / "paper"
+PAGE = Path(__file__).parents[1] / "docs" / "paper.md"
+Results = list[dict[str, Any]]
+Ways = Mapping[tuple[str, str], Results]
+"""Results by inventory and phase."""
+
+HEAD = """# The paper at our scale
+
+Does Multi-Head adapter Routing do here what its paper says (Caccia et al., NeurIPS 2023)? Two
+studies on two CPU cores: generated tasks that recombine known skills, and real tasks with a frozen
+sentence encoder. All contenders of a study have the same base model, tasks, steps, batches and
+draws of examples. Intervals are 95 %, from a bootstrap over tasks; differences are paired by task.
+Raw results are in `benchmarks/results/paper/`; `python benchmarks/paper_page.py` makes this page of
+them, `python benchmarks/paper.py generated` and `python benchmarks/paper.py real --data SUITE` make
+them anew.
+"""
+
+
+def read(folder: Path, stage: str) -> Any:
+    """The raw results of a stage, None where it did not run."""
+    path = folder / f"{stage}.json"
+    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
+
+
+def generated_ways(folder: Path) -> dict[tuple[str, str], Results]:
+    """The results of the generated study, over all seeds of training."""
+    found: dict[tuple[str, str], Results] = {}
+    for path in sorted(folder.glob("*-s[0-9].json")):
+        phase, _, rest = path.stem.partition("-")
+        if phase not in ("mu", "z", "full", "random", "zero", "fine"):
+            continue
+        if phase in ("zero", "fine"):
+            phase = {"zero": "zero-shot", "fine": "fine-tuning"}[phase]
+            rest = rest.partition("-")[2]
+        config = rest.rpartition("-s")[0] if phase != "fine-tuning" else "base model"
+        seed = int(path.stem.rpartition("-s")[2])
+        for result in json.loads(path.read_text(encoding="utf-8")):
+            found.setdefault((config, phase), []).append({**result, "seed": seed})
+    return found
+
+
+def real_ways(folder: Path, stage: str) -> dict[tuple[str, str], Results]:
+    """The results of the real study on one group of tasks; a phase says the recipe too."""
+    found: dict[tuple[str, str], Results] = {}
+    for path in sorted(folder.glob(f"{stage}-*.json")):
+        _, _, cell = path.stem.partition("-")
+        inventory, phase, recipe = cell.rsplit("-", 2)
+        found[inventory, f"{phase}, {recipe}"] = results_of(folder, [path.stem])
+    if stage == "test":
+        for path in sorted(folder.glob("zero-shot-*.json")):
+            name = path.stem.removeprefix("zero-shot-")
+            found[name, "zero-shot"] = results_of(folder, [path.stem])
+    return found
+
+
+def table(ways: Ways, reference: tuple[str, str]) -> str:
+    """All ways, best first."""
+
+    def score(way: tuple[str, str]) -> float:
+        return -statistics.fmean(by_task(ways[way]).values())
+
+    entries = [(name, phase, ways[name, phase]) for name, phase in sorted(ways, key=score)]
+    return method_table(entries, ways[reference])
+
+
+def answers(ways: Ways, questions: Sequence[tuple[str, tuple[str, str], tuple[str, str]]]) -> str:
+    """Paired differences, as a table; what was not run is left out."""
+    text = [["question", "one", "other", "difference"]]
+    for question, one, other in questions:
+        if one in ways and other in ways:
+            gap = difference(ways[one], ways[other]).signed
+            text.append([question, "/".join(one), "/".join(other), gap])
+    return rows(text)
+
+
+def alignment_table(folder: Path, stages: Mapping[str, Sequence[str]]) -> str:
+    """Mean cosines of the gradients of training tasks, for each inventory over its runs."""
+    text = [["inventory", "effective", "inventory's", "overlap of routes", "runs"]]
+    for name, several in stages.items():
+        found = [each for each in (read(folder, stage) for stage in several) if each]
+        if not found:
+            continue
+        cells = [name]
+        for measure in ("effective", "inventory", "overlap"):
+            values = [each["mean"][measure] for each in found]
+            spread = f" ± {statistics.stdev(values):.3f}" if len(values) > 1 else ""
+            cells.append(f"{statistics.fmean(values):.3f}{spread}")
+        text.append([*cells, str(len(found))])
+    return rows(text)
+
+
+def curve(ways: Ways, heads: Mapping[int, str]) -> str:
+    """Phase z over the number of heads."""
+    text = [["heads", "numbers trained for a task", "accuracy", "minus full of mhr"]]
+    for count, name in heads.items():
+        results = ways.get((name, "z"))
+        if results:
+            gap = difference(results, ways["mhr", "full"]).signed
+            score: Interval = interval(list(by_task(results).values()))
+            text.append([str(count), f"{results[0]['trained_parameters']:,}", str(score), gap])
+    return rows(text)
+
+
+MEASURED = ("shared", "shared-matched", "private", "poly", "mhr")
+QUESTIONS = (
+    ("MHR over Poly", ("mhr", "full"), ("poly", "full")),
+    ("MHR over Poly, routes alone", ("mhr", "z"), ("poly", "z")),
+    ("MHR over Poly, the average", ("mhr", "mu"), ("poly", "mu")),
+    ("MHR over one shared LoRA", ("mhr", "full"), ("shared", "mu")),
+    ("MHR over a LoRA with as many parameters", ("mhr", "full"), ("shared-matched", "mu")),
+    ("Poly over a LoRA with as many parameters", ("poly", "full"), ("shared-matched", "mu")),
+    ("routes alone against full", ("mhr", "z"), ("mhr", "full")),
+    ("the average against full", ("mhr", "mu"), ("mhr", "full")),
+    ("what training before gives", ("mhr", "full"), ("mhr", "random")),
+    ("zero-shot: more steps for the average of MHR", ("mhr-continued", "zero-shot"),
+     ("mhr", "zero-shot")),
+    ("zero-shot: the same against shared", ("mhr-continued", "zero-shot"),
+     ("shared-continued", "zero-shot")),
+)  # fmt: skip
+
+
+def generated_section(folder: Path) -> str:
+    """The generated study."""
+    ways = generated_ways(folder)
+    seeds = sorted({r["seed"] for r in ways["mhr", "z"]})
+    stages = {name: [f"aligned-{name}-s{seed}" for seed in seeds] for name in MEASURED}
+    return f"""
+## Generated tasks
+
+The demo's suite and base model (a T5 of 0.8 million parameters): 40 training tasks, 12 held-out
+compositions of the same skills, 8 examples of each, exact answers. {len(seeds)} seeds of training,
+each with its own draw of examples; rank 1, 8 skills, 8 heads; 250 steps of 32 examples, then 20 of
+8. `shared-matched` has rank 8, as many parameters as the inventories. `private` in phase mu starts
+from the mean of one adapter per task (AdapterSoup's averaging). `continued`: the average, trained
+50 more steps on the training tasks. Learning rates were chosen for all on compositions that are
+neither trained nor held out. The reference is `shared` in phase mu.
+
+{table(ways, ("shared", "mu"))}
+
+{answers(ways, QUESTIONS)}
+
+Routes alone, over the number of heads:
+
+{curve(ways, {1: "poly", 2: "mhr-h2", 4: "mhr-h4", 8: "mhr", 16: "mhr-h16", 32: "mhr-h32"})}
+
+Gradient alignment between training tasks at the end of training (mean cosine over sites and pairs;
+"effective": of the tasks' own adapters; "inventory's": of the shared parameters):
+
+{alignment_table(folder, stages)}
+"""
+
+
+def real_section(folder: Path) -> str:
+    """The real study."""
+    ways = real_ways(folder, "test")
+    develop = real_ways(folder, "develop")
+    seeds = {r["seed"] for r in ways["mhr", "full, paper"]}
+    paper = tuple(
+        (question, (one[0], f"{one[1]}, paper"), (other[0], f"{other[1]}, paper"))
+        for question, one, other in QUESTIONS
+    )
+    ours = ("routes alone, our rate over the paper's", ("mhr", "z, ours"), ("mhr", "z, paper"))
+    return f"""
+## Real tasks
+
+Base: all-MiniLM-L6-v2, frozen, bfloat16, which answers tasks with choices. 46 training tasks;
+15 more on which settings were compared ("development"); {len(by_task(ways["mhr", "full, paper"]))}
+held-out tasks for the table, scored once. Rank 4, 8 skills, 16 heads; 1,500 steps of 16 examples;
+then 32 shots, 24 steps of 8, {len(seeds)} seeds. `paper` is `--recipe paper`: AdamW, rates 1e-3 and
+0.1, decay 0.01, clipping at 0.1. `shared-matched` has rank 32. The reference is `shared` in phase
+mu.
+
+{table(ways, ("shared", "mu, paper"))}
+
+{answers(ways, (*paper, ours))}
+
+On the development tasks (no inventory has learned them, and none is in the table above):
+
+{table(develop, ("mhr", "mu, paper"))}
+
+Gradient alignment between training tasks at the end of training:
+
+{alignment_table(folder, {name: [f"aligned-{name}"] for name in MEASURED})}
+"""
+
+
+def page() -> str:
+    """The whole page."""
+    story = (Path(__file__).parent / "paper_story.md").read_text(encoding="utf-8")
+    return "\n".join(
+        [
+            HEAD.strip(),
+            "",
+            story.strip(),
+            generated_section(RESULTS / "generated").rstrip(),
+            real_section(RESULTS / "real").rstrip(),
+            "",
+        ]
+    )
+
+
+if __name__ == "__main__":
+    PAGE.write_text(page(), encoding="utf-8")

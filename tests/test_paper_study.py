@@ -1,0 +1,85 @@
+"""The study of the paper runs, and its page is that of the raw results beside it."""
+
+import json
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+sys.path.insert(0, str(ROOT / "benchmarks"))
+
+import paper_page  # noqa: E402
+import paper_studies  # noqa: E402
+import paper_study  # noqa: E402
+import paper_tables  # noqa: E402
+
+from polyroute.slot_training import AdaptSettings  # noqa: E402
+
+
+def test_the_page_is_that_of_the_results() -> None:
+    text = paper_page.PAGE.read_text(encoding="utf-8")
+    assert text == paper_page.page(), "run `python benchmarks/paper_page.py`"
+
+
+def result(task: str, seed: int, score: float | None) -> dict[str, object]:
+    return {"task": task, "seed": seed, "score": score, "seconds": 1.0, "trained_parameters": 3}
+
+
+def test_differences_are_paired_by_task() -> None:
+    ours = [result("a", 0, 0.9), result("a", 1, 0.7), result("b", 0, 0.5), result("c", 0, 1.0)]
+    theirs = [result("a", 0, 0.6), result("b", 0, 0.1), result("d", 0, 0.0)]
+    gap = paper_tables.difference(ours, theirs)
+    assert gap.mean == pytest.approx((0.2 + 0.4) / 2)
+    assert gap.low == pytest.approx(0.2)
+    assert gap.high == pytest.approx(0.4)
+    assert paper_tables.by_task([result("a", 0, None), result("a", 1, 1.0)]) == {"a": 0.5}
+
+
+def test_a_constant_has_no_spread_and_a_wide_sample_does() -> None:
+    assert paper_tables.interval([0.5] * 9).low == pytest.approx(0.5)
+    wide = paper_tables.interval([0.0, 1.0] * 50)
+    assert 0.35 < wide.low < 0.45 < wide.mean < 0.55 < wide.high < 0.65
+
+
+def test_every_stage_of_the_generated_study_runs_and_resumes(tmp_path: Path) -> None:
+    study = paper_studies.generated(tmp_path / "work", tmp_path / "results")
+    study = replace(study, train=study.train[:3], test=study.test[:2], seeds=(0, 1))
+    training = replace(paper_studies.GENERATED_TRAINING, steps=3, batch_size=4)
+    paper_study.train(study, "mhr-s0", "mhr", training, alignment_steps=2)
+    paper_study.align(study, "aligned-mhr-s0", "mhr-s0", study.train, 4)
+    scores = paper_study.zero_shot(study, "zero-shot-mhr-s0", "mhr-s0", study.test)
+    assert [s["task"] for s in scores] == list(study.test)
+    values = {**paper_studies.GENERATED_ADAPTATION, "steps": 2}
+    settings = {"": AdaptSettings(phase="z", **values)}  # type: ignore[arg-type]
+    one = replace(study, seeds=(0,))
+    first = paper_study.adapt(one, "z-mhr-s0", "mhr-s0", settings, study.test)
+    assert len(first) == 2
+    both = paper_study.adapt(study, "z-mhr-s0", "mhr-s0", settings, study.test)
+    assert [(r["task"], r["seed"]) for r in both[:2]] == [(r["task"], r["seed"]) for r in first]
+    assert {(r["task"], r["seed"]) for r in both} == {(t, s) for t in study.test for s in (0, 1)}
+    continued = replace(training, phase="mu")
+    paper_study.train(study, "mhr-continued-s0", "mhr", continued, start="mhr-s0")
+    tuned = paper_study.finetune(
+        one,
+        "fine-tuning-s0",
+        AdaptSettings(phase="mu", **values),
+        study.test[:1],  # type: ignore[arg-type]
+    )
+    assert tuned[0]["trained_parameters"] > 800_000
+    names = {path.name for path in (tmp_path / "results" / "generated").iterdir()}
+    assert {"train-mhr-s0.json", "alignment-mhr-s0.json", "aligned-mhr-s0.json"} <= names
+    kept = json.loads(
+        (tmp_path / "results" / "generated" / "train-mhr-continued-s0.json").read_text()
+    )
+    assert kept["start"] == "mhr-s0"
+    assert kept["parameters"]["inventory"] == kept["parameters"]["one_adapter"]
+
+
+def test_every_cell_is_named_once_and_its_settings_hold() -> None:
+    for cells in (paper_studies.CELLS, paper_studies.DEVELOPMENT):
+        names = [cell.name for cell in cells]
+        assert len(set(names)) == len(names)
+        for cell in cells:
+            AdaptSettings(**cell.settings)
