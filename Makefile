@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: demo test lint docs bench bench-real clean
+.PHONY: demo test lint docs bench bench-paper clean
 
 demo: $(INSTALLED)
 	$(BIN)/polyroute demo --out demo-out --overwrite
@@ -26,8 +26,10 @@ bench: $(INSTALLED)
 	$(BIN)/python benchmarks/step_time.py --device cuda $(BENCH)
 	$(BIN)/python benchmarks/page.py
 
-bench-real: $(INSTALLED)
-	$(BIN)/python benchmarks/real_suite.py
+bench-paper: $(INSTALLED)
+	$(BIN)/python benchmarks/paper.py generated --threads 2
+	$(BIN)/python benchmarks/paper.py real --threads 2
+	$(BIN)/python benchmarks/paper_page.py
 
 # torch comes first and alone: the pinned version has a CPU build, and whatever depends on a range of
 # torch then keeps it.

@@ -78,7 +78,7 @@ CASES = (
 
 
 def minilm(options: argparse.Namespace) -> tuple[Any, ModelKind, dict[str, datasets.Dataset]]:
-    """The inventory that `real_suite.py` trained, and the tasks that it adapts to."""
+    """A run of `polyroute train` on the real suite, and some of the tasks that it adapts to."""
     base, kind = base_of(options.run)
     suite = open_suite(options.data)
     held_out = [t for t in held_out_tasks(suite) if suite.info(t).has_choices]

@@ -276,9 +276,9 @@ def render(results: Path) -> str:
             lines += ["## On a GPU", "", "Not measured yet.", ""]
     for name in INCLUDED:
         lines += included(results, name)
-    if (results / "real_suite.md").exists():
+    if (results / "paper").exists():
         lines += [
-            "Quality on real tasks: [real_suite.md](../benchmarks/results/real_suite.md).",
+            "Quality: [the paper at our scale](paper.md).",
             "",
         ]
     return "\n".join(lines).rstrip() + "\n"

@@ -107,13 +107,16 @@ def alignment_table(folder: Path, stages: Mapping[str, Sequence[str]]) -> str:
 
 def curve(ways: Ways, heads: Mapping[int, str]) -> str:
     """Phase z over the number of heads."""
-    text = [["heads", "numbers trained for a task", "accuracy", "minus full of mhr"]]
+    text = [["heads", "numbers trained for a task", "accuracy", "minus full of mhr", "seeds"]]
     for count, name in heads.items():
         results = ways.get((name, "z"))
         if results:
             gap = difference(results, ways["mhr", "full"]).signed
             score: Interval = interval(list(by_task(results).values()))
-            text.append([str(count), f"{results[0]['trained_parameters']:,}", str(score), gap])
+            seeds = str(len({r["seed"] for r in results}))
+            text.append(
+                [str(count), f"{results[0]['trained_parameters']:,}", str(score), gap, seeds]
+            )
     return rows(text)
 
 
@@ -149,7 +152,8 @@ each with its own draw of examples; rank 1, 8 skills, 8 heads; 250 steps of 32 e
 8. `shared-matched` has rank 8, as many parameters as the inventories. `private` in phase mu starts
 from the mean of one adapter per task (AdapterSoup's averaging). `continued`: the average, trained
 50 more steps on the training tasks. Learning rates were chosen for all on compositions that are
-neither trained nor held out. The reference is `shared` in phase mu.
+neither trained nor held out. The reference is `shared` in phase mu. Seconds are of a slot's share
+of a run, on a machine that had other work too.
 
 {table(ways, ("shared", "mu"))}
 

@@ -57,7 +57,15 @@ def interval(values: Sequence[float]) -> Interval:
 
 
 def difference(ours: Iterable[Result], theirs: Iterable[Result]) -> Interval:
-    """Mean paired difference over the tasks that both have."""
+    """Mean paired difference over the tasks, and the seeds of each, that both have.
+
+    Results without a seed, of what is not adapted, are compared with all seeds.
+    """
+    ours, theirs = list(ours), list(theirs)
+    if all("seed" in result for result in (*ours, *theirs)):
+        common = {(r["task"], r["seed"]) for r in ours} & {(r["task"], r["seed"]) for r in theirs}
+        ours = [r for r in ours if (r["task"], r["seed"]) in common]
+        theirs = [r for r in theirs if (r["task"], r["seed"]) in common]
     one, other = by_task(ours), by_task(theirs)
     tasks = [task for task in one if task in other]
     return interval([one[task] - other[task] for task in tasks])
@@ -79,7 +87,8 @@ def method_table(
         entries: a name, a phase, and the results of each.
         reference: the results of what all are compared with.
     """
-    text = [["method", "phase", "accuracy", "minus reference", "trained for a task", "seconds"]]
+    head = "method, phase, accuracy, minus reference, trained for a task, seconds, seeds"
+    text = [head.split(", ")]
     for name, phase, results in entries:
         if not results:
             continue
@@ -91,6 +100,7 @@ def method_table(
             [
                 name, phase, str(score), gap, f"{trained:,}",
                 f"{statistics.median(seconds):.1f}" if seconds else "",
+                str(len({r["seed"] for r in results})) if "seed" in results[0] else "",
             ]
         )  # fmt: skip
     return rows(text)

@@ -314,7 +314,7 @@ def test_what_decides_the_result_is_printed_and_kept(
         "--grid", "scale_parameter=true,false", "--route-weight-decay", "0.5", "--out", str(out),
     ])  # fmt: skip
     lines = [
-        f"adafactor of each layer, scale_parameter {sizes}, lr 0.003, routes 0.1, decay 0 / 0.5, "
+        f"adafactor of each layer, scale_parameter {sizes}, lr 0.001, routes 0.1, decay 0 / 0.5, "
         "clip 1, warm-up 6%, linear"
         for sizes in ("on", "off")
     ]

@@ -31,9 +31,11 @@ def test_differences_are_paired_by_task() -> None:
     ours = [result("a", 0, 0.9), result("a", 1, 0.7), result("b", 0, 0.5), result("c", 0, 1.0)]
     theirs = [result("a", 0, 0.6), result("b", 0, 0.1), result("d", 0, 0.0)]
     gap = paper_tables.difference(ours, theirs)
-    assert gap.mean == pytest.approx((0.2 + 0.4) / 2)
-    assert gap.low == pytest.approx(0.2)
+    assert gap.mean == pytest.approx((0.3 + 0.4) / 2)  # seed 1 of task a has no partner
+    assert gap.low == pytest.approx(0.3)
     assert gap.high == pytest.approx(0.4)
+    as_it_is = [{"task": "a", "score": 0.1}]
+    assert paper_tables.difference(ours, as_it_is).mean == pytest.approx(0.8 - 0.1)
     assert paper_tables.by_task([result("a", 0, None), result("a", 1, 1.0)]) == {"a": 0.5}
 
 

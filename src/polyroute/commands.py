@@ -37,7 +37,7 @@ from polyroute.metrics import mean_and_error
 from polyroute.model import RoutedModel
 from polyroute.objectives import Objective
 from polyroute.optimizers import summary
-from polyroute.runs import DIGEST, check_run, digest, held, open_run, read_run, record
+from polyroute.runs import DIGEST, RUNNING, check_run, digest, held, open_run, read_run, record
 from polyroute.sampling import draw_few_shot
 from polyroute.slots import check_starts
 from polyroute.suite import Suite, check_tasks, held_out_tasks, training_tasks, validate
@@ -62,8 +62,6 @@ SCHEDULERS = {"linear": "linear", "constant": "constant_with_warmup"}
 """What the trainer calls the values of --optimizer and --schedule."""
 TORCH_FILES = ("optimizer.pt", "scheduler.pt", "rng_state.pth")
 RESULT = {"task", "seed", "label", "metric", "score", "trained_parameters", "seconds"}
-RUNNING = ".running"
-"""The folder, in a run of `polyroute adapt`, of slots that are not done."""
 
 console = Console()
 
@@ -571,6 +569,7 @@ def import_run(options: Mapping[str, Any]) -> None:
         base, source, form=options["format"], tasks=tasks, allow_pickle=options["allow_pickle"]
     )
     open_run(folder, "import", **place)
+    record(folder, "import", {**_plain(options), "method": model.adapter_config.method})
     with held(folder):
         model.save_pretrained(folder)
     _say(model.describe())

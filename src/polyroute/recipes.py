@@ -13,7 +13,7 @@ import yaml
 
 from polyroute.errors import InputError, did_you_mean
 
-__all__ = ["SECTIONS", "read_recipe", "read_yaml", "recipe_names"]
+__all__ = ["SECTIONS", "read_recipe", "read_yaml", "recipe_names", "shipped"]
 
 SECTIONS = ("train", "adapt")
 """The commands that a recipe has options for."""
@@ -21,8 +21,13 @@ SECTIONS = ("train", "adapt")
 
 def recipe_names() -> tuple[str, ...]:
     """The recipes that polyroute brings."""
-    folder = files("polyroute") / "recipes"
-    return tuple(sorted(Path(entry.name).stem for entry in folder.iterdir()))
+    return shipped("recipes")
+
+
+def shipped(folder: str) -> tuple[str, ...]:
+    """The names of the YAML files in a folder of the package."""
+    found = (files("polyroute") / folder).iterdir()
+    return tuple(sorted(Path(entry.name).stem for entry in found))
 
 
 def read_recipe(name: str) -> dict[str, Mapping[str, Any]]:

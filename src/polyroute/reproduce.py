@@ -17,8 +17,8 @@ from polyroute.errors import InputError, did_you_mean
 from polyroute.files import read_json, write_json, write_text
 from polyroute.loading import check_base, load_suite
 from polyroute.model import Phase
-from polyroute.recipes import read_yaml
-from polyroute.runs import check_run, held, open_run, record
+from polyroute.recipes import SECTIONS, read_yaml, shipped
+from polyroute.runs import RUNNING, check_run, held, open_run, record
 from polyroute.suite import check_tasks, held_out_tasks, validate
 
 __all__ = ["Command", "Preset", "aggregate", "preset_names", "read_preset", "reproduce"]
@@ -26,8 +26,6 @@ __all__ = ["Command", "Preset", "aggregate", "preset_names", "read_preset", "rep
 Command = Callable[[str, Mapping[str, Any]], Callable[[], None]]
 """Takes the name of a command and its options and checks them; what it returns runs it."""
 
-SECTIONS = ("train", "adapt")
-"""Entries of a preset that hold options of the command of that name."""
 SCORES = ("score", "score_normalised")
 SEEDS_OF = ("draw", "reader")
 
@@ -151,7 +149,7 @@ class Stage:
     @property
     def is_done(self) -> bool:
         """Whether there is nothing left to do."""
-        return self.result.is_file() and not (self.result.parent / ".running").exists()
+        return self.result.is_file() and not (self.result.parent / RUNNING).exists()
 
 
 @dataclass(frozen=True)
@@ -170,8 +168,7 @@ def _key(name: str) -> str:
 
 def preset_names() -> tuple[str, ...]:
     """The presets there are."""
-    folder = files("polyroute") / "presets"
-    return tuple(sorted(Path(entry.name).stem for entry in folder.iterdir()))
+    return shipped("presets")
 
 
 def read_preset(name: str, settings: Mapping[str, Any] | None = None) -> Preset:

@@ -23,12 +23,24 @@ try:
 except ImportError:  # Windows
     fcntl = None  # type: ignore[assignment]
 
-__all__ = ["DIGEST", "check_run", "digest", "held", "machine", "open_run", "read_run", "record"]
+__all__ = [
+    "DIGEST",
+    "RUNNING",
+    "check_run",
+    "digest",
+    "held",
+    "machine",
+    "open_run",
+    "read_run",
+    "record",
+]
 
 DESCRIPTION = "run.json"
 DIGEST = "inventory_sha256"
 """Where the config of a run that starts from an inventory keeps the inventory's `digest`."""
 PATHS = ("model", "data", "run", "start", "source")
+RUNNING = ".running"
+"""The folder, in a run of `polyroute adapt`, of slots that are not done."""
 NOT_KEPT = ("resume", "overwrite", "config", "out", "memory")
 PACKAGES = ("polyroute", "torch", "transformers", "accelerate", "datasets", "numpy", "peft")
 
