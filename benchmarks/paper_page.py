@@ -174,7 +174,14 @@ def real_section(folder: Path) -> str:
     """The real study."""
     ways = real_ways(folder, "test")
     develop = real_ways(folder, "develop")
-    seeds = {r["seed"] for r in ways["mhr", "full, paper"]}
+    count = len({r["seed"] for r in ways["mhr", "full, paper"]})
+    seeds = "one seed" if count == 1 else f"{count} seeds"
+    found = alignment_table(folder, {name: [f"aligned-{name}"] for name in MEASURED})
+    aligned = (
+        f"\nGradient alignment between training tasks at the end of training:\n\n{found}\n"
+        if found.count("\n") > 1
+        else ""
+    )
     paper = tuple(
         (question, (one[0], f"{one[1]}, paper"), (other[0], f"{other[1]}, paper"))
         for question, one, other in QUESTIONS
@@ -186,7 +193,7 @@ def real_section(folder: Path) -> str:
 Base: all-MiniLM-L6-v2, frozen, bfloat16, which answers tasks with choices. 46 training tasks;
 15 more on which settings were compared ("development"); {len(by_task(ways["mhr", "full, paper"]))}
 held-out tasks for the table, scored once. Rank 4, 8 skills, 16 heads; 1,500 steps of 16 examples;
-then 32 shots, 24 steps of 8, {len(seeds)} seeds. `paper` is `--recipe paper`: AdamW, rates 1e-3 and
+then 32 shots, 24 steps of 8, {seeds}. `paper` is `--recipe paper`: AdamW, rates 1e-3 and
 0.1, decay 0.01, clipping at 0.1. `shared-matched` has rank 32. The reference is `shared` in phase
 mu.
 
@@ -197,11 +204,7 @@ mu.
 On the development tasks (no inventory has learned them, and none is in the table above):
 
 {table(develop, ("mhr", "mu, paper"))}
-
-Gradient alignment between training tasks at the end of training:
-
-{alignment_table(folder, {name: [f"aligned-{name}"] for name in MEASURED})}
-"""
+{aligned}"""
 
 
 def page() -> str:
