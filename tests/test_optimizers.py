@@ -11,9 +11,9 @@ from base_models import EXAMPLES, made
 from base_models import t5 as tokenized_t5
 from datasets import Dataset
 from models import TASKS, llama, routed, stack, t5
-from tiny_runs import write_suite
+from tiny_runs import write_base, write_suite
 from torch import Tensor, nn
-from transformers import Adafactor, ByT5Tokenizer, T5Config, T5ForConditionalGeneration
+from transformers import Adafactor
 
 from polyroute import InputError, MHRConfig, RoutedModel, attach
 from polyroute.adapt import AdaptSettings
@@ -270,13 +270,7 @@ def test_what_an_optimizer_does_not_have_is_refused(tmp_path: Path) -> None:
 def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("program")
     write_suite(folder / "suite")
-    torch.manual_seed(0)
-    config = T5Config(
-        vocab_size=259, d_model=16, d_kv=8, d_ff=16, num_layers=1, num_heads=2,
-        decoder_start_token_id=0, tie_word_embeddings=False,
-    )  # fmt: skip
-    T5ForConditionalGeneration(config).save_pretrained(folder / "base")
-    ByT5Tokenizer(extra_ids=0).save_pretrained(folder / "base")
+    write_base(folder / "base")
     return folder
 
 

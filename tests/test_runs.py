@@ -6,9 +6,7 @@ import shutil
 from pathlib import Path
 
 import pytest
-import torch
-from tiny_runs import _write, write_suite
-from transformers import ByT5Tokenizer, T5Config, T5ForConditionalGeneration
+from tiny_runs import write_base, write_suite, write_task
 
 from polyroute.adapt import AdaptSettings
 from polyroute.cli import main
@@ -21,13 +19,7 @@ from polyroute.runs import held, open_run, read_run, record
 def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("runs")
     write_suite(folder / "suite")
-    torch.manual_seed(0)
-    config = T5Config(
-        vocab_size=259, d_model=16, d_kv=8, d_ff=16, num_layers=1, num_heads=2,
-        dropout_rate=0.0, decoder_start_token_id=0, tie_word_embeddings=False,
-    )  # fmt: skip
-    T5ForConditionalGeneration(config).save_pretrained(folder / "base")
-    ByT5Tokenizer(extra_ids=0).save_pretrained(folder / "base")
+    write_base(folder / "base")
     main(train(folder, "trained"))
     return folder
 
@@ -341,7 +333,7 @@ def test_task_names_are_not_markup(
         for w in [a + b for a in "abcdefgh" for b in "ijklmnop"]
     ]
     (tmp_path / "s").mkdir()
-    _write(tmp_path / "s" / "[red]x.jsonl", records)
+    write_task(tmp_path / "s" / "[red]x.jsonl", records)
     arguments = [*train(place, "x"), "--data", str(tmp_path / "s"), "--out", str(tmp_path / "[b]r")]
     main(arguments)
     main(["evaluate", str(tmp_path / "[b]r"), "--data", str(tmp_path / "s")])

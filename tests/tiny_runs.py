@@ -19,13 +19,13 @@ def write_suite(folder: Path) -> Path:
             {"instruction": "Do.", "input": w, "target": function(w), "choices": None}
             for w in words
         ]
-        _write(folder / f"{name}.jsonl", records)
+        write_task(folder / f"{name}.jsonl", records)
     records = [
         {"instruction": "Pick.", "input": w, "target": "yes" if w[0] in "ab" else "no",
          "choices": ["yes", "no"]}
         for w in words
     ]  # fmt: skip
-    _write(folder / "pick.jsonl", records)
+    write_task(folder / "pick.jsonl", records)
     roles = {
         name: {"category": "toy", "choices": name == "pick",
                "metric": "accuracy" if name == "pick" else "exact_match",
@@ -36,7 +36,7 @@ def write_suite(folder: Path) -> Path:
     return folder
 
 
-def _write(path: Path, records: list[dict[str, object]]) -> None:
+def write_task(path: Path, records: list[dict[str, object]]) -> None:
     splits = ["train"] * 44 + ["validation"] * 8 + ["test"] * 12
     lines = [json.dumps({**r, "split": s}) for r, s in zip(records, splits, strict=True)]
     path.write_text("\n".join(lines) + "\n")

@@ -6,7 +6,6 @@ where it would end alone.
 """
 
 import itertools
-import math
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
@@ -23,7 +22,7 @@ from polyroute.errors import InputError, did_you_mean
 from polyroute.evaluate import score_rows
 from polyroute.examples import encoded, encoded_records
 from polyroute.factors import Factors
-from polyroute.files import make_folder
+from polyroute.files import finite, make_folder
 from polyroute.kinds import ModelKind
 from polyroute.metrics import acceptable_answers
 from polyroute.model import Phase, RoutedModel
@@ -228,7 +227,7 @@ def adapt_suite(
             "metric": metric,
             "score": score,
             "score_normalised": normalised,
-            **{name: _finite(getattr(adapted, name)) for name in REPORTED},
+            **{name: finite(getattr(adapted, name)) for name in REPORTED},
         }
         results.append(result)
         if each is not None and adapted.diverged_at is None:
@@ -355,11 +354,6 @@ def _result(model: RoutedModel, training: SlotTraining) -> Adapted:
         factors=[_copied(factor) for factor in model.factors_of(training.route)],
         _model=model,
     )
-
-
-def _finite(value: Any) -> Any:
-    """The value; None in place of a number that JSON does not have."""
-    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _copied(factors: Any) -> Factors:

@@ -29,7 +29,7 @@ from polyroute.evaluate import TaskScore, evaluate, macro_average
 from polyroute.examples import encoded_mixture
 from polyroute.exchange import check_export, read_inventory, write_inventory
 from polyroute.exchange.foreign import read_names
-from polyroute.files import check_place, make_folder, read_json, write_json, write_tensors
+from polyroute.files import check_place, finite, make_folder, read_json, write_json, write_tensors
 from polyroute.kinds import ModelKind, kind_of
 from polyroute.loading import load_base, load_suite
 from polyroute.memory import plan
@@ -194,9 +194,7 @@ def _diverged(what: str, step: int) -> InputError:
 
 def _finite(entry: Mapping[str, Any]) -> dict[str, Any]:
     """An entry of a log as JSON values; a gradient norm can be infinite where the loss is not."""
-    return {
-        k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in entry.items()
-    }
+    return {key: finite(value) for key, value in entry.items()}
 
 
 class _StopWhenDiverged(TrainerCallback):

@@ -1,6 +1,7 @@
 """Files of JSON and safetensors, written whole or not at all, and the folders they go to."""
 
 import json
+import math
 import os
 import tempfile
 from collections.abc import Mapping
@@ -15,6 +16,7 @@ from polyroute.errors import InputError
 
 __all__ = [
     "check_place",
+    "finite",
     "make_folder",
     "read_json",
     "read_metadata",
@@ -57,6 +59,11 @@ def make_folder(folder: str | os.PathLike[str]) -> Path:
     if not os.access(path, os.W_OK):
         raise InputError(f"cannot write to the folder {path}; check its permissions")
     return path
+
+
+def finite(value: Any) -> Any:
+    """The value; None in place of a number that JSON does not have."""
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def write_json(path: Path, value: object) -> None:
