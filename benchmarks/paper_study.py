@@ -5,16 +5,17 @@ instead, and what was interrupted within it goes on. Inventories stay in the wor
 """
 
 import copy
+import itertools
 import json
 import time
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 import polyroute as pr
 from polyroute.adapt import adapt_suite
@@ -193,6 +194,7 @@ def adapt(
     choices: Mapping[str, AdaptSettings],
     tasks: Sequence[str],
     *,
+    start: str = "",
     split: str = "test",
 ) -> list[Result]:
     """Adapt an inventory to tasks, with every seed, and score each result.
@@ -203,6 +205,8 @@ def adapt(
         inventory: a trained one.
         choices: settings by label; all of one phase.
         tasks: to adapt to.
+        start: where routes start: empty for what the settings say, `usage` for the mean weights
+            of the training tasks, `z` for routes tuned first, with half of the steps.
         split: to score on.
     """
     wanted = len(tasks) * len(study.seeds) * len(choices)
@@ -217,11 +221,60 @@ def adapt(
 
     folder = study.folder(inventory)
     with loaded(base, read_checkpoint(folder), folder) as model:
+        if start == "z":
+            _adapt_after_z(study, model, kind, choices, tasks, split, results, each)
+            return results
+        if start == "usage":
+            model.add_task("usage", init=_usage(model))
+            choices = {label: replace(chosen, init="usage") for label, chosen in choices.items()}
         adapt_suite(
             model, kind, study.suite, tasks, choices,
             seeds=study.seeds, split=split, done=list(results), each=each,
         )  # fmt: skip
     return results
+
+
+def _usage(model: pr.RoutedModel) -> Tensor:
+    """Logits `[N, H, K]` whose weights are the mean of the training tasks' weights."""
+    mean = torch.stack([model.weights_of(task) for task in model.tasks]).mean(0)
+    # Weights are sigmoids over their sum, so any scale that keeps them below 1 will do.
+    return torch.logit(mean * (0.5 / mean.amax(-1, keepdim=True)))
+
+
+def _adapt_after_z(
+    study: Study,
+    model: pr.RoutedModel,
+    kind: ModelKind,
+    choices: Mapping[str, AdaptSettings],
+    tasks: Sequence[str],
+    split: str,
+    results: list[Result],
+    each: Callable[[Result, str], None],
+) -> None:
+    """Half of the steps on routes alone; the others from what these routes mix."""
+    for (label, chosen), seed in itertools.product(choices.items(), study.seeds):
+        half = chosen.steps // 2
+        first = replace(chosen, phase="z", steps=half, route_lr=1.0, route_weight_decay=0.0)
+        routes: dict[str, Tensor] = {}
+
+        def keep(result: Result, route: str, found: dict[str, Tensor] = routes) -> None:
+            found[result["task"]] = model.routes[route].clone()
+
+        left = [t for t in tasks if not any(r["task"] == t and r["seed"] == seed for r in results)]
+        if not left:
+            continue
+        adapt_suite(
+            model, kind, study.suite, left, {label: first}, seeds=[seed], split=split, each=keep
+        )
+        for task, route in routes.items():
+            start = f"{task} after z"
+            model.add_task(start, init=route)
+            second = replace(chosen, steps=chosen.steps - half, init=start)
+            adapt_suite(
+                model, kind, study.suite, [task], {label: second},
+                seeds=[seed], split=split, each=each,
+            )  # fmt: skip
+            model.keep_tasks([name for name in model.tasks if name != start])
 
 
 def zero_shot(study: Study, stage: str, inventory: str, tasks: Sequence[str]) -> list[Result]:

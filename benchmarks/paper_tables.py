@@ -9,8 +9,9 @@ from typing import Any
 
 import numpy as np
 
+from polyroute.report_page.intervals import estimates
+
 Result = Mapping[str, Any]
-DRAWS = 10_000
 
 
 @dataclass(frozen=True)
@@ -50,10 +51,9 @@ def by_task(results: Iterable[Result]) -> dict[str, float]:
 
 def interval(values: Sequence[float]) -> Interval:
     """Mean and bootstrap interval of one number for each task."""
-    array = np.array(values)
-    drawn = np.random.default_rng(0).integers(0, len(array), (DRAWS, len(array)))
-    low, high = np.quantile(array[drawn].mean(1), [0.025, 0.975])
-    return Interval(float(array.mean()), float(low), float(high))
+    found = estimates(np.array(values)[:, None])[0]
+    low, high = (found.mean if edge is None else edge for edge in (found.low, found.high))
+    return Interval(found.mean, low, high)
 
 
 def difference(ours: Iterable[Result], theirs: Iterable[Result]) -> Interval:

@@ -12,7 +12,8 @@ import typer
 import yaml
 
 from polyroute.errors import InputError, did_you_mean
-from polyroute.recipes import read_recipe, read_yaml
+from polyroute.recipes import read_recipe
+from polyroute.yaml_files import read_yaml
 
 __all__ = ["app", "main"]
 
@@ -242,7 +243,7 @@ def train(
     save_steps: Annotated[int, typer.Option(help="Steps between checkpoints.")] = 500,
     alignment_steps: Annotated[
         int | None,
-        typer.Option(help="Steps between measurements of gradient alignment, such as 100 [none]."),
+        typer.Option(help="Steps between measurements of gradient alignment, such as 200 [none]."),
     ] = None,
     report_to: Annotated[str, typer.Option(help="none, tensorboard, wandb ...")] = "none",
     resume: Resume = False,

@@ -9,11 +9,10 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from polyroute.errors import InputError, did_you_mean
+from polyroute.yaml_files import read_yaml
 
-__all__ = ["SECTIONS", "read_recipe", "read_yaml", "recipe_names", "shipped"]
+__all__ = ["SECTIONS", "read_recipe", "recipe_names", "shipped"]
 
 SECTIONS = ("train", "adapt")
 """The commands that a recipe has options for."""
@@ -58,25 +57,3 @@ def read_recipe(name: str) -> dict[str, Mapping[str, Any]]:
         if not isinstance(content.get(section, {}), dict):
             raise InputError(f"the section {section!r} of the recipe {name} must map options")
     return {section: content.get(section, {}) for section in SECTIONS}
-
-
-def read_yaml(path: Any, what: str) -> dict[str, Any]:
-    """A YAML file that holds a mapping.
-
-    Args:
-        path: of the file, also within the package.
-        what: begins the sentence of an error.
-
-    Raises:
-        InputError: the file cannot be read or holds something else.
-    """
-    try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
-    except OSError as error:
-        raise InputError(f"{what} cannot be read: {error.strerror}") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        reason = " ".join(str(error).split())
-        raise InputError(f"{what} is not valid YAML: {reason}") from error
-    if not isinstance(content, dict):
-        raise InputError(f"{what} must hold `option: value` lines")
-    return content

@@ -17,9 +17,10 @@ from polyroute.errors import InputError, did_you_mean
 from polyroute.files import read_json, write_json, write_text
 from polyroute.loading import check_base, load_suite
 from polyroute.model import Phase
-from polyroute.recipes import SECTIONS, read_yaml, shipped
+from polyroute.recipes import SECTIONS, shipped
 from polyroute.runs import RUNNING, check_run, held, open_run, record
 from polyroute.suite import check_tasks, held_out_tasks, validate
+from polyroute.yaml_files import read_yaml
 
 __all__ = ["Command", "Preset", "aggregate", "preset_names", "read_preset", "reproduce"]
 

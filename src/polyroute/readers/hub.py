@@ -19,20 +19,20 @@ Where a text is wanted stands the name of a column, or a text with columns in br
 file is ever run.
 """
 
-from collections.abc import Hashable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
 import datasets
-import yaml
 
 from polyroute.errors import InputError, did_you_mean
 from polyroute.readers.hub_columns import COLUMN_KEYS, record_of
 from polyroute.readers.roles import check_entry, check_names
 from polyroute.readers.task_table import TableSuite, TaskSource, load, rows_key
-from polyroute.records import cannot_read, checked
+from polyroute.records import checked
 from polyroute.suite import SPLITS, TaskInfo
+from polyroute.yaml_files import read_yaml
 
 __all__ = ["HubSuite"]
 
@@ -57,7 +57,9 @@ class HubSuite(TableSuite):
 
     def __init__(self, path: str | Path, *, cache_dir: str | Path | None = None) -> None:
         file = Path(path).expanduser().resolve()
-        content = _mapping(_yaml(file), ("name", "tasks"), str(file), needs=("tasks",))
+        content = _mapping(
+            read_yaml(file, str(file)), ("name", "tasks"), str(file), needs=("tasks",)
+        )
         tasks = content["tasks"]
         if not isinstance(tasks, dict) or not tasks:
             raise InputError(f"{file}: 'tasks' must map the name of each task to what it is")
@@ -189,31 +191,3 @@ def _mapping(
         if value.get(key) in (None, ""):
             raise InputError(f"{where}: the key {key!r} is missing; add it")
     return value
-
-
-class _Loader(yaml.SafeLoader):
-    """Plain values only, and no key twice: YAML's own rule, which its library does not check."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
-        seen = set()
-        for key_node, _ in node.value:
-            key = key_node.value
-            if key in seen:
-                line = key_node.start_mark.line + 1
-                raise InputError(f"the key {key!r} in line {line} is there twice; name each once")
-            seen.add(key)
-        return super().construct_mapping(node, deep)
-
-
-def _yaml(path: Path) -> Any:
-    try:
-        return yaml.load(path.read_text(encoding="utf-8-sig"), Loader=_Loader)
-    except OSError as error:
-        raise cannot_read(path, error) from error
-    except UnicodeDecodeError as error:
-        raise InputError(f"{path} is not UTF-8 ({error.reason}); save it as UTF-8") from error
-    except yaml.YAMLError as error:
-        reason = " ".join(str(error).split())
-        raise InputError(f"{path} is not valid YAML ({reason}); correct it") from error
-    except InputError as error:
-        raise InputError(f"{path}: {error}") from None
