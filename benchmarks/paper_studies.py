@@ -211,6 +211,7 @@ DEVELOPMENT = [
         _cell("mhr", "full", "after-z", {"route_weight_decay": 0.0}, start="z"),
         _cell("mhr", "z", "slow", FREE),
         _cell("mhr", "z", "ours", ROUTES_FAST),
+        _cell("mhr", "z", "faster", ROUTES_FAST, {"route_lr": 3.0}),
         _cell("shared", "mu", "lr3e3", FREE, {"lr": 3e-3}),
         _cell("shared", "mu", "paper", {"route_weight_decay": 0.0}),
         _cell("mhr-lr2e3", "mu", "paper", {"route_weight_decay": 0.0}),

@@ -109,7 +109,7 @@ every_model = pytest.mark.parametrize("make", [t5, llama, gpt2, bert])
 text_model = pytest.mark.parametrize("make", [t5, llama, gpt2])
 
 
-def made(make: Maker, **lengths: int) -> tuple[Routed, ModelKind]:
+def made(make: Maker, **lengths: Any) -> tuple[Routed, ModelKind]:
     torch.manual_seed(0)
     model, tokenizer = make()
     for parameter in model.parameters():  # the usual small ones say the same to every prompt

@@ -4,6 +4,7 @@ import pytest
 import torch
 from models import batch, llama, relative_error, routed
 from torch._dynamo.testing import CompileCounterWithBackend
+from transformers import StaticCache
 
 from polyroute import RoutedModel
 
@@ -62,3 +63,27 @@ def test_generation_after_compiling_gives_the_same_tokens() -> None:
     expected = model.generate(inputs["input_ids"], **options)
     model.compile(backend="eager")
     assert torch.equal(model.generate(inputs["input_ids"], **options), expected)
+
+
+def test_decoding_with_a_static_cache_compiles_twice_whatever_the_tasks() -> None:
+    torch._dynamo.reset()
+    model, counter = routed(llama(layers=1), num_heads=4), CompileCounterWithBackend("eager")
+    ids = batch(model.base_model)["input_ids"]
+
+    @torch.no_grad()
+    def decode(tasks: list[str]) -> list[torch.Tensor]:
+        cache = StaticCache(config=model.base_model.config, max_cache_len=12)
+        tokens, logits = ids, []
+        for _ in range(3):
+            output = model(input_ids=tokens, past_key_values=cache, use_cache=True, tasks=tasks)
+            logits.append(output.logits[:, -1])
+            tokens = logits[-1].argmax(-1, keepdim=True)
+        return logits
+
+    choices = [SEVERAL[0], SEVERAL[1], SEVERAL[3]]
+    expected = [decode(tasks) for tasks in choices]
+    model.compile(backend=counter, fullgraph=True)
+    for tasks, logits in zip(choices, expected, strict=True):
+        pairs = zip(decode(tasks), logits, strict=True)
+        assert all(relative_error(a, b) < TOLERANCE for a, b in pairs)
+    assert counter.frame_count == 2  # the prompt, and one token

@@ -96,7 +96,7 @@ def test_a_tied_weight_is_not_merged() -> None:
 def test_a_quantised_weight_is_not_merged() -> None:
     base = stack()
     base.down.weight = nn.Parameter(torch.ones(8, 16, dtype=torch.int8), requires_grad=False)
-    with pytest.raises(InputError, match=r"layer 'down' is quantised .*export_peft"):
+    with pytest.raises(InputError, match=r"layer 'down' is quantised .*as a LoRA"):
         routed(base).merge("amber")
 
 

@@ -1,5 +1,6 @@
 import math
 import string
+import sys
 
 import datasets
 import pytest
@@ -8,7 +9,10 @@ from hypothesis import strategies as st
 
 from polyroute.errors import InputError
 from polyroute.metrics import (
+    _chrf_scorer,
     baselines,
+    best_match,
+    chrf,
     exact_match,
     mean_and_error,
     normalise_answer,
@@ -16,6 +20,7 @@ from polyroute.metrics import (
     strict_match,
     text_metric,
 )
+from polyroute.suite import METRICS
 
 WORDS = st.text(string.ascii_letters + string.digits + " .,!-", max_size=30)
 NUMBERS = st.floats(-1e6, 1e6)
@@ -118,7 +123,7 @@ def test_text_metrics_are_found_by_the_name_a_suite_gives_them() -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "offer"), [("rouge", "did you mean 'rougeL'"), ("accuracy", "known: 'exact_match'")]
+    ("name", "offer"), [("rouge", "did you mean 'rougeL'"), ("accuracy", "known: .*'exact_match'")]
 )
 def test_a_name_of_no_text_metric_gets_an_offer(name: str, offer: str) -> None:
     with pytest.raises(InputError, match=f"there is no metric {name!r} .*{offer}"):
@@ -130,6 +135,32 @@ def test_rouge_l_is_symmetric_and_between_0_and_1(first: str, second: str) -> No
     score = rouge_l(first, second)
     assert 0.0 <= score <= 1.0
     assert score == pytest.approx(rouge_l(second, first))
+
+
+def test_chrf_equals_the_hand_computation() -> None:
+    sacrebleu = pytest.importorskip("sacrebleu")
+    assert chrf("abc", "abc") == pytest.approx(1.0)
+    assert chrf("xyz", "abc") == 0.0
+    # "abd" and "abc" share 2 of 3 letters, 1 of 2 pairs and no triple: precision and recall 7 / 18.
+    assert chrf("abd", "abc") == pytest.approx((2 / 3 + 1 / 2 + 0) / 3)
+    several = ["a cat ran", "the cat sat on it"]
+    expected = sacrebleu.sentence_chrf("the cat ran on", several).score / 100
+    assert best_match(chrf, "the cat ran on", several) == pytest.approx(expected)
+    assert text_metric("chrF") is chrf
+
+
+def test_chrf_without_its_library_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "sacrebleu.metrics.chrf", None)
+    _chrf_scorer.cache_clear()
+    with pytest.raises(InputError, match="'chrF' needs sacrebleu: pip install sacrebleu"):
+        chrf("a", "a")
+
+
+def test_every_metric_of_text_can_be_named_by_a_suite() -> None:
+    pytest.importorskip("sacrebleu")
+    for name in METRICS:
+        if name != "accuracy":
+            assert text_metric(name)("a cat", "a cat") == pytest.approx(1.0)
 
 
 def test_the_majority_baseline_is_the_share_of_the_most_frequent_training_target() -> None:

@@ -8,7 +8,7 @@ import pytest
 from reproduce_data import TEMPLATE, write_base, write_suite, write_superni, write_t0
 
 import polyroute.adapt
-from polyroute.cli import _command, main
+from polyroute.cli import _checked, main
 from polyroute.errors import InputError
 from polyroute.reproduce import aggregate, preset_names, read_preset, reproduce
 from polyroute.sampling import draw_few_shot
@@ -152,7 +152,7 @@ def planned(
     stages = []
 
     def command(name: str, given: Mapping[str, Any]) -> Callable[[], None]:
-        _command(name, given)
+        _checked(name, given)
         stages.append((name, dict(given)))
         return lambda: None
 

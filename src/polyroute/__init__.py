@@ -8,15 +8,14 @@ with model.route(["mnli", "snips_intent"]):
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from polyroute.build import attach, from_pretrained
-from polyroute.config import MHRConfig
-from polyroute.errors import InputError
-from polyroute.model import RoutedModel
-from polyroute.saved_routes import SavedRoutes
-
 if TYPE_CHECKING:
     from polyroute.adapt import adapt_many
+    from polyroute.build import attach, from_pretrained
+    from polyroute.config import MHRConfig
+    from polyroute.errors import InputError
     from polyroute.kinds import kind_of
+    from polyroute.model import RoutedModel
+    from polyroute.saved_routes import SavedRoutes
     from polyroute.trainer import MultiTaskTrainer, MultiTaskTrainingArguments
 
 __all__ = [
@@ -35,16 +34,27 @@ __all__ = [
 __version__ = "0.1.0"
 
 
-ABOVE_THE_CORE = {
+PLACES = {
+    "InputError": "errors",
+    "MHRConfig": "config",
     "MultiTaskTrainer": "trainer",
     "MultiTaskTrainingArguments": "trainer",
+    "RoutedModel": "model",
+    "SavedRoutes": "saved_routes",
     "adapt_many": "adapt",
+    "attach": "build",
+    "from_pretrained": "build",
     "kind_of": "kinds",
 }
 
 
 def __getattr__(name: str) -> Any:
-    # Training needs transformers; the core, which most uses import, needs torch alone.
-    if name in ABOVE_THE_CORE:
-        return getattr(import_module(f"polyroute.{ABOVE_THE_CORE[name]}"), name)
+    # What is not used is not imported: training needs transformers, the core torch alone, and the
+    # command line's help neither.
+    if name in PLACES:
+        return getattr(import_module(f"polyroute.{PLACES[name]}"), name)
     raise AttributeError(f"module 'polyroute' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

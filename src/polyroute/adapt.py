@@ -31,7 +31,15 @@ from polyroute.sampling import draw_few_shot
 from polyroute.slot_training import AdaptSettings, Slot, SlotTraining, train_slots
 from polyroute.suite import Suite
 
-__all__ = ["AdaptSettings", "Adapted", "adapt_many", "adapt_suite", "check_new", "variants"]
+__all__ = [
+    "AdaptSettings",
+    "Adapted",
+    "adapt_many",
+    "adapt_suite",
+    "check_learned",
+    "check_new",
+    "variants",
+]
 
 
 @dataclass(frozen=True)
@@ -155,6 +163,7 @@ def adapt_suite(
     memory: str | int | None = None,
     folder: Path | None = None,
     done: Sequence[Mapping[str, Any]] = (),
+    part: slice = slice(None),
     each: Callable[[dict[str, Any], str], None] | None = None,
 ) -> list[dict[str, Any]]:
     """Adapt to tasks of a suite, and score each result as it is at the slot's last or best step.
@@ -170,6 +179,7 @@ def adapt_suite(
         memory: see `adapt_many`.
         folder: where running slots are kept.
         done: results that are there already; their slots are left out.
+        part: which of the others to adapt; the rest is left to other processes.
         each: called with each result that did not diverge, and the route of its slot, while the
             model holds it.
 
@@ -180,7 +190,7 @@ def adapt_suite(
 
     Raises:
         InputError: the phase has nothing to train, or there are fewer examples than shots; nothing
-            was trained. Or all slots diverged.
+            was trained. Or all slots diverged; of a part, that is for `check_learned`.
     """
     before = {(r["task"], r["seed"], r["label"]) for r in done}
     slots = []
@@ -190,6 +200,7 @@ def adapt_suite(
         for (label, variant), seed in itertools.product(choices.items(), seeds):
             if (task, seed, label) not in before:
                 slots.append(_slot(task, seed, label, variant, train))
+    slots = slots[part]
     results: list[dict[str, Any]] = []
 
     @cache  # many slots are scored on the same rows
@@ -238,13 +249,8 @@ def adapt_suite(
         train_slots(
             model, kind, phase, slots, finish=finish, memory=memory, folder=folder, score=chosen_by
         )
-    nothing_else = not any(result["score"] is not None for result in done)
-    if results and nothing_else and all(r["diverged_at"] is not None for r in results):
-        first = results[0]
-        raise InputError(
-            f"training diverged for all {len(results)} adaptations ({first['task']} with seed "
-            f"{first['seed']} at step {first['diverged_at']}): lower --lr or --route-lr"
-        )
+    if results and part == slice(None):
+        check_learned([*done, *results])
     return results
 
 
@@ -253,6 +259,20 @@ REPORTED = (
     "diverged_at", "seconds", "indices",
 )  # fmt: skip
 """Fields of `Adapted` that a result of `adapt_suite` has."""
+
+
+def check_learned(results: Sequence[Mapping[str, Any]]) -> None:
+    """Make sure that not every adaptation diverged.
+
+    Raises:
+        InputError: all did.
+    """
+    if results and all(result["score"] is None for result in results):
+        first = results[0]
+        raise InputError(
+            f"training diverged for all {len(results)} adaptations ({first['task']} with seed "
+            f"{first['seed']} at step {first['diverged_at']}): lower --lr or --route-lr"
+        )
 
 
 def check_new(model: RoutedModel, task: str) -> None:

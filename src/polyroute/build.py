@@ -11,9 +11,10 @@ from torch import nn
 from polyroute.checkpoint import Checkpoint, read_checkpoint
 from polyroute.config import MHRConfig
 from polyroute.errors import InputError
+from polyroute.hub import DESCRIPTION, FILES, SKILLS, locate
 from polyroute.layers import RoutedLayer
 from polyroute.model import RoutedModel
-from polyroute.targets import Site, find_sites, fits_sample, named_sites, weight_matrix
+from polyroute.targets import Site, find_sites, fits_sample, named_sites
 
 __all__ = ["attach", "from_checkpoint", "from_pretrained", "loaded"]
 
@@ -61,12 +62,6 @@ def attach(
     found = (
         find_sites(base_model, config) if sites is None else named_sites(base_model, sites, config)
     )
-    devices = sorted({str(weight_matrix(site.layer).device) for site in found})
-    if len(devices) > 1:
-        raise InputError(
-            f"the layers to adapt lie on several devices ({', '.join(devices)}), which is not "
-            "supported; load the base model on one device"
-        )
     return RoutedModel(base_model, config, found, tasks)
 
 
@@ -76,21 +71,34 @@ def from_pretrained(
     *,
     tasks: Sequence[str] | None = None,
     check_base: bool = True,
+    revision: str | None = None,
+    token: str | bool | None = None,
+    cache_dir: str | os.PathLike[str] | None = None,
+    local_files_only: bool = False,
 ) -> RoutedModel:
     """Attach a saved inventory to the base model that it was trained on.
 
     Args:
         base_model: as given to `attach` when the inventory was made.
-        folder: where `RoutedModel.save_pretrained` wrote.
+        folder: where `RoutedModel.save_pretrained` wrote; or where there is no such folder an id on
+            the hub, `user/inventory`.
         tasks: load only these tasks' routes, `[]` for none; default all. The rows of others are
-            not read.
+            not read, and parts of the table that hold none of them are not fetched.
         check_base: refuse a base model whose weights differ from those of training.
+        revision: a branch, a tag or a commit of the hub; default its main branch.
+        token: for the hub, instead of the one that is logged in; False for none.
+        cache_dir: of the hub, instead of its usual one.
+        local_files_only: take what is in the hub's cache, without network.
 
     Raises:
-        InputError: the files are damaged, or belong to another base model.
+        InputError: the files are damaged, or belong to another base model, or cannot be had.
     """
+    place = locate(
+        folder, FILES if tasks is None else (DESCRIPTION, SKILLS), revision=revision, token=token,
+        cache_dir=cache_dir, local_files_only=local_files_only,
+    )  # fmt: skip
     return from_checkpoint(
-        base_model, read_checkpoint(folder), os.fspath(folder), tasks, check_base=check_base
+        base_model, read_checkpoint(place), os.fspath(folder), tasks, check_base=check_base
     )
 
 
@@ -145,7 +153,7 @@ def _check_weights(
     """Make sure that the base model's weights are those that the inventory was trained on."""
     saved = description["sites"]
     compared = [
-        (f"layer {site.name!r}", weight_matrix(site.layer), s["base_sample"], s.get("base_dtype"))
+        (f"layer {site.name!r}", site.weight, s["base_sample"], s.get("base_dtype"))
         for site, s in zip(sites, saved, strict=True)
     ]
     parameters = dict(base_model.named_parameters())

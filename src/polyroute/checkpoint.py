@@ -24,11 +24,10 @@ from torch import Tensor
 from polyroute.config import MHRConfig
 from polyroute.errors import InputError
 from polyroute.files import make_folder, read_metadata, read_tensors, write_json, write_tensors
+from polyroute.hub import DESCRIPTION, SHARDS, SKILLS
 from polyroute.saved_routes import (
-    DESCRIPTION,
     FORMAT,
     NOTE,
-    SHARDS,
     SavedRoutes,
     read_description,
     write_rows,
@@ -36,8 +35,6 @@ from polyroute.saved_routes import (
 from polyroute.targets import SAMPLED
 
 __all__ = ["Checkpoint", "read_checkpoint", "write_checkpoint"]
-
-SKILLS = "inventory.safetensors"
 
 
 @dataclass(frozen=True)
@@ -137,7 +134,7 @@ def read_checkpoint(folder: str | os.PathLike[str]) -> Checkpoint:
             raise InputError(f"{path / DESCRIPTION} lacks the entry {key!r}; it is damaged")
     if description["rows"] is None and "tasks" not in description:
         raise InputError(f"{path / DESCRIPTION} lacks the entry 'tasks'; it is damaged")
-    saved_routes = None if description["rows"] is None else SavedRoutes(path)
+    saved_routes = None if description["rows"] is None else SavedRoutes(folder)
     try:
         _check_description(description)
     except InputError as error:

@@ -1,8 +1,11 @@
 """The command line: one function per command; its signature and docstring are its help."""
 
+import functools
+import inspect as inspecting
 import json
 import math
 import sys
+import traceback
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields
 from pathlib import Path
@@ -11,8 +14,10 @@ from typing import Annotated, Any
 import typer
 import yaml
 
+from polyroute import output
 from polyroute.errors import InputError, did_you_mean
-from polyroute.recipes import read_recipe
+from polyroute.interrupts import Terminated, terminable
+from polyroute.recipes import read_recipe, recipe_names, shipped
 from polyroute.yaml_files import read_yaml
 
 __all__ = ["app", "main"]
@@ -33,13 +38,97 @@ FROM_START = (
 TRAINING_OPTIMIZERS = ("adamw", "adafactor")
 SCHEDULES = ("linear", "constant")
 
+DONE, FAILED, REFUSED, INTERRUPTED, TERMINATED = 0, 1, 2, 130, 143
+"""Exit codes."""
+EXIT_CODES = """Exit codes: 0 done; 1 it failed; 2 something given cannot be used, as one sentence
+on standard error says; 130 ended by Ctrl-C, 143 by SIGTERM."""
+USAGE_ERROR: Any = typer.BadParameter.__base__
+"""Of an option or argument that does not exist, is missing or is malformed."""
+
 app = typer.Typer(
     help="Train one inventory of LoRA skills on many tasks, and adapt it to new ones.",
-    no_args_is_help=True,
+    epilog=EXIT_CODES,
     pretty_exceptions_enable=False,
     rich_markup_mode="markdown",
-    add_completion=False,
 )
+
+
+def _switch(name: str) -> Callable[[bool], None]:
+    """What an option of every command does: it changes how the command prints."""
+
+    def switch(is_on: bool) -> None:
+        if is_on:
+            setattr(output.mode, name, True)
+
+    return switch
+
+
+def _everywhere(name: str, *more: str, help: str) -> Any:
+    return typer.Option(
+        f"--{name}", *more, is_eager=True, expose_value=False, callback=_switch(name), help=help,
+        rich_help_panel="Output",
+    )  # fmt: skip
+
+
+Json = Annotated[
+    bool, _everywhere("json", help="Print the result as one JSON document; see docs/cli.md.")
+]
+Quiet = Annotated[bool, _everywhere("quiet", "-q", help="Print results alone.")]
+Verbose = Annotated[
+    bool,
+    _everywhere("verbose", "-v", help="Print what libraries say, and where a failure happened."),
+]
+
+
+@app.callback()
+def _options(json: Json = False, quiet: Quiet = False, verbose: Verbose = False) -> None:
+    pass
+
+
+def _command(name: str | None = None) -> Callable[[Callable[..., output.Result]], Any]:
+    """Makes a function a command, with the options that all have, which prints its result."""
+
+    def register(function: Callable[..., output.Result]) -> Callable[..., output.Result]:
+        @functools.wraps(function)
+        def run(**given: Any) -> None:
+            for common in ("json", "quiet", "verbose"):
+                given.pop(common)
+            try:
+                with output.running():
+                    result = function(**given)
+            except KeyboardInterrupt as stop:
+                if output.mode.depth:
+                    raise
+                raise _Stopped(stop) from None
+            output.show(result)
+
+        signature = inspecting.signature(function)
+        common = inspecting.signature(_options).parameters
+        parameters = [*signature.parameters.values(), *common.values()]
+        run.__signature__ = signature.replace(parameters=parameters)  # type: ignore[attr-defined]
+        run.__annotations__ = {p.name: p.annotation for p in parameters}
+        app.command(name, epilog=EXIT_CODES)(run)
+        return function
+
+    return register
+
+
+class _Stopped(Exception):  # noqa: N818 - nothing went wrong
+    """A command was interrupted; as an error that passes through typer."""
+
+    def __init__(self, stop: KeyboardInterrupt) -> None:
+        super().__init__("; ".join(["interrupted", *map(str, stop.args)]))
+        self.code = TERMINATED if isinstance(stop, Terminated) else INTERRUPTED
+
+
+def _known(*values: str | Callable[[], Sequence[str]]) -> Callable[[str], list[str]]:
+    """Completes to one of these values, or of those that a function knows."""
+
+    def complete(incomplete: str) -> list[str]:
+        known = [name for v in values for name in ([v] if isinstance(v, str) else v())]
+        return [name for name in known if name.startswith(incomplete)]
+
+    return complete
 
 
 def _read_config(context: typer.Context, path: Path | None) -> Path | None:
@@ -48,6 +137,7 @@ def _read_config(context: typer.Context, path: Path | None) -> Path | None:
         values = read_yaml(path, f"the config {path}")
         defaults = _defaults(context.command, values, f"config key {{!r}} in {path}")
         context.default_map = {**(context.default_map or {}), **defaults}
+        context.meta["polyroute.config"] = (path, frozenset(defaults))
     return path
 
 
@@ -103,6 +193,7 @@ Recipe = Annotated[
     typer.Option(
         is_eager=True,
         callback=_read_recipe,
+        autocompletion=_known(recipe_names),
         help="Published settings as defaults: paper, paper-t0, paper-superni, or a YAML file.",
     ),
 ]
@@ -117,7 +208,13 @@ Data = Annotated[
         "copy of Super-NaturalInstructions or P3; see docs/data.md."
     ),
 ]
-Run = Annotated[Path, typer.Argument(help="Folder that `polyroute train` wrote.")]
+Run = Annotated[
+    Path,
+    typer.Argument(
+        help="Folder that `polyroute train` wrote, or where there is none an id on the hub: "
+        "user/inventory, or user/inventory@revision."
+    ),
+]
 TaskNames = Annotated[str | None, typer.Option(help="Task names, separated by commas.")]
 ScaleParameter = Annotated[
     bool,
@@ -131,13 +228,21 @@ RouteWeightDecay = Annotated[
     float, typer.Option(help="Of the routing: pulls it to the uniform mixture.")
 ]
 Objective = Annotated[
-    str, typer.Option(help="What is learned: lm, t-few (compares choices) or superni (smoothed).")
+    str,
+    typer.Option(
+        help="What is learned: lm, t-few (compares choices) or superni (smoothed).",
+        autocompletion=_known("lm", "t-few", "superni"),
+    ),
+]
+DryRun = Annotated[
+    bool,
+    typer.Option("--dry-run", help="Check everything, print the plan, and write nothing."),
 ]
 Resume = Annotated[bool, typer.Option("--resume", help="Continue the run in the --out folder.")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace the run in --out.")]
 
 
-@app.command()
+@_command()
 def demo(
     out: Annotated[Path, typer.Option(help="Folder for results, plots and adapters.")] = Path(
         "demo-out"
@@ -145,8 +250,9 @@ def demo(
     quick: Annotated[
         bool, typer.Option("--quick", help="A tenth of the work, to see that it runs.")
     ] = False,
+    resume: Resume = False,
     overwrite: Overwrite = False,
-) -> None:
+) -> output.Result:
     """Compare shared, poly and mhr on a generated suite, end to end, in a few minutes.
 
     Needs no network and no GPU: the base model and the suite come with polyroute.
@@ -156,11 +262,11 @@ def demo(
     from polyroute.demo.main import run_demo
     from polyroute.runs import check_run
 
-    check_run(out, "demo", resume=False, overwrite=overwrite)
-    run_demo(out, quick=quick, overwrite=overwrite)
+    check_run(out, "demo", resume=resume, overwrite=overwrite)
+    return run_demo(out, quick=quick, resume=resume, overwrite=overwrite)
 
 
-@app.command()
+@_command()
 def train(
     context: typer.Context,
     data: Data,
@@ -178,8 +284,16 @@ def train(
     ] = "float32",
     tasks: TaskNames = None,
     reader: Reader = None,
-    method: Annotated[str, typer.Option(help="mhr, poly, shared or private.")] = "mhr",
-    adapter: Annotated[str, typer.Option(help="lora or ia3.")] = "lora",
+    method: Annotated[
+        str,
+        typer.Option(
+            help="mhr, poly, shared or private.",
+            autocompletion=_known("mhr", "poly", "shared", "private"),
+        ),
+    ] = "mhr",
+    adapter: Annotated[
+        str, typer.Option(help="lora or ia3.", autocompletion=_known("lora", "ia3"))
+    ] = "lora",
     skills: Annotated[int | None, typer.Option(help="Skills in the inventory [8].")] = None,
     heads: Annotated[int | None, typer.Option(help="Routing heads, for mhr [8].")] = None,
     rank: Annotated[int, typer.Option(help="Rank of a skill.")] = 4,
@@ -190,13 +304,28 @@ def train(
     exclude: Annotated[str | None, typer.Option(help="Layers to leave out, as --target.")] = None,
     granularity: Annotated[
         str,
-        typer.Option(help="finegrained, layerwise, blockwise, coderwise or coarsegrained."),
+        typer.Option(
+            help="finegrained, layerwise, blockwise, coderwise or coarsegrained.",
+            autocompletion=_known(
+                "finegrained", "layerwise", "blockwise", "coderwise", "coarsegrained"
+            ),
+        ),
     ] = "finegrained",
     init: Annotated[str, typer.Option(help="Initial A: mttl or peft.")] = "mttl",
     gate: Annotated[
-        str, typer.Option(help="sigmoid, relaxed_bernoulli or straight_through.")
+        str,
+        typer.Option(
+            help="sigmoid, relaxed_bernoulli or straight_through.",
+            autocompletion=_known("sigmoid", "relaxed_bernoulli", "straight_through"),
+        ),
     ] = "sigmoid",
-    normalization: Annotated[str, typer.Option(help="sum, l2 or average_correction.")] = "sum",
+    normalization: Annotated[
+        str,
+        typer.Option(
+            help="sum, l2 or average_correction.",
+            autocompletion=_known("sum", "l2", "average_correction"),
+        ),
+    ] = "sum",
     logit_dropout: Annotated[
         float, typer.Option(help="Probability with which a gate is dropped in training.")
     ] = 0.0,
@@ -208,7 +337,11 @@ def train(
     ] = 0,
     dropout: Annotated[float, typer.Option(help="Dropout of the adapter's input.")] = 0.0,
     phase: Annotated[
-        str, typer.Option(help="full or mu; with --start also z or mu-uncollapsed.")
+        str,
+        typer.Option(
+            help="full or mu; with --start also z or mu-uncollapsed.",
+            autocompletion=_known(*TRAINING_PHASES, *CONTINUED_PHASES),
+        ),
     ] = "full",
     objective: Objective = "lm",
     steps: Annotated[int, typer.Option(help="Optimizer steps.")] = 1000,
@@ -218,7 +351,10 @@ def train(
     route_lr: Annotated[float, typer.Option(help="Learning rate of the routing.")] = 0.1,
     weight_decay: Annotated[float, typer.Option(help="Of the skills.")] = 0.0,
     route_weight_decay: RouteWeightDecay = 0.0,
-    optimizer: Annotated[str, typer.Option(help="adamw or adafactor.")] = "adamw",
+    optimizer: Annotated[
+        str,
+        typer.Option(help="adamw or adafactor.", autocompletion=_known(*TRAINING_OPTIMIZERS)),
+    ] = "adamw",
     scale_parameter: ScaleParameter = True,
     max_grad_norm: MaxGradNorm = 1.0,
     rowwise: Annotated[
@@ -248,9 +384,10 @@ def train(
     report_to: Annotated[str, typer.Option(help="none, tensorboard, wandb ...")] = "none",
     resume: Resume = False,
     overwrite: Overwrite = False,
+    dry_run: DryRun = False,
     recipe: Recipe = None,
     config: Config = None,
-) -> None:
+) -> output.Result:
     """Train an inventory and its routing on the training tasks of a suite.
 
     Example: `polyroute train --model demo --data SUITE --method mhr --skills 8 --heads 16 --rank 4
@@ -277,10 +414,10 @@ def train(
     options["alignment_steps"] = alignment_steps or None
     if alignment_steps:
         _positive(alignment_steps=alignment_steps)
-    train_run(options)
+    return train_run(options)
 
 
-@app.command()
+@_command()
 def adapt(
     context: typer.Context,
     run: Run,
@@ -288,7 +425,13 @@ def adapt(
     tasks: TaskNames = None,
     reader: Reader = None,
     shots: Annotated[int, typer.Option(help="Training examples of each new task.")] = 32,
-    phase: Annotated[str, typer.Option(help="full, z, mu, mu-uncollapsed or random.")] = "mu",
+    phase: Annotated[
+        str,
+        typer.Option(
+            help="full, z, mu, mu-uncollapsed or random.",
+            autocompletion=_known("full", "z", "mu", "mu-uncollapsed", "random"),
+        ),
+    ] = "mu",
     objective: Objective = "lm",
     seeds: Annotated[str, typer.Option(help="One draw and one training each.")] = "42,1024,0",
     steps: Annotated[int, typer.Option(help="Optimizer steps of each.")] = 100,
@@ -299,7 +442,12 @@ def adapt(
     ] = None,
     weight_decay: Annotated[float, typer.Option(help="Of the skills.")] = 0.0,
     route_weight_decay: RouteWeightDecay = 0.0,
-    optimizer: Annotated[str, typer.Option(help="adamw, adafactor or sgd.")] = "adamw",
+    optimizer: Annotated[
+        str,
+        typer.Option(
+            help="adamw, adafactor or sgd.", autocompletion=_known(*TRAINING_OPTIMIZERS, "sgd")
+        ),
+    ] = "adamw",
     scale_parameter: ScaleParameter = True,
     warmup: Annotated[float, typer.Option(help="Share of the steps in which rates rise.")] = 0.06,
     max_grad_norm: MaxGradNorm = 1.0,
@@ -334,9 +482,10 @@ def adapt(
     ] = None,
     resume: Resume = False,
     overwrite: Overwrite = False,
+    dry_run: DryRun = False,
     recipe: Recipe = None,
     config: Config = None,
-) -> None:
+) -> output.Result:
     """Adapt a trained inventory to new tasks from a few examples, and score the result.
 
     Without --tasks, or with `--tasks all`: all held-out tasks of the suite. All tasks, seeds and
@@ -353,11 +502,11 @@ def adapt(
     options["reader"] = _reader(reader or [])
     options["seeds"] = _seeds(seeds)
     options["grid"] = _grid(grid or [])
-    options["out"] = out or run / f"adapt-{phase}-{shots}"
-    adapt_run(options)
+    options["out"] = out or _beside(run) / f"adapt-{phase}-{shots}"
+    return adapt_run(options)
 
 
-@app.command()
+@_command()
 def evaluate(
     run: Run,
     data: Data,
@@ -371,7 +520,7 @@ def evaluate(
     batch_size: Annotated[int, typer.Option(help="Examples in a forward.")] = 32,
     out: Annotated[Path | None, typer.Option(help="JSON file [RUN/evaluate-SPLIT.json].")] = None,
     config: Config = None,
-) -> None:
+) -> output.Result:
     """Score a run on tasks of a suite: its training tasks, or with --zero-shot the held-out ones.
 
     Example: `polyroute evaluate runs/mhr --data SUITE --tasks boolq --zero-shot`
@@ -379,13 +528,21 @@ def evaluate(
     from polyroute.commands import evaluate_run
 
     _positive(batch_size=batch_size)
+    if out is None:
+        _beside(run)
     options = _reader(reader or [])
-    evaluate_run(run, data, _names(tasks), zero_shot, split, batch_size, out, options)
+    return evaluate_run(run, data, _names(tasks), zero_shot, split, batch_size, out, options)
 
 
-@app.command()
+@_command()
 def reproduce(
-    preset: Annotated[str, typer.Argument(help="suite, superni or t0.")],
+    preset: Annotated[
+        str,
+        typer.Argument(
+            help="suite, superni or t0.",
+            autocompletion=_known(functools.partial(shipped, "presets")),
+        ),
+    ],
     out: Annotated[Path, typer.Option(help="Folder of the results; each method has one in it.")],
     model: Annotated[str | None, typer.Option(help="Base model [the paper's].")] = None,
     data: Annotated[str | None, typer.Option(help="Suite, in the format of the preset.")] = None,
@@ -405,7 +562,8 @@ def reproduce(
     ] = False,
     resume: Resume = False,
     overwrite: Overwrite = False,
-) -> None:
+    dry_run: DryRun = False,
+) -> output.Result:
     """Run the paper's experiments: train every method, adapt it in every phase, compare.
 
     Everything is checked before anything is trained. Stages that are done are not done again.
@@ -414,15 +572,15 @@ def reproduce(
     """
     from polyroute.reproduce import reproduce as run_preset
 
-    run_preset(
-        preset, out, _command, model=model, data=data,
+    return run_preset(
+        preset, out, _checked, model=model, data=data,
         methods=None if methods is None else [name.strip() for name in methods.split(",")],
         selection=selection, settings=_settings(set_ or []), quick=quick, resume=resume,
-        overwrite=overwrite,
+        overwrite=overwrite, dry_run=dry_run,
     )  # fmt: skip
 
 
-def _command(name: str, options: Mapping[str, Any]) -> Callable[[], None]:
+def _checked(name: str, options: Mapping[str, Any]) -> Callable[[], None]:
     """Check the options of a command; what is returned runs it."""
     command: Any = typer.main.get_command(app)
     command = command.commands[name]
@@ -454,7 +612,7 @@ def _settings(texts: Sequence[str]) -> dict[str, Any]:
     return found
 
 
-@app.command()
+@_command()
 def export(
     run: Run,
     out: Annotated[Path, typer.Option(help="Folder to write to; for mttl also a name.ckpt.")],
@@ -464,19 +622,51 @@ def export(
     ] = None,
     format: Annotated[
         str,
-        typer.Option(help="peft: one task as a LoRA. mttl or peft-poly: skills and all routes."),
+        typer.Option(
+            help="peft: one task as a LoRA. mttl or peft-poly: skills and all routes.",
+            autocompletion=_known("peft", "mttl", "peft-poly"),
+        ),
     ] = "peft",
-) -> None:
+) -> output.Result:
     """Write one task as an ordinary PEFT LoRA, equal in function, or all for another program.
 
     Example: `polyroute export runs/mhr --task mnli --out out/mnli`
     """
     from polyroute.commands import export_run
 
-    export_run(run, task, out, format)
+    return export_run(run, task, out, format)
 
 
-@app.command("import")
+@_command()
+def push(
+    run: Annotated[Path, typer.Argument(help="Folder that `polyroute train` wrote.")],
+    repository: Annotated[
+        str, typer.Argument(help="On the hub, user/inventory; made if it is missing.")
+    ],
+    private: Annotated[bool, typer.Option("--private", help="Make a new one private.")] = False,
+    revision: Annotated[
+        str | None, typer.Option(help="Branch, made if it is missing [main].")
+    ] = None,
+    message: Annotated[str | None, typer.Option(help="Of the commit.")] = None,
+    license: Annotated[
+        str | None, typer.Option(help="Of the inventory, as the hub names it: apache-2.0.")
+    ] = None,
+) -> output.Result:
+    """Send a run's inventory to the Hugging Face hub, with a model card written from the run.
+
+    Log in with `hf auth login`, or set HF_TOKEN. A README.md in the run's folder is taken as the
+    card.
+
+    Example: `polyroute push runs/mhr user/inventory --private --license apache-2.0`
+    """
+    from polyroute.commands import push_run
+
+    return push_run(
+        run, repository, private=private, revision=revision, message=message, license=license
+    )
+
+
+@_command("import")
 def import_(
     context: typer.Context,
     source: Annotated[Path, typer.Argument(help="Checkpoint of mttl (.ckpt) or PEFT Poly folder.")],
@@ -484,7 +674,10 @@ def import_(
     out: Annotated[Path, typer.Option(help="Folder of the run.")],
     format: Annotated[
         str | None,
-        typer.Option(help="mttl, mttl-main or peft-poly [by what is there]."),
+        typer.Option(
+            help="mttl, mttl-main or peft-poly [by what is there].",
+            autocompletion=_known("mttl", "mttl-main", "peft-poly"),
+        ),
     ] = None,
     tasks_file: Annotated[
         Path | None,
@@ -501,7 +694,7 @@ def import_(
     max_target: Annotated[int, typer.Option(help="Most tokens of a target.")] = 64,
     overwrite: Overwrite = False,
     config: Config = None,
-) -> None:
+) -> output.Result:
     """Make a run of an inventory that another program trained; the other commands then take it.
 
     Example: `polyroute import mhr.ckpt --model google/t5-xl-lm-adapt --out runs/mhr --allow-pickle`
@@ -509,17 +702,18 @@ def import_(
     from polyroute.commands import import_run
 
     _positive(max_input=max_input, max_target=max_target)
-    import_run(context.params)
+    return import_run(context.params)
 
 
-@app.command()
+@_command()
 def inspect(
     run: Run,
     data: Annotated[
         str | None,
         typer.Option(help="Suite: compares routes with the categories of its tasks."),
     ] = None,
-) -> None:
+    reader: Reader = None,
+) -> output.Result:
     """Show what a run holds: sizes, tasks, and which skills they use.
 
     The base model is not needed.
@@ -528,10 +722,10 @@ def inspect(
     """
     from polyroute.commands import inspect_run
 
-    inspect_run(run, data)
+    return inspect_run(run, data, _reader(reader or []))
 
 
-@app.command()
+@_command()
 def report(
     runs: Annotated[list[Path], typer.Argument(help="Folders that train, adapt or demo wrote.")],
     out: Annotated[Path, typer.Option(help="The page; an older report is replaced.")] = Path(
@@ -540,7 +734,8 @@ def report(
     data: Annotated[
         str | None, typer.Option(help="Suite with the categories of tasks [that of the runs].")
     ] = None,
-) -> None:
+    reader: Reader = None,
+) -> output.Result:
     """Show what runs came to on one HTML page: tables, curves, alignment, and how tasks are routed.
 
     The page needs no network. Its figures (PNG, SVG) and numbers (CSV) go to a folder beside it. A
@@ -551,8 +746,20 @@ def report(
     """
     from polyroute.report_page import write_report
 
-    beside = write_report(runs, out, data=data)
-    print(f"the report is {out}; its figures and numbers are in {beside}")
+    beside = write_report(runs, out, data=data, reader=_reader(reader or []))
+    return output.Result(
+        {"out": out, "files": beside},
+        (f"the report is {out}; its figures and numbers are in {beside}",),
+    )
+
+
+def _beside(run: Path) -> Path:
+    """The folder of a run, if results can go into it."""
+    from polyroute.hub import Snapshot, locate
+
+    if isinstance(locate(run), Snapshot):
+        raise InputError(f"{run} is on the hub: say with --out where the results go")
+    return run
 
 
 def _names(text: str | None) -> list[str] | None:
@@ -658,11 +865,15 @@ def _check_start(context: typer.Context, model: str | None, start: Path | None) 
         if model is None:
             raise InputError("name a base model with --model, or a run to go on from with --start")
         return
-    for name in FROM_START:
+    path, configured = context.meta.get("polyroute.config", (None, ()))
+    for name in FROM_START:  # what a recipe says of them is for fresh runs
         source = context.get_parameter_source(name)
+        option = name.replace("_", "-")
         if source is not None and source.name == "COMMANDLINE":
+            raise InputError(f"--{option} comes from the run that --start names; leave it out")
+        if name in configured:
             raise InputError(
-                f"--{name.replace('_', '-')} comes from the run that --start names; leave it out"
+                f"{option} in {path} comes from the run that --start names; leave it out"
             )
 
 
@@ -682,22 +893,40 @@ def _check_training(
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Run the command line; bad input ends in one sentence and exit code 2."""
+    """Run the command line. What ends it early is one sentence, and one of `EXIT_CODES`."""
+    output.reset()
+    arguments = sys.argv[1:] if arguments is None else arguments
+    code, sentence = DONE, ""
     try:
-        app(args=arguments)
-    except SystemExit as finished:  # click exits after every command, also after a good one
-        if finished.code:
-            raise
+        with terminable():
+            code = app(args=arguments or ["--help"], standalone_mode=False) or DONE
+    except USAGE_ERROR as error:
+        command = error.ctx.command_path if error.ctx else "polyroute"
+        reason = " ".join(error.format_message().split()).rstrip(".")
+        code, sentence = REFUSED, f"error: {reason} (see `{command} --help`)"
     except InputError as error:
-        _fail(str(error))
+        code, sentence = REFUSED, f"error: {error}"
+    except BrokenPipeError:  # whoever read what we print has gone
+        sys.stdout = None
+        code = FAILED
     except OSError as error:
         name = f"{error.filename}: " if error.filename else ""
-        _fail(f"{name}{error.strerror or error}")
-
-
-def _fail(message: str) -> None:
-    print(f"polyroute: error: {message}", file=sys.stderr)
-    raise SystemExit(2)
+        code, sentence = REFUSED, f"error: {name}{error.strerror or error}"
+    except _Stopped as stop:
+        code, sentence = stop.code, str(stop)
+    except KeyboardInterrupt as stop:  # between commands
+        stopped = _Stopped(stop)
+        code, sentence = stopped.code, str(stopped)
+    except Exception as error:
+        if output.mode.verbose:
+            traceback.print_exc()
+        reason = " ".join(str(error).split()).rstrip(".")
+        what = type(error).__name__ + (f" ({reason})" if reason else "")
+        code, sentence = FAILED, f"failed: {what}; --verbose shows where"
+    if sentence:
+        print(f"polyroute: {sentence}", file=sys.stderr)
+    if code:
+        raise SystemExit(code)
 
 
 if __name__ == "__main__":

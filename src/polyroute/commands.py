@@ -6,22 +6,23 @@ import os
 import shutil
 import tempfile
 import zipfile
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 import datasets
 import torch
-from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
-from transformers import TrainerCallback
+from transformers import PrinterCallback, TrainerCallback
 
-from polyroute.adapt import AdaptSettings, adapt_suite, check_new, variants
+from polyroute.adapt import AdaptSettings, adapt_suite, check_learned, check_new, variants
 from polyroute.alignment import AlignmentCallback
 from polyroute.analysis import analyse, describe_checkpoint
 from polyroute.build import attach, from_checkpoint, loaded
+from polyroute.card import write_card
 from polyroute.checkpoint import Checkpoint, read_checkpoint
 from polyroute.config import MHRConfig
 from polyroute.errors import InputError
@@ -30,6 +31,8 @@ from polyroute.examples import encoded_mixture
 from polyroute.exchange import check_export, read_inventory, write_inventory
 from polyroute.exchange.foreign import read_names
 from polyroute.files import check_place, finite, make_folder, read_json, write_json, write_tensors
+from polyroute.hub import locate, push
+from polyroute.interrupts import deferred, resumable
 from polyroute.kinds import ModelKind, kind_of
 from polyroute.loading import load_base, load_suite
 from polyroute.memory import plan
@@ -37,11 +40,14 @@ from polyroute.metrics import mean_and_error
 from polyroute.model import RoutedModel
 from polyroute.objectives import Objective
 from polyroute.optimizers import summary
+from polyroute.output import Result, say
+from polyroute.plans import plan_of_adapting, plan_of_training
+from polyroute.processes import count, index, is_first, wait
+from polyroute.progress import progress
 from polyroute.runs import DIGEST, RUNNING, check_run, digest, held, open_run, read_run, record
 from polyroute.sampling import draw_few_shot
 from polyroute.slots import check_starts
 from polyroute.suite import Suite, check_tasks, held_out_tasks, training_tasks, validate
-from polyroute.suites import open_suite
 from polyroute.trainer import MultiTaskTrainer, MultiTaskTrainingArguments
 
 __all__ = [
@@ -51,6 +57,7 @@ __all__ = [
     "export_run",
     "import_run",
     "inspect_run",
+    "push_run",
     "train_run",
 ]
 
@@ -60,21 +67,19 @@ TRAINER_STATE = "trainer_state.json"
 OPTIMS = {"adamw": "adamw_torch_fused", "adafactor": "adafactor"}
 SCHEDULERS = {"linear": "linear", "constant": "constant_with_warmup"}
 """What the trainer calls the values of --optimizer and --schedule."""
-TORCH_FILES = ("optimizer.pt", "scheduler.pt", "rng_state.pth")
+TORCH_FILES = ("optimizer.pt", "scheduler.pt")
+RANDOM, RANDOM_OF_SEVERAL = "rng_state.pth", "rng_state_*.pth"
 RESULT = {"task", "seed", "label", "metric", "score", "trained_parameters", "seconds"}
 
-console = Console()
 
-
-def _say(text: str) -> None:
-    console.print(text, highlight=False, markup=False)
-
-
-def train_run(options: Mapping[str, Any]) -> None:
+def train_run(options: Mapping[str, Any]) -> Result:
     """Train an inventory; the run folder can then be given to `polyroute.from_pretrained`.
 
     Args:
         options: of `polyroute train`, by name.
+
+    Returns:
+        The metrics or, of a dry run, the plan.
 
     Raises:
         InputError: an option, the data or the base model cannot be used; nothing was trained.
@@ -86,7 +91,7 @@ def train_run(options: Mapping[str, Any]) -> None:
         "inputs": tuple(filter(None, (options["model"], options["start"], options["data"]))),
     }
     adapter = _adapter(options)
-    start = options["start"]
+    start = options["start"] and Path(locate(options["start"]))
     checkpoint = None if start is None else _inventory(start)
     if checkpoint is not None:
         options = {**options, **_base_options(start), **_adapter_options(checkpoint)}
@@ -113,20 +118,30 @@ def train_run(options: Mapping[str, Any]) -> None:
     rows = encoded_mixture(suite, tasks, "train", kind)
     trainer = _trainer(model, kind, options, rows)
     if options["alignment_steps"] is not None:
+        if trainer.is_fsdp_enabled:
+            raise InputError("--alignment needs a whole base model: leave it out under FSDP")
         steps = options["alignment_steps"]
         trainer.add_callback(AlignmentCallback(model, kind, rows, folder / ALIGNMENT, steps=steps))
-    open_run(folder, "train", **place)
     optimization = summary(options)
     config = {**_plain(options), "tasks": list(tasks), "optimization": optimization}
+    if options["dry_run"]:
+        if resume:
+            record(folder, "train", config, resume=True)  # which compares, and writes nothing
+        return plan_of_training(trainer, options, tasks, folder)
+    open_run(folder, "train", **place)
     record(folder, "train", config, resume=resume)
-    with held(folder):
+    with held(folder), resumable(folder):
         if resume and (folder / METRICS).is_file():
-            _say(f"the run in {folder} is finished; there is nothing to resume")
-            return
-        _say(model.describe())
-        _say(optimization)
-        _train_to_the_end(trainer, folder, _last_checkpoint(folder) if resume else None)
-    _say(f"trained {len(tasks)} tasks; the inventory is in {folder}")
+            say(f"the run in {folder} is finished; there is nothing to resume")
+        else:
+            say(model.describe())
+            say(optimization)
+            _train_to_the_end(trainer, folder, _last_checkpoint(folder) if resume else None)
+        metrics = read_json(folder / METRICS)
+    return Result(
+        {"out": folder, "tasks": tasks, **{k: v for k, v in metrics.items() if k != "log"}},
+        (f"trained {len(tasks)} tasks; the inventory is in {folder}",),
+    )
 
 
 def _adapter(options: Mapping[str, Any]) -> MHRConfig:
@@ -168,22 +183,29 @@ def _train_to_the_end(trainer: MultiTaskTrainer, folder: Path, last: Path | None
         model.load_adapter(last)  # it was interrupted between the last step and the end
         steps, log = state["global_step"], state["log_history"]
     else:
-        found = trainer.train(resume_from_checkpoint=None if last is None else str(last)).metrics
+        # Where several processes train, only one of them may hear of it: nobody waits there.
+        alone = trainer.args.world_size == 1
+        with deferred() if alone else nullcontext(bool) as is_stopped:
+            trainer.add_callback(_SaveWhenStopped(is_stopped))
+            checkpoint = None if last is None else str(last)
+            found = trainer.train(resume_from_checkpoint=checkpoint).metrics
         steps, log = trainer.state.global_step, trainer.state.log_history
     learned = [*model.inventory.parameters(), *model.routes.parameters()]
     if not all(bool(torch.isfinite(p).all()) for p in learned):
         raise _diverged("a weight is not finite", steps)
-    model.save_pretrained(folder)
-    write_json(
-        folder / METRICS,
-        {
-            **_finite(found),
-            "steps": steps,
-            "parameters": model.counts(),
-            "trained_parameters": model.num_trainable(),
-            "log": [_finite(entry) for entry in log],
-        },
-    )
+    model.save_pretrained(folder, is_main_process=is_first())
+    if is_first():
+        write_json(
+            folder / METRICS,
+            {
+                **_finite(found),
+                "steps": steps,
+                "parameters": model.counts(),
+                "trained_parameters": model.num_trainable(),
+                "log": [_finite(entry) for entry in log],
+            },
+        )
+    wait()
 
 
 def _diverged(what: str, step: int) -> InputError:
@@ -202,6 +224,38 @@ class _StopWhenDiverged(TrainerCallback):
         loss = (logs or {}).get("loss", (logs or {}).get("train_loss", 0.0))
         if not math.isfinite(loss):
             raise _diverged(f"the loss is {loss}", state.global_step)
+
+
+class _SaveWhenStopped(TrainerCallback):
+    """Ends training with a checkpoint, after the step in which Ctrl-C was pressed."""
+
+    def __init__(self, is_stopped: Callable[[], bool]) -> None:
+        self.is_stopped = is_stopped
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        if self.is_stopped():
+            control.should_save = control.should_training_stop = True
+
+
+class _ShowProgress(TrainerCallback):
+    bar: Any = None
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        if state.is_world_process_zero:
+            steps = {"total": state.max_steps, "initial": state.global_step}
+            self.bar = progress(what="training", unit="step", **steps)
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        if self.bar is not None:
+            self.bar.update()
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **_: Any) -> None:
+        if self.bar is not None and "loss" in (logs or {}):
+            self.bar.set_postfix_str(f"loss {logs['loss']:.4g}", refresh=False)
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        if self.bar is not None:
+            self.bar.close()
 
 
 def _attached(base: Any, adapter: MHRConfig, tasks: Sequence[str]) -> RoutedModel:
@@ -233,6 +287,8 @@ def _trainer(
         except (ValueError, TypeError, RuntimeError, ImportError, OverflowError) as error:
             reason = " ".join(str(error).split()).rstrip(".") or type(error).__name__
             raise InputError(f"the training options cannot be used: {reason}") from error
+    trainer.remove_callback(PrinterCallback)
+    trainer.add_callback(_ShowProgress())
     trainer.add_callback(_StopWhenDiverged())
     return trainer
 
@@ -251,7 +307,7 @@ def _last_checkpoint(folder: Path) -> Path | None:
         damage = _damage(path)
         if damage is None:
             for sentence in damages:
-                _say(f"{sentence}; resuming from {path.name}")
+                say(f"{sentence}; resuming from {path.name}")
             return path
         damages.append(damage)
     if damages:
@@ -261,8 +317,8 @@ def _last_checkpoint(folder: Path) -> Path | None:
 
 def _damage(checkpoint: Path) -> str | None:
     """What is wrong with a checkpoint of the trainer, if anything."""
-    for name in TORCH_FILES:
-        path = checkpoint / name
+    random = sorted(checkpoint.glob(RANDOM_OF_SEVERAL)) or [checkpoint / RANDOM]
+    for path in (*(checkpoint / name for name in TORCH_FILES), *random):
         if not path.is_file():
             return f"{path} is missing"
         if not zipfile.is_zipfile(path):
@@ -284,10 +340,15 @@ def _damage(checkpoint: Path) -> str | None:
 
 def _training_arguments(options: Mapping[str, Any], folder: Path) -> MultiTaskTrainingArguments:
     steps = options["steps"]
+    if options["batch_size"] % count():
+        raise InputError(
+            f"--batch-size {options['batch_size']} cannot be shared by {count()} processes: make "
+            "it a multiple"
+        )
     return MultiTaskTrainingArguments(
         output_dir=str(folder),
         max_steps=steps,
-        per_device_train_batch_size=options["batch_size"],
+        per_device_train_batch_size=options["batch_size"] // count(),
         gradient_accumulation_steps=options["accumulation"],
         learning_rate=options["lr"],
         route_lr=options["route_lr"],
@@ -310,28 +371,31 @@ def _training_arguments(options: Mapping[str, Any], folder: Path) -> MultiTaskTr
         save_total_limit=2,
         logging_steps=max(1, min(50, steps // 20)),
         report_to=options["report_to"],
-        disable_tqdm=False,
+        disable_tqdm=True,  # its bar prints what is logged to standard output
         dataloader_pin_memory=torch.cuda.is_available(),
         # None is transformers' own default; False would count as given.
         activation_checkpointing=True if options["checkpointing"] else None,
     )
 
 
-def adapt_run(options: Mapping[str, Any]) -> None:
+def adapt_run(options: Mapping[str, Any]) -> Result:
     """Adapt a run's inventory to every task, once per seed and setting, and score each result.
 
     All run side by side. Results are written as they come and running slots about once a minute,
-    so `resume` goes on where it stopped.
+    so `resume` goes on where it stopped. Several processes adapt a share each.
 
     Args:
         options: of `polyroute adapt`, by name.
+
+    Returns:
+        All results or, of a dry run, the plan.
 
     Raises:
         InputError: an option or the data cannot be used; nothing was trained.
     """
     settings = AdaptSettings(**{field.name: options[field.name] for field in fields(AdaptSettings)})
     choices = variants(settings, options["grid"])
-    run, resume, split = options["run"], options["resume"], options["split"]
+    run, resume, split = Path(locate(options["run"])), options["resume"], options["split"]
     place = {
         "resume": resume,
         "overwrite": options["overwrite"],
@@ -351,37 +415,70 @@ def adapt_run(options: Mapping[str, Any]) -> None:
         draw_few_shot(len(suite.split(task, "train")), shots, 0)
     with loaded(base, checkpoint, run) as model:
         _try_out(model, tasks, choices)
-        plan(model, kind, settings.phase, options["memory"])
-        open_run(folder, "adapt", **place)
+        budget = plan(model, kind, settings.phase, options["memory"])
         ways = list(dict.fromkeys(choice.optimization for choice in choices.values()))
         config = {**_plain(options), "tasks": list(tasks), DIGEST: digest(run)}
-        record(folder, "adapt", {**config, "optimization": ways}, resume=resume)
-        with held(folder):
-            _say("\n".join(ways))
-            path = folder / "results.json"
-            results = _read_results(path) if path.exists() else []
+        config["optimization"] = ways
+        if options["dry_run"]:
+            if resume:
+                record(folder, "adapt", config, resume=True)  # which compares, and writes nothing
+            return plan_of_adapting(model, suite, budget, options, tasks, choices, folder)
+        open_run(folder, "adapt", **place)
+        record(folder, "adapt", config, resume=resume)
+        with held(folder), resumable(folder):
+            say("\n".join(ways))
+            path, running = folder / "results.json", folder / RUNNING
+            wait()  # for the first process, which makes the folder of the run
+            make_folder(running)
+            order = list(itertools.product(tasks, choices, options["seeds"]))
+            done = _gather(path, running, order)
+            own = path if is_first() else running / f"results-{index()}.json"
+            results = list(done) if is_first() else []
 
             def each(result: dict[str, Any], route: str) -> None:
                 place = folder / result["task"] / f"seed-{result['seed']}"
                 _save_adapted(model, place / result["label"], route)
                 results.append(result)
-                write_json(path, results)
+                write_json(own, results)
 
-            ended = adapt_suite(
+            adapted = adapt_suite(
                 model, kind, suite, tasks, choices, seeds=options["seeds"], split=split,
-                memory=options["memory"], folder=make_folder(folder / RUNNING),
-                done=list(results), each=each,
+                memory=options["memory"], folder=running, done=done,
+                part=slice(index(), None, count()) if count() > 1 else slice(None), each=each,
             )  # fmt: skip
-            diverged = [result for result in ended if result["diverged_at"] is not None]
-            if diverged:
-                results += diverged
-                write_json(path, results)
-        shutil.rmtree(folder / RUNNING)  # a killed process may have left half a file there
-    _print_adapted(results, tasks, choices)
+            results += [result for result in adapted if result["score"] is None]
+            write_json(own, results)
+            results = _gather(path, running, order)
+            check_learned(results)
+        if is_first():
+            shutil.rmtree(running)  # a killed process may have left half a file there
+    tables, means = _adapted(results, tasks, choices)
+    diverged = [result for result in results if result["score"] is None]
     if diverged:
         names = ", ".join(f"{r['task']} with seed {r['seed']} {r['label']}" for r in diverged[:3])
-        _say(f"diverged and left out: {len(diverged)} of {len(ended)} ({names}); lower --lr")
-    _say(f"results and adapters are in {folder}")
+        say(f"diverged and left out: {len(diverged)} of {len(results)} ({names}); lower --lr")
+    return Result(
+        {"out": folder, "means": means, "results": results},
+        (*tables, f"results and adapters are in {folder}"),
+    )
+
+
+def _gather(
+    path: Path, running: Path, order: Sequence[tuple[str, str, int]]
+) -> list[dict[str, Any]]:
+    """All results of all processes, in the order of the slots; they are then in one file."""
+    wait()
+    if is_first():
+        parts = sorted(running.glob("results-*.json"))
+        found = [r for file in (path, *parts) if file.exists() for r in _read_results(file)]
+        if found or parts:
+            place = {slot: i for i, slot in enumerate(order)}
+            found.sort(key=lambda r: place.get((r["task"], r["label"], r["seed"]), len(place)))
+            write_json(path, found)
+        for file in parts:
+            file.unlink()
+    wait()
+    return _read_results(path) if path.exists() else []
 
 
 def _read_results(path: Path) -> list[dict[str, Any]]:
@@ -409,9 +506,11 @@ def _save_adapted(model: RoutedModel, folder: Path, route: str) -> None:
         write_tensors(folder / "route.safetensors", {"route": model.routes[route]})
 
 
-def _print_adapted(
+def _adapted(
     results: Sequence[Mapping[str, Any]], tasks: Sequence[str], labels: Iterable[str]
-) -> None:
+) -> tuple[list[Table], list[dict[str, Any]]]:
+    """A table for each setting, and the mean over tasks of each."""
+    tables, means_of = [], []
     columns = ("task", "metric", "score", "standard error", "seeds", "parameters", "seconds")
     for label in labels:
         table = Table(*columns, title=escape(label) or None)
@@ -435,10 +534,12 @@ def _print_adapted(
             )
         if means:
             mean, error = mean_and_error(means)
+            means_of.append({"label": label, "score": mean, "standard_error": error})
             table.add_row(
                 "mean over tasks", "", f"{mean:.3f}", "" if error is None else f"{error:.3f}"
             )
-        console.print(table)
+        tables.append(table)
+    return tables, means_of
 
 
 def evaluate_run(
@@ -450,13 +551,14 @@ def evaluate_run(
     batch_size: int,
     out: Path | None,
     reader: Mapping[str, Any] | None = None,
-) -> None:
+) -> Result:
     """Score a run and write the scores beside it; `reader` has options of the suite's reader.
 
     Raises:
         InputError: the run, the data or a name cannot be used.
     """
     path = out or run / f"evaluate-{'zero-shot-' if zero_shot else ''}{split}.json"
+    asked, run = run, Path(locate(run))
     checkpoint = _inventory(run)
     _check_scores_place(path)
     suite = load_suite(data, reader)
@@ -480,19 +582,16 @@ def evaluate_run(
             model, kind, suite, tasks, route=route, split=split, batch_size=batch_size
         )
     make_folder(path.parent)
-    write_json(
-        path,
-        {
-            "run": str(run),
-            "data": data,
-            "split": split,
-            "zero_shot": zero_shot,
-            "macro_average": macro_average(scores),
-            "tasks": [score.to_dict() for score in scores],
-        },
-    )
-    _print_scores(scores)
-    _say(f"scores are in {path}")
+    content = {
+        "run": str(asked),
+        "data": data,
+        "split": split,
+        "zero_shot": zero_shot,
+        "macro_average": macro_average(scores),
+        "tasks": [score.to_dict() for score in scores],
+    }
+    write_json(path, content)
+    return Result({"out": path, **content}, (_table_of(scores), f"scores are in {path}"))
 
 
 def _check_scores_place(path: Path) -> None:
@@ -512,7 +611,7 @@ def _check_scores_place(path: Path) -> None:
         )
 
 
-def _print_scores(scores: Sequence[TaskScore]) -> None:
+def _table_of(scores: Sequence[TaskScore]) -> Table:
     table = Table("task", "metric", "score", "per token", "majority", "chance", "examples")
     for s in scores:
         table.add_row(
@@ -524,27 +623,26 @@ def _print_scores(scores: Sequence[TaskScore]) -> None:
         "mean over tasks", "", _number(average["score"]), "", _number(average["majority"]),
         _number(average["chance"]), "",
     )  # fmt: skip
-    console.print(table)
+    return table
 
 
-def export_run(run: Path, task: str | None, out: Path, form: str = "peft") -> None:
+def export_run(run: Path, task: str | None, out: Path, form: str = "peft") -> Result:
     """Write one task of a run as a PEFT adapter, or all of it for another program.
 
     Raises:
         InputError: the run or the task cannot be used, or the place cannot be written.
     """
+    run = Path(locate(run))
     checkpoint = _inventory(run)
     check_export(out, form, task)
     base, _ = base_of(run)
     with loaded(base, checkpoint, run) as model:
         write_inventory(model, out, form, task)
-    if task is None:
-        _say(f"wrote the inventory as {form} to {out}")
-    else:
-        _say(f"wrote {task!r} as a PEFT adapter to {out}")
+    what = f"the inventory as {form}" if task is None else f"{task!r} as a PEFT adapter"
+    return Result({"out": out, "format": form, "task": task}, (f"wrote {what} to {out}",))
 
 
-def import_run(options: Mapping[str, Any]) -> None:
+def import_run(options: Mapping[str, Any]) -> Result:
     """Make a run of an inventory that another program trained.
 
     Args:
@@ -570,32 +668,77 @@ def import_run(options: Mapping[str, Any]) -> None:
     record(folder, "import", {**_plain(options), "method": model.adapter_config.method})
     with held(folder):
         model.save_pretrained(folder)
-    _say(model.describe())
-    _say(f"imported {len(model.tasks)} tasks; the inventory is in {folder}")
+    return Result(
+        {"out": folder, "tasks": model.tasks, "parameters": model.counts()},
+        (model.describe(), f"imported {len(model.tasks)} tasks; the inventory is in {folder}"),
+    )
 
 
-def inspect_run(run: Path, data: str | None = None) -> None:
-    """Print what a run holds and, given a suite, how routes relate to its categories.
+def inspect_run(
+    run: Path, data: str | None = None, reader: Mapping[str, Any] | None = None
+) -> Result:
+    """What a run holds and, given a suite, how routes relate to its categories.
 
     Raises:
         InputError: the folder holds no inventory; or, given a suite, it cannot be read, or the
             tasks have no routes or no categories to compare.
     """
+    asked, run = run, Path(locate(run))
     checkpoint = _inventory(run)
-    _say(describe_checkpoint(checkpoint))
-    if data is None:
-        return
-    suite = open_suite(data)
-    categories = {t: suite.info(t).category for t in checkpoint.tasks if t in suite.tasks}
-    relation = analyse(checkpoint, categories).relation
+    description = checkpoint.description
+    document = {
+        "run": asked,
+        "config": description["config"],
+        "base": {name: description["base"][name] for name in ("name", "class")},
+        "skills": description["num_skills"],
+        "sites": len(description["sites"]),
+        "routers": len(description["routers"]),
+        "tasks": checkpoint.tasks,
+    }
+    account = describe_checkpoint(checkpoint)
+    categories: dict[str, str] | None = None
+    if data is not None:
+        suite = load_suite(data, reader)
+        categories = {t: suite.info(t).category for t in checkpoint.tasks if t in suite.tasks}
+    try:
+        analysis = analyse(checkpoint, categories)
+    except InputError:
+        if categories is not None:
+            raise
+        return Result({**document, "routing": None}, (account,))
+    result = {**document, "routing": analysis.to_dict()}
+    if categories is None:
+        return Result(result, (account,))
+    relation = analysis.relation
     if relation is None:
         raise InputError(f"{data} groups the tasks of {run} into no categories that say something")
-    _say(
+    related = (
         f"  {relation.tasks} tasks in {relation.categories} categories:\n"
         f"    adjusted Rand index of clusters by route: {relation.ari:.3f}\n"
         f"    nearest task is of the same category: {relation.purity:.3f} "
         f"(by chance {relation.chance:.3f}, p {relation.p:.4f})"
     )
+    return Result(result, (account, related))
+
+
+def push_run(
+    run: Path,
+    repository: str,
+    *,
+    private: bool,
+    revision: str | None,
+    message: str | None,
+    license: str | None,
+) -> Result:
+    """Send the inventory of a run to the hub, with a model card.
+
+    Raises:
+        InputError: the run is not finished or is damaged, or the hub refuses.
+    """
+    _ = _inventory(run).tasks  # every file of the routing table is read
+    card = write_card(run, name=repository, license=license)
+    url = push(run, repository, card, private=private or None, revision=revision, message=message)
+    return Result({"repository": repository, "url": url}, (f"the inventory is on the hub: {url}",))
 
 
 def _inventory(run: Path) -> Checkpoint:
@@ -631,10 +774,13 @@ def _base_options(run: str | os.PathLike[str]) -> dict[str, Any]:
         InputError: the folder is no run's, or the run says nothing of a base model.
     """
     config = {"dtype": "float32", **read_run(run)["config"]}
-    try:
-        return {name: config[name] for name in ("model", "dtype", "max_input", "max_target")}
-    except KeyError as error:
-        raise InputError(f"{run} was not written by `polyroute train`") from error
+    kinds = {"model": str, "dtype": str, "max_input": int, "max_target": int}
+    for name, kind in kinds.items():
+        if name not in config:
+            raise InputError(f"{run} was not written by `polyroute train`")
+        if type(config[name]) is not kind:
+            raise InputError(f"{Path(run) / 'run.json'} is damaged: {name} is {config[name]!r}")
+    return {name: config[name] for name in kinds}
 
 
 def _chosen(
@@ -673,7 +819,7 @@ def _chosen(
     if not able:
         raise InputError(f"none of the {len(default)} tasks has choices, and {why}: {instead}")
     if len(able) < len(default):
-        _say(f"left out {len(default) - len(able)} tasks without choices: {why}")
+        say(f"left out {len(default) - len(able)} tasks without choices: {why}")
     return check_tasks(suite, able)
 
 

@@ -8,7 +8,6 @@ from typing import Any
 import datasets
 import numpy as np
 from torch import Tensor
-from tqdm.auto import tqdm
 
 from polyroute.errors import InputError
 from polyroute.examples import encoded, prompt_lengths
@@ -21,6 +20,7 @@ from polyroute.metrics import (
     text_metric,
 )
 from polyroute.model import RoutedModel
+from polyroute.progress import progress
 from polyroute.suite import Suite
 
 __all__ = ["TaskScore", "check_answerable", "evaluate", "macro_average", "score_rows"]
@@ -92,10 +92,8 @@ def evaluate(
     for task in tasks:
         model.routes.row(task if route is None else route)
     check_answerable(suite, tasks, kind)
-    progress = tqdm(tasks, "evaluating", delay=1.0, leave=False)
-    return [
-        _task_score(model, kind, suite, task, route or task, split, batch_size) for task in progress
-    ]
+    bar = progress(tasks, "evaluating")
+    return [_task_score(model, kind, suite, task, route or task, split, batch_size) for task in bar]
 
 
 def _task_score(

@@ -8,11 +8,11 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
-from tqdm.auto import tqdm
 
 from polyroute.batches import Row
 from polyroute.errors import InputError
 from polyroute.kinds import ModelKind
+from polyroute.progress import progress
 from polyroute.records import check_record
 from polyroute.suite import COLUMNS, Suite, quiet_datasets
 
@@ -63,8 +63,8 @@ def encoded_mixture(
     suite: Suite, tasks: Sequence[str], split: str, kind: ModelKind
 ) -> datasets.Dataset:
     """One split of several tasks, one task after the other."""
-    progress = tqdm(tasks, "reading tasks", delay=1.0, leave=False)
-    return datasets.concatenate_datasets([encoded(suite, task, split, kind) for task in progress])
+    bar = progress(tasks, "reading tasks")
+    return datasets.concatenate_datasets([encoded(suite, task, split, kind) for task in bar])
 
 
 def task_sizes(rows: datasets.Dataset) -> list[int]:

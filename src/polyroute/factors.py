@@ -1,9 +1,10 @@
 """What one layer applies: a plain adapter, and all that can be done with it."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Protocol
+from dataclasses import dataclass, replace
+from typing import Protocol, Self
 
+import torch
 from torch import Tensor, nn
 
 from polyroute.errors import InputError
@@ -23,6 +24,9 @@ class Factors(Protocol):
 
     def peft_tensors(self) -> Mapping[str, Tensor]:
         """For one task: the tensors of a PEFT adapter, by the ending of their name."""
+
+    def to(self, device: torch.device) -> Self:
+        """The same on another device; itself where it is there already."""
 
 
 @dataclass(frozen=True)
@@ -45,6 +49,10 @@ class LoRAFactors:
     def peft_tensors(self) -> Mapping[str, Tensor]:
         """PEFT stores both factors transposed to the way they multiply x."""
         return {"lora_A.weight": self.a, "lora_B.weight": self.b.t()}
+
+    def to(self, device: torch.device) -> Self:
+        """Both factors."""
+        return replace(self, a=self.a.to(device), b=self.b.to(device))
 
 
 @dataclass(frozen=True)
@@ -70,6 +78,12 @@ class TokenLoRAFactors:
         """Raises `InputError`: no one adapter computes this."""
         raise InputError("tokens that are routed one by one have no single adapter to export")
 
+    def to(self, device: torch.device) -> Self:
+        """The skills and the weights."""
+        return replace(
+            self, a=self.a.to(device), b=self.b.to(device), weights=self.weights.to(device)
+        )
+
 
 @dataclass(frozen=True)
 class IA3Factors:
@@ -90,3 +104,7 @@ class IA3Factors:
     def peft_tensors(self) -> Mapping[str, Tensor]:
         """One column."""
         return {"ia3_l": self.scale.reshape(-1, 1)}
+
+    def to(self, device: torch.device) -> Self:
+        """The scale."""
+        return replace(self, scale=self.scale.to(device))

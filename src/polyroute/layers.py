@@ -9,7 +9,7 @@ from polyroute.errors import InputError
 from polyroute.scope import Mixture, Routing
 from polyroute.targets import Site
 
-__all__ = ["RoutedLayer"]
+__all__ = ["RoutedLayer", "check_rows"]
 
 
 class RoutedLayer(nn.Module):
@@ -25,11 +25,10 @@ class RoutedLayer(nn.Module):
     def __init__(self, site: Site, index: int, routing: Routing, *, dropout: float) -> None:
         super().__init__()
         self.base_layer = site.layer
-        self.site_name = site.name
+        self.site = site
         self.index = index
         self.routing = routing
         self.dropout = dropout
-        self.takes_any_rows = not site.sees_token_subsets
         self.is_merged = False
         self.register_state_dict_post_hook(_drop_prefix)  # type: ignore[no-untyped-call]
         self.register_load_state_dict_pre_hook(_add_prefix)  # type: ignore[no-untyped-call]
@@ -67,7 +66,7 @@ class RoutedLayer(nn.Module):
         if not mixture.factors:
             return base(x, *args, **kwargs)  # type: ignore[no-any-return]
         if mixture.num_examples is not None:
-            self._check_rows(x, mixture.num_examples)
+            check_rows(self.site, x, mixture.num_examples)
         return mixture.factors[self.index].apply(base, x, self.dropout if self.training else 0.0)
 
     @staticmethod
@@ -88,22 +87,28 @@ class RoutedLayer(nn.Module):
         self.routing.prepared_by = self.index
         return mixture
 
-    def _check_rows(self, x: Tensor, num_examples: int) -> None:
-        if not self.takes_any_rows:
-            raise InputError(
-                f"layer {self.site_name!r} is an expert that sees some tokens of the batch, so a "
-                "batch of several tasks cannot be routed there: use one task per batch, or leave "
-                "the layer out with exclude_modules"
-            )
-        # Only the first axis tells: other axes of an input without a batch (tables of relative
-        # positions) may divide by chance.
-        if x.shape[0] % num_examples:
-            raise InputError(
-                f"layer {self.site_name!r} got an input of shape {list(x.shape)} for "
-                f"{num_examples} routed examples; give one task per example, a single task name "
-                "for the whole batch, or leave the layer out with exclude_modules if its input "
-                "has no batch"
-            )
+
+def check_rows(site: Site, x: Tensor, num_examples: int) -> None:
+    """Make sure that a layer's input can belong to a batch of differing examples.
+
+    Raises:
+        InputError: the layer sees tokens in any order, or `num_examples` does not divide the rows.
+    """
+    if site.sees_token_subsets:
+        raise InputError(
+            f"layer {site.name!r} is an expert that sees some tokens of the batch, so a "
+            "batch of several tasks cannot be routed there: use one task per batch, or leave "
+            "the layer out with exclude_modules"
+        )
+    # Only the first axis tells: other axes of an input without a batch (tables of relative
+    # positions) may divide by chance.
+    if x.shape[0] % num_examples:
+        raise InputError(
+            f"layer {site.name!r} got an input of shape {list(x.shape)} for "
+            f"{num_examples} routed examples; give one task per example, a single task name "
+            "for the whole batch, or leave the layer out with exclude_modules if its input "
+            "has no batch"
+        )
 
 
 def _drop_prefix(module: nn.Module, state: dict[str, Any], prefix: str, _: Any) -> None:

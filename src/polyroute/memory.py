@@ -1,4 +1,4 @@
-"""How much of an adaptation fits into memory: tokens in one forward, slots at a time."""
+"""Memory: how much of an adaptation fits, in tokens and slots, and what training holds."""
 
 import math
 import re
@@ -10,9 +10,10 @@ import torch
 from polyroute.errors import InputError
 from polyroute.kinds import ModelKind
 from polyroute.model import Phase, RoutedModel
+from polyroute.processes import count_here
 from polyroute.slots import has_one_skill
 
-__all__ = ["Budget", "bytes_of", "plan"]
+__all__ = ["Budget", "bytes_in_training", "bytes_of", "plan"]
 
 MOST_SLOTS = 256
 """More side by side save nothing, and results would come later."""
@@ -97,4 +98,31 @@ def _free(device: torch.device) -> int:
     if device.type == "cuda":
         unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         return int(torch.cuda.mem_get_info(device)[0]) + unused
-    return int(psutil.virtual_memory().available)
+    return int(psutil.virtual_memory().available) // count_here()
+
+
+def bytes_in_training(
+    model: RoutedModel, is_adafactor: bool = False, *, rowwise: bool = False
+) -> dict[str, int]:
+    """What multi-task training holds from step to step on a device, in bytes, by purpose.
+
+    Activations come on top; they grow with the batch. What a phase does not train has no gradient.
+
+    Args:
+        model: its phase is set.
+        is_adafactor: rather than AdamW, which has two moments of each number.
+        rowwise: the table trains by rows, see `RoutedModel.optimizer`.
+    """
+    held = [*model.parameters(), *model.buffers()]
+    trained = [p for p in model.parameters() if p.requires_grad]
+    table = model.routes.logits
+    moments = [*trained, table] if rowwise and table is not None else trained
+    if is_adafactor:  # means over rows and columns
+        numbers = sum(p.numel() // p.shape[-1] + p.numel() // p.shape[-2] for p in moments)
+    else:
+        numbers = 2 * sum(p.numel() for p in moments)
+    return {
+        "weights": sum(t.numel() * t.element_size() for t in held),
+        "gradients": sum(p.numel() * p.element_size() for p in trained),
+        "optimizer_state": 4 * numbers,
+    }

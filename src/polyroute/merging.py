@@ -16,23 +16,29 @@ def check_mergeable(base_model: nn.Module, sites: Sequence[Site]) -> None:
     """Make sure that every weight may be changed.
 
     Raises:
-        InputError: a weight is quantised, or tied to another layer, which would change too.
+        InputError: a weight is quantised, offloaded, sharded, or tied to another layer, which would
+            change too.
     """
     owners: dict[int, int] = {}
     for module in base_model.modules():
         for parameter in module.parameters(recurse=False):
             owners[id(parameter)] = owners.get(id(parameter), 0) + 1
     for site in sites:
-        weight = site.layer.weight
-        if type(weight) is not nn.Parameter or not weight.is_floating_point():
-            reason = f"is quantised ({type(weight).__name__})"
-        elif owners[id(weight)] > 1:
+        weight = site.weight
+        if weight is None:
+            held = getattr(site.layer, "weight", site.layer)
+            reason = f"is quantised ({type(held).__name__})"
+        elif weight.is_meta:
+            reason = "is not in memory (offloaded, or on the meta device)"
+        elif hasattr(weight, "full_tensor"):
+            reason = "is sharded over processes"
+        elif owners[id(site.layer.weight)] > 1:
             reason = "is tied to another layer"
         else:
             continue
         raise InputError(
             f"the weight of layer {site.name!r} {reason} and cannot be merged; "
-            "export the task with export_peft instead"
+            "export the task as a LoRA (export_peft) instead"
         )
 
 

@@ -14,12 +14,11 @@ from polyroute.inventory import Inventory
 from polyroute.routes import MU_ROW, Routes, index_on
 from polyroute.routing import anneal, skill_weights, uniform_weights
 from polyroute.scope import Mixture, Route
-from polyroute.targets import Site, weight_matrix
+from polyroute.targets import Site
 
 __all__ = ["Mixer"]
 
 CACHED_MIXTURES = 2
-COMPUTE_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 class Mixer(nn.Module):
@@ -44,20 +43,27 @@ class Mixer(nn.Module):
         super().__init__()
         self.config = config
         # A tuple, so that torch does not register here what the model owns.
-        self._parts = (inventory, routes, sites[0].layer)
-        device = weight_matrix(sites[0].layer).device
+        self._parts = (inventory, routes, tuple(sites))
+        self._has_several_devices = len({site.device for site in sites}) > 1
         self.router_of_site = tuple(router_of_site)
         self.num_routers = max(router_of_site) + 1
-        for i, stack in enumerate(inventory.stacks):
-            members = torch.tensor([router_of_site[site] for site in stack.sites], device=device)
-            self.register_buffer(f"routers_{i}", members, persistent=False)
         self.anneal_progress = 0.0
         self._cache: OrderedDict[Any, tuple[Any, Mixture]] = OrderedDict()
 
     @property
+    def device(self) -> torch.device:
+        """Where the skills are, and where they are mixed."""
+        return next(self.inventory.parameters()).device
+
+    @property
     def _routers(self) -> list[Tensor]:
         """For each stack `[n]`, the router of each of its layers."""
-        return list(self.buffers())
+        # No buffers: what torch moves from the meta device has lost its values.
+        router = self.router_of_site
+        return [
+            index_on(self.device, tuple(router[site] for site in stack.sites))
+            for stack in self.inventory.stacks
+        ]
 
     @property
     def inventory(self) -> Inventory:
@@ -81,7 +87,11 @@ class Mixer(nn.Module):
         Args:
             route: the tasks.
             training: whether gates are noisy, where the configuration says so.
+
+        Raises:
+            InputError: the skills are on the meta device.
         """
+        self._check_memory()
         dtype = self._compute_dtype()
         noisy = training and self.config.noisy_in_training and route.per_example
         learned = [*self.inventory.parameters(), *self.routes.parameters()]
@@ -105,12 +115,18 @@ class Mixer(nn.Module):
             self._cache.popitem(last=False)
         return mixture
 
+    def _check_memory(self) -> None:
+        if self.device.type == "meta":
+            raise InputError(
+                "the skills are on the meta device, where they have no values: give the model "
+                "memory with to_empty(device=...), load the base model's weights, then fill the "
+                "skills with load_adapter(folder) or set_phase('random')"
+            )
+
     def _compute_dtype(self) -> torch.dtype:
-        weight = weight_matrix(self._parts[2])
-        if torch.is_autocast_enabled(weight.device.type):
-            return torch.get_autocast_dtype(weight.device.type)
-        # Weights of fewer bits (integers, float8) are storage; what is computed in is wider.
-        return weight.dtype if weight.dtype in COMPUTE_DTYPES else torch.float32
+        if torch.is_autocast_enabled(self.device.type):
+            return torch.get_autocast_dtype(self.device.type)
+        return self._parts[2][0].dtype
 
     def _mix(
         self,
@@ -123,7 +139,7 @@ class Mixer(nn.Module):
         rows = route.rows
         # With noise every example has a mixture of its own, else every distinct task has.
         distinct = list(rows) if per_example else list(dict.fromkeys(rows))
-        device = self._routers[0].device
+        device = self.device
         gather = None
         if 1 < len(distinct) < len(rows):
             position = {row: i for i, row in enumerate(distinct)}
@@ -133,6 +149,8 @@ class Mixer(nn.Module):
             factors = self.inventory.mix(
                 weights, self._routers, sets=sets, gather=gather, dtype=dtype
             )
+        if self._has_several_devices:
+            factors = [f.to(s.device) for f, s in zip(factors, self._parts[2], strict=True)]
         return Mixture(factors, len(rows) if len(distinct) > 1 else None)
 
     def _weights(
@@ -142,7 +160,7 @@ class Mixer(nn.Module):
 
         Without weights the set has one skill; without sets all skills are one set.
         """
-        device = self._routers[0].device
+        device = self.device
         if self.config.method == "shared":
             return None, torch.zeros(len(rows), dtype=torch.long, device=device)
         if self.config.method == "private":
@@ -166,7 +184,7 @@ class Mixer(nn.Module):
         return weights, sets
 
     def _private(self, rows: Sequence[int]) -> tuple[Tensor | None, Tensor | None]:
-        device = self._routers[0].device
+        device = self.device
         if MU_ROW not in rows:
             return None, index_on(device, tuple(rows))
         num_skills = self.inventory.num_skills
@@ -195,4 +213,5 @@ class Mixer(nn.Module):
     @torch.no_grad()
     def factors_of(self, row: int) -> Sequence[Factors]:
         """What each site applies for one table row in evaluation, fp32."""
+        self._check_memory()
         return self._mix(Route((row,), per_example=False), torch.float32).factors

@@ -1,7 +1,8 @@
 """The routed model: a frozen base model, an inventory of skills, and a route for every task."""
 
 import os
-from collections.abc import Iterable, Mapping, Sequence
+import tempfile
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from typing import Any, Literal, get_args
@@ -9,10 +10,12 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor, nn
 
+from polyroute.card import write_card
 from polyroute.checkpoint import Checkpoint, read_checkpoint, write_checkpoint
 from polyroute.config import MHRConfig, check_number
 from polyroute.errors import InputError, did_you_mean
 from polyroute.factors import Factors
+from polyroute.hub import push
 from polyroute.inventory import Inventory
 from polyroute.layers import RoutedLayer
 from polyroute.merging import check_mergeable, fold, restore
@@ -21,14 +24,22 @@ from polyroute.peft_export import write_peft_adapter
 from polyroute.report import count_parameters, describe
 from polyroute.routes import MU, MU_ROW, Routes
 from polyroute.row_optimizer import RowAdamW
-from polyroute.scope import BASE_ALONE, Mixture, Route, RouteScope, Routing
+from polyroute.scope import (
+    BASE_ALONE,
+    Mixture,
+    Route,
+    RouteScope,
+    Routing,
+    Tasks,
+    check_batch,
+    find_route,
+)
 from polyroute.targets import (
     Site,
     fused_layers,
     routers_of,
     sample_others,
     sample_weights,
-    weight_matrix,
 )
 
 __all__ = ["Phase", "RoutedModel", "Tasks"]
@@ -38,9 +49,6 @@ FUNCTION_SETTINGS = (
     "method", "adapter", "alpha", "rank", "gate", "normalization", "logit_dropout", "shared_skill",
 )  # fmt: skip
 """Settings that decide what a table of given numbers computes."""
-BATCH_INPUTS = ("input_ids", "inputs_embeds", "pixel_values", "decoder_input_ids", "labels")
-"""Arguments of a base model with one entry per example, which tell how large the batch is."""
-Tasks = str | int | Sequence[str | int] | Tensor | None
 
 
 class RoutedModel(nn.Module):
@@ -65,7 +73,7 @@ class RoutedModel(nn.Module):
         self.sites = tuple(sites)
         names = [site.name for site in sites]
         self.routers, by_site = routers_of(names, config.granularity)
-        device = weight_matrix(sites[0].layer).device
+        device = sites[0].device
         num_skills = len(tasks) if config.num_skills is None else config.num_skills
         shape = (len(self.routers), config.heads, num_skills) if config.has_router else None
         self.routes = Routes(tasks, shape, device, config)
@@ -166,42 +174,13 @@ class RoutedModel(nn.Module):
             InputError: an unknown task, a negative number, an empty list, or an unloaded model.
         """
         self._check_loaded()
-        route = self._resolve(tasks)
+        route = find_route(tasks, self.routes)
         merged = self.merged_task
         if merged is not None and (route is None or set(route.rows) != {self.routes.row(merged)}):
             raise InputError(
                 f"the model is merged with {merged!r}; call unmerge() to route anything else"
             )
         return RouteScope(self._routing, route)
-
-    def _resolve(self, tasks: Tasks) -> Route | None:
-        if tasks is None:
-            return None
-        if isinstance(tasks, str | int):
-            return Route((self.routes.row(tasks),), per_example=False)
-        if hasattr(tasks, "__array__") and not isinstance(tasks, Tensor):
-            array: Any = tasks.__array__()  # numpy's, also of a column of a table
-            if array.dtype.kind not in "iub":
-                return self._resolve(array.tolist())
-            tasks = torch.as_tensor(array)
-        if isinstance(tasks, Tensor):
-            if tasks.is_floating_point() or tasks.dtype == torch.bool or tasks.dim() > 1:
-                raise InputError(
-                    "task ids must be one whole number per example, "
-                    f"not a {tasks.dtype} tensor of shape {list(tasks.shape)}"
-                )
-            tasks = tasks.tolist()
-            if isinstance(tasks, int):
-                return Route((self.routes.row(tasks),), per_example=False)
-        if isinstance(tasks, bytes | set | frozenset | Mapping) or not isinstance(tasks, Iterable):
-            raise InputError(
-                "tasks must be a name, a row number, or a list of one per example, "
-                f"not a {type(tasks).__name__}"
-            )
-        rows = tuple(self.routes.row(task) for task in tasks)
-        if not rows:
-            raise InputError("no tasks given: name one task per example")
-        return Route(rows, per_example=True)
 
     def forward(self, *args: Any, tasks: Tasks = None, **kwargs: Any) -> Any:
         """Run the base model.
@@ -221,7 +200,7 @@ class RoutedModel(nn.Module):
         with self.route(tasks) if tasks is not None else nullcontext():
             route = self._routing.route
             if route is not None and route.per_example:
-                self._check_batch(route, args, kwargs)
+                check_batch(len(route.rows), args, kwargs)
             if self._is_compiled:
                 self._start_forward()  # compiled code skips the hook that does it
             return self.base_model(*args, **kwargs)
@@ -258,18 +237,6 @@ class RoutedModel(nn.Module):
     def compile(self, *args: Any, **kwargs: Any) -> None:
         """Compile the base model in place; mixing stays outside, so new tasks never recompile."""
         self.base_model.compile(*args, **kwargs)
-
-    @staticmethod
-    def _check_batch(route: Route, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
-        named = [kwargs[name] for name in BATCH_INPUTS if name in kwargs]
-        for value in (*named, *args):
-            if isinstance(value, Tensor) and value.dim():
-                if len(value) != len(route.rows):
-                    raise InputError(
-                        f"{len(route.rows)} tasks were given for a batch of {len(value)} examples; "
-                        "give one per example, or a single name for all"
-                    )
-                return
 
     # ---------------------------------------------------------------- mixing
 
@@ -672,11 +639,18 @@ class RoutedModel(nn.Module):
 
     # ---------------------------------------------------------------- files
 
-    def save_pretrained(self, folder: str | os.PathLike[str]) -> None:
+    def save_pretrained(
+        self, folder: str | os.PathLike[str], *, is_main_process: bool = True
+    ) -> None:
         """Write the inventory, the routes and what they are, without the base model.
 
         The routing table is written in parts of about 32 MB, whatever its size;
         `polyroute.SavedRoutes` reads and changes single rows of it.
+
+        Args:
+            folder: where.
+            is_main_process: whether to write. Where the base model is sharded (FSDP2), all
+                processes call this, since some of its weights are looked at, and one writes.
 
         Raises:
             InputError: the folder cannot be written, the model is merged or was unloaded, or it
@@ -710,12 +684,48 @@ class RoutedModel(nn.Module):
                     "d_out": site.d_out,
                     "router": by_site[i],
                     "base_sample": sample_weights(site),
-                    "base_dtype": str(weight_matrix(site.layer).dtype),
+                    "base_dtype": str(site.dtype),
                 }
                 for i, site in enumerate(self.sites)
             ],
         }
-        write_checkpoint(folder, description, skills, self.tasks, rows, self.routes.shape)
+        if is_main_process:
+            write_checkpoint(folder, description, skills, self.tasks, rows, self.routes.shape)
+
+    def push_to_hub(
+        self,
+        repo_id: str,
+        *,
+        private: bool | None = None,
+        token: str | bool | None = None,
+        revision: str | None = None,
+        commit_message: str | None = None,
+        license: str | None = None,
+    ) -> str:
+        """Save to a repository on the hub, with a model card, in one commit.
+
+        A run knows more than the model, so `polyroute push RUN` writes a fuller card.
+
+        Args:
+            repo_id: such as `user/inventory`; made if it is missing.
+            private: make a new repository private.
+            token: for the hub, instead of the one that is logged in.
+            revision: the branch, made if it is missing; default main.
+            commit_message: of the commit.
+            license: of the inventory, as the hub names it, such as `apache-2.0`.
+
+        Returns:
+            The address of the commit.
+
+        Raises:
+            InputError: as `save_pretrained`; or the name is no hub id, or the hub refuses.
+        """
+        with tempfile.TemporaryDirectory() as folder:
+            self.save_pretrained(folder)
+            return push(
+                folder, repo_id, write_card(folder, name=repo_id, license=license),
+                private=private, token=token, revision=revision, message=commit_message,
+            )  # fmt: skip
 
     def load_adapter(self, folder: str | os.PathLike[str]) -> None:
         """Overwrite skills and routes, in place, by those of a checkpoint of this very model.
@@ -748,8 +758,14 @@ class RoutedModel(nn.Module):
         """Overwrite skills and routes, in place, by a checkpoint's, which must have their shapes.
 
         Raises:
-            InputError: it has not; `source` says which checkpoint. Nothing was changed.
+            InputError: it has not (`source` says which checkpoint), or this model's skills have no
+                memory. Nothing was changed.
         """
+        if self.mixer.device.type == "meta":
+            raise InputError(
+                f"{source} cannot be loaded onto the meta device: load the base model's weights "
+                "first, or give the routed model memory with to_empty(device=...)"
+            )
         expected = {
             f"{site.name}.{kind}": tensor
             for i, site in enumerate(self.sites)

@@ -13,13 +13,18 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any, get_args
 
+from rich.markup import escape
+from rich.table import Table
+
 from polyroute.errors import InputError, did_you_mean
 from polyroute.files import read_json, write_json, write_text
+from polyroute.interrupts import resumable
 from polyroute.loading import check_base, load_suite
 from polyroute.model import Phase
+from polyroute.output import Result
 from polyroute.recipes import SECTIONS, shipped
 from polyroute.runs import RUNNING, check_run, held, open_run, record
-from polyroute.suite import check_tasks, held_out_tasks, validate
+from polyroute.suite import Suite, check_tasks, held_out_tasks, validate
 from polyroute.yaml_files import read_yaml
 
 __all__ = ["Command", "Preset", "aggregate", "preset_names", "read_preset", "reproduce"]
@@ -217,7 +222,8 @@ def reproduce(
     quick: bool = False,
     resume: bool = False,
     overwrite: bool = False,
-) -> None:
+    dry_run: bool = False,
+) -> Result:
     """Run a preset, or what is left of it, and write `results.json` and `results.md`.
 
     Args:
@@ -232,6 +238,10 @@ def reproduce(
         quick: a tenth of the work and one seed, to see that it runs.
         resume: go on with the run that is there.
         overwrite: replace it.
+        dry_run: check everything, and write and run nothing.
+
+    Returns:
+        What `results.json` holds or, of a dry run, the stages.
 
     Raises:
         InputError: a name, the data, the base model or an option cannot be used; nothing ran. Or a
@@ -262,24 +272,60 @@ def reproduce(
         for method in dict.fromkeys(methods or preset.methods)
         for train, ways in [_planned(preset, method, folder, selection, tasks, given)]
     ]
-    for train, ways in plan:
-        for stage in (train, *(stage for way in ways for stage in way.stages)):
-            command(stage.command, stage.options)
-    open_run(folder, "reproduce", **place)
+    stages = [
+        stage for train, ways in plan for stage in (train, *(s for way in ways for s in way.stages))
+    ]
+    for stage in stages:
+        command(stage.command, stage.options)
     config = {
         "preset": name, "model": preset.model, "data": preset.data,
         "methods": [train.result.parent.name for train, _ in plan], "selection": selection,
         "settings": {k: v for k, v in given.items() if k not in ("model", "data")}, "quick": quick,
     }  # fmt: skip
+    if dry_run:
+        if resume:
+            record(folder, "reproduce", config, resume=True)  # which compares, and writes nothing
+        return _plan({"out": folder, **config}, stages, folder)
+    open_run(folder, "reproduce", **place)
     record(folder, "reproduce", config, resume=resume)
-    with held(folder):
-        for train, ways in plan:
-            for stage in (train, *(stage for way in ways for stage in way.stages)):
-                _run(stage, command)
-                summary = _summary(preset, [way for _, ways in plan for way in ways])
-                write_json(folder / "results.json", {**config, **summary})
-                write_text(folder / "results.md", _page({**config, **summary}, preset))
-    print(f"the results are in {folder / 'results.md'}")
+    with held(folder), resumable(folder):
+        for stage in stages:
+            _run(stage, command)
+            summary = _summary(preset, [way for _, ways in plan for way in ways])
+            write_json(folder / "results.json", {**config, **summary})
+            write_text(folder / "results.md", _page({**config, **summary}, preset))
+    return Result(
+        {"out": folder, **config, **summary}, (f"the results are in {folder / 'results.md'}",)
+    )
+
+
+def _plan(config: Mapping[str, Any], stages: Sequence[Stage], folder: Path) -> Result:
+    """The stages of a run, in order."""
+    rows: list[dict[str, Any]] = [
+        {
+            "command": stage.command,
+            "result": str(stage.result.relative_to(folder)),
+            "is_done": stage.is_done,
+            "options": dict(stage.options),
+        }
+        for stage in stages
+    ]
+    table = Table("stage", "phase", "steps", "shots", "seeds", "writes", "")
+    for row in rows:
+        given = row["options"]
+        phase = "zero-shot" if given.get("zero_shot") else given.get("phase", "")
+        cells = [phase, *(given.get(name, "") for name in ("steps", "shots", "seeds"))]
+        cells = [str(cell) for cell in (row["command"], *cells, row["result"])]
+        table.add_row(*map(escape, cells), "done" if row["is_done"] else "")
+    left = sum(not row["is_done"] for row in rows)
+    shown = (
+        f"{config['preset']} with {config['model']} on {config['data']}, "
+        f"selection {config['selection']}",
+        table,
+        f"{left} of {len(rows)} stages are to do in {folder}; what is empty is as the recipe says",
+        "nothing was written",
+    )
+    return Result({**config, "stages": rows}, shown)
 
 
 def _checked_tasks(name: str, preset: Preset) -> Sequence[str] | None:
@@ -293,6 +339,7 @@ def _checked_tasks(name: str, preset: Preset) -> Sequence[str] | None:
         except InputError as error:
             raise InputError(f"{error}; the preset {name} needs {preset.needs}") from error
         validate(suite, tasks, needs=["train", "test"])
+        _check_score(preset, suite, tasks)
         if preset.least:
             counts = {t: sum(len(suite.split(t, s)) for s in ("train", "test")) for t in tasks}
             tasks = tuple(task for task in tasks if counts[task] >= preset.least)
@@ -302,6 +349,16 @@ def _checked_tasks(name: str, preset: Preset) -> Sequence[str] | None:
                     "lower it with --set least=0"
                 )
     return None if preset.tasks is None and not preset.least else tasks
+
+
+def _check_score(preset: Preset, suite: Suite, tasks: Sequence[str]) -> None:
+    for task in tasks:
+        metric = suite.info(task).metric
+        if preset.score == "score_normalised" and metric != "accuracy":
+            raise InputError(
+                f"the task {task!r} is scored by {metric}, which has no score_normalised: add "
+                "--set score=score, or name the tasks with --set tasks=[...]"
+            )
 
 
 def _readers(preset: Preset) -> list[dict[str, Any]]:

@@ -1,4 +1,7 @@
-"""The folder of a run: what was asked for, with which versions, and what came out."""
+"""The folder of a run: what was asked for, with which versions, and what came out.
+
+Of several processes of one launch the first alone checks, makes, describes and holds the folder.
+"""
 
 import hashlib
 import os
@@ -16,7 +19,8 @@ import torch
 
 from polyroute.errors import InputError
 from polyroute.files import check_place, make_folder, read_json, write_json
-from polyroute.saved_routes import SHARDS
+from polyroute.hub import SHARDS
+from polyroute.processes import is_first
 
 try:
     import fcntl
@@ -41,7 +45,7 @@ DIGEST = "inventory_sha256"
 PATHS = ("model", "data", "run", "start", "source")
 RUNNING = ".running"
 """The folder, in a run of `polyroute adapt`, of slots that are not done."""
-NOT_KEPT = ("resume", "overwrite", "config", "out", "memory")
+NOT_KEPT = ("resume", "overwrite", "config", "out", "memory", "dry_run")
 PACKAGES = ("polyroute", "torch", "transformers", "accelerate", "datasets", "numpy", "peft")
 
 
@@ -66,6 +70,8 @@ def check_run(
         InputError: see `open_run`.
     """
     path = Path(folder).expanduser()
+    if not is_first():
+        return path
     if resume and overwrite:
         raise InputError("--resume and --overwrite exclude each other")
     place = path.resolve()
@@ -125,6 +131,8 @@ def open_run(
             an input lies in it.
     """
     path = check_run(folder, command, resume=resume, overwrite=overwrite, inputs=inputs)
+    if not is_first():
+        return path
     if overwrite and path.is_dir():
         shutil.rmtree(path)
     return make_folder(path)
@@ -144,6 +152,8 @@ def record(folder: Path, command: str, config: Mapping[str, Any], *, resume: boo
     Raises:
         InputError: the run there was started with other settings, or by another process just now.
     """
+    if not is_first():
+        return
     path = folder / DESCRIPTION
     kept = _absolute({k: v for k, v in config.items() if k not in NOT_KEPT})
     if resume:
@@ -189,6 +199,9 @@ def held(folder: Path) -> Iterator[None]:
     Raises:
         InputError: another process works there.
     """
+    if not is_first():
+        yield
+        return
     with (folder / DESCRIPTION).open("r+b") as file:
         if fcntl is not None:
             try:

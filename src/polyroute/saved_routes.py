@@ -25,23 +25,20 @@ from torch import Tensor
 
 from polyroute.errors import InputError, did_you_mean
 from polyroute.files import read_json, write_tensors
+from polyroute.hub import DESCRIPTION, SHARDS, Snapshot, locate
 from polyroute.routes import MU
 
 __all__ = [
-    "DESCRIPTION",
     "FORMAT",
     "NOTE",
-    "SHARDS",
     "SavedRoutes",
     "read_description",
     "write_rows",
 ]
 
 FORMAT = 2
-DESCRIPTION = "polyroute.json"
 NOTE = "polyroute"
 """The one entry of the metadata of tensor files."""
-SHARDS = "routes-*-of-*.safetensors"
 BYTES_PER_SHARD = 2**25
 ROWS_PER_SHARD = 2**13
 """A header holds the names of its rows, so it is kept short as well."""
@@ -55,7 +52,8 @@ def read_description(folder: str | os.PathLike[str]) -> dict[str, Any]:
     """
     path = Path(folder)
     if not (path / DESCRIPTION).is_file():
-        raise InputError(f"{path} holds no inventory: there is no {DESCRIPTION} in it")
+        hint = "" if path.exists() else ", and it is no hub id such as user/inventory"
+        raise InputError(f"{path} holds no inventory: there is no {DESCRIPTION} in it{hint}")
     description = read_json(path / DESCRIPTION)
     if not isinstance(description, dict) or description.get("format") != FORMAT:
         raise InputError(
@@ -122,18 +120,38 @@ class SavedRoutes:
     shards stays that of the save: after many additions, load and save the inventory once.
 
     Args:
-        folder: where `RoutedModel.save_pretrained` wrote.
+        folder: where `RoutedModel.save_pretrained` wrote; or where there is no such folder an id on
+            the hub, `user/inventory`, whose table is only read. A shard is fetched when it is
+            needed.
+        revision: a branch, a tag or a commit of the hub; default its main branch.
+        token: for the hub, instead of the one that is logged in; False for none.
+        cache_dir: of the hub, instead of its usual one.
+        local_files_only: take what is in the hub's cache, without network.
 
     Attributes:
         shape: `(N, H, K)` of a row: routers, heads, skills.
 
     Raises:
-        InputError: the folder holds no inventory, or one whose tasks have no rows.
+        InputError: the folder holds no inventory, or one whose tasks have no rows, or cannot be
+            had.
     """
 
-    def __init__(self, folder: str | os.PathLike[str]) -> None:
-        self.folder = Path(folder)
-        description = read_description(folder)
+    def __init__(
+        self,
+        folder: str | os.PathLike[str],
+        *,
+        revision: str | None = None,
+        token: str | bool | None = None,
+        cache_dir: str | os.PathLike[str] | None = None,
+        local_files_only: bool = False,
+    ) -> None:
+        place = locate(
+            folder, (DESCRIPTION,), revision=revision, token=token, cache_dir=cache_dir,
+            local_files_only=local_files_only,
+        )  # fmt: skip
+        self._snapshot = place if isinstance(place, Snapshot) else None
+        self.folder = Path(place)
+        description = read_description(self.folder)
         table, identity = description.get("rows"), description.get("id")
         if table is None:
             raise InputError(f"the tasks of the inventory in {self.folder} have no routing rows")
@@ -160,7 +178,7 @@ class SavedRoutes:
         return [name for _, name in self._sorted()]
 
     def __len__(self) -> int:
-        return sum(len(_Opened(path, self).names) for path in self._paths)
+        return sum(len(opened.names) for opened in self._all())
 
     def __contains__(self, name: object) -> bool:
         return isinstance(name, str) and name in self._opened(name).names
@@ -178,8 +196,10 @@ class SavedRoutes:
         """Overwrite the logits of a task; `[N, H, K]` or flat.
 
         Raises:
-            InputError: no such task, another shape, values that are not finite, or a damaged shard.
+            InputError: no such task, another shape, values that are not finite, a damaged shard,
+                or a table on the hub.
         """
+        self._check_writable()
         opened = self._opened(name)
         place = self._position(opened, name)
         shard = opened.load()
@@ -194,6 +214,7 @@ class SavedRoutes:
         """
         if not isinstance(name, str) or not name or name == MU:
             raise InputError(f"a task name must be a non-empty string other than {MU!r}: {name!r}")
+        self._check_writable()
         opened = self._opened(name)
         if name in opened.names:
             raise InputError(f"task {name!r} exists in {self.folder}; overwrite it with write()")
@@ -208,8 +229,9 @@ class SavedRoutes:
         """Take a task out.
 
         Raises:
-            InputError: no such task, or its shard is damaged.
+            InputError: no such task, its shard is damaged, or the table is on the hub.
         """
+        self._check_writable()
         opened = self._opened(name)
         place = self._position(opened, name)
         shard = opened.load()
@@ -257,10 +279,21 @@ class SavedRoutes:
 
     def _sorted(self) -> list[tuple[int, str]]:
         found: list[tuple[int, str]] = []
-        for path in self._paths:
-            opened = _Opened(path, self)
+        for opened in self._all():
             found += zip(opened.order.tolist(), opened.names, strict=True)
         return sorted(found)
+
+    def _all(self) -> Iterator["_Opened"]:
+        if self._snapshot is not None:
+            self._snapshot.fetch(SHARDS)  # all at once is faster than one by one
+        return (_Opened(path, self) for path in self._paths)
+
+    def _check_writable(self) -> None:
+        if self._snapshot is not None:
+            raise InputError(
+                f"{self._snapshot} is on the hub, where rows are only read: write to a copy, made "
+                f"with `hf download {self._snapshot} --local-dir FOLDER`"
+            )
 
     def _opened(self, name: str) -> "_Opened":
         return _Opened(self._paths[_place(name, len(self._paths))], self)
@@ -271,9 +304,8 @@ class SavedRoutes:
         return opened.names.index(name)
 
     def _unknown(self, name: str) -> InputError:
-        return InputError(
-            f"unknown task {name!r} in {self.folder}: {did_you_mean(name, self.names())}"
-        )
+        place = self._snapshot or self.folder
+        return InputError(f"unknown task {name!r} in {place}: {did_you_mean(name, self.names())}")
 
     def _flat(self, values: Tensor, dtype: torch.dtype) -> Tensor:
         if tuple(values.shape) not in (self.shape, (self.width,)):
@@ -293,6 +325,8 @@ class _Opened:
 
     def __init__(self, path: Path, table: SavedRoutes) -> None:
         self.path = path
+        if table._snapshot is not None and not path.is_file():
+            table._snapshot.fetch(path.name)
         if not path.is_file():
             raise InputError(
                 f"{path} does not exist, so the routing table is not whole; "

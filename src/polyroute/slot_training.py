@@ -6,6 +6,7 @@ import math
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from numbers import Integral, Real
 from pathlib import Path
@@ -15,16 +16,17 @@ from urllib.parse import quote
 import numpy as np
 import torch
 from torch import Tensor, nn
-from tqdm.auto import tqdm
 
 from polyroute.batches import Row
 from polyroute.errors import InputError, did_you_mean
 from polyroute.files import read_metadata, read_tensors, write_tensors
+from polyroute.interrupts import deferred
 from polyroute.kinds import ModelKind
 from polyroute.memory import Budget, plan
 from polyroute.model import Phase, RoutedModel
 from polyroute.objectives import Objective
 from polyroute.optimizers import check_optimizer, make_optimizer, summary
+from polyroute.progress import progress
 from polyroute.row_batches import losses_of
 from polyroute.slots import NEAREST, Slots, check_starts
 from polyroute.starts import nearest_routes
@@ -440,7 +442,8 @@ def train_slots(
         finish: called for each slot as it ends, while the model still holds it: its route is
             `SlotTraining.route`.
         memory: see `polyroute.memory.plan`.
-        folder: where running slots are saved about once a minute, and taken up again.
+        folder: where running slots are saved about once a minute, and on Ctrl-C or SIGTERM, and
+            taken up again.
         score: of a slot as it is, 0 to 1, where `choose_by` is a score.
 
     Raises:
@@ -462,8 +465,10 @@ def train_slots(
         running: list[SlotTraining] = []
         ended, saved_at = 0, time.monotonic()
         total = sum(slot.settings.steps for slot in slots)
-        with tqdm(total=total, desc="adapting", unit="step", delay=1.0, leave=False) as progress:
-            while queue or running:
+        bar = progress(what="adapting", unit="step", total=total)
+        # Without a folder there is nowhere to save to, and nothing to wait for.
+        with bar, nullcontext(bool) if folder is None else deferred() as is_stopped:
+            while (queue or running) and not is_stopped():
                 while queue and free:
                     slot = queue.popleft()
                     training = SlotTraining(
@@ -471,12 +476,12 @@ def train_slots(
                     )
                     if folder is not None:
                         training.load(folder)
-                        progress.update(training.step)
+                        bar.update(training.step)
                     running.append(training)
                 started = time.perf_counter()
                 stepping = [training for training in running if not training.is_over]
                 _take_step(model, kind, places, stepping, budget, score)
-                progress.update(len(stepping))
+                bar.update(len(stepping))
                 share = (time.perf_counter() - started) / max(1, len(stepping))
                 for training in stepping:
                     training.seconds += share
@@ -488,9 +493,10 @@ def train_slots(
                     running.remove(training)
                     free.append(training.place)
                     ended += 1
-                    progress.update(training.settings.steps - training.step)
-                progress.set_postfix_str(f"{ended} of {len(slots)} slots done", refresh=False)
-                if folder is not None and time.monotonic() - saved_at > SECONDS_BETWEEN_SAVES:
+                    bar.update(training.settings.steps - training.step)
+                bar.set_postfix_str(f"{ended} of {len(slots)} slots done", refresh=False)
+                is_time = time.monotonic() - saved_at > SECONDS_BETWEEN_SAVES
+                if folder is not None and (is_time or is_stopped()):
                     for training in running:
                         training.save(folder)
                     saved_at = time.monotonic()

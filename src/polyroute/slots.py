@@ -85,7 +85,7 @@ class Slots(AbstractContextManager["Slots"]):
         if is_plain:
             config = replace(config, method="private", num_skills=None, num_heads=1)
         has_logits = phase in ("full", "z", "random") and not is_plain
-        device = next(model.mixer.buffers()).device
+        device = model.mixer.device
         self.routes = Routes(self.names, shape if has_logits else None, device, config)
         self.inventory = model.inventory
         if phase != "z":

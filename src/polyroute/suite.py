@@ -9,9 +9,9 @@ from dataclasses import dataclass
 from typing import Literal, Protocol, get_args
 
 import datasets
-from tqdm.auto import tqdm
 
 from polyroute.errors import InputError, did_you_mean
+from polyroute.progress import progress
 
 __all__ = [
     "COLUMNS",
@@ -31,7 +31,7 @@ __all__ = [
     "validate",
 ]
 
-Metric = Literal["accuracy", "exact_match", "strict_match", "rougeL"]
+Metric = Literal["accuracy", "exact_match", "strict_match", "rougeL", "chrF"]
 Role = Literal["train", "held-out"]
 
 METRICS: tuple[str, ...] = get_args(Metric)
@@ -143,7 +143,7 @@ def validate(suite: Suite, tasks: Iterable[str], *, needs: Iterable[str] = ()) -
         InputError: the first thing found that is wrong.
     """
     wanted = tuple(needs)
-    for task in tqdm(check_tasks(suite, tasks), "checking tasks", delay=1.0, leave=False):
+    for task in progress(check_tasks(suite, tasks), "checking tasks"):
         suite.splits(task)
         for split in wanted:
             suite.split(task, split)

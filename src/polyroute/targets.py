@@ -1,7 +1,7 @@
 """Which layers of a base model get skills, and which of them share a router."""
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -29,6 +29,8 @@ __all__ = [
 
 SAMPLED = 8
 """Values of a weight that are saved to recognise it by."""
+COMPUTE_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+"""Types of which a weight's numbers are its values; narrower ones (integers, float8) are packed."""
 
 
 @dataclass(frozen=True)
@@ -50,6 +52,29 @@ class Site:
         return _is_conv1d(self.layer)
 
     @property
+    def weight(self) -> Tensor | None:
+        """Its weight, `[d_out, d_in]`; None where it is quantised, whatever that looks like."""
+        weight = getattr(self.layer, "weight", None)
+        return weight_matrix(self.layer) if _is_plain(weight) else None
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """What it computes in: the type of its weight, or of its scales where that is packed."""
+        return next(
+            (t.dtype for t in _tensors(self.layer) if t.dtype in COMPUTE_DTYPES), torch.float32
+        )
+
+    @property
+    def device(self) -> torch.device:
+        """Where it computes; offloaded weights wait elsewhere, until accelerate's hook fetches."""
+        hook = getattr(self.layer, "_hf_hook", None)
+        for one in getattr(hook, "hooks", [hook]):
+            if getattr(one, "execution_device", None) is not None:
+                return torch.device(one.execution_device)
+        tensor = next(_tensors(self.layer), None)
+        return torch.device("cpu") if tensor is None else tensor.device
+
+    @property
     def sees_token_subsets(self) -> bool:
         """Whether the layer is an expert that gets some tokens of the batch, in any order."""
         return ".experts." in f".{self.name}."
@@ -60,6 +85,22 @@ def weight_matrix(layer: nn.Module) -> Tensor:
     weight = layer.weight
     assert isinstance(weight, Tensor)
     return weight.t() if _is_conv1d(layer) else weight
+
+
+def _tensors(layer: nn.Module) -> Iterator[Tensor]:
+    yield from layer.parameters()
+    yield from layer.buffers()
+
+
+def _is_plain(weight: object) -> bool:
+    """Whether a weight's numbers are what the layer multiplies by."""
+    # torchao's tensors say that they are float, whatever they hold. Sharded ones are subclasses
+    # too; they have a `full_tensor`.
+    return (
+        isinstance(weight, Tensor)
+        and weight.dtype in COMPUTE_DTYPES
+        and (type(weight) in (Tensor, nn.Parameter) or hasattr(weight, "full_tensor"))
+    )
 
 
 def _is_conv1d(layer: nn.Module) -> bool:
@@ -342,7 +383,7 @@ def router_of(name: str, granularity: Granularity) -> str:
 
 def sample_weights(site: Site) -> list[float] | None:
     """A few weights of the base layer, by which it is recognised; None where there are none."""
-    return _sample(weight_matrix(site.layer))
+    return _sample(site.weight)
 
 
 def sample_others(model: nn.Module, sites: Sequence[Site]) -> list[dict[str, Any]]:
@@ -359,9 +400,11 @@ def sample_others(model: nn.Module, sites: Sequence[Site]) -> list[dict[str, Any
     ]
 
 
-def _sample(weight: Tensor) -> list[float] | None:
-    if not weight.is_floating_point() or weight.is_meta or not weight.numel():
+def _sample(weight: Tensor | None) -> list[float] | None:
+    if weight is None or not _is_plain(weight) or weight.is_meta or not weight.numel():
         return None
+    if hasattr(weight, "full_tensor"):  # sharded: all processes come by here
+        weight = weight.full_tensor()
     flat = weight.detach().flatten()
     # Always on the CPU, since devices round differently; clamped, since linspace counts in fp32,
     # which rounds up the last place of a large matrix.
@@ -370,19 +413,22 @@ def _sample(weight: Tensor) -> list[float] | None:
     return [round(v, 6) for v in flat[index].float().tolist()]
 
 
-def fits_sample(weight: Tensor, sample: Sequence[float] | None, dtype: str | None) -> bool:
+def fits_sample(weight: Tensor | None, sample: Sequence[float] | None, dtype: str | None) -> bool:
     """Whether a weight of the base model is the one that the sample was taken from.
 
     Args:
-        weight: as it is here, `[d_out, d_in]` where it is a layer's.
+        weight: as it is here, `[d_out, d_in]` where it is a layer's; None, and a quantised or
+            offloaded one, fits everything, as nothing can be compared.
         sample: what was saved; None, where nothing was, fits everything.
-        dtype: the type that it had there; None where that is not known. Another type than here is
-            compared loosely: half precision or dequantisation rounded one of them.
+        dtype: the type that it had there; None where that is not known. Where it is another than
+            here, the coarser of both may have rounded each value.
     """
     here = _sample(weight)
-    if sample is None or here is None:
+    if weight is None or sample is None or here is None:
         return True
     there = torch.tensor(sample)
-    tolerance = 1e-4 if dtype == str(weight.dtype) else 0.05
+    eps = {str(known): torch.finfo(known).eps for known in COMPUTE_DTYPES}
+    coarser = max(torch.finfo(weight.dtype).eps, eps.get(str(dtype), eps["torch.bfloat16"]))
+    tolerance = 1e-4 if dtype == str(weight.dtype) else max(1e-4, 2 * coarser)
     gap = (there - torch.tensor(here)).abs().max()
     return bool(gap <= tolerance * there.abs().max() + 1e-6)

@@ -1,13 +1,15 @@
 """Multi-task training on the transformers `Trainer`."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import datasets
 import torch
-from torch import Tensor, nn
+from torch import Tensor, distributed, nn
 from transformers import (
     Trainer,
     TrainerCallback,
@@ -15,18 +17,27 @@ from transformers import (
     TrainerState,
     TrainingArguments,
 )
+from transformers.trainer_utils import HubStrategy
 from transformers.training_args import OptimizerNames
 
+from polyroute.batches import Row
+from polyroute.card import write_card
 from polyroute.errors import InputError
 from polyroute.examples import task_sizes
+from polyroute.files import write_text
+from polyroute.hub import CARD
 from polyroute.kinds import ModelKind
 from polyroute.model import Phase, RoutedModel
+from polyroute.objectives import term_weights
 from polyroute.optimizers import LayerAdafactor
 from polyroute.sampling import TaskSampler
 
 __all__ = ["MultiTaskTrainer", "MultiTaskTrainingArguments"]
 
 ROWWISE_OPTIMS = ("adamw_torch", "adamw_torch_fused")
+COUNTS, WEIGHTS = "row_counts", "step_weights"
+"""What the trainer adds to a batch: what each row counts `[B, T]` for each term of the loss, and
+what each row's terms are multiplied with."""
 
 
 @dataclass
@@ -58,6 +69,9 @@ class MultiTaskTrainingArguments(TrainingArguments):
         default=False,
         metadata={"help": "Row-wise optimizer for the routing table; for thousands of tasks."},
     )
+    ddp_find_unused_parameters: bool | None = field(
+        default=False, metadata={"help": "Every step uses all that trains, so there are none."}
+    )
     remove_unused_columns: bool = field(
         default=False, metadata={"help": "Must stay False: batches are made of whole rows."}
     )
@@ -69,6 +83,12 @@ class MultiTaskTrainer(Trainer):
     Adds to `Trainer`: each batch is routed by its rows' tasks, skills and routing logits have
     learning rates of their own, tasks are sampled by temperature, and checkpoints hold the
     inventory without the base model.
+
+    The loss of a step is that of all of its rows as one batch, however many processes and
+    micro-batches share them.
+
+    Under FSDP2 the base model is sharded; skills and routing, all that trains, stay whole in every
+    process, so checkpoints are the same files as without.
 
     Args:
         model: the routed model; `args.phase` is set on it.
@@ -108,13 +128,27 @@ class MultiTaskTrainer(Trainer):
         super().__init__(
             model=model,
             args=args,
-            data_collator=kind.collate,
+            data_collator=partial(_collate, kind),
             train_dataset=train_dataset,
             eval_dataset=eval_dataset,
             **kwargs,
         )
-        # The loss is a mean over the micro-batch; Trainer divides it by the accumulation steps.
+        # Whatever the base model could do: `get_batch_samples` weighs the rows of a step.
         self.model_accepts_loss_kwargs = False
+        if self.is_deepspeed_enabled:
+            raise InputError(
+                "DeepSpeed is not supported: to shard the base model, use FSDP2 (fsdp=True)"
+            )
+        if args.fsdp and not self.is_fsdp_enabled:  # accelerate would say nothing, and use DDP
+            raise InputError("FSDP shards over accelerators, and here is none: leave it out")
+        if self.is_fsdp_enabled:
+            plugin = self.accelerator.state.fsdp_plugin
+            if plugin.fsdp_version != 2:
+                raise InputError(
+                    f"FSDP version {plugin.fsdp_version} is not supported: use version 2"
+                )
+            plugin.ignored_modules = self._replicated()
+        self.add_callback(_NextEpoch(self))
         if model.adapter_config.anneal_steps:
             self.add_callback(_Anneal(model))
 
@@ -129,12 +163,61 @@ class MultiTaskTrainer(Trainer):
 
     def _get_train_sampler(self, train_dataset: Any = None) -> TaskSampler:
         rows = self.train_dataset if train_dataset is None else train_dataset
-        return TaskSampler(
+        sampler = TaskSampler(
             task_sizes(rows),
             temperature=self.args.temperature,
             cap=self.args.cap,
             seed=self.args.seed if self.args.data_seed is None else self.args.data_seed,
         )
+        self.sampler = sampler
+        return sampler
+
+    def _replicated(self) -> list[nn.Module]:
+        """What FSDP leaves whole: all that trains, and weights that several layers share."""
+        model = self.model
+        owners: dict[Tensor, list[nn.Module]] = {}
+        for module in model.base_model.modules():
+            for parameter in module.parameters(recurse=False):
+                owners.setdefault(parameter, []).append(module)
+        shared = [module for tied in owners.values() if len(tied) > 1 for module in tied]
+        whole: list[nn.Module] = [model.inventory, model.routes, *shared]
+        for module in whole:
+            module.to(self.args.device)
+
+        def average(parameter: Tensor) -> None:
+            if self.accelerator.sync_gradients:
+                assert parameter.grad is not None
+                distributed.all_reduce(parameter.grad)
+                parameter.grad /= distributed.get_world_size()
+
+        for parameter in self.model.parameters():
+            if parameter.requires_grad:
+                distributed.broadcast(parameter.detach(), src=0)
+                parameter.register_post_accumulate_grad_hook(average)  # type: ignore[no-untyped-call]
+        return whole
+
+    def get_batch_samples(
+        self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device
+    ) -> tuple[list[Any], Tensor | int | None]:
+        """This process's micro-batches of a step; where there are several, anywhere, with weights.
+
+        Trainer divides each loss by the number of micro-batches, and averages over processes.
+        """
+        batches, items = super().get_batch_samples(epoch_iterator, num_batches, device)
+        processes = self.accelerator.num_processes
+        if not batches or len(batches) * processes == 1:
+            return batches, items
+        counts_BT = [batch[COUNTS] for batch in batches]
+        size, ends = len(counts_BT[-1]), self.accelerator.gradient_state.end_of_dataloader
+        if processes > 1 and ends and not self.args.dataloader_drop_last:
+            # The last rows of an epoch are filled up with its first, which must not count twice.
+            rest = len(self.sampler) % (size * processes) or size * processes
+            counts_BT[-1][max(0, rest - size * self.accelerator.process_index) :] = 0
+        totals_T: Tensor = self.accelerator.reduce(torch.cat(counts_BT).sum(0).to(device))
+        weights_T = torch.tensor(term_weights([totals_T.tolist()])) * len(batches) * processes
+        for batch, counts in zip(batches, counts_BT, strict=True):
+            batch[WEIGHTS] = counts.any(1, keepdim=True) * weights_T.to(counts.device)
+        return batches, items
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """The optimizer that `args.optim` names, over the model's own parameter groups.
@@ -170,8 +253,15 @@ class MultiTaskTrainer(Trainer):
         return_outputs: bool = False,
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
-        """The kind's loss of a batch, which routes itself by its `tasks`."""
-        loss = self.kind.loss(model, inputs)
+        """The kind's loss of a batch, which routes itself by its `tasks`.
+
+        Where the batch is a part of a step's, its share of the loss of all.
+        """
+        batch = {key: value for key, value in inputs.items() if key not in (COUNTS, WEIGHTS)}
+        if WEIGHTS in inputs:
+            loss = (self.kind.row_losses(model, batch) * inputs[WEIGHTS]).sum()
+        else:
+            loss = self.kind.loss(model, batch)
         return (loss, {}) if return_outputs else loss
 
     def prediction_step(
@@ -183,10 +273,52 @@ class MultiTaskTrainer(Trainer):
     ) -> tuple[Tensor, None, None]:
         """The loss alone; answers are scored by `polyroute.evaluate`."""
         with torch.no_grad(), self.compute_loss_context_manager():
-            return self.kind.loss(model, self._prepare_inputs(inputs)).detach(), None, None
+            return self.compute_loss(model, self._prepare_inputs(inputs)).detach(), None, None
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Write the inventory; under FSDP every process must call this.
+
+        Args:
+            output_dir: where; `args.output_dir` by default.
+        """
+        with self._as_unsharded():
+            super().save_model(output_dir, _internal_call)
 
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
-        self.model.save_pretrained(output_dir or str(self.args.output_dir))
+        self.model.save_pretrained(
+            output_dir or str(self.args.output_dir), is_main_process=self.args.should_save
+        )
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        with self._as_unsharded():
+            super()._save_optimizer_and_scheduler(output_dir)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        with self._as_unsharded():
+            super()._load_optimizer_and_scheduler(checkpoint)
+
+    @contextmanager
+    def _as_unsharded(self) -> Iterator[None]:
+        # What trains is whole in every process, so FSDP has the same files as no FSDP.
+        sharded, self.is_fsdp_enabled = self.is_fsdp_enabled, False
+        try:
+            yield
+        finally:
+            self.is_fsdp_enabled = sharded
+
+    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
+        if self.args.hub_strategy != HubStrategy.END:
+            self._save()  # Trainer would copy the files that its own models have
+        super()._push_from_checkpoint(checkpoint_folder)
+
+    def create_model_card(
+        self, *args: Any, model_name: str | None = None, license: str | None = None, **kwargs: Any
+    ) -> None:
+        """Write README.md to `args.output_dir`, for the hub; see `polyroute.card.write_card`."""
+        if self.is_world_process_zero():
+            folder = Path(str(self.args.output_dir))
+            name = self.hub_model_id or model_name
+            write_text(folder / CARD, write_card(folder, name=name, license=license))
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         self.model.load_adapter(resume_from_checkpoint)
@@ -196,6 +328,10 @@ class MultiTaskTrainer(Trainer):
         if best is None or not Path(best).is_dir():
             raise InputError(f"the best checkpoint {best!r} is gone")
         self.model.load_adapter(best)
+
+
+def _collate(kind: ModelKind, rows: Sequence[Row]) -> dict[str, Any]:
+    return {**kind.collate(rows), COUNTS: torch.tensor(kind.row_counts(rows))}
 
 
 def _check(model: object, args: object) -> None:
@@ -226,7 +362,12 @@ def _check(model: object, args: object) -> None:
             f"rowwise_routes is an AdamW, which optim={str(OptimizerNames(args.optim).value)!r} is "
             f"not; set optim to {ROWWISE_OPTIMS[0]!r}"
         )
-    if args.rowwise_routes and args.world_size * max(args.n_gpu, 1) > 1:
+    if args.n_gpu > 1:
+        raise InputError(
+            f"one process cannot train on {args.n_gpu} GPUs: start one for each with torchrun or "
+            "accelerate launch, or choose one with CUDA_VISIBLE_DEVICES"
+        )
+    if args.rowwise_routes and args.world_size > 1:
         raise InputError(
             "rowwise_routes trains in one process on one device, and this run has several; "
             "leave it at False, or start one process"
@@ -245,6 +386,18 @@ def _check_rows(model: RoutedModel, name: str, rows: object) -> None:
         )
     for task in rows.unique("task"):
         model.routes.row(task)
+
+
+class _NextEpoch(TrainerCallback):
+    """Tells the sampler the epoch: accelerate does not, of a run of several that is resumed."""
+
+    def __init__(self, trainer: MultiTaskTrainer) -> None:
+        self.trainer = trainer
+
+    def on_epoch_begin(
+        self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self.trainer.sampler.set_epoch(int(state.epoch or 0))
 
 
 class _Anneal(TrainerCallback):

@@ -7,7 +7,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from rich.console import Console
 from rich.table import Table
 
 from polyroute.adapt import AdaptSettings, adapt_suite
@@ -19,12 +18,14 @@ from polyroute.demo.routes import RouteReport, relate_routes_to_skills
 from polyroute.demo.suite import TASKS, write_suite
 from polyroute.evaluate import evaluate, macro_average
 from polyroute.examples import encoded_mixture
-from polyroute.files import write_json
+from polyroute.files import read_json, write_json
+from polyroute.interrupts import resumable
 from polyroute.kinds import ModelKind, kind_of
 from polyroute.loading import load_base
 from polyroute.metrics import mean_and_error
 from polyroute.model import RoutedModel
-from polyroute.runs import machine, open_run, record
+from polyroute.output import Result, say
+from polyroute.runs import held, machine, open_run, record
 from polyroute.suite import Suite
 from polyroute.suites import open_suite
 from polyroute.trainer import MultiTaskTrainer, MultiTaskTrainingArguments
@@ -43,17 +44,20 @@ TRAIN = {"steps": 250, "batch_size": 32, "lr": 5e-3, "route_lr": 0.1}
 ADAPT = {"shots": 8, "batch_size": 8, "steps": 20, "lr": 5e-3, "route_lr": 1.0}
 SEEDS = (42, 1024, 0)
 TEST_EXAMPLES = 60
+DONE = "done.json"
+"""What came out of the methods that are done."""
 
-console = Console()
 
-
-def run_demo(out: Path, *, quick: bool = False, overwrite: bool = False) -> dict[str, Any]:
+def run_demo(
+    out: Path, *, quick: bool = False, resume: bool = False, overwrite: bool = False
+) -> Result:
     """Train, adapt, compare, and write what came out.
 
     Args:
         out: folder for the suite, results (`results.json`, `results.md`), plots and adapters.
         quick: a tenth of the steps, one seed and two held-out tasks.
-        overwrite: replace a demo that is there.
+        resume: go on with the demo that is there, after the methods that are done.
+        overwrite: replace it.
 
     Returns:
         What `results.json` holds.
@@ -62,8 +66,14 @@ def run_demo(out: Path, *, quick: bool = False, overwrite: bool = False) -> dict
         InputError: the folder holds something already, or cannot be written.
     """
     started = time.perf_counter()
-    folder = open_run(out, resume=False, overwrite=overwrite)
-    record(folder, "demo", {"quick": quick, "train": TRAIN, "adapt": ADAPT, "model": "demo"})
+    folder = open_run(out, "demo", resume=resume, overwrite=overwrite)
+    config = {"quick": quick, "train": TRAIN, "adapt": ADAPT, "model": "demo"}
+    record(folder, "demo", config, resume=resume)
+    with held(folder), resumable(folder):
+        return _run(folder, quick=quick, started=started)
+
+
+def _run(folder: Path, *, quick: bool, started: float) -> Result:
     write_suite(folder / "suite", train=200, validation=20, test=TEST_EXAMPLES)
     suite = open_suite(folder / "suite")
     base, tokenizer = load_base("demo")
@@ -74,7 +84,16 @@ def run_demo(out: Path, *, quick: bool = False, overwrite: bool = False) -> dict
     held_out = held_out[:2] if quick else [t for i, t in enumerate(held_out) if i % 3 != 2]
     results: list[dict[str, Any]] = []
     multi_task: dict[str, Any] = {}
+    if (folder / DONE).is_file():
+        done = read_json(folder / DONE)
+        results, multi_task, started = (
+            done["results"],
+            done["multi_task"],
+            started - done["seconds"],
+        )
     for method, config in CONFIGS.items():
+        if method in multi_task:
+            continue
         torch.manual_seed(0)
         model = attach(base, config, training)
         seconds = _train(model, kind, suite, training, folder / method, quick=quick)
@@ -87,6 +106,9 @@ def run_demo(out: Path, *, quick: bool = False, overwrite: bool = False) -> dict
         }
         base = model.unload()  # type: ignore[assignment]
         results += _adapt_all(base, kind, suite, folder, method, held_out, quick=quick)
+        seconds = time.perf_counter() - started
+        done = {"results": results, "multi_task": multi_task, "seconds": seconds}
+        write_json(folder / DONE, done)
     routes = relate_routes_to_skills(read_checkpoint(folder / "mhr"))
     report: dict[str, Any] = {
         "multi_task": multi_task,
@@ -100,8 +122,10 @@ def run_demo(out: Path, *, quick: bool = False, overwrite: bool = False) -> dict
     draw_accuracy(folder / "accuracy.png", summary)
     draw_routes(folder / "routes.png", routes)
     words = _in_words(results, summary, multi_task, routes)
-    _show(summary, multi_task, words, folder, report["seconds"])
-    return report
+    return Result(
+        {"out": folder, "summary": summary, **report},
+        _shown(summary, multi_task, words, folder, report["seconds"]),
+    )
 
 
 def _train(
@@ -133,8 +157,8 @@ def _train(
     trainer = MultiTaskTrainer(model, kind, arguments, encoded_mixture(suite, tasks, "train", kind))
     trainer.remove_callback(_printer())
     started = time.perf_counter()
-    with console.status(f"training {model.adapter_config.method} on {len(tasks)} tasks"):
-        trainer.train()
+    say(f"training {model.adapter_config.method} on {len(tasks)} tasks")
+    trainer.train()
     return time.perf_counter() - started
 
 
@@ -239,13 +263,14 @@ def _in_words(
     return [*lines, *routes.in_words()]
 
 
-def _show(
+def _shown(
     summary: Sequence[dict[str, Any]],
     multi_task: dict[str, Any],
     words: Sequence[str],
     folder: Path,
     seconds: float,
-) -> None:
+) -> tuple[Any, ...]:
+    """Writes `results.md`; the same for the terminal."""
     table = Table("method", "phase", "accuracy", "standard error", "trained parameters", "seconds")
     lines = [
         "| method | phase | accuracy | standard error | trained parameters | seconds a task |",
@@ -274,11 +299,9 @@ def _show(
         "",
     ]
     (folder / "results.md").write_text("\n".join(text), encoding="utf-8")
-    console.print(f"multi-task training: {trained}", highlight=False)
-    console.print(table)
-    for line in words:
-        console.print(f"- {line}", highlight=False)
-    console.print(
+    return (
+        f"multi-task training: {trained}",
+        table,
+        *(f"- {line}" for line in words),
         f"{seconds:.0f} s; tables, plots (accuracy.png, routes.png) and a LoRA are in {folder}",
-        highlight=False,
     )

@@ -7,16 +7,20 @@ from pathlib import Path
 from torch import nn
 
 from polyroute.errors import InputError, did_you_mean
+from polyroute.exchange.lora import from_lora
 from polyroute.exchange.mttl import HYPER_PARAMETERS, Layout, from_mttl
 from polyroute.exchange.mttl_export import write_mttl
-from polyroute.exchange.peft_poly import CONFIG, from_peft_poly, write_peft_poly
+from polyroute.exchange.peft_folder import CONFIG, peft_type_of
+from polyroute.exchange.peft_mhr import from_peft_mhr, write_peft_mhr
+from polyroute.exchange.peft_poly import from_peft_poly, write_peft_poly
 from polyroute.files import check_place
 from polyroute.model import RoutedModel
 
 __all__ = ["check_export", "read_inventory", "write_inventory"]
 
-READ = ("mttl", "mttl-main", "peft-poly")
-WRITTEN = ("peft", "mttl", "peft-poly")
+PEFT_READERS = {"peft": from_lora, "peft-mhr": from_peft_mhr, "peft-poly": from_peft_poly}
+READ = ("mttl", "mttl-main", *PEFT_READERS)
+WRITTEN = ("peft", "mttl", "peft-mhr", "peft-poly")
 
 
 def read_inventory(
@@ -32,8 +36,9 @@ def read_inventory(
     Args:
         base_model: the one it was trained on.
         path: a file, or a folder.
-        form: `"mttl"`, `"mttl-main"` or `"peft-poly"`; default by what is there.
-        tasks: names of the routing rows, in their order; default numbers.
+        form: `"mttl"`, `"mttl-main"`, `"peft"` (one LoRA), `"peft-mhr"` or `"peft-poly"`; default
+            by what is there.
+        tasks: names of the routing rows, in their order; default those that are there, or numbers.
         allow_pickle: see `polyroute.exchange.foreign.read_pickle`.
 
     Raises:
@@ -44,10 +49,11 @@ def read_inventory(
     place = Path(path)
     if not place.exists():
         raise InputError(f"{place} does not exist; name a checkpoint to import")
-    if form is None and (place / CONFIG).is_file():
-        form = "peft-poly"
-    if form == "peft-poly":
-        return from_peft_poly(base_model, place, tasks=tasks, allow_pickle=allow_pickle)
+    if form is None and (kind := peft_type_of(place)) is not None:
+        form = {"MHR": "peft-mhr", "POLY": "peft-poly"}.get(kind, "peft")
+    if form in PEFT_READERS:
+        read = PEFT_READERS[form]
+        return read(base_model, place, tasks=tasks, allow_pickle=allow_pickle)
     layout: Layout | None = "mttl-main" if form == "mttl-main" else "mttl" if form else None
     return from_mttl(base_model, place, tasks=tasks, layout=layout, allow_pickle=allow_pickle)
 
@@ -85,6 +91,8 @@ def write_inventory(model: RoutedModel, out: Path, form: str, task: str | None) 
     """
     if form == "mttl":
         write_mttl(model, out)
+    elif form == "peft-mhr":
+        write_peft_mhr(model, out)
     elif form == "peft-poly":
         write_peft_poly(model, out)
     else:

@@ -12,7 +12,6 @@ The update is always scaled by 1/r, which is an alpha of 1, and every layer has 
 import os
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -26,19 +25,16 @@ from polyroute.exchange.foreign import (
     ForeignInventory,
     check_exportable,
     read_names,
-    read_pickle,
     routed_model,
 )
-from polyroute.files import make_folder, read_json, read_tensors, write_json, write_tensors
+from polyroute.exchange.peft_folder import CONFIG, ROOT, TENSORS, check_whole, read_peft_folder
+from polyroute.files import make_folder, write_json, write_tensors
 from polyroute.model import RoutedModel
 from polyroute.peft_export import base_name, task_type
-from polyroute.targets import find_endings, find_sites
+from polyroute.targets import find_endings
 
-__all__ = ["CONFIG", "from_peft_poly", "write_peft_poly"]
+__all__ = ["from_peft_poly", "write_peft_poly"]
 
-CONFIG = "adapter_config.json"
-TENSORS = "adapter_model.safetensors"
-PICKLE = "adapter_model.bin"
 COUNTS = ("r", "n_tasks", "n_skills", "n_splits")
 ROUTER = "poly_router.module_logits"
 KEY = re.compile(r"base_model\.model\.(?P<layer>.+)\.(?P<part>poly_lora_A|poly_lora_B|"
@@ -69,18 +65,12 @@ def from_peft_poly(
             base model.
     """
     source, path = os.fspath(folder), Path(folder)
-    if not (path / CONFIG).is_file():
-        raise InputError(f"{source} is no PEFT checkpoint: there is no {CONFIG} in it")
-    fields = read_json(path / CONFIG)
+    fields, tensors = read_peft_folder(path, "POLY", allow_pickle=allow_pickle)
     config = _config(fields, source)
-    if (path / TENSORS).is_file() or not (path / PICKLE).is_file():
-        tensors: Mapping[str, Any] = read_tensors(path / TENSORS)
-    else:
-        tensors = read_pickle(path / PICKLE, allowed=allow_pickle)
     if tasks is None and (path / NAMES).is_file():
         tasks = read_names(path / NAMES)
     found = _inventory(tensors, config, source)
-    _check_whole(base_model, found, fields)
+    check_whole(base_model, found, fields)
     if any(len(table) != fields["n_tasks"] for table in found.logits.values()):
         raise InputError(
             f"{source} has n_tasks={fields['n_tasks']} but another number of routing rows; "
@@ -89,10 +79,9 @@ def from_peft_poly(
     return routed_model(base_model, found, tasks)
 
 
-def _config(fields: Any, source: str) -> MHRConfig:
-    kind = fields.get("peft_type") if isinstance(fields, dict) else None
-    if kind != "POLY" or fields.get("poly_type", "poly") != "poly":
-        raise InputError(f"{source} holds an adapter of PEFT type {kind!r}, where 'POLY' is needed")
+def _config(fields: Mapping[str, Any], source: str) -> MHRConfig:
+    if fields.get("poly_type", "poly") != "poly":
+        raise InputError(f"{source} has poly_type={fields['poly_type']!r}, where 'poly' is needed")
     for name in COUNTS:
         value = fields.get(name)
         if not isinstance(value, int) or isinstance(value, bool) or value < 1:
@@ -128,23 +117,6 @@ def _inventory(tensors: Mapping[str, Any], config: MHRConfig, source: str) -> Fo
     return ForeignInventory(source, config, skills, logits)
 
 
-def _check_whole(base_model: nn.Module, found: ForeignInventory, fields: Mapping[str, Any]) -> None:
-    """Make sure that every layer is there that the settings of the checkpoint choose."""
-    target = fields.get("target_modules")
-    if not target or fields.get("exclude_modules"):
-        return
-    try:
-        sites = find_sites(base_model, replace(found.config, target_modules=target))
-    except InputError as error:
-        raise InputError(f"{found.source} belongs to another base model: {error}") from error
-    missing = sorted({site.name for site in sites} - found.layers)
-    if missing:
-        raise InputError(
-            f"{found.source} has no adapter for layer {missing[0]!r}, which its settings choose: "
-            "it is not whole, or belongs to another base model"
-        )
-
-
 def write_peft_poly(model: RoutedModel, folder: str | os.PathLike[str]) -> None:
     """Write all skills and routes as a checkpoint that PEFT loads as `PolyConfig`.
 
@@ -169,7 +141,7 @@ def write_peft_poly(model: RoutedModel, folder: str | os.PathLike[str]) -> None:
     assert config.alpha is not None
     tensors: dict[str, Tensor] = {}
     for i, site in enumerate(model.sites):
-        prefix, skills = f"base_model.model.{site.name}.", model.inventory.site_tensors(i)
+        prefix, skills = f"{ROOT}{site.name}.", model.inventory.site_tensors(i)
         tensors[prefix + "poly_lora_A"] = skills["lora_a"]
         tensors[prefix + "poly_lora_B"] = skills["lora_b"] * config.alpha
         tensors[prefix + ROUTER] = table[:, model.mixer.router_of_site[i]]

@@ -93,6 +93,6 @@ def check_entry(entry: Any, where: str) -> TaskInfo:
     if entry["metric"] == "accuracy" and not entry["choices"]:
         raise InputError(
             f"{where}: the metric accuracy needs choices; set 'choices' to true or 'metric' to "
-            "exact_match, strict_match or rougeL"
+            f"one of {', '.join(m for m in METRICS if m != 'accuracy')}"
         )
     return TaskInfo(entry["category"], entry["metric"], entry["role"], entry["choices"])

@@ -81,6 +81,8 @@ class SuperNiSuite(TableSuite):
         eos, fits, identity = "</s>", any_length, ""
         if isinstance(tokenizer, str):
             tokenizer = named_tokenizer(tokenizer)
+        elif not isinstance(tokenizer, PreTrainedTokenizerBase | None):
+            raise InputError(f"the reader's option tokenizer must be a name, not {tokenizer!r}")
         if tokenizer is not None:
             eos, fits = str(tokenizer.eos_token or ""), partial(fits_in, tokenizer, max_input)
             identity = Hasher.hash([tokenizer, max_input])

@@ -3,6 +3,7 @@
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from polyroute.report_page.alignment import alignment_charts
 from polyroute.report_page.charts import Chart, learning, parameters, shots
@@ -28,18 +29,23 @@ class Contents:
     """A sentence for each thing that was left out."""
 
 
-def collect(folders: Sequence[str | os.PathLike[str]], data: str | None = None) -> Contents:
+def collect(
+    folders: Sequence[str | os.PathLike[str]],
+    data: str | None = None,
+    reader: Mapping[str, Any] | None = None,
+) -> Contents:
     """Read runs and compute what a report shows.
 
     Args:
         folders: of `polyroute train`, `adapt` or `demo`.
         data: a suite that tells the categories of tasks; by default those of the runs.
+        reader: options of its reader.
 
     Raises:
         InputError: a folder holds no run, or there is no suite.
     """
     runs, notes = read_runs(folders)
-    categories = categories_of(runs, data, notes)
+    categories = categories_of(runs, data, notes, reader)
     grouped = groups(runs)
     colours = {name: i for i, name in enumerate(grouped)}
     colours |= {run.name: colours[name] for name, members in grouped.items() for run in members}

@@ -12,8 +12,8 @@ import torch
 from polyroute.analysis import RoutingAnalysis, analyse, saved_weights
 from polyroute.checkpoint import Checkpoint, read_checkpoint
 from polyroute.errors import InputError
+from polyroute.loading import load_suite
 from polyroute.report_page.data import Run, clean
-from polyroute.suites import open_suite
 
 __all__ = ["Routing", "categories_of", "routing_of"]
 
@@ -165,7 +165,12 @@ def _nearest(similarity: npt.NDArray[np.float64]) -> list[list[tuple[int, float]
     return [[(int(j), float(others[i, j])) for j in row] for i, row in enumerate(order)]
 
 
-def categories_of(runs: Sequence[Run], data: str | None, notes: list[str]) -> dict[str, str]:
+def categories_of(
+    runs: Sequence[Run],
+    data: str | None,
+    notes: list[str],
+    reader: Mapping[str, Any] | None = None,
+) -> dict[str, str]:
     """The categories of tasks, from the suites of the runs, or from one that is given.
 
     Raises:
@@ -173,15 +178,16 @@ def categories_of(runs: Sequence[Run], data: str | None, notes: list[str]) -> di
     """
     found: dict[str, str] = {}
     if data is not None:
-        return _categories(data)
-    for place in dict.fromkeys(run.data for run in runs if run.inventory and run.data):
+        return _categories(data, reader)
+    places = {run.data: run.config.get("reader") for run in runs if run.inventory and run.data}
+    for place, options in places.items():
         try:
-            found |= _categories(str(place))
+            found |= _categories(str(place), options if isinstance(options, dict) else None)
         except InputError as error:
             notes.append(f"Tasks of {place} have no categories here (--data names it): {error}.")
     return found
 
 
-def _categories(data: str) -> dict[str, str]:
-    suite = open_suite(data)
+def _categories(data: str, reader: Mapping[str, Any] | None) -> dict[str, str]:
+    suite = load_suite(data, reader)
     return {task: suite.info(task).category for task in suite.tasks}

@@ -1,8 +1,9 @@
 """Writing a report: the page, and the folder of files beside it."""
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from polyroute.errors import InputError
 from polyroute.files import check_place, make_folder, write_text
@@ -18,6 +19,7 @@ def write_report(
     out: str | os.PathLike[str],
     *,
     data: str | None = None,
+    reader: Mapping[str, Any] | None = None,
 ) -> Path:
     """Write what runs came to as one HTML page, with its figures and numbers in a folder beside it.
 
@@ -26,6 +28,7 @@ def write_report(
             with, unless one is of method `shared`.
         out: the page; the folder is called like it, with `-files` at the end.
         data: a suite that tells the categories of tasks; by default those of the runs.
+        reader: options of its reader.
 
     Returns:
         The folder of files.
@@ -36,7 +39,7 @@ def write_report(
     path = Path(out).expanduser()
     beside = path.with_name(f"{path.stem}-files")
     _check_place(path, beside)
-    report = collect(folders, data)
+    report = collect(folders, data, reader)
     page = render(report, beside.name)
     make_folder(path.parent)
     make_folder(beside)

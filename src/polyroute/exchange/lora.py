@@ -1,0 +1,135 @@
+"""Ordinary LoRA folders of PEFT, read as an inventory of one skill.
+
+    base_model.model.<layer>.lora_A.weight    [r, d_in]
+    base_model.model.<layer>.lora_B.weight    [d_out, r]
+
+`polyroute.peft_export` writes them. The scale, `lora_alpha / r` or what rsLoRA and the patterns of
+single layers make of it, is folded into B; layers of a smaller rank are filled up with zeros.
+Layers that store their weight transposed (GPT-2) have the same two matrices.
+"""
+
+import math
+import os
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+from torch.nn.functional import pad
+
+from polyroute.config import MHRConfig
+from polyroute.errors import InputError
+from polyroute.exchange.foreign import ForeignInventory, routed_model
+from polyroute.exchange.peft_folder import ROOT, check_whole, read_peft_folder
+from polyroute.model import RoutedModel
+
+__all__ = ["from_lora"]
+
+KEY = re.compile(rf"{re.escape(ROOT)}(?P<layer>.+)\.lora_(?P<part>A|B)\.weight")
+CHANGED_BASE = ("modules_to_save", "trainable_token_indices", "lora_bias")
+"""Settings of adapters that hold weights of the base model, or a bias, too."""
+OTHER_FUNCTION = (
+    "use_dora", "alora_invocation_tokens", "layer_replication", "use_qalora", "use_bdlora",
+    "arrow_config", "kasa_config", "monteclora_config", "target_parameters", "megatron_config",
+)  # fmt: skip
+"""Settings with which an adapter computes something else than base(x) + scale B A x."""
+CHANGING_INITS = ("pissa", "olora", "corda", "loftq", "lora_ga")
+"""Initialisations that also change the weights of the base model."""
+
+
+def from_lora(
+    base_model: nn.Module,
+    folder: str | os.PathLike[str],
+    *,
+    tasks: Sequence[str] | None = None,
+    allow_pickle: bool = False,
+) -> RoutedModel:
+    """Attach a LoRA that PEFT, or `RoutedModel.export_peft`, wrote, as a shared adapter.
+
+    Its rank is the largest of all layers; what a smaller one is filled up with stays zero in
+    training.
+
+    Args:
+        base_model: the one it was trained on.
+        folder: with `adapter_config.json` and `adapter_model.safetensors`.
+        tasks: names of the tasks that use it; default the name of the folder.
+        allow_pickle: read `adapter_model.bin` where there are no safetensors.
+
+    Raises:
+        InputError: the folder holds no LoRA, one that computes more than a low-rank update (DoRA,
+            biases, trained weights of the base model), is not whole, or does not fit the base
+            model.
+    """
+    path, source = Path(folder), os.fspath(folder)
+    fields, tensors = read_peft_folder(path, "LORA", allow_pickle=allow_pickle)
+    _check_plain(fields, source)
+    layers: dict[str, dict[str, Tensor]] = {}
+    for key, tensor in tensors.items():
+        match = KEY.fullmatch(key)
+        if match is None or not isinstance(tensor, Tensor) or tensor.dim() != 2:
+            raise InputError(
+                f"{source} holds {key!r}, which is no part of a LoRA of linear layers; embeddings "
+                "and trained weights of the base model cannot be imported"
+            )
+        layers.setdefault(match["layer"], {})[match["part"]] = tensor
+    if not layers:
+        raise InputError(f"{source} holds no adapter: no key of it ends in .lora_A.weight")
+    ranks = [_checked_rank(layer, parts, fields, source) for layer, parts in layers.items()]
+    rank = max(ranks)
+    skills: dict[str, Tensor] = {}
+    for (layer, parts), own in zip(layers.items(), ranks, strict=True):
+        scaled = parts["B"].float() * _scale(layer, fields, own, source)
+        skills[f"{layer}.lora_a"] = pad(parts["A"].float().t(), (0, rank - own))[None, None]
+        skills[f"{layer}.lora_b"] = pad(scaled.t(), (0, 0, 0, rank - own))[None, None]
+    config = MHRConfig(method="shared", rank=rank, dropout=fields.get("lora_dropout") or 0.0)
+    found = ForeignInventory(source, config, skills, {})
+    check_whole(base_model, found, fields)
+    return routed_model(base_model, found, [path.resolve().name] if tasks is None else tasks)
+
+
+def _check_plain(fields: Mapping[str, Any], source: str) -> None:
+    init = fields.get("init_lora_weights")
+    refused = [name for name in (*CHANGED_BASE, *OTHER_FUNCTION) if fields.get(name)]
+    if fields.get("bias", "none") != "none":
+        refused.append("bias")
+    if isinstance(init, str) and init.lower().startswith(CHANGING_INITS):
+        refused.append("init_lora_weights")
+    if refused:
+        name = refused[0]
+        raise InputError(
+            f"{source} is no plain LoRA: its {name} is {fields[name]!r}; fold it into the base "
+            "model with PEFT's merge_and_unload() instead"
+        )
+
+
+def _of_layer(patterns: object, layer: str, default: Any) -> Any:
+    """A layer's entry of `rank_pattern` or `alpha_pattern`: the first whose name it ends in."""
+    if isinstance(patterns, Mapping):
+        for pattern, value in patterns.items():
+            if re.match(rf"(.*\.)?({pattern})$", layer):
+                return value
+    return default
+
+
+def _checked_rank(
+    layer: str, parts: Mapping[str, Tensor], fields: Mapping[str, Any], source: str
+) -> int:
+    if parts.keys() != {"A", "B"}:
+        lacking = "lora_A" if "B" in parts else "lora_B"
+        raise InputError(f"{source} lacks {lacking} of layer {layer!r}; it is not whole")
+    rank = _of_layer(fields.get("rank_pattern"), layer, fields.get("r"))
+    shapes = parts["A"].shape[0], parts["B"].shape[1]
+    if shapes != (rank, rank):
+        raise InputError(
+            f"{source} is damaged: layer {layer!r} should have rank {rank}, and its matrices have "
+            f"{shapes[0]} and {shapes[1]}"
+        )
+    return int(rank)
+
+
+def _scale(layer: str, fields: Mapping[str, Any], rank: int, source: str) -> float:
+    alpha = _of_layer(fields.get("alpha_pattern"), layer, fields.get("lora_alpha"))
+    if not isinstance(alpha, int | float) or isinstance(alpha, bool):
+        raise InputError(f"{source}: lora_alpha={alpha!r} is not a number")
+    return float(alpha / math.sqrt(rank) if fields.get("use_rslora") else alpha / rank)

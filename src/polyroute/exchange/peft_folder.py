@@ -1,0 +1,79 @@
+"""The folders that PEFT's `save_pretrained` writes, whatever the method."""
+
+import os
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from polyroute.errors import InputError
+from polyroute.exchange.foreign import ForeignInventory, read_pickle
+from polyroute.files import read_json, read_tensors
+from polyroute.targets import find_sites
+
+__all__ = ["CONFIG", "ROOT", "TENSORS", "check_whole", "peft_type_of", "read_peft_folder"]
+
+CONFIG = "adapter_config.json"
+TENSORS = "adapter_model.safetensors"
+PICKLE = "adapter_model.bin"
+ROOT = "base_model.model."
+"""What every key begins with, before the name of the layer in the base model."""
+
+
+def peft_type_of(folder: str | os.PathLike[str]) -> str | None:
+    """The method of an adapter, as PEFT spells it; None where there is no adapter."""
+    if not (Path(folder) / CONFIG).is_file():
+        return None
+    fields = read_json(Path(folder) / CONFIG)
+    return str(fields.get("peft_type")) if isinstance(fields, dict) else None
+
+
+def read_peft_folder(
+    folder: str | os.PathLike[str], peft_type: str, *, allow_pickle: bool
+) -> tuple[dict[str, Any], Mapping[str, Any]]:
+    """The settings and the tensors of an adapter.
+
+    Args:
+        folder: what PEFT wrote.
+        peft_type: the method that it must be of.
+        allow_pickle: read `adapter_model.bin` where there are no safetensors; see `read_pickle`.
+
+    Raises:
+        InputError: the folder holds no adapter of this method, or its files are damaged.
+    """
+    path, source = Path(folder), os.fspath(folder)
+    found = peft_type_of(path)
+    if not (path / CONFIG).is_file():
+        raise InputError(f"{source} is no PEFT checkpoint: there is no {CONFIG} in it")
+    if found != peft_type:
+        raise InputError(
+            f"{source} holds an adapter of PEFT type {found!r}, where {peft_type!r} is needed"
+        )
+    if (path / TENSORS).is_file() or not (path / PICKLE).is_file():
+        tensors: Mapping[str, Any] = read_tensors(path / TENSORS)
+    else:
+        tensors = read_pickle(path / PICKLE, allowed=allow_pickle)
+    return read_json(path / CONFIG), tensors
+
+
+def check_whole(base_model: nn.Module, found: ForeignInventory, fields: Mapping[str, Any]) -> None:
+    """Make sure that every layer is there that the settings of the checkpoint choose.
+
+    Raises:
+        InputError: one is not, or the settings do not fit the base model.
+    """
+    target = fields.get("target_modules")
+    if not target or fields.get("exclude_modules") or fields.get("layers_to_transform") is not None:
+        return
+    try:
+        sites = find_sites(base_model, replace(found.config, target_modules=target))
+    except InputError as error:
+        raise InputError(f"{found.source} belongs to another base model: {error}") from error
+    missing = sorted({site.name for site in sites} - found.layers)
+    if missing:
+        raise InputError(
+            f"{found.source} has no adapter for layer {missing[0]!r}, which its settings choose: "
+            "it is not whole, or belongs to another base model"
+        )

@@ -1,0 +1,146 @@
+"""Adapters of `polyroute.peft`, the method MHR of PEFT, written and read without PEFT.
+
+A folder with `adapter_config.json` and `adapter_model.safetensors`:
+
+    base_model.model.<layer>.mhr_adapters.skills.lora_a.<d_in>x<d_out>    [1, H, K, r, d_in/H]
+    base_model.model.<layer>.mhr_adapters.skills.lora_b.<d_in>x<d_out>    [1, H, K, r, d_out/H]
+    base_model.model.<layer>.mhr_adapters.routes.logits                   [T, H * K]
+
+with `ia3` `[1, H, K, 1, d_out/H]` in place of both for (IA)^3. Every layer has its own router.
+"""
+
+import os
+import re
+from collections.abc import Sequence
+from pathlib import Path
+
+from torch import Tensor, nn
+
+from polyroute.config import MHRConfig
+from polyroute.errors import InputError
+from polyroute.exchange.foreign import ForeignInventory, routed_model
+from polyroute.exchange.peft_folder import CONFIG, ROOT, TENSORS, check_whole, read_peft_folder
+from polyroute.files import make_folder, write_json, write_tensors
+from polyroute.model import RoutedModel
+from polyroute.peft_export import base_name, task_type
+from polyroute.targets import find_endings
+
+__all__ = ["ADAPTERS", "SETTINGS", "from_peft_mhr", "write_peft_mhr"]
+
+ADAPTERS = "mhr_adapters"
+SETTINGS = (
+    "method", "adapter", "num_skills", "num_heads", "rank", "alpha", "init", "dropout", "gate",
+    "normalization", "logit_dropout", "shared_skill",
+)  # fmt: skip
+"""What the settings of such an adapter have in common with `polyroute.MHRConfig`."""
+KEY = re.compile(
+    rf"{re.escape(ROOT)}(?P<layer>.+)\.{ADAPTERS}\."
+    r"(?:skills\.(?P<kind>lora_a|lora_b|ia3)\.\d+x\d+|routes\.logits)"
+)
+
+
+def write_peft_mhr(model: RoutedModel, folder: str | os.PathLike[str]) -> None:
+    """Write all skills and routes as an adapter for `PeftModel.from_pretrained`.
+
+    Whoever loads it must have imported `polyroute.peft`.
+
+    Args:
+        model: with one router for each layer.
+        folder: where to; made if missing.
+
+    Raises:
+        InputError: layers share routers, the routes were dropped or moved toward the average, the
+            model is merged, or the folder cannot be written.
+    """
+    model.check_unmerged()
+    config, logits = model.adapter_config, model.routes.logits
+    for holds, reason in (
+        (
+            not config.has_router or len(model.routers) == len(model.sites),
+            "layers of this inventory share routers, and there every layer has its own",
+        ),
+        (
+            not config.has_router or logits is not None,
+            "the routes were dropped by phase 'mu-uncollapsed'; average the skills by phase 'mu'",
+        ),
+        (
+            not model.mixer.anneal_progress,
+            "its routing was moved toward the average by anneal_steps",
+        ),
+    ):
+        if not holds:
+            raise InputError(f"no MHR adapter of PEFT can be written: {reason}")
+    path = make_folder(folder)
+    tensors: dict[str, Tensor] = {}
+    for i, site in enumerate(model.sites):
+        prefix = f"{ROOT}{site.name}.{ADAPTERS}."
+        for kind, skills in model.inventory.site_tensors(i).items():
+            stacked = (skills.mT if kind == "lora_a" else skills).unsqueeze(0)
+            tensors[f"{prefix}skills.{kind}.{site.d_in}x{site.d_out}"] = stacked
+        if logits is not None:
+            by_router = logits.detach().view(len(model.tasks), len(model.routers), -1)
+            tensors[f"{prefix}routes.logits"] = by_router[:, model.mixer.router_of_site[i]]
+    values = config.to_dict()
+    fields = {
+        "peft_type": "MHR",
+        "task_type": task_type(model.base_model),
+        "base_model_name_or_path": base_name(model.base_model),
+        "tasks": list(model.tasks),
+        "target_modules": find_endings(model.base_model, model.sites),
+        **{name: values[name] for name in SETTINGS if name in values},
+        "inference_mode": True,
+    }
+    write_tensors(path / TENSORS, tensors)
+    write_json(path / CONFIG, fields)
+
+
+def from_peft_mhr(
+    base_model: nn.Module,
+    folder: str | os.PathLike[str],
+    *,
+    tasks: Sequence[str] | None = None,
+    allow_pickle: bool = False,
+) -> RoutedModel:
+    """Attach the inventory of an MHR adapter of PEFT to its base model.
+
+    Args:
+        base_model: the one it was trained on.
+        folder: what PEFT's `save_pretrained` or `write_peft_mhr` wrote.
+        tasks: other names of the tasks, in their order.
+        allow_pickle: read `adapter_model.bin` where there are no safetensors.
+
+    Raises:
+        InputError: the folder holds no such adapter, it is not whole, or it does not fit the base
+            model.
+    """
+    source = os.fspath(folder)
+    fields, tensors = read_peft_folder(Path(folder), "MHR", allow_pickle=allow_pickle)
+    names = fields.get("tasks")
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        raise InputError(f"{source} has no list of task names in {CONFIG}; it is damaged")
+    values = {name: fields[name] for name in SETTINGS if name in fields}
+    try:
+        config = MHRConfig(**values)
+    except InputError as error:
+        raise InputError(f"{source} has settings that cannot be: {error}") from error
+    skills: dict[str, Tensor] = {}
+    logits: dict[str, Tensor] = {}
+    for key, tensor in tensors.items():
+        match = KEY.fullmatch(key)
+        if match is None or not isinstance(tensor, Tensor):
+            raise InputError(
+                f"{source} holds {key!r}, which is no part of an MHR adapter; modules_to_save and "
+                "other trained weights of the base model cannot be imported"
+            )
+        if match["kind"] is None:
+            logits[match["layer"]] = tensor
+        else:
+            published = tensor.squeeze(0)
+            skills[f"{match['layer']}.{match['kind']}"] = (
+                published.mT if match["kind"] == "lora_a" else published
+            )
+    if not skills or bool(logits) != config.has_router:
+        raise InputError(f"{source} lacks skills or routes; it is not whole")
+    found = ForeignInventory(source, config, skills, logits, num_tasks=len(names))
+    check_whole(base_model, found, fields)
+    return routed_model(base_model, found, names if tasks is None else tasks)

@@ -1,0 +1,208 @@
+import json
+import shutil
+from collections.abc import Sequence
+from contextlib import redirect_stdout
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from launched import launch, losses, parts, shard_on_cpu, train, trainer
+from safetensors.torch import load_file
+from tiny_runs import train_arguments
+from torch.distributed.tensor import DTensor
+
+from polyroute import InputError
+from polyroute.cli import main
+from polyroute.model import RoutedModel
+from polyroute.processes import index
+
+SHARDED = {"fsdp": True, "fsdp_config": {"version": 2}}
+
+
+def of(folder: Path) -> RoutedModel:
+    """The inventory in a folder, on an ordinary base model."""
+    model, _, _ = parts()
+    model.load_adapter(folder)
+    return model
+
+
+def check_equal(here: Path, there: Path) -> None:
+    expected = of(there).state_dict()
+    for name, tensor in of(here).state_dict().items():
+        torch.testing.assert_close(tensor, expected[name], rtol=1e-5, atol=1e-5)
+
+
+def share(folder: Path, **values: Any) -> None:
+    """As `train`, in one of two processes: with half of each batch."""
+    values = {"per_device_train_batch_size": 4, **values}
+    trained = train(folder, **values)
+    if trained.args.process_index == 0:
+        (folder / "losses").write_text(" ".join(map(str, losses(trained))))
+
+
+def test_two_processes_end_where_one_does(tmp_path: Path) -> None:
+    alone = train(tmp_path / "alone")
+    launch(share, tmp_path / "both")
+    check_equal(tmp_path / "both", tmp_path / "alone")
+    shared = [float(loss) for loss in (tmp_path / "both" / "losses").read_text().split()]
+    assert shared == pytest.approx(losses(alone), abs=1e-4)
+
+
+def test_a_sharded_base_model_changes_nothing(tmp_path: Path) -> None:
+    train(tmp_path / "alone", save_strategy="steps", save_steps=2)
+    launch(share_sharded, tmp_path / "both")
+    check_equal(tmp_path / "both", tmp_path / "alone")
+    saved, same = (tmp_path / name / "checkpoint-4" for name in ("both", "alone"))
+    check_equal(saved, same)
+    description = "polyroute.json"  # with samples of the weights of the base model
+    assert (saved / description).read_text().count("base_sample") > 2
+    # What was saved under sharding goes on without, and the other way round.
+    train(tmp_path / "on", resume=str(saved))
+    check_equal(tmp_path / "on", tmp_path / "alone")
+    launch(share_sharded, tmp_path / "back", str(same))
+    check_equal(tmp_path / "back", tmp_path / "alone")
+
+
+def share_sharded(folder: Path, resume: str | None = None) -> None:
+    shard_on_cpu()
+    strategy = {"save_strategy": "steps", "save_steps": 2}
+    trained = train(folder, resume, per_device_train_batch_size=4, **SHARDED, **strategy)
+    sharded = [p for p in trained.model.parameters() if isinstance(p.data, DTensor)]
+    assert len(sharded) > 10
+    assert not any(p.requires_grad for p in sharded)
+
+
+def test_what_would_not_be_sharded_is_refused(tmp_path: Path) -> None:
+    launch(refuse, tmp_path)
+
+
+def refuse(folder: Path) -> None:
+    with pytest.raises(InputError, match="shards over accelerators, and here is none"):
+        trainer(folder, **SHARDED)
+    with pytest.raises(InputError, match="rowwise_routes trains in one process"):
+        trainer(folder, rowwise_routes=True)
+
+
+@pytest.fixture(scope="module")
+def alone(place: Path) -> Path:
+    """A run of one process."""
+    main(train_arguments(place, "alone"))
+    return place / "alone"
+
+
+def compare(here: Path, there: Path, expected: Sequence[str]) -> None:
+    """The same files, with the same tensors up to rounding."""
+    files = {path.relative_to(there) for path in there.rglob("*.safetensors")}
+    assert {path.relative_to(here) for path in here.rglob("*.safetensors")} == files
+    assert set(expected) <= {path.name for path in files}
+    for path in files:
+        check_files(here / path, there / path)
+
+
+def command(output: Path, arguments: list[str]) -> None:
+    with (output / f"{index()}.txt").open("w") as file, redirect_stdout(file):
+        main(arguments)
+
+
+def test_a_command_in_two_processes_is_that_of_one(
+    place: Path, alone: Path, tmp_path: Path
+) -> None:
+    launch(command, tmp_path, train_arguments(place, "both"))
+    assert "the inventory is in" in (tmp_path / "0.txt").read_text()
+    assert not (tmp_path / "1.txt").read_text()
+    here, there = place / "both", alone
+    check_files(here / "inventory.safetensors", there / "inventory.safetensors")
+    metrics = [json.loads((run / "metrics.json").read_text()) for run in (here, there)]
+    logged = [[e["loss"] for e in each["log"] if "loss" in e] for each in metrics]
+    assert logged[0] == pytest.approx(logged[1], rel=1e-4)
+    # Interrupted after step 8 in two processes, and taken up in one.
+    for name in ("polyroute.json", "metrics.json", "inventory.safetensors"):
+        (here / name).unlink()
+    shutil.rmtree(here / "checkpoint-12")
+    main([*train_arguments(place, "both"), "--resume"])
+    check_files(here / "inventory.safetensors", there / "inventory.safetensors")
+
+
+def test_a_batch_that_cannot_be_shared_is_refused(
+    place: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "3")
+    with pytest.raises(SystemExit):
+        main(train_arguments(place, "three"))
+    assert "--batch-size 8 cannot be shared by 3 processes" in capsys.readouterr().err
+    assert not (place / "three").exists()
+
+
+def test_two_processes_adapt_a_share_each(place: Path, alone: Path) -> None:
+    def words(out: str) -> list[str]:
+        grid = ["--grid", "lr=0.001,0.01", "--seeds", "0,1,2", "--steps", "4", "--shots", "6"]
+        return ["adapt", str(alone), "--data", str(place / "suite"), "--tasks", "first,pick",
+                *grid, "--out", str(place / out)]  # fmt: skip
+
+    def results(out: str) -> list[dict[str, Any]]:
+        found = json.loads((place / out / "results.json").read_text())
+        return [{k: v for k, v in result.items() if k != "seconds"} for result in found]
+
+    main(words("one"))
+    launch(main, words("two"))
+    expected = [pytest.approx(result, rel=1e-4) for result in map(numbers, results("one"))]
+    assert list(map(numbers, results("two"))) == expected
+    assert [names(r) for r in results("two")] == [names(r) for r in results("one")]
+    assert len(expected) == 12
+    assert not (place / "two" / ".running").exists()
+    kept = ["adapter_model.safetensors"]
+    compare(place / "two", place / "one", kept)
+
+    # Interrupted: the first process had ended two slots, the second one of its own.
+    whole = json.loads((place / "two" / "results.json").read_text())
+    (place / "two" / ".running").mkdir()
+    (place / "two" / "results.json").write_text(json.dumps(whole[:3:2]))
+    (place / "two" / ".running" / "results-1.json").write_text(json.dumps(whole[1:2]))
+    shutil.rmtree(place / "two" / "pick")
+    main([*words("two"), "--resume"])
+    assert list(map(numbers, results("two"))) == expected
+    compare(place / "two", place / "one", kept)
+
+
+def numbers(result: dict[str, Any]) -> dict[str, float]:
+    return {k: v for k, v in result.items() if isinstance(v, int | float)}
+
+
+def names(result: dict[str, Any]) -> dict[str, Any]:
+    return {k: v for k, v in result.items() if not isinstance(v, int | float)}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("sharded", [False, True])
+@pytest.mark.parametrize("base", ["t5", "llama"])
+@pytest.mark.parametrize(
+    "values",
+    [
+        {"objective": "t-few"},
+        {"gradient_accumulation_steps": 2, "per_device_train_batch_size": 2},
+        {"optim": "adafactor", "cap": 7, "temperature": 2.0, "max_steps": 7},
+        {"phase": "mu", "activation_checkpointing": True},
+        {"phase": "z", "accelerator_config": {"split_batches": True},
+         "per_device_train_batch_size": 8},
+    ],
+)  # fmt: skip
+def test_whatever_the_settings(
+    tmp_path: Path, values: dict[str, Any], base: str, sharded: bool
+) -> None:
+    alone = {k: v for k, v in values.items() if k not in ("gradient_accumulation_steps",)}
+    train(tmp_path / "alone", **{**alone, "per_device_train_batch_size": 8, "base": base})
+    launch(share_with, tmp_path / "both", {**values, "base": base, **(SHARDED if sharded else {})})
+    for part in ("inventory.safetensors",):
+        check_files(tmp_path / "both" / part, tmp_path / "alone" / part)
+
+
+def share_with(folder: Path, values: dict[str, Any]) -> None:
+    shard_on_cpu()
+    share(folder, **values)
+
+
+def check_files(here: Path, there: Path) -> None:
+    expected = load_file(there)
+    for name, tensor in load_file(here).items():
+        torch.testing.assert_close(tensor, expected[name], rtol=1e-5, atol=1e-5)
