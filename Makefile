@@ -18,7 +18,7 @@ lint: $(INSTALLED)
 	$(BIN)/mypy
 
 docs: $(INSTALLED)
-	$(BIN)/python -m pytest -q tests/test_docs.py
+	$(BIN)/mkdocs build --strict
 
 # BENCH=--resume goes on where an interrupted run stopped.
 bench: $(INSTALLED)
@@ -42,4 +42,4 @@ $(INSTALLED): pyproject.toml constraints.txt
 	touch $@
 
 clean:
-	rm -rf $(VENV) demo-out build dist
+	rm -rf $(VENV) demo-out build dist site

