@@ -1,4 +1,4 @@
-"""Runs a page of the documentation from top to bottom, as its reader would."""
+"""Pages of the documentation: run from top to bottom, as a reader would; and the list of layers."""
 
 import re
 import shlex
@@ -10,6 +10,12 @@ from polyroute.cli import main
 DOCS = Path(__file__).parents[1] / "docs"
 BLOCK = re.compile(r"^```(\w*)(?: title=\"([^\"]+)\")?\n(.*?)^```$", flags=re.DOTALL | re.MULTILINE)
 """Language, title and text of a block of code."""
+
+
+def layers() -> list[set[str]]:
+    """The modules that the design page lists, line by line; each may import from those below."""
+    _, _, text = BLOCK.findall((DOCS / "design.md").read_text(encoding="utf-8"))[0]
+    return [set(re.findall(r"\w+", line)) for line in text.splitlines()]
 
 
 def run_page(page: Path) -> dict[str, Any]:

@@ -190,6 +190,20 @@ def test_long_tables_are_folded_and_very_long_ones_cut(
     assert "| `user-59` |" not in text
 
 
+def test_names_and_data_say_nothing_in_markdown_or_html(tmp_path: Path) -> None:
+    names = ("a`b<i>", "one\r\n# two", "x|y", "<script>")
+    routed(stack(), names).save_pretrained(tmp_path / "run")
+    record = {"source": "<img src=x>\n# no", "licence": "[a](b) `"}
+    (tmp_path / "<script>.jsonl").write_text(json.dumps(record))
+    config = {"data": str(tmp_path)}
+    write_json(tmp_path / "run" / "run.json", {"command": "train", "config": config})
+    tasks = section(write_card(tmp_path / "run"), "Tasks")
+    assert "| `` a`b<i> `` |" in tasks
+    assert "| `one # two` |" in tasks
+    assert r"| `x\|y` |" in tasks
+    assert r"| `<script>` | \<img src=x\> # no | \[a\](b) \` |" in tasks
+
+
 def test_data_sets_of_the_hub_are_named(tmp_path: Path) -> None:
     routed(stack()).save_pretrained(tmp_path / "run")
     (tmp_path / "suite.yaml").write_text(

@@ -27,6 +27,7 @@ import polyroute.progress as progress
 import polyroute.slot_training as slot_training
 from polyroute.cli import main
 from polyroute.evaluate import TaskScore
+from polyroute.exchange import READ, WRITTEN
 from polyroute.interrupts import deferred
 from polyroute.memory import bytes_in_training
 
@@ -92,7 +93,8 @@ def program(code: str, **environment: str) -> "subprocess.CompletedProcess[str]"
 def test_help_loads_neither_torch_nor_transformers() -> None:
     code = (
         "import sys; from polyroute.cli import main; main(['train', '--help']); "
-        "print({'torch', 'transformers', 'datasets', 'tqdm'} & set(sys.modules), file=sys.stderr)"
+        "heavy = {'torch', 'transformers', 'datasets', 'peft', 'matplotlib', 'tqdm'}; "
+        "print(heavy & set(sys.modules), file=sys.stderr)"
     )
     done = program(code)
     assert (done.returncode, done.stderr.strip()) == (0, "set()")
@@ -111,6 +113,8 @@ COMPLETE = "import sys; sys.argv[0] = 'polyroute'; from polyroute.cli import mai
         ("fish", "polyroute adapt RUN --phase mu", {"mu", "mu-uncollapsed"}),
         ("bash", "polyroute reproduce ", {"suite", "superni", "t0"}),
         ("bash", "polyroute inspect RUN --j", {"--json"}),
+        ("bash", "polyroute export RUN --format ", set(WRITTEN)),
+        ("bash", "polyroute import SOURCE --format ", set(READ)),
     ],
 )
 def test_shells_complete_options_and_their_values(
@@ -398,6 +402,11 @@ def test_an_interrupted_training_goes_on_to_the_same_end(
     assert not (out / "metrics.json").exists()
     main(train_arguments(place, out.name, "--resume"))
     equal(out, run)
+    resumed, whole = (read(folder / "metrics.json") for folder in (out, run))
+    # Of the last part alone; the mean loss would be that sum over the steps of all parts.
+    alone = {"train_loss", "train_runtime", "train_samples_per_second", "train_steps_per_second"}
+    assert whole.keys() - resumed.keys() == alone
+    assert not any(entry.keys() & alone for entry in resumed["log"])
 
 
 def test_interrupted_adaptations_are_saved_and_go_on_to_the_same_end(

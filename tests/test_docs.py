@@ -9,12 +9,12 @@ import pytest
 import torch
 import typer
 from base_models import t5
+from pages import layers
 
 from polyroute.cli import app
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
-DESIGN = (ROOT / "docs" / "design.md").read_text()
 
 
 def blocks(text: str, language: str) -> list[str]:
@@ -59,25 +59,24 @@ def test_the_readme_names_every_target_of_two_commands() -> None:
 
 
 def test_the_design_page_places_every_module() -> None:
-    listed = set(re.findall(r"\w+", blocks(DESIGN, "")[0]))
+    listed = set().union(*layers())
     package = ROOT / "src" / "polyroute"
     modules = {p.stem for p in package.glob("*.py")} - {"__init__", "__main__"}
     packages = {p.parent.name for p in package.glob("*/__init__.py")}
     assert listed == modules | packages
 
 
-def layers_below() -> dict[str, set[str]]:
-    """For each module of the design page's list, all modules on lines under its own."""
-    lines = [set(re.findall(r"\w+", line)) for line in blocks(DESIGN, "")[0].splitlines()]
-    return {module: set().union(*lines[i + 1 :]) for i, line in enumerate(lines) for module in line}
+BELOW = {
+    module: set().union(*layers()[i + 1 :]) for i, line in enumerate(layers()) for module in line
+}
 
 
-@pytest.mark.parametrize("module", sorted(layers_below()))
+@pytest.mark.parametrize("module", sorted(BELOW))
 def test_every_module_imports_downwards_only(module: str) -> None:
     folder = ROOT / "src" / "polyroute"
     single = folder / f"{module}.py"
     paths = [single] if single.exists() else sorted((folder / module).glob("*.py"))
-    allowed = layers_below()[module] | ({module} if len(paths) > 1 else set())
+    allowed = BELOW[module] | ({module} if len(paths) > 1 else set())
     for path in paths:
         for node in ast.walk(ast.parse(path.read_text())):
             if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("polyroute."):

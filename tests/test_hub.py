@@ -15,7 +15,7 @@ from huggingface_hub import ModelCard, constants
 from models import TASKS, routed, stack
 
 from polyroute import InputError, RoutedModel, SavedRoutes, from_pretrained, saved_routes
-from polyroute.hub import locate
+from polyroute.hub import locate, public
 from polyroute.trainer import MultiTaskTrainer, MultiTaskTrainingArguments
 
 NAME = "user/inventory"
@@ -310,3 +310,19 @@ def test_a_snapshot_is_located_as_it_is(hub: Hub, model: RoutedModel, tmp_path: 
     assert locate(found) is found
     assert str(found) == NAME
     assert Path(found).parent.name == "snapshots"
+
+
+@pytest.mark.parametrize(
+    ("value", "sent"),
+    [
+        ("/home/ada/suite", "suite"),
+        ("~/suite/", "suite"),
+        ("cache_dir=/home/ada/cache", "cache"),
+        ("file:///home/ada/suite.yaml", "suite.yaml"),
+        ("C:\\Users\\ada\\suite", "suite"),
+        ("user/inventory", "user/inventory"),
+        ("lr=0.1", "lr=0.1"),
+    ],
+)
+def test_paths_of_this_machine_are_not_sent(value: str, sent: str) -> None:
+    assert public({"data": [value], "argv": [value]}) == {"data": [sent]}

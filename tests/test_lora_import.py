@@ -101,6 +101,8 @@ def test_what_is_more_than_a_low_rank_update_is_refused(
     ({"lora_alpha": "four"}, "lora_alpha='four' is not a number"),
     ({"target_modules": ["q_proj", "lm_head"]}, "has no adapter for layer 'lm_head'"),
     ({"target_modules": ["query"]}, "belongs to another base model: target module 'query'"),
+    ({"r": "3"}, "should have rank '3', and its matrices have 3 and 3"),
+    ({"alpha_pattern": {"(q_proj": 3}}, r"the pattern '\(q_proj' is no regular expression"),
 ])  # fmt: skip
 def test_settings_that_do_not_fit_the_tensors_are_refused(
     tmp_path: Path, change: dict[str, Any], message: str
@@ -121,6 +123,9 @@ def test_a_lora_that_lacks_a_matrix_and_another_base_model_are_refused(tmp_path:
     save_file(tensors, tmp_path / "adapter_model.safetensors")
     with pytest.raises(InputError, match=r"lacks lora_B of layer 'model\.layers\.0\.self_attn"):
         from_lora(llama(), tmp_path)
+    (tmp_path / "adapter_config.json").write_text("[]")
+    with pytest.raises(InputError, match=r"adapter_config\.json is damaged: it holds no settings"):
+        read_inventory(llama(), tmp_path)
     (tmp_path / "adapter_config.json").unlink()
     with pytest.raises(InputError, match="is no PEFT checkpoint"):
         from_lora(llama(), tmp_path)

@@ -458,6 +458,8 @@ def test_tasks_are_added_and_old_ones_stay(tmp_path: Path) -> None:
     for names, message in ((["amber"], "given twice"), (["mu"], "reserved")):
         with pytest.raises(InputError, match=message):
             pp.add_tasks(model, names)
+    with pytest.raises(InputError, match="names must be a list of tasks, not the single string"):
+        pp.add_tasks(model, "oak")
     with pytest.raises(InputError, match="has no adapter 'other'"):
         pp.add_tasks(model, ["elm"], adapter_name="other")
 

@@ -5,6 +5,7 @@ What the files do not say is left out; nothing is asked of the network.
 
 import json
 import os
+import re
 import statistics
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -112,7 +113,7 @@ def _written(path: Path, description: Mapping[str, Any], name: str, license: str
         _training(path, run, config),
         _licences(tasks, origin),
         *(_result(each) for each in measured),
-        _limits(measured, is_base_known=base is not None or _is_local(config)),
+        _limits(measured, is_base_known=base is not None or _is_local(config.get("model"))),
     ]
     text = "\n\n".join(part for part in parts if part)
     return str(ModelCard(f"---\n{data.to_yaml()}\n---\n\n{text}\n"))
@@ -121,16 +122,16 @@ def _written(path: Path, description: Mapping[str, Any], name: str, license: str
 def _base(description: Mapping[str, Any], config: Mapping[str, Any]) -> str | None:
     """The hub id of the base model; None where it is none, or not known to be one."""
     name = config.get("model", description["base"]["name"])
-    if not isinstance(name, str) or _is_local({"model": name}):
+    if not isinstance(name, str) or _is_local(name):
         return None
     is_old_id = "/" not in name and "model" in config  # such as t5-small: a run has paths whole
     is_id = HUB_ID.fullmatch(name) or is_old_id
     return name if is_id and not Path(name).expanduser().exists() else None
 
 
-def _is_local(config: Mapping[str, Any]) -> bool:
+def _is_local(model: object) -> bool:
     """Whether the base model comes with polyroute or another package."""
-    return str(config.get("model")).startswith("package:") or config.get("model") == "demo"
+    return model == "demo" or str(model).startswith("package:")
 
 
 def _pipeline(base_class: str, *, is_run: bool) -> str | None:
@@ -194,7 +195,7 @@ def _use(
             f'base = {base_class}.from_pretrained("{base}"{given})',
             f'tokenizer = AutoTokenizer.from_pretrained("{base}")',
         ]  # fmt: skip
-    elif _is_local(config):
+    elif _is_local(config.get("model")):
         lines += ["from polyroute.loading import load_base", "",
                   f'base, tokenizer = load_base("{config["model"]}"{given})']  # fmt: skip
     else:
@@ -217,10 +218,11 @@ def _use(
 def _task_section(count: int, tasks: Sequence[str], origin: Mapping[str, tuple[str, str]]) -> str:
     if not tasks:
         return ""
-    columns, rows = ("task",), [(f"`{task}`",) for task in tasks]
+    columns: Sequence[str] = ("task",)
+    rows: Rows = [(_code(task),) for task in tasks]
     if origin:
-        columns = ("task", "source", "licence of the data")  # type: ignore[assignment]
-        rows = [(f"`{task}`", *origin.get(task, ("", ""))) for task in tasks]  # type: ignore[misc]
+        columns = ("task", "source", "licence of the data")
+        rows = [(_code(task), *origin.get(task, ("", ""))) for task in tasks]
     more = f"\n\nand {count - len(tasks)} more." if count > len(tasks) else ""
     return f"## Tasks\n\n{_table(columns, rows)}{more}"
 
@@ -320,7 +322,7 @@ def _evaluation(found: Mapping[str, Any]) -> _Measured:
         found["split"],
         ("task", "metric", "score", "majority", "chance", "examples"),
         [
-            (f"`{r['task']}`", r["metric"], _number(r["score"]), _number(r["majority"]),
+            (_code(r["task"]), r["metric"], _number(r["score"]), _number(r["majority"]),
              _number(r["chance"]), r["num_examples"])
             for r in rows
         ],
@@ -355,7 +357,7 @@ def _adaptation(
         first["split"],
         ("task", "metric", "score", "standard error over seeds", "seeds"),
         [
-            (f"`{task}`", metric[task], _number(statistics.fmean(scores)),
+            (_code(task), metric[task], _number(statistics.fmean(scores)),
              _number(_error(scores)), len(scores))
             for task, scores in by_task.items()
         ],
@@ -395,17 +397,14 @@ def _result(measured: _Measured) -> str:
         (metric, _number(statistics.fmean(values)), _number(_error(values)), len(values))
         for metric, values in measured.scores.items()
     ]
-    where = " of ".join(filter(None, (f"split `{measured.split}`", measured.suite)))
+    where = " of ".join(filter(None, (f"split {_code(measured.split)}", _cell(measured.suite))))
     columns = ("metric", "mean", "standard error over tasks", "tasks")
     return "\n\n".join(
-        filter(
-            None,
-            (
-                f"## Results: {measured.title}",
-                f"Measured on {where}. {measured.how}".strip(),
-                _table(columns, means),
-                _table(measured.columns, measured.rows),
-            ),
+        (
+            f"## Results: {_cell(measured.title)}",
+            f"Measured on {where}. {measured.how}".strip(),
+            _table(columns, means),
+            _table(measured.columns, measured.rows),
         )
     )
 
@@ -455,8 +454,22 @@ def _table(columns: Sequence[str], rows: Rows) -> str:
     return f"<details><summary>{len(rows)} rows</summary>\n\n{text}\n\n</details>"
 
 
+class _Code(str):
+    """A code span, which is Markdown already."""
+
+
+def _code(value: object) -> _Code:
+    text = " ".join(str(value).split())
+    fence = "`" * (1 + max(map(len, re.findall("`+", text)), default=0))
+    return _Code(f"{fence} {text} {fence}" if "`" in text else f"`{text}`")
+
+
 def _cell(value: object) -> str:
-    return str(value).replace("|", "\\|").replace("\n", " ")
+    """Text as it stands: what names and data say is neither Markdown nor HTML."""
+    text = " ".join(str(value).split())
+    if not isinstance(value, _Code):
+        text = re.sub(r"[\\`*<>\[\]]", r"\\\g<0>", text)
+    return text.replace("|", "\\|")
 
 
 def _number(value: float | None) -> str:

@@ -87,12 +87,13 @@ def _options(json: Json = False, quiet: Quiet = False, verbose: Verbose = False)
 
 def _command(name: str | None = None) -> Callable[[Callable[..., output.Result]], Any]:
     """Makes a function a command, with the options that all have, which prints its result."""
+    common = inspecting.signature(_options).parameters
 
     def register(function: Callable[..., output.Result]) -> Callable[..., output.Result]:
         @functools.wraps(function)
         def run(**given: Any) -> None:
-            for common in ("json", "quiet", "verbose"):
-                given.pop(common)
+            for name in common:
+                given.pop(name)
             try:
                 with output.running():
                     result = function(**given)
@@ -103,7 +104,6 @@ def _command(name: str | None = None) -> Callable[[Callable[..., output.Result]]
             output.show(result)
 
         signature = inspecting.signature(function)
-        common = inspecting.signature(_options).parameters
         parameters = [*signature.parameters.values(), *common.values()]
         run.__signature__ = signature.replace(parameters=parameters)  # type: ignore[attr-defined]
         run.__annotations__ = {p.name: p.annotation for p in parameters}
@@ -215,6 +215,9 @@ Run = Annotated[
         "user/inventory, or user/inventory@revision."
     ),
 ]
+Dtype = Annotated[str, typer.Option(help="Of the base model: float32, bfloat16 or float16.")]
+MaxInput = Annotated[int, typer.Option(help="Most tokens of a prompt.")]
+MaxTarget = Annotated[int, typer.Option(help="Most tokens of a target.")]
 TaskNames = Annotated[str | None, typer.Option(help="Task names, separated by commas.")]
 ScaleParameter = Annotated[
     bool,
@@ -279,9 +282,7 @@ def train(
         Path | None,
         typer.Option(help="Go on from the inventory of this run; it says what is trained on what."),
     ] = None,
-    dtype: Annotated[
-        str, typer.Option(help="Of the base model: float32, bfloat16 or float16.")
-    ] = "float32",
+    dtype: Dtype = "float32",
     tasks: TaskNames = None,
     reader: Reader = None,
     method: Annotated[
@@ -369,8 +370,8 @@ def train(
         float, typer.Option(help="Task sampling: 1 by size, inf equally often.")
     ] = 1.0,
     cap: Annotated[int | None, typer.Option(help="Size above which a task counts no more.")] = None,
-    max_input: Annotated[int, typer.Option(help="Most tokens of a prompt.")] = 256,
-    max_target: Annotated[int, typer.Option(help="Most tokens of a target.")] = 64,
+    max_input: MaxInput = 256,
+    max_target: MaxTarget = 64,
     seed: Annotated[int, typer.Option(help="Of initialisation and sampling.")] = 0,
     bf16: Annotated[bool, typer.Option("--bf16", help="Train under bfloat16 autocast.")] = False,
     checkpointing: Annotated[
@@ -623,8 +624,8 @@ def export(
     format: Annotated[
         str,
         typer.Option(
-            help="peft: one task as a LoRA. mttl or peft-poly: skills and all routes.",
-            autocompletion=_known("peft", "mttl", "peft-poly"),
+            help="peft: one task as a LoRA. mttl, peft-mhr or peft-poly: skills and all routes.",
+            autocompletion=_known("peft", "mttl", "peft-mhr", "peft-poly"),
         ),
     ] = "peft",
 ) -> output.Result:
@@ -669,14 +670,14 @@ def push(
 @_command("import")
 def import_(
     context: typer.Context,
-    source: Annotated[Path, typer.Argument(help="Checkpoint of mttl (.ckpt) or PEFT Poly folder.")],
+    source: Annotated[Path, typer.Argument(help="Checkpoint of mttl (.ckpt), or folder of PEFT.")],
     model: Annotated[str, typer.Option(help="The base model that it was trained on, as in train.")],
     out: Annotated[Path, typer.Option(help="Folder of the run.")],
     format: Annotated[
         str | None,
         typer.Option(
-            help="mttl, mttl-main or peft-poly [by what is there].",
-            autocompletion=_known("mttl", "mttl-main", "peft-poly"),
+            help="mttl, mttl-main, peft (a LoRA), peft-mhr or peft-poly [by what is there].",
+            autocompletion=_known("mttl", "mttl-main", "peft", "peft-mhr", "peft-poly"),
         ),
     ] = None,
     tasks_file: Annotated[
@@ -687,11 +688,9 @@ def import_(
         bool,
         typer.Option("--allow-pickle", help="Read .ckpt, .pt and .bin; runs no code in them."),
     ] = False,
-    dtype: Annotated[
-        str, typer.Option(help="Of the base model: float32, bfloat16 or float16.")
-    ] = "float32",
-    max_input: Annotated[int, typer.Option(help="Most tokens of a prompt.")] = 256,
-    max_target: Annotated[int, typer.Option(help="Most tokens of a target.")] = 64,
+    dtype: Dtype = "float32",
+    max_input: MaxInput = 256,
+    max_target: MaxTarget = 64,
     overwrite: Overwrite = False,
     config: Config = None,
 ) -> output.Result:

@@ -31,7 +31,7 @@ from polyroute.examples import encoded_mixture
 from polyroute.exchange import check_export, read_inventory, write_inventory
 from polyroute.exchange.foreign import read_names
 from polyroute.files import check_place, finite, make_folder, read_json, write_json, write_tensors
-from polyroute.hub import locate, push
+from polyroute.hub import DESCRIPTION, locate, push
 from polyroute.interrupts import deferred, resumable
 from polyroute.kinds import ModelKind, kind_of
 from polyroute.loading import load_base, load_suite
@@ -64,9 +64,18 @@ __all__ = [
 METRICS = "metrics.json"
 ALIGNMENT = "alignment.json"
 TRAINER_STATE = "trainer_state.json"
+OPTION_OF = {
+    "num_skills": "skills", "num_heads": "heads", "target_modules": "target",
+    "exclude_modules": "exclude",
+}  # fmt: skip
+"""What options of training are called that have another name in `MHRConfig`."""
 OPTIMS = {"adamw": "adamw_torch_fused", "adafactor": "adafactor"}
 SCHEDULERS = {"linear": "linear", "constant": "constant_with_warmup"}
 """What the trainer calls the values of --optimizer and --schedule."""
+OF_ONE_PIECE = {
+    "train_loss", "train_runtime", "train_samples_per_second", "train_steps_per_second"
+}  # fmt: skip
+"""What the trainer measures from where it went on, as if that were all of the run."""
 TORCH_FILES = ("optimizer.pt", "scheduler.pt")
 RANDOM, RANDOM_OF_SEVERAL = "rng_state.pth", "rng_state_*.pth"
 RESULT = {"task", "seed", "label", "metric", "score", "trained_parameters", "seconds"}
@@ -145,32 +154,14 @@ def train_run(options: Mapping[str, Any]) -> Result:
 
 
 def _adapter(options: Mapping[str, Any]) -> MHRConfig:
-    return MHRConfig(
-        method=options["method"],
-        adapter=options["adapter"],
-        num_skills=options["skills"],
-        num_heads=options["heads"],
-        rank=options["rank"],
-        alpha=options["alpha"],
-        target_modules=options["target"],
-        exclude_modules=options["exclude"],
-        granularity=options["granularity"],
-        init=options["init"],
-        gate=options["gate"],
-        normalization=options["normalization"],
-        dropout=options["dropout"],
-        logit_dropout=options["logit_dropout"],
-        shared_skill=options["shared_skill"],
-        anneal_steps=options["anneal_steps"],
-    )
+    names = [field.name for field in fields(MHRConfig)]
+    return MHRConfig(**{name: options[OPTION_OF.get(name, name)] for name in names})
 
 
 def _adapter_options(checkpoint: Checkpoint) -> dict[str, Any]:
     """What an inventory says of itself: options of `polyroute train`."""
-    renamed = {"num_skills": "skills", "num_heads": "heads", "target_modules": "target",
-               "exclude_modules": "exclude"}  # fmt: skip
     config = checkpoint.description["config"]
-    return {renamed.get(name, name): config[name] for name in config}
+    return {OPTION_OF.get(name, name): config[name] for name in config}
 
 
 def _train_to_the_end(trainer: MultiTaskTrainer, folder: Path, last: Path | None) -> None:
@@ -190,6 +181,11 @@ def _train_to_the_end(trainer: MultiTaskTrainer, folder: Path, last: Path | None
             checkpoint = None if last is None else str(last)
             found = trainer.train(resume_from_checkpoint=checkpoint).metrics
         steps, log = trainer.state.global_step, trainer.state.log_history
+    if last is not None:
+        found, *log = (
+            {key: value for key, value in entry.items() if key not in OF_ONE_PIECE}
+            for entry in (found, *log)
+        )
     learned = [*model.inventory.parameters(), *model.routes.parameters()]
     if not all(bool(torch.isfinite(p).all()) for p in learned):
         raise _diverged("a weight is not finite", steps)
@@ -436,8 +432,8 @@ def adapt_run(options: Mapping[str, Any]) -> Result:
             results = list(done) if is_first() else []
 
             def each(result: dict[str, Any], route: str) -> None:
-                place = folder / result["task"] / f"seed-{result['seed']}"
-                _save_adapted(model, place / result["label"], route)
+                seed = f"seed-{result['seed']}"
+                _save_adapted(model, folder / result["task"] / seed / result["label"], route)
                 results.append(result)
                 write_json(own, results)
 
@@ -526,8 +522,8 @@ def _adapted(
             table.add_row(
                 escape(task),
                 rows[0]["metric"],
-                f"{mean:.3f}",
-                "" if error is None else f"{error:.3f}",
+                _number(mean),
+                _number(error),
                 str(len(rows)),
                 f"{rows[0]['trained_parameters']:,}",
                 f"{mean_and_error([r['seconds'] for r in rows])[0]:.1f}",
@@ -535,9 +531,7 @@ def _adapted(
         if means:
             mean, error = mean_and_error(means)
             means_of.append({"label": label, "score": mean, "standard_error": error})
-            table.add_row(
-                "mean over tasks", "", f"{mean:.3f}", "" if error is None else f"{error:.3f}"
-            )
+            table.add_row("mean over tasks", "", _number(mean), _number(error))
         tables.append(table)
     return tables, means_of
 
@@ -747,7 +741,7 @@ def _inventory(run: Path) -> Checkpoint:
     Raises:
         InputError: the run is not finished, or its command leaves no inventory.
     """
-    if (run / "run.json").is_file() and not (run / "polyroute.json").exists():
+    if (run / "run.json").is_file() and not (run / DESCRIPTION).exists():
         command = read_run(run)["command"]
         if command == "import":
             raise InputError(f"the import to {run} was interrupted; repeat it with --overwrite")

@@ -234,6 +234,10 @@ def _content(path: Path) -> Path | bytes:
     return path if cleaned == value else json.dumps(cleaned, indent=1, ensure_ascii=False).encode()
 
 
+_LOCAL = re.compile(r"(^|=|file://)(/|~|[A-Za-z]:[\\/])")
+"""A path of this machine, also as an option of a reader (`dir=/data`)."""
+
+
 def public(value: Any) -> Any:
     """A value of JSON in which paths of this machine are cut to their last part.
 
@@ -244,8 +248,8 @@ def public(value: Any) -> Any:
         return {k: v if k in ("tasks", "task") else public(v) for k, v in kept.items()}
     if isinstance(value, list):
         return [public(each) for each in value]
-    if isinstance(value, str) and PurePath(value).is_absolute():
-        return PurePath(value).name
+    if isinstance(value, str) and _LOCAL.search(value):
+        return re.split(r"[\\/]", value.rstrip("\\/"))[-1]
     return value
 
 

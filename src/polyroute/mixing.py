@@ -75,6 +75,11 @@ class Mixer(nn.Module):
         """The table that says how."""
         return self._parts[1]
 
+    @property
+    def sites(self) -> tuple[Site, ...]:
+        """The layers that it mixes for."""
+        return self._parts[2]
+
     def train(self, mode: bool = True) -> Self:
         """Switch the mode; on a change, forget what was mixed, since `.data` leaves no trace."""
         if mode != self.training:
@@ -126,7 +131,7 @@ class Mixer(nn.Module):
     def _compute_dtype(self) -> torch.dtype:
         if torch.is_autocast_enabled(self.device.type):
             return torch.get_autocast_dtype(self.device.type)
-        return self._parts[2][0].dtype
+        return self.sites[0].dtype
 
     def _mix(
         self,
@@ -150,7 +155,7 @@ class Mixer(nn.Module):
                 weights, self._routers, sets=sets, gather=gather, dtype=dtype
             )
         if self._has_several_devices:
-            factors = [f.to(s.device) for f, s in zip(factors, self._parts[2], strict=True)]
+            factors = [f.to(s.device) for f, s in zip(factors, self.sites, strict=True)]
         return Mixture(factors, len(rows) if len(distinct) > 1 else None)
 
     def _weights(

@@ -12,6 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from polyroute.processes import is_first
+
 __all__ = ["Result", "mode", "reset", "running", "say", "show"]
 
 NOISY = (
@@ -63,21 +65,15 @@ def say(text: str) -> None:
 
 def show(result: Result) -> None:
     """Print the result of a command; that of a command inside another is a note."""
-    if mode.depth == 0 and mode.json and _is_first():
+    if mode.depth == 0 and mode.json and is_first():
         _print(json.dumps(_plain(result.document), indent=1, allow_nan=False))
     elif mode.depth == 0 or not mode.quiet:
         for part in result.shown:
             _print(part)
 
 
-def _is_first() -> bool:
-    from polyroute.processes import is_first  # brings torch, which help does without
-
-    return is_first()
-
-
 def _print(part: Any) -> None:
-    if not _is_first():  # of several processes one speaks
+    if not is_first():  # of several processes one speaks
         return
     if isinstance(part, str):
         print(part)  # as it is: paths are not wrapped
@@ -111,7 +107,7 @@ def running() -> Iterator[None]:
         return
     from polyroute import progress
 
-    former, progress.hidden = progress.hidden, mode.quiet or not _is_first()
+    former, progress.hidden = progress.hidden, mode.quiet or not is_first()
     try:
         with redirect_stdout(sys.stderr if mode.json else sys.stdout), _libraries(), _deeper():
             yield

@@ -174,7 +174,9 @@ class MHRLinear(nn.Module, BaseTunerLayer):
 
     adapter_layer_names = (ADAPTERS,)
 
-    def __init__(self, site: Site, scopes: _Scopes, adapter_name: str, own: MHRConfig) -> None:
+    def __init__(
+        self, site: Site, scopes: _Scopes, adapter_name: str, peft_config: MHRConfig
+    ) -> None:
         super().__init__()
         self.base_layer = site.layer
         self.site, self.scopes = site, scopes
@@ -184,13 +186,14 @@ class MHRLinear(nn.Module, BaseTunerLayer):
         self._merged_rows: dict[str, int] = {}
         self._unmerged: dict[str, Tensor] = {}
         self._active_adapter = adapter_name
-        self.update_layer(adapter_name, own)
+        self.update_layer(adapter_name, peft_config)
 
-    def update_layer(self, adapter_name: str, own: MHRConfig) -> None:
+    def update_layer(self, adapter_name: str, peft_config: MHRConfig) -> None:
         """Make an adapter of this layer."""
-        self.mhr_adapters[adapter_name] = _LayerAdapter(self.site, own.settings(), own.tasks)
+        adapter = _LayerAdapter(self.site, peft_config.settings(), peft_config.tasks)
+        self.mhr_adapters[adapter_name] = adapter
         self._move_adapter_to_device_of_base_layer(adapter_name)
-        self.set_adapter(self.active_adapters, inference_mode=own.inference_mode)
+        self.set_adapter(self.active_adapters, inference_mode=peft_config.inference_mode)
 
     def _adapter(self, name: str) -> _LayerAdapter:
         adapter = self.mhr_adapters[name]
@@ -353,6 +356,7 @@ class MHRModel(BaseTuner):
         parameter_name: str | None = None,
     ) -> None:
         assert isinstance(peft_config, MHRConfig)
+        # Also of a further adapter, whose heads may be others: whether they divide the widths.
         site = named_sites(parent, [target_name], peft_config.settings())[0]
         if isinstance(target, MHRLinear):
             target.update_layer(adapter_name, peft_config)
@@ -451,6 +455,8 @@ def add_tasks(
     Raises:
         InputError: a name exists or is reserved, or there is no such task to copy, or adapter.
     """
+    if isinstance(names, str):
+        raise InputError(f"names must be a list of tasks, not the single string {names!r}")
     settings = getattr(model, "peft_config", {}).get(adapter_name)
     if not isinstance(settings, MHRConfig):
         raise InputError(f"{type(model).__name__} has no adapter {adapter_name!r} of method MHR")

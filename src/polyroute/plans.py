@@ -1,6 +1,7 @@
 """Plans: what a command would do, as `--dry-run` shows it before anything long starts."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,7 @@ from rich.table import Table
 
 from polyroute.adapt import AdaptSettings
 from polyroute.examples import task_sizes
+from polyroute.hub import DESCRIPTION, SKILLS
 from polyroute.memory import Budget, bytes_in_training
 from polyroute.model import RoutedModel
 from polyroute.optimizers import summary
@@ -18,9 +20,8 @@ from polyroute.trainer import MultiTaskTrainer
 
 __all__ = ["plan_of_adapting", "plan_of_training"]
 
-WRITTEN = ("run.json", "metrics.json", "polyroute.json", "inventory.safetensors")
-PARTS_SHOWN = 100
-"""Tasks in a table; the JSON document has all."""
+ROWS_SHOWN = 100
+"""The JSON document has all."""
 
 
 def plan_of_training(
@@ -35,17 +36,17 @@ def plan_of_training(
         folder: of the run.
     """
     model, args = trainer.model, trainer.args
-    sampler = trainer._get_train_sampler()
     batch = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
     seen = batch * args.max_steps
     sizes = task_sizes(trainer.train_dataset)
-    shares = sampler.probabilities.tolist()
+    shares = trainer.sampler.probabilities.tolist()
     rows = [
         {"task": task, "examples": size, "seen": share * seen}
         for task, size, share in zip(tasks, sizes, shares, strict=True)
     ]
     memory = bytes_in_training(model, args.optim == "adafactor", rowwise=args.rowwise_routes)
-    written = [*WRITTEN, f"checkpoint-N (every {args.save_steps} steps; the last two stay)"]
+    checkpoints = f"checkpoint-N (every {args.save_steps} steps; the last two stay)"
+    written = ["run.json", "metrics.json", DESCRIPTION, SKILLS, checkpoints]
     if model.routes.shape is not None:
         written.append("routes-*.safetensors")
     if options["alignment_steps"] is not None:
@@ -64,20 +65,18 @@ def plan_of_training(
         "tasks": rows,
         "writes": written,
     }
-    table = Table("task", "examples", "seen in training", "times each")
-    for row in rows[:PARTS_SHOWN]:
-        times = row["seen"] / row["examples"]
-        cells = (f"{row['examples']:,}", f"{row['seen']:,.0f}", f"{times:.2f}")
-        table.add_row(escape(row["task"]), *cells)
-    if len(rows) > PARTS_SHOWN:
-        table.add_row(f"and {len(rows) - PARTS_SHOWN} more")
+    columns = ("task", "examples", "seen in training", "times each")
+    cells = (
+        (r["task"], f"{r['examples']:,}", f"{r['seen']:,.0f}", f"{r['seen'] / r['examples']:.2f}")
+        for r in rows
+    )
     shown = (
         model.describe(),
         f"phase {args.phase} trains {model.num_trainable():,} parameters",
         f"memory on each device: {_sizes(memory)}; activations come on top",
         summary(options),
         f"{args.max_steps:,} steps of {batch:,} examples: {seen:,} examples of {len(rows)} tasks",
-        table,
+        _table(columns, cells, len(rows)),
         f"would write to {folder}: {', '.join(written)}",
         "nothing was written",
     )
@@ -149,13 +148,9 @@ def plan_of_adapting(
         "tasks": rows,
         "writes": written,
     }
-    table = Table("task", "setting", "examples", "shots", "steps", "seen by a slot", "scored on")
-    for row in rows[:PARTS_SHOWN]:
-        names = (escape(row["task"]), escape(row["label"]))
-        numbers = ("examples", "shots", "steps", "seen", "scored_on")
-        table.add_row(*names, *(f"{row[name]:,}" for name in numbers))
-    if len(rows) > PARTS_SHOWN:
-        table.add_row(f"and {len(rows) - PARTS_SHOWN} more")
+    columns = ("task", "setting", "examples", "shots", "steps", "seen by a slot", "scored on")
+    numbers = ("examples", "shots", "steps", "seen", "scored_on")
+    cells = ((r["task"], r["label"], *(f"{r[name]:,}" for name in numbers)) for r in rows)
     shown = (
         model.describe(),
         f"phase {phase} trains {parameters:,} parameters in each slot",
@@ -163,11 +158,20 @@ def plan_of_adapting(
         f"{steps:,} steps in all",
         f"{at_a_time} slots and {budget.tokens:,} tokens at a time, by the memory for them",
         *dict.fromkeys(choice.optimization for choice in choices.values()),
-        table,
+        _table(columns, cells, len(rows)),
         f"would write to {folder}: {', '.join(written)}",
         "nothing was written",
     )
     return Result(document, shown)
+
+
+def _table(columns: Sequence[str], rows: Iterable[Sequence[str]], count: int) -> Table:
+    table = Table(*columns)
+    for row in islice(rows, ROWS_SHOWN):
+        table.add_row(*map(escape, row))
+    if count > ROWS_SHOWN:
+        table.add_row(f"and {count - ROWS_SHOWN} more")
+    return table
 
 
 def _sizes(memory: Mapping[str, int]) -> str:

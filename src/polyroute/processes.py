@@ -7,8 +7,6 @@ connected, except `wait`.
 import os
 from datetime import timedelta
 
-import torch
-
 __all__ = ["count", "count_here", "index", "is_first", "wait"]
 
 LONGEST_WAIT = timedelta(days=7)
@@ -38,6 +36,7 @@ def is_first() -> bool:
 def wait() -> None:
     """Go on when all processes have come here; connects them where nothing has yet."""
     if count() > 1:
+        import torch
         from accelerate import PartialState  # type: ignore[import-untyped]
 
         cpu = not torch.accelerator.is_available()  # else accelerate connects nothing there

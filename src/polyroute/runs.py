@@ -19,7 +19,8 @@ import torch
 
 from polyroute.errors import InputError
 from polyroute.files import check_place, make_folder, read_json, write_json
-from polyroute.hub import SHARDS
+from polyroute.hub import DESCRIPTION as INVENTORY
+from polyroute.hub import SHARDS, SKILLS
 from polyroute.processes import is_first
 
 try:
@@ -238,7 +239,7 @@ def digest(folder: str | os.PathLike[str]) -> str:
     """SHA-256 of the files of the inventory in a folder."""
     total = hashlib.sha256()
     shards = sorted(path.name for path in Path(folder).glob(SHARDS))
-    for name in ("polyroute.json", "inventory.safetensors", *shards):
+    for name in (INVENTORY, SKILLS, *shards):
         path = Path(folder) / name
         if path.is_file():
             with path.open("rb") as file:

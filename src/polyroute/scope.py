@@ -54,20 +54,17 @@ def find_route(tasks: Tasks, routes: Routes) -> Route | None:
         return None
     if isinstance(tasks, str | int):
         return Route((routes.row(tasks),), per_example=False)
-    if hasattr(tasks, "__array__") and not isinstance(tasks, Tensor):
-        array: Any = tasks.__array__()  # numpy's, also of a column of a table
-        if array.dtype.kind not in "iub":
-            return find_route(array.tolist(), routes)
-        tasks = torch.as_tensor(array)
     if isinstance(tasks, Tensor):
         if tasks.is_floating_point() or tasks.dtype == torch.bool or tasks.dim() > 1:
             raise InputError(
                 "task ids must be one whole number per example, "
                 f"not a {tasks.dtype} tensor of shape {list(tasks.shape)}"
             )
-        tasks = tasks.tolist()
-        if isinstance(tasks, int):
-            return Route((routes.row(tasks),), per_example=False)
+        return find_route(tasks.tolist(), routes)
+    if hasattr(tasks, "__array__"):
+        array: Any = tasks.__array__()  # numpy's, also of a column of a table
+        is_number = array.dtype.kind in "iub"
+        return find_route(torch.as_tensor(array) if is_number else array.tolist(), routes)
     if isinstance(tasks, bytes | set | frozenset | Mapping) or not isinstance(tasks, Iterable):
         raise InputError(
             "tasks must be a name, a row number, or a list of one per example, "

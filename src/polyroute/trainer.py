@@ -147,7 +147,7 @@ class MultiTaskTrainer(Trainer):
                 raise InputError(
                     f"FSDP version {plugin.fsdp_version} is not supported: use version 2"
                 )
-            plugin.ignored_modules = self._replicated()
+            plugin.ignored_modules = self._replicate()
         self.add_callback(_NextEpoch(self))
         if model.adapter_config.anneal_steps:
             self.add_callback(_Anneal(model))
@@ -172,8 +172,11 @@ class MultiTaskTrainer(Trainer):
         self.sampler = sampler
         return sampler
 
-    def _replicated(self) -> list[nn.Module]:
-        """What FSDP leaves whole: all that trains, and weights that several layers share."""
+    def _replicate(self) -> list[nn.Module]:
+        """Keep whole, and equal in every process, what FSDP is to leave alone; these modules.
+
+        That is all that trains, and weights that several layers share.
+        """
         model = self.model
         owners: dict[Tensor, list[nn.Module]] = {}
         for module in model.base_model.modules():
@@ -190,7 +193,7 @@ class MultiTaskTrainer(Trainer):
                 distributed.all_reduce(parameter.grad)
                 parameter.grad /= distributed.get_world_size()
 
-        for parameter in self.model.parameters():
+        for parameter in model.parameters():
             if parameter.requires_grad:
                 distributed.broadcast(parameter.detach(), src=0)
                 parameter.register_post_accumulate_grad_hook(average)  # type: ignore[no-untyped-call]

@@ -21,8 +21,9 @@ from torch.nn.functional import pad
 from polyroute.config import MHRConfig
 from polyroute.errors import InputError
 from polyroute.exchange.foreign import ForeignInventory, routed_model
-from polyroute.exchange.peft_folder import ROOT, check_whole, read_peft_folder
+from polyroute.exchange.peft_folder import check_whole, read_peft_folder
 from polyroute.model import RoutedModel
+from polyroute.peft_export import ROOT
 
 __all__ = ["from_lora"]
 
@@ -103,12 +104,18 @@ def _check_plain(fields: Mapping[str, Any], source: str) -> None:
         )
 
 
-def _of_layer(patterns: object, layer: str, default: Any) -> Any:
+def _of_layer(patterns: object, layer: str, default: Any, source: str) -> Any:
     """A layer's entry of `rank_pattern` or `alpha_pattern`: the first whose name it ends in."""
     if isinstance(patterns, Mapping):
         for pattern, value in patterns.items():
-            if re.match(rf"(.*\.)?({pattern})$", layer):
-                return value
+            try:
+                if re.match(rf"(.*\.)?({pattern})$", layer):
+                    return value
+            except re.error as error:
+                raise InputError(
+                    f"{source} is damaged: the pattern {pattern!r} is no regular expression "
+                    f"({error})"
+                ) from error
     return default
 
 
@@ -118,18 +125,18 @@ def _checked_rank(
     if parts.keys() != {"A", "B"}:
         lacking = "lora_A" if "B" in parts else "lora_B"
         raise InputError(f"{source} lacks {lacking} of layer {layer!r}; it is not whole")
-    rank = _of_layer(fields.get("rank_pattern"), layer, fields.get("r"))
+    rank = _of_layer(fields.get("rank_pattern"), layer, fields.get("r"), source)
     shapes = parts["A"].shape[0], parts["B"].shape[1]
     if shapes != (rank, rank):
         raise InputError(
-            f"{source} is damaged: layer {layer!r} should have rank {rank}, and its matrices have "
-            f"{shapes[0]} and {shapes[1]}"
+            f"{source} is damaged: layer {layer!r} should have rank {rank!r}, and its matrices "
+            f"have {shapes[0]} and {shapes[1]}"
         )
     return int(rank)
 
 
 def _scale(layer: str, fields: Mapping[str, Any], rank: int, source: str) -> float:
-    alpha = _of_layer(fields.get("alpha_pattern"), layer, fields.get("lora_alpha"))
+    alpha = _of_layer(fields.get("alpha_pattern"), layer, fields.get("lora_alpha"), source)
     if not isinstance(alpha, int | float) or isinstance(alpha, bool):
         raise InputError(f"{source}: lora_alpha={alpha!r} is not a number")
     return float(alpha / math.sqrt(rank) if fields.get("use_rslora") else alpha / rank)

@@ -11,23 +11,27 @@ from torch import nn
 from polyroute.errors import InputError
 from polyroute.exchange.foreign import ForeignInventory, read_pickle
 from polyroute.files import read_json, read_tensors
+from polyroute.peft_export import CONFIG, TENSORS
 from polyroute.targets import find_sites
 
-__all__ = ["CONFIG", "ROOT", "TENSORS", "check_whole", "peft_type_of", "read_peft_folder"]
+__all__ = ["check_whole", "peft_type_of", "read_peft_folder"]
 
-CONFIG = "adapter_config.json"
-TENSORS = "adapter_model.safetensors"
 PICKLE = "adapter_model.bin"
-ROOT = "base_model.model."
-"""What every key begins with, before the name of the layer in the base model."""
 
 
 def peft_type_of(folder: str | os.PathLike[str]) -> str | None:
-    """The method of an adapter, as PEFT spells it; None where there is no adapter."""
-    if not (Path(folder) / CONFIG).is_file():
+    """The method of an adapter, as PEFT spells it; None where there is no adapter.
+
+    Raises:
+        InputError: its settings are damaged.
+    """
+    path = Path(folder) / CONFIG
+    if not path.is_file():
         return None
-    fields = read_json(Path(folder) / CONFIG)
-    return str(fields.get("peft_type")) if isinstance(fields, dict) else None
+    fields = read_json(path)
+    if not isinstance(fields, dict):
+        raise InputError(f"{path} is damaged: it holds no settings of an adapter")
+    return str(fields.get("peft_type"))
 
 
 def read_peft_folder(
@@ -45,7 +49,7 @@ def read_peft_folder(
     """
     path, source = Path(folder), os.fspath(folder)
     found = peft_type_of(path)
-    if not (path / CONFIG).is_file():
+    if found is None:
         raise InputError(f"{source} is no PEFT checkpoint: there is no {CONFIG} in it")
     if found != peft_type:
         raise InputError(

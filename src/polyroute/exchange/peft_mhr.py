@@ -19,11 +19,9 @@ from torch import Tensor, nn
 from polyroute.config import MHRConfig
 from polyroute.errors import InputError
 from polyroute.exchange.foreign import ForeignInventory, routed_model
-from polyroute.exchange.peft_folder import CONFIG, ROOT, TENSORS, check_whole, read_peft_folder
-from polyroute.files import make_folder, write_json, write_tensors
+from polyroute.exchange.peft_folder import check_whole, read_peft_folder
 from polyroute.model import RoutedModel
-from polyroute.peft_export import base_name, task_type
-from polyroute.targets import find_endings
+from polyroute.peft_export import CONFIG, ROOT, write_peft_folder
 
 __all__ = ["ADAPTERS", "SETTINGS", "from_peft_mhr", "write_peft_mhr"]
 
@@ -70,10 +68,9 @@ def write_peft_mhr(model: RoutedModel, folder: str | os.PathLike[str]) -> None:
     ):
         if not holds:
             raise InputError(f"no MHR adapter of PEFT can be written: {reason}")
-    path = make_folder(folder)
     tensors: dict[str, Tensor] = {}
     for i, site in enumerate(model.sites):
-        prefix = f"{ROOT}{site.name}.{ADAPTERS}."
+        prefix = f"{site.name}.{ADAPTERS}."
         for kind, skills in model.inventory.site_tensors(i).items():
             stacked = (skills.mT if kind == "lora_a" else skills).unsqueeze(0)
             tensors[f"{prefix}skills.{kind}.{site.d_in}x{site.d_out}"] = stacked
@@ -83,15 +80,10 @@ def write_peft_mhr(model: RoutedModel, folder: str | os.PathLike[str]) -> None:
     values = config.to_dict()
     fields = {
         "peft_type": "MHR",
-        "task_type": task_type(model.base_model),
-        "base_model_name_or_path": base_name(model.base_model),
         "tasks": list(model.tasks),
-        "target_modules": find_endings(model.base_model, model.sites),
         **{name: values[name] for name in SETTINGS if name in values},
-        "inference_mode": True,
     }
-    write_tensors(path / TENSORS, tensors)
-    write_json(path / CONFIG, fields)
+    write_peft_folder(folder, model.base_model, model.sites, fields, tensors)
 
 
 def from_peft_mhr(

@@ -27,18 +27,18 @@ from polyroute.exchange.foreign import (
     read_names,
     routed_model,
 )
-from polyroute.exchange.peft_folder import CONFIG, ROOT, TENSORS, check_whole, read_peft_folder
-from polyroute.files import make_folder, write_json, write_tensors
+from polyroute.exchange.peft_folder import check_whole, read_peft_folder
+from polyroute.files import write_json
 from polyroute.model import RoutedModel
-from polyroute.peft_export import base_name, task_type
-from polyroute.targets import find_endings
+from polyroute.peft_export import ROOT, write_peft_folder
 
 __all__ = ["from_peft_poly", "write_peft_poly"]
 
 COUNTS = ("r", "n_tasks", "n_skills", "n_splits")
 ROUTER = "poly_router.module_logits"
-KEY = re.compile(r"base_model\.model\.(?P<layer>.+)\.(?P<part>poly_lora_A|poly_lora_B|"
-                 rf"{re.escape(ROUTER)})")  # fmt: skip
+KEY = re.compile(
+    rf"{re.escape(ROOT)}(?P<layer>.+)\.(?P<part>poly_lora_A|poly_lora_B|{re.escape(ROUTER)})"
+)
 
 
 def from_peft_poly(
@@ -133,7 +133,7 @@ def write_peft_poly(model: RoutedModel, folder: str | os.PathLike[str]) -> None:
     check_exportable(model, "PEFT's Poly")
     config, num_routers = model.adapter_config, len(model.routers)
     _check_plain(config, model)
-    path, names = make_folder(folder), list(model.tasks)
+    names = list(model.tasks)
     width = config.heads * model.inventory.num_skills
     logits = model.routes.logits
     table = torch.zeros(len(names), num_routers * width) if logits is None else logits.detach()
@@ -141,25 +141,20 @@ def write_peft_poly(model: RoutedModel, folder: str | os.PathLike[str]) -> None:
     assert config.alpha is not None
     tensors: dict[str, Tensor] = {}
     for i, site in enumerate(model.sites):
-        prefix, skills = f"{ROOT}{site.name}.", model.inventory.site_tensors(i)
+        prefix, skills = f"{site.name}.", model.inventory.site_tensors(i)
         tensors[prefix + "poly_lora_A"] = skills["lora_a"]
         tensors[prefix + "poly_lora_B"] = skills["lora_b"] * config.alpha
         tensors[prefix + ROUTER] = table[:, model.mixer.router_of_site[i]]
     fields = {
         "peft_type": "POLY",
         "poly_type": "poly",
-        "task_type": task_type(model.base_model),
-        "base_model_name_or_path": base_name(model.base_model),
         "r": config.rank,
         "n_tasks": len(names),
         "n_skills": model.inventory.num_skills,
         "n_splits": config.heads,
-        "target_modules": find_endings(model.base_model, model.sites),
-        "inference_mode": True,
     }
-    write_tensors(path / TENSORS, tensors)
-    write_json(path / CONFIG, fields)
-    write_json(path / NAMES, names)
+    write_peft_folder(folder, model.base_model, model.sites, fields, tensors)
+    write_json(Path(folder) / NAMES, names)
 
 
 def _check_plain(config: MHRConfig, model: RoutedModel) -> None:
