@@ -17,6 +17,7 @@ __all__ = [
     "acceptable_answers",
     "baselines",
     "best_match",
+    "chrf",
     "exact_match",
     "mean_and_error",
     "normalise_answer",
@@ -71,6 +72,17 @@ def rouge_l(prediction: str, reference: str) -> float:
     Only ASCII letters and digits make words; a pair without any scores 0.
     """
     return float(_rouge_scorer().score(reference, prediction)["rougeL"].fmeasure)
+
+
+def chrf(prediction: str, reference: str) -> float:
+    """chrF, 0 to 1: the F-measure, with recall twice as important, of sequences of 1 to 6 letters.
+
+    Of one answer, as all scores here; that of a whole corpus is another number.
+
+    Raises:
+        InputError: sacrebleu is not installed.
+    """
+    return float(_chrf_scorer().sentence_score(prediction, [reference]).score) / 100
 
 
 def best_match(
@@ -159,6 +171,7 @@ _TEXT_METRICS: dict[str, Callable[[str, str], float]] = {
     "exact_match": exact_match,
     "strict_match": strict_match,
     "rougeL": rouge_l,
+    "chrF": chrf,
 }
 
 
@@ -168,3 +181,12 @@ def _rouge_scorer() -> Any:
     from rouge_score import rouge_scorer  # type: ignore[import-untyped, unused-ignore]
 
     return rouge_scorer.RougeScorer(["rougeL"], use_stemmer=True)
+
+
+@cache
+def _chrf_scorer() -> Any:
+    try:
+        from sacrebleu.metrics.chrf import CHRF  # type: ignore[import-not-found, unused-ignore]
+    except ImportError as error:
+        raise InputError("the metric 'chrF' needs sacrebleu: pip install sacrebleu") from error
+    return CHRF()

@@ -1,0 +1,131 @@
+"""A routed encoder inside sentence-transformers: texts are embedded as their task.
+
+    encoder = SentenceTransformer("sentence-transformers/all-MiniLM-L6-v2")
+    model = polyroute.from_pretrained(encoder[0].model, "runs/mhr")
+    encoder[0] = RoutedTransformer(encoder[0], model)
+    encoder.encode(texts, task="banking")
+    encoder.encode([{"text": "hello", "task": "banking"}, {"text": "hello", "task": "greetings"}])
+    encoder.save_pretrained("out")
+    encoder = SentenceTransformer("out", trust_remote_code=True)
+
+`trust_remote_code` lets sentence-transformers import a module of another package, here this one.
+"""
+
+from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+from polyroute.build import from_pretrained
+from polyroute.errors import InputError
+from polyroute.model import RoutedModel
+
+try:
+    from sentence_transformers.base.modules import InputModule, Transformer
+except ImportError as error:
+    raise InputError(
+        "sentence-transformers 6 or later is not installed: pip install sentence-transformers"
+    ) from error
+
+__all__ = ["RoutedTransformer"]
+
+FOLDER = "inventory"
+
+
+class RoutedTransformer(InputModule):  # type: ignore[misc, unused-ignore]
+    """The first module of a `SentenceTransformer`, with an inventory on its transformer.
+
+    `encode(texts, task="banking")` embeds all texts as one task. A list of
+    `{"text": ..., "task": ...}` has a task for each; `encode` sorts texts by length, so a task must
+    travel with its text. Without either, an open `model.route` block that names one task holds.
+
+    """
+
+    forward_kwargs = {"task"}  # noqa: RUF012 - the type that the base class has
+
+    def __init__(self, transformer: Transformer, model: RoutedModel) -> None:
+        if model.base_model is not transformer.model:
+            raise InputError(
+                "the routed model is not that of this encoder: attach the inventory to "
+                "encoder[0].model, then give encoder[0] and the routed model"
+            )
+        super().__init__()  # type: ignore[no-untyped-call, unused-ignore]
+        self.transformer = transformer
+        self.model = model
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:  # the tokenizer, the size of an embedding and so on
+            if name == "transformer":
+                raise
+            return getattr(self.transformer, name)
+
+    @property
+    def max_seq_length(self) -> int | None:
+        """Most tokens of a text."""
+        return self.transformer.max_seq_length  # type: ignore[no-any-return, unused-ignore]
+
+    @max_seq_length.setter
+    def max_seq_length(self, value: int | None) -> None:
+        self.transformer.max_seq_length = value
+
+    def preprocess(
+        self, inputs: Sequence[Any], prompt: str | None = None, **kwargs: Any
+    ) -> dict[str, Any]:
+        """Tokenise; the tasks that texts bring along are kept as `tasks`.
+
+        Raises:
+            InputError: some texts of a batch have a task and others have none.
+        """
+        kwargs.pop("task", None)  # sentence-transformers has tasks of its own, such as "query"
+        tasks = [text["task"] for text in inputs if isinstance(text, Mapping) and "task" in text]
+        texts = [text["text"] for text in inputs] if len(tasks) == len(inputs) else inputs
+        if 0 < len(tasks) < len(inputs):
+            raise InputError("some texts have a task and others have none: give all of them one")
+        features = self.transformer.preprocess(texts, prompt=prompt, **kwargs)
+        return {**features, "tasks": tasks} if tasks else dict(features)
+
+    def forward(
+        self, features: dict[str, Any], task: str | int | None = None, **kwargs: Any
+    ) -> dict[str, Any]:
+        """Embed tokens by task.
+
+        Raises:
+            InputError: no task is given, or two for a text, or an unknown one; or a route block
+                with one task per example is open.
+        """
+        tasks = features.pop("tasks", None)
+        if tasks is not None and task is not None:
+            raise InputError(f"these texts have a task of their own: leave out task={task!r}")
+        route = self.model._routing.route
+        if tasks is None and task is None and route is not None and route.per_example:
+            raise InputError(
+                "encode() sorts texts by length, and the tasks of the open route block would meet "
+                "other texts: give {'text': ..., 'task': ...} for each"
+            )
+        chosen = task if tasks is None else tasks
+        with nullcontext() if chosen is None else self.model.route(chosen):
+            return dict(self.transformer(features, **kwargs))
+
+    def save(self, output_path: str, *args: Any, **kwargs: Any) -> None:
+        """Write the transformer, and the inventory in a folder inside its own."""
+        self.transformer.save(output_path, *args, **kwargs)
+        self.model.save_pretrained(Path(output_path) / FOLDER)
+
+    @classmethod
+    def load(  # type: ignore[override, unused-ignore]
+        cls, model_name_or_path: str, subfolder: str = "", **kwargs: Any
+    ) -> "RoutedTransformer":
+        """Read what `save` wrote.
+
+        Raises:
+            InputError: there is no inventory, or it does not fit.
+        """
+        transformer = Transformer.load(model_name_or_path, subfolder=subfolder, **kwargs)
+        names = {"token", "cache_folder", "revision", "local_files_only"} & kwargs.keys()
+        where = {name: kwargs[name] for name in names}
+        folder = cls.load_dir_path(model_name_or_path, str(Path(subfolder) / FOLDER), **where)
+        if folder is None:
+            raise InputError(f"{model_name_or_path} has no folder {FOLDER!r}: save it again")
+        return cls(transformer, from_pretrained(transformer.model, folder))
