@@ -172,30 +172,20 @@ Gradient alignment between training tasks at the end of training (mean cosine ov
 """
 
 
-BUDGETS = ("8 shots", "96 steps")
-"""What the recipes of other budgets end in."""
+FEWER = "8 shots"
+"""What the recipes with fewer examples end in."""
 
 
 def _by_paper(way: tuple[str, str]) -> tuple[str, str]:
     return way if way[1] == "zero-shot" else (way[0], f"{way[1]}, paper")
 
 
-def budget_tables(ways: Ways) -> str:
-    """A table for each budget, in the order of `BUDGETS`."""
-    text = []
-    for budget in BUDGETS:
-        own = {way: found for way, found in ways.items() if way[1].endswith(budget)}
-        if ("shared", f"mu, paper {budget}") in own:
-            text.append(table(own, ("shared", f"mu, paper {budget}")))
-    return "\n\n".join(text)
-
-
 def real_section(folder: Path) -> str:
     """The real study."""
     every = real_ways(folder, "test")
     chance = statistics.fmean(score["chance"] for score in every["shared", "zero-shot"])
-    budgets = {way: found for way, found in every.items() if way[1].endswith(BUDGETS)}
-    ways = {way: found for way, found in every.items() if way not in budgets}
+    fewer = {way: found for way, found in every.items() if way[1].endswith(FEWER)}
+    ways = {way: found for way, found in every.items() if way not in fewer}
     develop = real_ways(folder, "develop")
     count = len({r["seed"] for r in ways["mhr", "full, paper"]})
     seeds = "one seed" if count == 1 else f"{count} seeds"
@@ -224,10 +214,9 @@ choices gives {chance:.3f}.
 
 {answers(ways, (*paper, ours))}
 
-Other budgets, each against `shared` with the same one: 8 shots instead of 32; 96 steps instead of
-24.
+With 8 shots instead of 32:
 
-{budget_tables(budgets)}
+{table(fewer, ("shared", f"mu, paper {FEWER}"))}
 
 On the development tasks (no inventory has learned them, and none is in the table above). `usage`
 starts at the mean weights of the training tasks, `nearest` at those of the training tasks that
