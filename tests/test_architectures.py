@@ -342,7 +342,11 @@ def test_a_model_on_the_meta_device_takes_no_memory_until_it_is_given_some(tmp_p
         from_pretrained(base, tmp_path)
     model = attach(base, MHRConfig(num_heads=4, num_skills=4), TASKS)
     assert all(t.is_meta for t in (*model.parameters(), *model.buffers()))
-    for use in (lambda: model.merge("amber"), lambda: model(**inputs, tasks="amber")):
+    for use in (
+        lambda: model.merge("amber"),
+        lambda: model(**inputs, tasks="amber"),
+        lambda: model.save_pretrained(tmp_path / "new"),
+    ):
         with pytest.raises(InputError, match=r"on the meta device.*to_empty"):
             use()
     model.to_empty(device="cpu")

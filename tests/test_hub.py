@@ -228,6 +228,8 @@ def test_an_unknown_revision(hub: Hub, model: RoutedModel, tmp_path: Path) -> No
     refused("user/inventory on the hub has no revision 'v9': name a branch", revision="v9")
     refused("has no revision 'v9'", name=f"{NAME}@v9")
     refused("both name a version", name=f"{NAME}@v9", revision="v9")
+    refused("the revision of user/inventory is empty", revision="")
+    refused("the revision of user/inventory is empty", name=f"{NAME}@")
 
 
 def test_a_repository_without_an_inventory(hub: Hub) -> None:

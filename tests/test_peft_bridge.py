@@ -12,7 +12,7 @@ import torch
 from models import TASKS, batch, bert, gpt2, llama, relative_error, routed, stack, t5
 from torch import Tensor, nn
 
-from polyroute import InputError, RoutedModel
+from polyroute import InputError, MHRConfig, RoutedModel, attach
 from polyroute.exchange import read_inventory
 from polyroute.exchange.peft_mhr import write_peft_mhr
 
@@ -502,6 +502,10 @@ def test_wrong_calls_are_refused_and_leave_no_route_open() -> None:
 def test_adapters_of_other_kinds_do_not_mix() -> None:
     with pytest.raises(InputError, match=r"carries an inventory of polyroute\.attach"):
         peft.get_peft_model(routed(llama(), num_heads=4).base_model, config())
+    adapted = new()
+    with pytest.raises(InputError, match=r"carries an adapter of polyroute\.peft: call unload"):
+        attach(adapted, MHRConfig(num_skills=4, num_heads=4), TASKS)
+    attach(adapted.unload(), MHRConfig(num_skills=4, num_heads=4), TASKS)
     base = llama()
     base.add_adapter(peft.LoraConfig(target_modules=["q_proj"]), adapter_name="lora")
     with pytest.raises(InputError, match="adapter of another method of PEFT"):
@@ -519,6 +523,8 @@ def test_inventories_that_have_no_form_in_peft_are_refused(tmp_path: Path) -> No
     dropped.set_phase("mu")
     write_peft_mhr(dropped, tmp_path)
     assert read_inventory(llama(), tmp_path).adapter_config.method == "shared"
+    with pytest.raises(InputError, match="not the single string 'amber'"):
+        read_inventory(llama(), tmp_path, tasks="amber")
 
 
 def test_one_module_alone_imports_peft() -> None:

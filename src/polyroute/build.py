@@ -39,7 +39,7 @@ def attach(
 
     Raises:
         InputError: no layer matches, heads do not divide a width, task names clash, or the model
-            has an inventory already.
+            has an inventory, or an adapter of `polyroute.peft`, already.
     """
     if not isinstance(base_model, nn.Module):
         raise InputError(f"base_model must be a torch module, not a {type(base_model).__name__}")
@@ -58,6 +58,11 @@ def attach(
         if isinstance(module, RoutedLayer | RoutedModel):
             raise InputError(
                 f"layer {name!r} carries an inventory already; call unload() on the routed model"
+            )
+        if hasattr(module, "mhr_adapters"):  # of `polyroute.peft`, which needs PEFT
+            raise InputError(
+                f"layer {name!r} carries an adapter of polyroute.peft: call unload() on the PEFT "
+                "model, or save the adapter and convert it to an inventory"
             )
     found = (
         find_sites(base_model, config) if sites is None else named_sites(base_model, sites, config)

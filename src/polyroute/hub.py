@@ -110,6 +110,8 @@ def locate(
                 "the revision out, or work in another directory"
             )
         return path
+    if (at and not version) or revision == "":
+        raise InputError(f"the revision of {base} is empty: name a branch, a tag or a commit")
     if at and revision is not None:
         raise InputError(f"{os.fspath(name)!r} and revision={revision!r} both name a version")
     options = {"token": token, "cache_dir": cache_dir, "local_files_only": local_files_only}

@@ -96,7 +96,7 @@ class Mixer(nn.Module):
         Raises:
             InputError: the skills are on the meta device.
         """
-        self._check_memory()
+        self.check_memory()
         dtype = self._compute_dtype()
         noisy = training and self.config.noisy_in_training and route.per_example
         learned = [*self.inventory.parameters(), *self.routes.parameters()]
@@ -120,7 +120,12 @@ class Mixer(nn.Module):
             self._cache.popitem(last=False)
         return mixture
 
-    def _check_memory(self) -> None:
+    def check_memory(self) -> None:
+        """Make sure that the skills have values.
+
+        Raises:
+            InputError: they are on the meta device.
+        """
         if self.device.type == "meta":
             raise InputError(
                 "the skills are on the meta device, where they have no values: give the model "
@@ -218,5 +223,5 @@ class Mixer(nn.Module):
     @torch.no_grad()
     def factors_of(self, row: int) -> Sequence[Factors]:
         """What each site applies for one table row in evaluation, fp32."""
-        self._check_memory()
+        self.check_memory()
         return self._mix(Route((row,), per_example=False), torch.float32).factors

@@ -653,11 +653,12 @@ class RoutedModel(nn.Module):
                 processes call this, since some of its weights are looked at, and one writes.
 
         Raises:
-            InputError: the folder cannot be written, the model is merged or was unloaded, or it
-                has private adapters and no task left.
+            InputError: the folder cannot be written, the model is merged, was unloaded or is on
+                the meta device, or it has private adapters and no task left.
         """
         self._check_loaded()
         self.check_unmerged()
+        self.mixer.check_memory()
         if self.inventory.num_skills == 0:
             raise InputError("no private adapter is left to save: add a task first")
         skills = {

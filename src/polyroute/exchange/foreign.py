@@ -151,6 +151,8 @@ def _copy(to: Tensor, values: Tensor, name: str, source: str) -> None:
 
 def _task_names(found: ForeignInventory, tasks: Sequence[str] | None) -> list[str]:
     rows = next((len(logits) for logits in found.logits.values()), None)
+    if isinstance(tasks, str):
+        raise InputError(f"tasks must be a list of names, not the single string {tasks!r}")
     if tasks is None:
         count = found.num_tasks if rows is None else rows
         digits = max(4, len(str(count - 1)))
