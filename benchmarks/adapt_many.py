@@ -26,16 +26,16 @@ import torch
 import polyroute
 from polyroute.adapt import Adapted
 from polyroute.build import from_checkpoint
-from polyroute.checkpoint import read_checkpoint
-from polyroute.commands import base_of
+from polyroute.data.open import open_suite
+from polyroute.data.suite import held_out_tasks
 from polyroute.demo.suite import TASKS, write_suite
-from polyroute.examples import encoded
-from polyroute.files import write_json
-from polyroute.kinds import ModelKind, kind_of
+from polyroute.host.files import write_json
+from polyroute.kinds.choose import ModelKind, kind_of
 from polyroute.loading import load_base
-from polyroute.runs import machine
-from polyroute.suite import held_out_tasks
-from polyroute.suites import open_suite
+from polyroute.program.commands import base_of
+from polyroute.saved.checkpoint import read_checkpoint
+from polyroute.saved.runs import machine
+from polyroute.study.examples import encoded
 
 SEEDS = (42, 1024, 0)
 TASKS_EACH = 12

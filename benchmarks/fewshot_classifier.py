@@ -38,11 +38,11 @@ from sentence_transformers.sentence_transformer.losses import CosineSimilarityLo
 from sklearn.linear_model import LogisticRegression
 
 import polyroute as pr
-from polyroute.files import write_json
+from polyroute.data.open import open_suite
+from polyroute.data.suite import Suite, held_out_tasks, prompt, training_tasks
+from polyroute.host.files import write_json
 from polyroute.loading import load_base
-from polyroute.runs import machine
-from polyroute.suite import Suite, held_out_tasks, prompt, training_tasks
-from polyroute.suites import open_suite
+from polyroute.saved.runs import machine
 
 Array = npt.NDArray[np.float64]
 

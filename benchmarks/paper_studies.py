@@ -7,9 +7,9 @@ from typing import Any
 
 from paper_study import Study, Training
 
+from polyroute.data.open import open_suite
+from polyroute.data.suite import held_out_tasks, training_tasks
 from polyroute.demo.suite import TASKS, write_suite
-from polyroute.suite import held_out_tasks, training_tasks
-from polyroute.suites import open_suite
 
 SEEDS = (42, 1024, 0)
 TRAINING_SEEDS = (0, 1, 2, 3, 4)

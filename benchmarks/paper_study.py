@@ -19,20 +19,20 @@ from torch import Tensor, nn
 
 import polyroute as pr
 from polyroute.adapt import adapt_suite
-from polyroute.alignment import AlignmentCallback, alignment
-from polyroute.batches import Row
+from polyroute.adapting.loop import AdaptSettings
 from polyroute.build import loaded
-from polyroute.checkpoint import read_checkpoint
-from polyroute.evaluate import evaluate, score_rows
-from polyroute.examples import encoded, encoded_mixture
-from polyroute.files import make_folder, write_json
-from polyroute.kinds import ModelKind, kind_of
+from polyroute.data.metrics import acceptable_answers
+from polyroute.data.sampling import draw_few_shot
+from polyroute.data.suite import Suite
+from polyroute.host.files import make_folder, write_json
+from polyroute.kinds.batches import Row
+from polyroute.kinds.choose import ModelKind, kind_of
 from polyroute.loading import load_base
-from polyroute.metrics import acceptable_answers
-from polyroute.runs import machine
-from polyroute.sampling import draw_few_shot
-from polyroute.slot_training import AdaptSettings
-from polyroute.suite import Suite
+from polyroute.saved.checkpoint import read_checkpoint
+from polyroute.saved.runs import machine
+from polyroute.study.alignment import AlignmentCallback, alignment
+from polyroute.study.evaluate import evaluate, score_rows
+from polyroute.study.examples import encoded, encoded_mixture
 from polyroute.trainer import MultiTaskTrainer, MultiTaskTrainingArguments
 
 Result = dict[str, Any]

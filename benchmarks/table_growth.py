@@ -29,9 +29,9 @@ import torch
 import transformers
 
 import polyroute
-from polyroute.files import write_json
-from polyroute.row_optimizer import RowAdamW
-from polyroute.runs import machine
+from polyroute.host.files import write_json
+from polyroute.routes.row_optimizer import RowAdamW
+from polyroute.saved.runs import machine
 
 mpl.use("Agg")
 import matplotlib.pyplot as plt

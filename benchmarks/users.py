@@ -42,9 +42,9 @@ from users_study import (
     without_inventory,
 )
 
-from polyroute.files import read_tensors, write_json, write_tensors
+from polyroute.host.files import read_tensors, write_json, write_tensors
 from polyroute.model import RoutedModel
-from polyroute.runs import machine
+from polyroute.saved.runs import machine
 
 
 def tune(study: Study, models: Mapping[str, RoutedModel]) -> dict[str, Any]:

@@ -13,10 +13,10 @@ from users_report import HALVES, ranks, summary, wilson
 from users_study import AVERAGE, WAYS, Study, fit, name
 
 from polyroute.adapt import Adapted
-from polyroute.batches import log_probs
 from polyroute.demo.suite import answer
-from polyroute.factors import LoRAFactors
-from polyroute.files import write_json
+from polyroute.host.files import write_json
+from polyroute.kinds.batches import log_probs
+from polyroute.layer.factors import LoRAFactors
 from polyroute.model import RoutedModel
 
 MOVES = (0.0, 0.25, 0.5, 0.75, 1.0)

@@ -17,8 +17,8 @@ from users_report import HALVES
 
 import polyroute as pr
 from polyroute.adapt import Adapted
-from polyroute.files import write_json
-from polyroute.kinds import ModelKind, kind_of
+from polyroute.host.files import write_json
+from polyroute.kinds.choose import ModelKind, kind_of
 from polyroute.loading import load_base
 from polyroute.model import RoutedModel
 

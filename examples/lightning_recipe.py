@@ -11,10 +11,10 @@ import torch
 from torch.utils.data import DataLoader
 
 import polyroute as pr
-from polyroute.examples import encoded_mixture, task_sizes
+from polyroute.data.sampling import TaskSampler
+from polyroute.data.suite import training_tasks
 from polyroute.loading import load_base, load_suite
-from polyroute.sampling import TaskSampler
-from polyroute.suite import training_tasks
+from polyroute.study.examples import encoded_mixture, task_sizes
 
 
 class RoutedModule(lightning.LightningModule):

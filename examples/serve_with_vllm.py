@@ -11,7 +11,7 @@ from pathlib import Path
 
 import polyroute as pr
 from polyroute.loading import load_base
-from polyroute.runs import read_run
+from polyroute.saved.runs import read_run
 
 VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 """What vLLM takes as `--max-lora-rank`."""

@@ -22,7 +22,7 @@ from transformers import (
     T5ForConditionalGeneration,
 )
 
-from polyroute.kinds import ModelKind, kind_of
+from polyroute.kinds.choose import ModelKind, kind_of
 
 WORDS = "the a cat dog sat ran on mat yes no maybe is it big red one two three".split()  # noqa: SIM905
 

@@ -16,7 +16,7 @@ from base_models import columns, llama, made, t5
 from datasets import Dataset
 from models import routed
 
-from polyroute.kinds import ModelKind
+from polyroute.kinds.choose import ModelKind
 from polyroute.model import RoutedModel
 from polyroute.trainer import MultiTaskTrainer, MultiTaskTrainingArguments
 
@@ -70,7 +70,7 @@ def losses(made_here: MultiTaskTrainer) -> list[float]:
 def launch(function: Callable[..., Any], *arguments: Any, processes: int = 2) -> None:
     """Call a function in several connected processes; an error in one is an error here."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["polyroute.commands", "launched"])
+    context.set_forkserver_preload(["polyroute.program.commands", "launched"])
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]

@@ -9,15 +9,15 @@ import torch
 from base_models import Maker, bert, gpt2, llama, t5
 from torch import Tensor, nn
 
-import polyroute.memory
+import polyroute.adapting.memory
 from polyroute import MHRConfig, RoutedModel, adapt_many, attach
 from polyroute.adapt import Adapted, AdaptSettings, variants
+from polyroute.adapting.memory import bytes_of, plan
+from polyroute.data.sampling import draw_few_shot
 from polyroute.errors import InputError
-from polyroute.examples import encoded_records
-from polyroute.kinds import ModelKind, kind_of
-from polyroute.memory import bytes_of, plan
+from polyroute.kinds.choose import ModelKind, kind_of
 from polyroute.optimizers import make_optimizer
-from polyroute.sampling import draw_few_shot
+from polyroute.study.examples import encoded_records
 
 TRAINED = ("first", "second", "third")
 WORDS = ["cat", "dog", "mat", "ran", "sat", "big", "red", "two"]
@@ -230,8 +230,8 @@ def test_waves_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     given = {name: examples(name) for name in ("a", "b", "c")}
     settings = {**COMMON, "optimizer": "sgd"}
     many = adapt_many(model, given, kind=kind, phase="full", seeds=[0, 1], **settings)
-    monkeypatch.setattr(polyroute.memory, "MOST_SLOTS", 2)
-    monkeypatch.setattr(polyroute.memory, "CPU_ACTIVATION", 16 * 16)
+    monkeypatch.setattr(polyroute.adapting.memory, "MOST_SLOTS", 2)
+    monkeypatch.setattr(polyroute.adapting.memory, "CPU_ACTIVATION", 16 * 16)
     few = adapt_many(model, given, kind=kind, phase="full", seeds=[0, 1], **settings)
     for one, other in zip(many, few, strict=True):
         for actual, expected in zip(tensors_of(one), tensors_of(other), strict=True):
@@ -262,7 +262,7 @@ def test_early_stopping_takes_the_best_step_and_leaves_the_batch() -> None:
 def test_an_interrupted_adaptation_goes_on_to_the_same_end(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    import polyroute.slot_training as module
+    import polyroute.adapting.loop as module
 
     model, kind = trained()
     given = {name: examples(name) for name in ("a", "b")}
@@ -299,7 +299,7 @@ def test_an_interrupted_adaptation_goes_on_to_the_same_end(
 def test_saved_slots_of_other_settings_or_damaged_ones_are_refused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    import polyroute.slot_training as module
+    import polyroute.adapting.loop as module
 
     model, kind = trained()
     monkeypatch.setattr(module, "SECONDS_BETWEEN_SAVES", 0.0)
@@ -356,7 +356,7 @@ def test_batches_have_at_most_so_many_tokens(make: Maker, monkeypatch: pytest.Mo
 
     monkeypatch.setattr(kind, "row_losses", noted)
     limit = 60 if make is bert else 150
-    monkeypatch.setattr(polyroute.memory, "CPU_ACTIVATION", 16 * limit)
+    monkeypatch.setattr(polyroute.adapting.memory, "CPU_ACTIVATION", 16 * limit)
     adapt_many(model, {"a": examples("a"), "b": examples("b")}, kind=kind, phase="z", **COMMON)
     assert all(count == 1 or tokens <= limit for count, tokens in seen)
     assert sum(count for count, _ in seen) == 2 * 6 * 3
@@ -454,9 +454,9 @@ def test_the_loss_of_a_batch_is_that_of_its_rows(make: Maker) -> None:
 def test_nothing_is_trained_where_a_later_slot_could_not_begin(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    import polyroute.slot_training as module
+    import polyroute.adapting.loop as module
 
-    monkeypatch.setattr(polyroute.memory, "MOST_SLOTS", 1)
+    monkeypatch.setattr(polyroute.adapting.memory, "MOST_SLOTS", 1)
     monkeypatch.setattr(module, "_take_step", lambda *_: pytest.fail("a step was taken"))
     model, kind = trained()
     with pytest.raises(InputError, match="unknown task 'typo'"):
@@ -484,7 +484,7 @@ def test_names_of_files_are_short_and_apart(tmp_path: Path) -> None:
 
 
 def test_the_average_cannot_be_routed_while_slots_are_open() -> None:
-    from polyroute.slots import Slots
+    from polyroute.adapting.slots import Slots
 
     model, _ = trained()
     with (

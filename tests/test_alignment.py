@@ -16,12 +16,12 @@ from torch.func import functional_call
 from transformers import TrainerCallback
 
 from polyroute import InputError, RoutedModel
-from polyroute.alignment import AlignmentCallback, alignment
-from polyroute.cli import main
-from polyroute.factors import LoRAFactors
-from polyroute.kind import ModelKind
-from polyroute.runs import read_run
-from polyroute.slots import Slots
+from polyroute.adapting.slots import Slots
+from polyroute.kinds.base import ModelKind
+from polyroute.layer.factors import LoRAFactors
+from polyroute.program.cli import main
+from polyroute.saved.runs import read_run
+from polyroute.study.alignment import AlignmentCallback, alignment
 from polyroute.trainer import MultiTaskTrainer, MultiTaskTrainingArguments
 
 NAMES = ("count", "truth", "where")

@@ -13,7 +13,9 @@ from models import TASKS, routed, stack
 from torch import Tensor
 
 from polyroute import InputError
-from polyroute.analysis import (
+from polyroute.program.cli import main
+from polyroute.saved.checkpoint import read_checkpoint
+from polyroute.study.analysis import (
     analyse,
     diversity,
     gate_discreteness,
@@ -24,8 +26,6 @@ from polyroute.analysis import (
     saved_weights,
     skill_usage,
 )
-from polyroute.checkpoint import read_checkpoint
-from polyroute.cli import main
 
 
 def logits_of(shape: tuple[int, ...], seed: int = 0) -> Tensor:
@@ -224,7 +224,7 @@ def test_the_categories_of_an_analysis_are_by_task(tmp_path: Path) -> None:
 
 
 def test_a_large_table_is_analysed_in_part(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("polyroute.analysis.LISTED", 3)
+    monkeypatch.setattr("polyroute.study.analysis.LISTED", 3)
     routed(stack(), num_heads=2).save_pretrained(tmp_path)
     assert analyse(read_checkpoint(tmp_path)).tasks == list(TASKS[:3])
 

@@ -14,9 +14,9 @@ from transformers import T5ForConditionalGeneration
 
 import polyroute
 from polyroute import InputError
-from polyroute.card import write_card
-from polyroute.cli import main
-from polyroute.files import read_json, write_json
+from polyroute.host.files import read_json, write_json
+from polyroute.program.cli import main
+from polyroute.saved.card import write_card
 
 NAME = "user/inventory"
 
@@ -184,7 +184,7 @@ def test_long_tables_are_folded_and_very_long_ones_cut(
     text = section(write_card(tmp_path), "Tasks")
     assert text.count("<details>") == 1
     assert "| `user-59` |" in text
-    monkeypatch.setattr(polyroute.card, "LISTED", 50)
+    monkeypatch.setattr(polyroute.saved.card, "LISTED", 50)
     text = section(write_card(tmp_path), "Tasks")
     assert "and 10 more" in text
     assert "| `user-59` |" not in text

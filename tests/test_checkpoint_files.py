@@ -9,7 +9,7 @@ from models import TASKS, Stack, batch, llama, routed, stack, t5
 from safetensors.torch import load_file, save_file
 
 from polyroute import InputError, MHRConfig, attach, from_pretrained
-from polyroute.files import make_folder, read_metadata
+from polyroute.host.files import make_folder, read_metadata
 
 ROWS = "routes-00000-of-00001.safetensors"
 FILES = {"polyroute.json", "inventory.safetensors", ROWS}
@@ -401,7 +401,7 @@ def test_a_save_that_was_interrupted_is_noticed(
         whole(source, target)
 
     with monkeypatch.context() as patch:
-        patch.setattr("polyroute.files.os.replace", fail)
+        patch.setattr("polyroute.host.files.os.replace", fail)
         with pytest.raises(OSError, match="disk full"):
             routed(stack(), num_heads=2, num_skills=3, rank=2, seed=9).save_pretrained(saved)
     base = stack()
@@ -482,7 +482,7 @@ def test_a_folder_without_write_permission_is_refused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # The superuser may write everywhere, so the answer of the system is replaced.
-    monkeypatch.setattr("polyroute.files.os.access", lambda *_: False)
+    monkeypatch.setattr("polyroute.host.files.os.access", lambda *_: False)
     with pytest.raises(InputError, match=r"cannot write to the folder .*; check its permissions"):
         make_folder(tmp_path)
 
@@ -495,7 +495,7 @@ def test_a_failed_write_leaves_the_old_files_and_no_temporary_ones(
     def fail(*_: object) -> None:
         raise OSError("disk full")
 
-    monkeypatch.setattr("polyroute.files.os.replace", fail)
+    monkeypatch.setattr("polyroute.host.files.os.replace", fail)
     with pytest.raises(OSError, match="disk full"):
         routed(stack(), seed=9).save_pretrained(saved)
     assert {path.name: path.read_bytes() for path in saved.iterdir()} == before

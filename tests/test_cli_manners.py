@@ -21,15 +21,15 @@ from reproduce_data import write_suite as write_small_suite
 from safetensors.torch import load_file
 from tiny_runs import train_arguments
 
-import polyroute.commands as commands
+import polyroute.adapting.loop as slot_training
 import polyroute.demo.main as demo
-import polyroute.progress as progress
-import polyroute.slot_training as slot_training
-from polyroute.cli import main
-from polyroute.evaluate import TaskScore
+import polyroute.host.progress as progress
+import polyroute.program.commands as commands
+from polyroute.adapting.memory import bytes_in_training
 from polyroute.exchange import READ, WRITTEN
-from polyroute.interrupts import deferred
-from polyroute.memory import bytes_in_training
+from polyroute.host.interrupts import deferred
+from polyroute.program.cli import main
+from polyroute.study.evaluate import TaskScore
 
 
 @pytest.fixture(autouse=True)
@@ -92,7 +92,7 @@ def program(code: str, **environment: str) -> "subprocess.CompletedProcess[str]"
 
 def test_help_loads_neither_torch_nor_transformers() -> None:
     code = (
-        "import sys; from polyroute.cli import main; main(['train', '--help']); "
+        "import sys; from polyroute.program.cli import main; main(['train', '--help']); "
         "heavy = {'torch', 'transformers', 'datasets', 'peft', 'matplotlib', 'tqdm'}; "
         "print(heavy & set(sys.modules), file=sys.stderr)"
     )
@@ -102,7 +102,7 @@ def test_help_loads_neither_torch_nor_transformers() -> None:
         assert word in " ".join(done.stdout.split())
 
 
-COMPLETE = "import sys; sys.argv[0] = 'polyroute'; from polyroute.cli import main; main()"
+COMPLETE = "import sys; sys.argv[0] = 'polyroute'; from polyroute.program.cli import main; main()"
 
 
 @pytest.mark.parametrize(

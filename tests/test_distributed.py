@@ -13,9 +13,9 @@ from tiny_runs import train_arguments
 from torch.distributed.tensor import DTensor
 
 from polyroute import InputError
-from polyroute.cli import main
+from polyroute.host.processes import index
 from polyroute.model import RoutedModel
-from polyroute.processes import index
+from polyroute.program.cli import main
 
 SHARDED = {"fsdp": True, "fsdp_config": {"version": 2}}
 

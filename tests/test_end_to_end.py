@@ -17,7 +17,7 @@ from tiny_runs import train_arguments
 from transformers import AutoModelForSeq2SeqLM
 
 import polyroute as pr
-from polyroute.cli import main
+from polyroute.program.cli import main
 
 
 def read(path: Path) -> dict:
@@ -162,8 +162,8 @@ def test_adapting_resumes_where_it_stopped(run: Path, place: Path) -> None:
 
 SAVING_ALWAYS = """
 import sys
-import polyroute.slot_training as training
-from polyroute.cli import main
+import polyroute.adapting.loop as training
+from polyroute.program.cli import main
 training.SECONDS_BETWEEN_SAVES = 0.0
 main(sys.argv[1:])
 """

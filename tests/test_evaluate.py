@@ -10,8 +10,8 @@ from datasets import Dataset
 from models import routed
 from torch import Tensor
 
-from polyroute.evaluate import TaskScore, evaluate, macro_average, score_rows
-from polyroute.suites import open_suite
+from polyroute.data.open import open_suite
+from polyroute.study.evaluate import TaskScore, evaluate, macro_average, score_rows
 
 
 class Fixed:

@@ -3,7 +3,7 @@ import numpy as np
 import pytest
 
 from polyroute.errors import InputError
-from polyroute.examples import prompt_lengths, task_sizes
+from polyroute.study.examples import prompt_lengths, task_sizes
 
 FEATURES = datasets.Features(
     {"task": datasets.Value("string"), "prompt_ids": [datasets.Value("int32")]}

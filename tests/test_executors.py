@@ -14,9 +14,9 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from polyroute import InputError
-from polyroute.factors import LoRAFactors, TokenLoRAFactors
-from polyroute.inventory import WeightedSum, _mix
-from polyroute.kernels import apply_lora, plain_executors
+from polyroute.layer.factors import LoRAFactors, TokenLoRAFactors
+from polyroute.layer.kernels import apply_lora, plain_executors
+from polyroute.routes.inventory import WeightedSum, _mix
 
 EXECUTORS = ["fused", "plain", "tokens"]
 TOLERANCE = 1e-6  # relative to the largest entry

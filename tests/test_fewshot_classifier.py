@@ -23,7 +23,7 @@ from sentence_transformers.base.modules import Transformer  # noqa: E402
 from sentence_transformers.sentence_transformer.modules import Normalize, Pooling  # noqa: E402
 
 from examples import fewshot_classifier as example  # noqa: E402
-from polyroute.suites import open_suite  # noqa: E402
+from polyroute.data.open import open_suite  # noqa: E402
 
 INSTRUCTION = "is it"
 

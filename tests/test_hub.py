@@ -14,8 +14,9 @@ from hub_server import Hub, Repository, serving
 from huggingface_hub import ModelCard, constants
 from models import TASKS, routed, stack
 
-from polyroute import InputError, RoutedModel, SavedRoutes, from_pretrained, saved_routes
-from polyroute.hub import locate, public
+from polyroute import InputError, RoutedModel, SavedRoutes, from_pretrained
+from polyroute.saved import rows as saved_routes
+from polyroute.saved.hub import locate, public
 from polyroute.trainer import MultiTaskTrainer, MultiTaskTrainingArguments
 
 NAME = "user/inventory"

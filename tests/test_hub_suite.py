@@ -7,9 +7,9 @@ import datasets
 import pytest
 import yaml
 
+from polyroute.data.open import open_suite
+from polyroute.data.suite import Suite, TaskInfo, quiet_datasets
 from polyroute.errors import InputError
-from polyroute.suite import Suite, TaskInfo, quiet_datasets
-from polyroute.suites import open_suite
 
 ROWS = {
     "premise": ["It rains.", "It snows."],

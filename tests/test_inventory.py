@@ -10,8 +10,8 @@ from models import TASKS, copy_joined, relative_error, routed, stack
 from torch import nn
 
 from polyroute import MHRConfig, attach
-from polyroute.inventory import Inventory
-from polyroute.targets import find_sites
+from polyroute.layer.sites import find_sites
+from polyroute.routes.inventory import Inventory
 
 ALL = [
     (method, adapter)

@@ -35,7 +35,7 @@ from transformers import (
 )
 
 from polyroute.errors import InputError
-from polyroute.kinds import CausalKind, EncoderKind, Seq2SeqKind, kind_of
+from polyroute.kinds.choose import CausalKind, EncoderKind, Seq2SeqKind, kind_of
 
 # Choosing the kind
 
@@ -158,7 +158,7 @@ FINGERPRINT = """
 import sys
 from datasets import Dataset
 from datasets.fingerprint import Hasher
-from polyroute.kinds import CausalKind
+from polyroute.kinds.choose import CausalKind
 from transformers import AutoTokenizer
 kind = CausalKind(AutoTokenizer.from_pretrained(sys.argv[1]), max_input=8)
 data = Dataset.load_from_disk(sys.argv[2])

@@ -1,3 +1,5 @@
+"""The rooms of the package import downwards only, and the public names of the core are described."""
+
 import ast
 import importlib
 import inspect
@@ -11,57 +13,87 @@ from pages import layers
 import polyroute
 
 FOLDER = Path(polyroute.__file__).parent
+LAYERS = layers()
+BELOW = {
+    room: {room, *set().union(*LAYERS[i + 1 :])} for i, line in enumerate(LAYERS) for room in line
+}
+CORE_ROOMS = set().union(*dropwhile(lambda line: "build" not in line, LAYERS)) - {"optimizers"}
+OUTSIDE = {"torch", "safetensors", "polyroute"} | set(sys.stdlib_module_names)
+EXCEPTIONS = {
+    "saved/hub.py": {"huggingface_hub", "yaml"},
+    "saved/card.py": {"huggingface_hub", "yaml"},
+    "host/output.py": {"rich", "datasets", "transformers"},
+    "host/progress.py": {"tqdm"},
+    "host/yaml_files.py": {"yaml"},
+}
+"""What the core may import besides, inside functions or in files that it does not import itself."""
 
-CORE = sorted(set().union(*dropwhile(lambda line: "build" not in line, layers())))
-"""The design page's layers up to `build`."""
-ALLOWED = {"torch", "safetensors", "polyroute"} | set(sys.stdlib_module_names)
-ON_THE_HUB = {"hub", "card"}
-"""They may import huggingface_hub and yaml too, inside functions."""
+
+def room_of(path: Path) -> str:
+    parts = path.relative_to(FOLDER).parts
+    return parts[0].removesuffix(".py")
 
 
-def imported(module: str) -> list[str]:
-    """Every dotted name that a module's source imports, wherever it does so."""
-    tree = ast.parse((FOLDER / f"{module}.py").read_text(encoding="utf-8"))
+FILES = [p for p in sorted(FOLDER.rglob("*.py")) if p.parent != FOLDER or p.name[0] != "_"]
+CORE = [path for path in FILES if room_of(path) in CORE_ROOMS]
+
+
+def imported(path: Path) -> list[str]:
+    """Every dotted name that a file imports, wherever it does so."""
     names: list[str] = []
-    for node in ast.walk(tree):
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Import):
             names += [alias.name for alias in node.names]
         elif isinstance(node, ast.ImportFrom):
-            assert node.level == 0, f"{module} uses a relative import"
-            names.append(node.module or "")
+            assert node.level == 0, f"{path} uses a relative import"
+            module = node.module or ""
+            # `from polyroute import config` imports the room, `from polyroute.host import files` too.
+            names += (
+                [f"{module}.{a.name}" for a in node.names] if module == "polyroute" else [module]
+            )
     return names
 
 
-@pytest.mark.parametrize("module", CORE)
-def test_the_core_imports_torch_and_safetensors_alone(module: str) -> None:
-    allowed = ALLOWED | ({"huggingface_hub", "yaml"} if module in ON_THE_HUB else set())
-    for name in imported(module):
-        assert name.split(".")[0] in allowed, f"{module} imports {name}"
+def test_the_list_names_every_room() -> None:
+    assert {room_of(path) for path in FILES} == set(BELOW)
 
 
-@pytest.mark.parametrize("module", CORE)
-def test_every_public_name_exists_and_is_described(module: str) -> None:
-    loaded = importlib.import_module(f"polyroute.{module}")
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(FOLDER)))
+def test_a_file_imports_from_its_own_room_and_those_below(path: Path) -> None:
+    for name in imported(path):
+        if name.startswith("polyroute.") and name != "polyroute.__version__":
+            assert name.split(".")[1] in BELOW[room_of(path)], f"{path.name} imports {name}"
+
+
+@pytest.mark.parametrize("path", CORE, ids=lambda path: str(path.relative_to(FOLDER)))
+def test_the_core_imports_torch_and_safetensors_alone(path: Path) -> None:
+    allowed = OUTSIDE | EXCEPTIONS.get(str(path.relative_to(FOLDER)), set())
+    for name in imported(path):
+        assert name.split(".")[0] in allowed, f"{path.name} imports {name}"
+
+
+@pytest.mark.parametrize("path", CORE, ids=lambda path: str(path.relative_to(FOLDER)))
+def test_every_public_name_of_the_core_is_listed_and_described(path: Path) -> None:
+    if path.name == "__init__.py":
+        return
+    name = ".".join(path.relative_to(FOLDER).with_suffix("").parts)
+    loaded = importlib.import_module(f"polyroute.{name}")
     assert loaded.__doc__
-    for name in loaded.__all__:
-        value = getattr(loaded, name)
-        if inspect.isclass(value) and value.__module__ == loaded.__name__:
-            assert value.__doc__, f"{module}.{name}"
-            methods = {n: m for n, m in vars(value).items() if not n.startswith("_")}
-            for method, member in methods.items():
-                if inspect.isfunction(member) or isinstance(member, property | classmethod):
-                    documented = inspect.getdoc(getattr(value, method))
-                    assert documented, f"{module}.{name}.{method}"
-        elif inspect.isfunction(value):
-            assert value.__doc__, f"{module}.{name}"
-
-
-def test_every_public_function_of_the_core_is_in_all() -> None:
-    for module in CORE:
-        loaded = importlib.import_module(f"polyroute.{module}")
-        for name, value in inspect.getmembers(loaded, inspect.isfunction):
-            if value.__module__ == loaded.__name__ and not name.startswith("_"):
-                assert name in loaded.__all__, f"{module}.{name}"
+    for public in loaded.__all__:
+        value = getattr(loaded, public)
+        if getattr(value, "__module__", None) != loaded.__name__:
+            continue
+        assert inspect.getdoc(value), f"{name}.{public}"
+        if inspect.isclass(value):
+            for method, member in vars(value).items():
+                is_public = not method.startswith("_") and isinstance(
+                    member, property | classmethod | staticmethod | type(room_of)
+                )
+                if is_public:
+                    assert inspect.getdoc(getattr(value, method)), f"{name}.{public}.{method}"
+    for function, value in inspect.getmembers(loaded, inspect.isfunction):
+        if value.__module__ == loaded.__name__ and not function.startswith("_"):
+            assert function in loaded.__all__, f"{name}.{function}"
 
 
 def test_the_version_is_a_string_of_three_numbers() -> None:

@@ -22,10 +22,10 @@ sys.path.insert(0, str(ROOT / "examples"))
 
 import lm_evaluation  # noqa: E402
 
-from polyroute.evaluate import evaluate  # noqa: E402
-from polyroute.examples import encoded  # noqa: E402
-from polyroute.kinds import kind_of  # noqa: E402
-from polyroute.suites import open_suite  # noqa: E402
+from polyroute.data.open import open_suite  # noqa: E402
+from polyroute.kinds.choose import kind_of  # noqa: E402
+from polyroute.study.evaluate import evaluate  # noqa: E402
+from polyroute.study.examples import encoded  # noqa: E402
 
 ITEMS = [json.loads(line) for line in lm_evaluation.TASK.with_suffix(".jsonl").open()]
 

@@ -10,7 +10,7 @@ from torch.testing import assert_close
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from polyroute.errors import InputError
-from polyroute.kinds import EncoderKind, kind_of
+from polyroute.kinds.choose import EncoderKind, kind_of
 from polyroute.loading import load_base
 
 SHARED = Path(os.environ.get("POLYROUTE_SHARED", Path(__file__).resolve().parents[2] / "shared"))

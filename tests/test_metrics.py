@@ -7,8 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from polyroute.errors import InputError
-from polyroute.metrics import (
+from polyroute.data.metrics import (
     _chrf_scorer,
     baselines,
     best_match,
@@ -20,7 +19,8 @@ from polyroute.metrics import (
     strict_match,
     text_metric,
 )
-from polyroute.suite import METRICS
+from polyroute.data.suite import METRICS
+from polyroute.errors import InputError
 
 WORDS = st.text(string.ascii_letters + string.digits + " .,!-", max_size=30)
 NUMBERS = st.floats(-1e6, 1e6)

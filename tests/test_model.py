@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from polyroute import InputError, MHRConfig, RoutedModel, attach
-from polyroute.inventory import Inventory
-from polyroute.routing import skill_weights
+from polyroute.routes.inventory import Inventory
+from polyroute.routes.weights import skill_weights
 
 BUILDERS = [t5, llama, gpt2, bert]
 Build = Callable[[], nn.Module]

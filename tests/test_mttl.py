@@ -19,10 +19,10 @@ from torch import Tensor, nn
 from transformers import ByT5Tokenizer, T5Config, T5ForConditionalGeneration
 
 from polyroute import InputError, RoutedModel, from_pretrained
-from polyroute.cli import main
 from polyroute.exchange import read_inventory
 from polyroute.exchange.mttl import from_mttl
 from polyroute.exchange.mttl_export import write_mttl
+from polyroute.program.cli import main
 
 MODULES = ".*SelfAttention|.*EncDecAttention|.*DenseReluDense"
 LAYERS = "q|k|v|o|wi_0|wi_1|wo"

@@ -23,21 +23,21 @@ from base_models import (
 from torch import Tensor, nn
 from torch.testing import assert_close
 
-import polyroute.memory
-import polyroute.slot_training
+import polyroute.adapting.loop
+import polyroute.adapting.memory
 from polyroute import MHRConfig, RoutedModel, adapt_many, attach
-from polyroute.batches import IGNORED, choice_index, choice_labels, flat_choices, padded
-from polyroute.cli import main
 from polyroute.errors import InputError
-from polyroute.examples import encoded_records
-from polyroute.kinds import ModelKind, kind_of
-from polyroute.objectives import (
+from polyroute.kinds.batches import IGNORED, choice_index, choice_labels, flat_choices, padded
+from polyroute.kinds.choose import ModelKind, kind_of
+from polyroute.kinds.objectives import (
     OBJECTIVES,
     Objective,
     objective_of,
     term_weights,
     unlikely_constant,
 )
+from polyroute.program.cli import main
+from polyroute.study.examples import encoded_records
 
 ODD = Objective(
     mc_weight=0.7, unlikely_weight=1.3, length_norm=0.5, label_smoothing=0.2, per="example"
@@ -281,7 +281,7 @@ def test_every_slot_ends_where_a_loop_over_the_loss_ends(
     make: Maker, objective: str | Objective, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # Few tokens at a time: a slot's rows are in several batches, and each beside another slot's.
-    monkeypatch.setattr(polyroute.memory, "CPU_ACTIVATION", 16 * 120)
+    monkeypatch.setattr(polyroute.adapting.memory, "CPU_ACTIVATION", 16 * 120)
     model, kind = routed(make, objective)
     given = {"new": answers("new"), "other": answers("other", 5)}
     results = adapt_many(
@@ -327,7 +327,7 @@ def test_choices_count_in_the_size_of_a_batch(make: Maker, monkeypatch: pytest.M
         return losses(model, batch)
 
     monkeypatch.setattr(kind, "row_losses", noted)
-    monkeypatch.setattr(polyroute.memory, "CPU_ACTIVATION", 16 * 300)
+    monkeypatch.setattr(polyroute.adapting.memory, "CPU_ACTIVATION", 16 * 300)
     adapt_many(model, {"a": answers("a"), "b": answers("b")}, kind=kind, phase="z", steps=1)
     assert all(rows == 1 or size <= 300 for rows, size in sizes)
     assert max(rows for rows, _ in sizes) > 1
@@ -337,8 +337,8 @@ def test_choices_count_in_the_size_of_a_batch(make: Maker, monkeypatch: pytest.M
 def test_a_saved_slot_is_not_taken_up_under_another_objective(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(polyroute.slot_training, "SECONDS_BETWEEN_SAVES", 0.0)
-    monkeypatch.setattr(polyroute.slot_training.SlotTraining, "finish", lambda self: 1 / 0)
+    monkeypatch.setattr(polyroute.adapting.loop, "SECONDS_BETWEEN_SAVES", 0.0)
+    monkeypatch.setattr(polyroute.adapting.loop.SlotTraining, "finish", lambda self: 1 / 0)
     model, kind = routed(t5, "t-few")
     options: dict[str, Any] = {"phase": "z", "steps": 2, "folder": tmp_path}
     with pytest.raises(ZeroDivisionError):

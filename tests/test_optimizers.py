@@ -17,10 +17,10 @@ from transformers import Adafactor
 
 from polyroute import InputError, MHRConfig, RoutedModel, attach
 from polyroute.adapt import AdaptSettings
-from polyroute.cli import main
-from polyroute.kind import ModelKind
+from polyroute.adapting.slots import Slots
+from polyroute.kinds.base import ModelKind
 from polyroute.optimizers import LayerAdafactor, make_optimizer
-from polyroute.slots import Slots
+from polyroute.program.cli import main
 from polyroute.trainer import MultiTaskTrainer, MultiTaskTrainingArguments
 
 RATES: dict[str, Any] = {

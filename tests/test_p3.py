@@ -9,12 +9,12 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from polyroute.data.open import open_suite
+from polyroute.data.readers import p3
+from polyroute.data.readers.p3 import P3Suite
+from polyroute.data.readers.p3_held_out import HeldOut, _templates
+from polyroute.data.suite import Suite, TaskInfo, held_out_tasks, training_tasks
 from polyroute.errors import InputError
-from polyroute.readers import p3
-from polyroute.readers.p3 import P3Suite
-from polyroute.readers.p3_held_out import HeldOut, _templates
-from polyroute.suite import Suite, TaskInfo, held_out_tasks, training_tasks
-from polyroute.suites import open_suite
 
 
 def prompts(folder: Path, name: str, count: int, **changes: Any) -> None:

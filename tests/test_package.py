@@ -79,7 +79,10 @@ def test_the_wheel_names_its_command_licence_and_extras(wheel: Path) -> None:
     archive = zipfile.ZipFile(wheel)
     names = archive.namelist()
     info = f"polyroute-{polyroute.__version__}.dist-info"
-    assert "polyroute = polyroute.cli:main" in archive.read(f"{info}/entry_points.txt").decode()
+    assert (
+        "polyroute = polyroute.program.cli:main"
+        in archive.read(f"{info}/entry_points.txt").decode()
+    )
     assert f"{info}/licenses/LICENSE" in names
     metadata = archive.read(f"{info}/METADATA").decode()
     for extra in PROJECT["optional-dependencies"]:

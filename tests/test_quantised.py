@@ -15,7 +15,7 @@ from torchao.quantization import Int8WeightOnlyConfig, IntxWeightOnlyConfig, qua
 from torchao.quantization.granularity import PerGroup
 
 from polyroute import InputError, RoutedModel, from_pretrained
-from polyroute.targets import find_sites
+from polyroute.layer.sites import find_sites
 
 ORDER = ["birch", "amber", "dune", "birch"]
 

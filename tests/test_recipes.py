@@ -4,12 +4,12 @@ from typing import Any
 import pytest
 import typer
 
-from polyroute.cli import app
+from polyroute.adapting.loop import AdaptSettings
 from polyroute.config import MHRConfig
 from polyroute.errors import InputError
-from polyroute.objectives import objective_of
-from polyroute.recipes import SECTIONS, read_recipe, recipe_names
-from polyroute.slot_training import AdaptSettings
+from polyroute.kinds.objectives import objective_of
+from polyroute.program.cli import app
+from polyroute.program.recipes import SECTIONS, read_recipe, recipe_names
 
 GIVEN = {
     "train": ["--model", "m", "--data", "d", "--out", "o"],
@@ -138,7 +138,7 @@ def test_a_recipe_that_is_not_there() -> None:
 
 
 def test_options_of_the_reader_reach_the_suite_by_name() -> None:
-    from polyroute.cli import _reader
+    from polyroute.program.cli import _reader
 
     assert _reader(["seed=1024", "all-templates=true"]) == {"seed": 1024, "all_templates": True}
     assert _reader([]) is None

@@ -14,16 +14,16 @@ import pytest
 import torch
 from report_runs import HELD_OUT, adapted, save_inventory, write, write_run, write_suite
 
-from polyroute.analysis import route_similarity, saved_weights
-from polyroute.checkpoint import read_checkpoint
-from polyroute.cli import main
 from polyroute.errors import InputError
+from polyroute.program.cli import main
 from polyroute.report_page import figures, tables, write_report
 from polyroute.report_page import routing as routing_module
 from polyroute.report_page.contents import Contents, collect
 from polyroute.report_page.data import read_runs
 from polyroute.report_page.intervals import estimates
 from polyroute.report_page.page import render
+from polyroute.saved.checkpoint import read_checkpoint
+from polyroute.study.analysis import route_similarity, saved_weights
 
 TASKS = [f"task{i}" for i in range(9)]
 HOSTILE = '</script><img src=x onerror="document.title=1">\'"& $x^2$ \u202eß→日 \ud800\x00'

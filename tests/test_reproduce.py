@@ -8,11 +8,11 @@ import pytest
 from reproduce_data import TEMPLATE, write_base, write_suite, write_superni, write_t0
 
 import polyroute.adapt
-from polyroute.cli import _checked, main
+from polyroute.data.open import open_suite
+from polyroute.data.sampling import draw_few_shot
 from polyroute.errors import InputError
-from polyroute.reproduce import aggregate, preset_names, read_preset, reproduce
-from polyroute.sampling import draw_few_shot
-from polyroute.suites import open_suite
+from polyroute.program.cli import _checked, main
+from polyroute.program.reproduce import aggregate, preset_names, read_preset, reproduce
 
 TINY = {
     "train.steps": 3, "train.bf16": False, "train.max-input": 32, "train.max-target": 4,
@@ -232,7 +232,7 @@ def test_each_number_of_shots_is_adapted_apart_and_looked_at_every_fifty_epochs(
 def test_what_is_wrong_is_found_before_anything_starts(
     place: Path, extra: Sequence[str], settings: dict[str, Any], message: str, tmp_path: Path
 ) -> None:
-    from polyroute.cli import app
+    from polyroute.program.cli import app
 
     given = arguments(place, "t0", *extra, out="none", **settings)
     for name in ("model", "data"):  # set by --set instead

@@ -7,8 +7,8 @@ from hypothesis import strategies as st
 from models import TASKS, routed, stack
 
 from polyroute import InputError, MHRConfig, RoutedModel
-from polyroute.analysis import route_similarity
-from polyroute.routes import Routes
+from polyroute.routes.table import Routes
+from polyroute.study.analysis import route_similarity
 
 
 def table(count: int = 30, seed: int = 0, config: MHRConfig | None = None) -> Routes:
@@ -24,7 +24,7 @@ def table(count: int = 30, seed: int = 0, config: MHRConfig | None = None) -> Ro
 def test_the_nearest_tasks_are_those_of_the_similarity_of_weights(
     at_once: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("polyroute.routes.COMPARED_AT_ONCE", at_once)
+    monkeypatch.setattr("polyroute.routes.table.COMPARED_AT_ONCE", at_once)
     routes = table()
     logits = torch.stack([routes[i] for i in range(30)])
     weights = torch.sigmoid(logits) / torch.sigmoid(logits).sum(-1, keepdim=True)

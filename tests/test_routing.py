@@ -10,8 +10,8 @@ from models import TASKS, relative_error, routed, stack
 from torch import Tensor
 
 from polyroute import InputError, MHRConfig
-from polyroute.routes import Routes
-from polyroute.routing import anneal, skill_weights, uniform_weights
+from polyroute.routes.table import Routes
+from polyroute.routes.weights import anneal, skill_weights, uniform_weights
 
 VARIANTS: list[dict[str, Any]] = [
     {},

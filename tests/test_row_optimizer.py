@@ -12,7 +12,7 @@ from models import TASKS, routed, stack
 from torch import Tensor, nn
 
 from polyroute import InputError, RoutedModel
-from polyroute.row_optimizer import RowAdamW
+from polyroute.routes.row_optimizer import RowAdamW
 
 RATES: dict[str, Any] = {
     "lr": 0.01, "route_lr": 0.1, "weight_decay": 0.02, "route_weight_decay": 0.3,

@@ -9,10 +9,10 @@ import pytest
 from tiny_runs import write_base, write_suite, write_task
 
 from polyroute.adapt import AdaptSettings
-from polyroute.cli import main
 from polyroute.errors import InputError
-from polyroute.files import write_json
-from polyroute.runs import held, open_run, read_run, record
+from polyroute.host.files import write_json
+from polyroute.program.cli import main
+from polyroute.saved.runs import held, open_run, read_run, record
 
 
 @pytest.fixture(scope="module")
@@ -365,8 +365,8 @@ def test_a_config_gives_no_booleans_for_numbers(
 def test_the_base_model_is_left_as_it_was_when_an_adaptation_fails(
     place: Path, run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from polyroute import commands
-    from polyroute.layers import RoutedLayer
+    from polyroute.layer.routed_layer import RoutedLayer
+    from polyroute.program import commands
 
     bases = []
     original = commands.load_base

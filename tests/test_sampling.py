@@ -5,8 +5,8 @@ import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
+from polyroute.data.sampling import TaskSampler, draw_few_shot
 from polyroute.errors import InputError
-from polyroute.sampling import TaskSampler, draw_few_shot
 
 SIZES = st.lists(st.integers(1, 40), min_size=1, max_size=8)
 TEMPERATURES = st.one_of(st.floats(0.05, 20), st.just(1.0), st.just(float("inf")))

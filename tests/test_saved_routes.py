@@ -14,16 +14,16 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from polyroute import InputError, RoutedModel, SavedRoutes, from_pretrained
-from polyroute.analysis import describe_checkpoint
-from polyroute.checkpoint import read_checkpoint
-from polyroute.files import read_metadata
+from polyroute.host.files import read_metadata
+from polyroute.saved.checkpoint import read_checkpoint
+from polyroute.study.analysis import describe_checkpoint
 
 NAMES = tuple(f"task {i}" for i in range(60))
 
 
 @pytest.fixture(autouse=True)
 def small_shards(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("polyroute.saved_routes.ROWS_PER_SHARD", 8)
+    monkeypatch.setattr("polyroute.saved.rows.ROWS_PER_SHARD", 8)
 
 
 def model_of(tasks: tuple[str, ...] = NAMES, seed: int = 1) -> RoutedModel:
@@ -220,7 +220,7 @@ def test_a_failed_write_leaves_the_shard(saved: Path, monkeypatch: pytest.Monkey
     def fail(*_: object) -> None:
         raise OSError("disk full")
 
-    monkeypatch.setattr("polyroute.files.os.replace", fail)
+    monkeypatch.setattr("polyroute.host.files.os.replace", fail)
     table = SavedRoutes(saved)
     for change in (
         lambda: table.write("task 1", row(0)),
@@ -258,8 +258,8 @@ def test_a_table_without_tasks_can_be_saved_and_added_to(tmp_path: Path) -> None
 
 
 def test_shards_are_chosen_by_bytes_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("polyroute.saved_routes.ROWS_PER_SHARD", 10**6)
-    monkeypatch.setattr("polyroute.saved_routes.BYTES_PER_SHARD", 60 * 18 * 4 // 3)
+    monkeypatch.setattr("polyroute.saved.rows.ROWS_PER_SHARD", 10**6)
+    monkeypatch.setattr("polyroute.saved.rows.BYTES_PER_SHARD", 60 * 18 * 4 // 3)
     model_of().save_pretrained(tmp_path)
     assert len(shards(tmp_path)) == 4
 
@@ -279,7 +279,7 @@ def test_low_precision_rows_stay_as_they_are(tmp_path: Path) -> None:
 def test_the_account_of_a_large_table_is_of_its_first_tasks(
     saved: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("polyroute.analysis.LISTED", 3)
+    monkeypatch.setattr("polyroute.study.analysis.LISTED", 3)
     text = describe_checkpoint(read_checkpoint(saved))
     assert "routing table of 60 tasks with 1,080 parameters" in text
     assert "of the first 3 tasks:" in text

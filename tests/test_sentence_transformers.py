@@ -17,8 +17,8 @@ from sentence_transformers.base.modules import Transformer
 from sentence_transformers.sentence_transformer.modules import Normalize, Pooling
 
 from polyroute import InputError
-from polyroute.batches import evaluating
-from polyroute.kinds import kind_of
+from polyroute.kinds.batches import evaluating
+from polyroute.kinds.choose import kind_of
 from polyroute.sentence_transformers import RoutedTransformer
 
 TEXTS = ["the cat sat on the red mat", "a dog", "is it big", "the big red dog ran"]

@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, ByT5Tokenizer
 
-from polyroute.runs import open_run, record
+from polyroute.saved.runs import open_run, record
 
 EXAMPLE = Path(__file__).parents[1] / "examples" / "serve_with_vllm.py"
 SERVED = ("amber", "cedar", "dune")

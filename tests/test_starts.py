@@ -8,11 +8,12 @@ import torch
 from base_models import bert, llama, t5
 from test_adapt import TRAINED, examples, tensors_of, trained
 
-from polyroute import adapt_many, slot_training
+from polyroute import adapt_many
+from polyroute.adapting import loop as slot_training
+from polyroute.adapting.row_batches import losses_of
+from polyroute.adapting.starts import TRIED, _promising, nearest_routes
 from polyroute.errors import InputError
-from polyroute.examples import encoded_records
-from polyroute.row_batches import losses_of
-from polyroute.starts import TRIED, _promising, nearest_routes
+from polyroute.study.examples import encoded_records
 
 STILL: dict[str, Any] = {"steps": 1, "lr": 1e-30, "route_lr": 1e-30, "batch_size": 4}
 """Settings that leave a slot where it starts."""

@@ -6,12 +6,11 @@ from typing import Any
 
 import datasets
 import pytest
-
-from polyroute.errors import InputError
-from polyroute.metrics import text_metric
 from polyroute.readers.jsonl import JsonlSuite
-from polyroute.routes import MU
-from polyroute.suite import (
+
+from polyroute.data.metrics import text_metric
+from polyroute.data.open import open_suite
+from polyroute.data.suite import (
     METRICS,
     RESERVED_TASK,
     SPLITS,
@@ -23,7 +22,8 @@ from polyroute.suite import (
     training_tasks,
     validate,
 )
-from polyroute.suites import open_suite
+from polyroute.errors import InputError
+from polyroute.routes.table import MU
 
 SHARED = Path(os.environ.get("POLYROUTE_SHARED", Path(__file__).parents[2] / "shared"))
 COLUMNS = ["task", "instruction", "input", "target", "choices"]

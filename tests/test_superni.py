@@ -7,12 +7,12 @@ import pytest
 from base_models import t5
 from datasets import Dataset
 
+from polyroute.data.metrics import baselines, best_match
+from polyroute.data.open import open_suite
+from polyroute.data.readers.superni_text import TK_INSTRUCT, Encoding, render
+from polyroute.data.suite import Suite, TaskInfo, held_out_tasks, training_tasks
 from polyroute.errors import InputError
-from polyroute.evaluate import score_rows
-from polyroute.metrics import baselines, best_match
-from polyroute.readers.superni_text import TK_INSTRUCT, Encoding, render
-from polyroute.suite import Suite, TaskInfo, held_out_tasks, training_tasks
-from polyroute.suites import open_suite
+from polyroute.study.evaluate import score_rows
 
 
 def task(count: int = 0, **changes: Any) -> dict[str, Any]:

@@ -7,7 +7,7 @@ from datasets import Dataset
 from models import TASKS, routed, stack
 
 from polyroute import InputError, RoutedModel
-from polyroute.tables import routes_from_dataset, routes_to_dataset
+from polyroute.study.tables import routes_from_dataset, routes_to_dataset
 
 
 def model_of(tasks: tuple[str, ...] = TASKS, seed: int = 1) -> RoutedModel:

@@ -6,10 +6,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from polyroute.data.open import open_suite
+from polyroute.data.readers.tabular import TabularSuite
+from polyroute.data.suite import Suite, TaskInfo, validate
 from polyroute.errors import InputError
-from polyroute.readers.tabular import TabularSuite
-from polyroute.suite import Suite, TaskInfo, validate
-from polyroute.suites import open_suite
 
 
 @pytest.fixture

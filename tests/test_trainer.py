@@ -10,8 +10,8 @@ from models import routed
 from transformers import TrainingArguments
 
 from polyroute import InputError, RoutedModel
-from polyroute.kind import ModelKind
-from polyroute.row_optimizer import RowAdamW
+from polyroute.kinds.base import ModelKind
+from polyroute.routes.row_optimizer import RowAdamW
 from polyroute.trainer import MultiTaskTrainer, MultiTaskTrainingArguments
 
 

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 
-from polyroute.factors import LoRAFactors
+from polyroute.layer.factors import LoRAFactors
 
 sys.path.append(str(Path(__file__).parents[1] / "benchmarks"))
 import users

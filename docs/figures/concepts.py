@@ -11,8 +11,8 @@ from pathlib import Path
 import torch
 
 from polyroute.config import MHRConfig
-from polyroute.routing import skill_weights
-from polyroute.targets import router_of
+from polyroute.layer.sites import router_of
+from polyroute.routes.weights import skill_weights
 
 FOLDER = Path(__file__).parent
 STYLE = """

@@ -13,9 +13,9 @@ if TYPE_CHECKING:
     from polyroute.build import attach, from_pretrained
     from polyroute.config import MHRConfig
     from polyroute.errors import InputError
-    from polyroute.kinds import kind_of
+    from polyroute.kinds.choose import kind_of
     from polyroute.model import RoutedModel
-    from polyroute.saved_routes import SavedRoutes
+    from polyroute.saved.rows import SavedRoutes
     from polyroute.trainer import MultiTaskTrainer, MultiTaskTrainingArguments
 
 __all__ = [
@@ -40,11 +40,11 @@ PLACES = {
     "MultiTaskTrainer": "trainer",
     "MultiTaskTrainingArguments": "trainer",
     "RoutedModel": "model",
-    "SavedRoutes": "saved_routes",
+    "SavedRoutes": "saved.rows",
     "adapt_many": "adapt",
     "attach": "build",
     "from_pretrained": "build",
-    "kind_of": "kinds",
+    "kind_of": "kinds.choose",
 }
 
 

@@ -1,5 +1,5 @@
 """`python -m polyroute` is the command line."""
 
-from polyroute.cli import main
+from polyroute.program.cli import main
 
 main()

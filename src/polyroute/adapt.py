@@ -17,19 +17,19 @@ from typing import Any
 import datasets
 from torch import Tensor
 
-from polyroute.batches import Row
+from polyroute.adapting.loop import AdaptSettings, Slot, SlotTraining, train_slots
+from polyroute.data.metrics import acceptable_answers
+from polyroute.data.sampling import draw_few_shot
+from polyroute.data.suite import Suite
 from polyroute.errors import InputError, did_you_mean
-from polyroute.evaluate import score_rows
-from polyroute.examples import encoded, encoded_records
-from polyroute.factors import Factors
-from polyroute.files import finite, make_folder
-from polyroute.kinds import ModelKind
-from polyroute.metrics import acceptable_answers
+from polyroute.host.files import finite, make_folder
+from polyroute.kinds.batches import Row
+from polyroute.kinds.choose import ModelKind
+from polyroute.layer.factors import Factors
 from polyroute.model import Phase, RoutedModel
-from polyroute.peft_export import write_peft_adapter
-from polyroute.sampling import draw_few_shot
-from polyroute.slot_training import AdaptSettings, Slot, SlotTraining, train_slots
-from polyroute.suite import Suite
+from polyroute.saved.peft_export import write_peft_adapter
+from polyroute.study.evaluate import score_rows
+from polyroute.study.examples import encoded, encoded_records
 
 __all__ = [
     "AdaptSettings",
@@ -107,7 +107,7 @@ def adapt_many(
         model: a trained inventory; it is not changed.
         examples: by task: dictionaries with `input`, `target` and, optionally, `instruction` and
             `choices`; or a data set with these columns.
-        kind: how the base model reads and learns; see `polyroute.kinds.kind_of`.
+        kind: how the base model reads and learns; see `polyroute.kinds.choose.kind_of`.
         phase: what trains; see `RoutedModel.set_phase`.
         seeds: of the draw of `shots` examples, the initialisation and the order.
         grid: lists of values for fields of `AdaptSettings`.

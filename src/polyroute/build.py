@@ -8,13 +8,13 @@ from typing import Any
 
 from torch import nn
 
-from polyroute.checkpoint import Checkpoint, read_checkpoint
 from polyroute.config import MHRConfig
 from polyroute.errors import InputError
-from polyroute.hub import DESCRIPTION, FILES, SKILLS, locate
-from polyroute.layers import RoutedLayer
+from polyroute.layer.routed_layer import RoutedLayer
+from polyroute.layer.sites import Site, find_sites, fits_sample, named_sites
 from polyroute.model import RoutedModel
-from polyroute.targets import Site, find_sites, fits_sample, named_sites
+from polyroute.saved.checkpoint import Checkpoint, read_checkpoint
+from polyroute.saved.hub import DESCRIPTION, FILES, SKILLS, locate
 
 __all__ = ["attach", "from_checkpoint", "from_pretrained", "loaded"]
 

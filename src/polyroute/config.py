@@ -50,8 +50,8 @@ class MHRConfig:
     exclude_modules: str | tuple[str, ...] | None = None
     """Layers to leave out, by regular expression or name endings."""
     granularity: Granularity | Callable[[str], str] = "finegrained"
-    """Which layers share a router: see `polyroute.targets.router_of`. A function maps a layer name
-    to the name of its router."""
+    """Which layers share a router: see `polyroute.layer.sites.router_of`. A function maps a layer
+    name to the name of its router."""
     init: Init = "mttl"
     """Bound of the uniform initial A: `mttl` is 1/sqrt(3 d_in), the paper's code; `peft` is
     1/sqrt(d_in / heads), which is sqrt(3 heads) times wider."""

@@ -8,10 +8,10 @@ from typing import Any
 import torch
 from transformers import AutoConfig, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
+from polyroute.data.open import open_suite
+from polyroute.data.suite import Suite
 from polyroute.errors import InputError, did_you_mean
-from polyroute.kinds import kind_class
-from polyroute.suite import Suite
-from polyroute.suites import open_suite
+from polyroute.kinds.choose import kind_class
 
 __all__ = ["check_base", "load_base", "load_suite"]
 

@@ -10,21 +10,12 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor, nn
 
-from polyroute.card import write_card
-from polyroute.checkpoint import Checkpoint, read_checkpoint, write_checkpoint
 from polyroute.config import MHRConfig, check_number
+from polyroute.counts import count_parameters, describe
 from polyroute.errors import InputError, did_you_mean
-from polyroute.factors import Factors
-from polyroute.hub import push
-from polyroute.inventory import Inventory
-from polyroute.layers import RoutedLayer
-from polyroute.merging import check_mergeable, fold, restore
-from polyroute.mixing import Mixer
-from polyroute.peft_export import write_peft_adapter
-from polyroute.report import count_parameters, describe
-from polyroute.routes import MU, MU_ROW, Routes
-from polyroute.row_optimizer import RowAdamW
-from polyroute.scope import (
+from polyroute.layer.factors import Factors
+from polyroute.layer.merging import check_mergeable, fold, restore
+from polyroute.layer.open_route import (
     BASE_ALONE,
     Mixture,
     Route,
@@ -34,13 +25,22 @@ from polyroute.scope import (
     check_batch,
     find_route,
 )
-from polyroute.targets import (
+from polyroute.layer.routed_layer import RoutedLayer
+from polyroute.layer.sites import (
     Site,
     fused_layers,
     routers_of,
     sample_others,
     sample_weights,
 )
+from polyroute.routes.inventory import Inventory
+from polyroute.routes.mixer import Mixer
+from polyroute.routes.row_optimizer import RowAdamW
+from polyroute.routes.table import MU, MU_ROW, Routes
+from polyroute.saved.card import write_card
+from polyroute.saved.checkpoint import Checkpoint, read_checkpoint, write_checkpoint
+from polyroute.saved.hub import push
+from polyroute.saved.peft_export import write_peft_adapter
 
 __all__ = ["Phase", "RoutedModel", "Tasks"]
 
@@ -529,7 +529,7 @@ class RoutedModel(nn.Module):
         """AdamW whose step costs the rows of the batch, not the routing table: for many tasks.
 
         Rows outside the batch are touched by no gradient, no moment and no weight decay; every row
-        has a clock of its own, which ticks when it is in the batch (`polyroute.row_optimizer` says
+        has a clock of its own, which ticks when it is in the batch (`polyroute.routes.row_optimizer` says
         what that changes). Skills are trained as by `torch.optim.AdamW`, and in phases without
         routing the optimizer is that.
 
@@ -816,7 +816,7 @@ class RoutedModel(nn.Module):
     # ---------------------------------------------------------------- reports
 
     def counts(self) -> dict[str, int]:
-        """Parameters by purpose; see `polyroute.report.count_parameters`."""
+        """Parameters by purpose; see `polyroute.counts.count_parameters`."""
         return count_parameters(self.base_model, self.sites, self.inventory, self.routes)
 
     def num_trainable(self) -> int:

@@ -22,14 +22,14 @@ from torch import Tensor, nn
 from polyroute import config
 from polyroute.errors import InputError
 from polyroute.exchange.peft_mhr import ADAPTERS, SETTINGS
-from polyroute.factors import Factors
-from polyroute.inventory import Inventory
-from polyroute.layers import RoutedLayer, check_rows
-from polyroute.merging import check_mergeable, fold, restore
-from polyroute.mixing import Mixer
-from polyroute.routes import MU, MU_ROW, Routes
-from polyroute.scope import Route, Tasks, check_batch, find_route
-from polyroute.targets import Site, named_sites
+from polyroute.layer.factors import Factors
+from polyroute.layer.merging import check_mergeable, fold, restore
+from polyroute.layer.open_route import Route, Tasks, check_batch, find_route
+from polyroute.layer.routed_layer import RoutedLayer, check_rows
+from polyroute.layer.sites import Site, named_sites
+from polyroute.routes.inventory import Inventory
+from polyroute.routes.mixer import Mixer
+from polyroute.routes.table import MU, MU_ROW, Routes
 
 __all__ = ["MHRConfig", "MHRLinear", "MHRModel", "add_tasks", "route"]
 

@@ -20,17 +20,17 @@ from transformers import (
 from transformers.trainer_utils import HubStrategy
 from transformers.training_args import OptimizerNames
 
-from polyroute.batches import Row
-from polyroute.card import write_card
+from polyroute.data.sampling import TaskSampler
 from polyroute.errors import InputError
-from polyroute.examples import task_sizes
-from polyroute.files import write_text
-from polyroute.hub import CARD
-from polyroute.kinds import ModelKind
+from polyroute.host.files import write_text
+from polyroute.kinds.batches import Row
+from polyroute.kinds.choose import ModelKind
+from polyroute.kinds.objectives import term_weights
 from polyroute.model import Phase, RoutedModel
-from polyroute.objectives import term_weights
 from polyroute.optimizers import LayerAdafactor
-from polyroute.sampling import TaskSampler
+from polyroute.saved.card import write_card
+from polyroute.saved.hub import CARD
+from polyroute.study.examples import task_sizes
 
 __all__ = ["MultiTaskTrainer", "MultiTaskTrainingArguments"]
 
@@ -94,7 +94,7 @@ class MultiTaskTrainer(Trainer):
         model: the routed model; `args.phase` is set on it.
         kind: how the base model reads and learns.
         args: `MultiTaskTrainingArguments`.
-        train_dataset: encoded rows, task after task (`polyroute.examples.encoded_mixture`).
+        train_dataset: encoded rows, task after task (`polyroute.study.examples.encoded_mixture`).
         eval_dataset: the same, for the evaluation loss; or several by name.
         **kwargs: passed on to `Trainer`.
 
@@ -274,7 +274,7 @@ class MultiTaskTrainer(Trainer):
         prediction_loss_only: bool,
         ignore_keys: list[str] | None = None,
     ) -> tuple[Tensor, None, None]:
-        """The loss alone; answers are scored by `polyroute.evaluate`."""
+        """The loss alone; answers are scored by `polyroute.study.evaluate`."""
         with torch.no_grad(), self.compute_loss_context_manager():
             return self.compute_loss(model, self._prepare_inputs(inputs)).detach(), None, None
 
@@ -317,7 +317,7 @@ class MultiTaskTrainer(Trainer):
     def create_model_card(
         self, *args: Any, model_name: str | None = None, license: str | None = None, **kwargs: Any
     ) -> None:
-        """Write README.md to `args.output_dir`, for the hub; see `polyroute.card.write_card`."""
+        """Write README.md to `args.output_dir`, for the hub; see `polyroute.saved.card.write_card`."""
         if self.is_world_process_zero():
             folder = Path(str(self.args.output_dir))
             name = self.hub_model_id or model_name

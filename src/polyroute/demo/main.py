@@ -11,23 +11,23 @@ from rich.table import Table
 
 from polyroute.adapt import AdaptSettings, adapt_suite
 from polyroute.build import attach, loaded
-from polyroute.checkpoint import read_checkpoint
 from polyroute.config import MHRConfig
+from polyroute.data.metrics import mean_and_error
+from polyroute.data.open import open_suite
+from polyroute.data.suite import Suite
 from polyroute.demo.figures import draw_accuracy, draw_routes
 from polyroute.demo.routes import RouteReport, relate_routes_to_skills
 from polyroute.demo.suite import TASKS, write_suite
-from polyroute.evaluate import evaluate, macro_average
-from polyroute.examples import encoded_mixture
-from polyroute.files import read_json, write_json
-from polyroute.interrupts import resumable
-from polyroute.kinds import ModelKind, kind_of
+from polyroute.host.files import read_json, write_json
+from polyroute.host.interrupts import resumable
+from polyroute.host.output import Result, say
+from polyroute.kinds.choose import ModelKind, kind_of
 from polyroute.loading import load_base
-from polyroute.metrics import mean_and_error
 from polyroute.model import RoutedModel
-from polyroute.output import Result, say
-from polyroute.runs import held, machine, open_run, record
-from polyroute.suite import Suite
-from polyroute.suites import open_suite
+from polyroute.saved.checkpoint import read_checkpoint
+from polyroute.saved.runs import held, machine, open_run, record
+from polyroute.study.evaluate import evaluate, macro_average
+from polyroute.study.examples import encoded_mixture
 from polyroute.trainer import MultiTaskTrainer, MultiTaskTrainingArguments
 
 __all__ = ["run_demo"]

@@ -7,9 +7,9 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from polyroute.analysis import route_similarity, saved_weights
-from polyroute.checkpoint import Checkpoint
 from polyroute.demo.suite import SKILLS, TASKS
+from polyroute.saved.checkpoint import Checkpoint
+from polyroute.study.analysis import route_similarity, saved_weights
 
 __all__ = ["RouteReport", "relate_routes_to_skills"]
 

@@ -13,9 +13,9 @@ from polyroute.exchange.mttl_export import write_mttl
 from polyroute.exchange.peft_folder import peft_type_of
 from polyroute.exchange.peft_mhr import from_peft_mhr, write_peft_mhr
 from polyroute.exchange.peft_poly import from_peft_poly, write_peft_poly
-from polyroute.files import check_place
+from polyroute.host.files import check_place
 from polyroute.model import RoutedModel
-from polyroute.peft_export import CONFIG
+from polyroute.saved.peft_export import CONFIG
 
 __all__ = ["check_export", "read_inventory", "write_inventory"]
 

@@ -19,9 +19,9 @@ from torch import Tensor, nn
 from polyroute.build import attach
 from polyroute.config import MHRConfig
 from polyroute.errors import InputError, did_you_mean
-from polyroute.files import read_json
+from polyroute.host.files import read_json
+from polyroute.layer.sites import find_endings, named_sites
 from polyroute.model import RoutedModel
-from polyroute.targets import find_endings, named_sites
 
 __all__ = [
     "NAMES",

@@ -3,7 +3,7 @@
     base_model.model.<layer>.lora_A.weight    [r, d_in]
     base_model.model.<layer>.lora_B.weight    [d_out, r]
 
-`polyroute.peft_export` writes them. The scale, `lora_alpha / r` or what rsLoRA and the patterns of
+`polyroute.saved.peft_export` writes them. The scale, `lora_alpha / r` or what rsLoRA and the patterns of
 single layers make of it, is folded into B; layers of a smaller rank are filled up with zeros.
 Layers that store their weight transposed (GPT-2) have the same two matrices.
 """
@@ -23,7 +23,7 @@ from polyroute.errors import InputError
 from polyroute.exchange.foreign import ForeignInventory, routed_model
 from polyroute.exchange.peft_folder import check_whole, read_peft_folder
 from polyroute.model import RoutedModel
-from polyroute.peft_export import ROOT
+from polyroute.saved.peft_export import ROOT
 
 __all__ = ["from_lora"]
 

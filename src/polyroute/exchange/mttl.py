@@ -32,7 +32,7 @@ from polyroute.exchange.foreign import (
     routed_model,
 )
 from polyroute.exchange.mttl_layers import chosen_layers, our_granularity
-from polyroute.files import read_json, read_tensors
+from polyroute.host.files import read_json, read_tensors
 from polyroute.model import RoutedModel
 
 __all__ = ["HYPER_PARAMETERS", "STATE", "Layout", "from_mttl"]

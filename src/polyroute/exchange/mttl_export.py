@@ -12,7 +12,7 @@ from polyroute.errors import InputError
 from polyroute.exchange.foreign import NAMES, check_exportable
 from polyroute.exchange.mttl import HYPER_PARAMETERS, STATE
 from polyroute.exchange.mttl_layers import our_granularity, patterns_of
-from polyroute.files import check_place, make_folder, write_json, write_tensors
+from polyroute.host.files import check_place, make_folder, write_json, write_tensors
 from polyroute.model import RoutedModel
 
 __all__ = ["write_mttl"]

@@ -10,9 +10,9 @@ from torch import nn
 
 from polyroute.errors import InputError
 from polyroute.exchange.foreign import ForeignInventory, read_pickle
-from polyroute.files import read_json, read_tensors
-from polyroute.peft_export import CONFIG, TENSORS
-from polyroute.targets import find_sites
+from polyroute.host.files import read_json, read_tensors
+from polyroute.layer.sites import find_sites
+from polyroute.saved.peft_export import CONFIG, TENSORS
 
 __all__ = ["check_whole", "peft_type_of", "read_peft_folder"]
 

@@ -21,7 +21,7 @@ from polyroute.errors import InputError
 from polyroute.exchange.foreign import ForeignInventory, routed_model
 from polyroute.exchange.peft_folder import check_whole, read_peft_folder
 from polyroute.model import RoutedModel
-from polyroute.peft_export import CONFIG, ROOT, write_peft_folder
+from polyroute.saved.peft_export import CONFIG, ROOT, write_peft_folder
 
 __all__ = ["ADAPTERS", "SETTINGS", "from_peft_mhr", "write_peft_mhr"]
 

@@ -28,9 +28,9 @@ from polyroute.exchange.foreign import (
     routed_model,
 )
 from polyroute.exchange.peft_folder import check_whole, read_peft_folder
-from polyroute.files import write_json
+from polyroute.host.files import write_json
 from polyroute.model import RoutedModel
-from polyroute.peft_export import ROOT, write_peft_folder
+from polyroute.saved.peft_export import ROOT, write_peft_folder
 
 __all__ = ["from_peft_poly", "write_peft_poly"]
 

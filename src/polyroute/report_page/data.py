@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from polyroute.errors import InputError
-from polyroute.files import read_json
-from polyroute.runs import read_run
+from polyroute.host.files import read_json
+from polyroute.saved.runs import read_run
 
 __all__ = ["Result", "Run", "clean", "is_number", "read_runs"]
 

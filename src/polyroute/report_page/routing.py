@@ -9,11 +9,11 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from polyroute.analysis import RoutingAnalysis, analyse, saved_weights
-from polyroute.checkpoint import Checkpoint, read_checkpoint
 from polyroute.errors import InputError
 from polyroute.loading import load_suite
 from polyroute.report_page.data import Run, clean
+from polyroute.saved.checkpoint import Checkpoint, read_checkpoint
+from polyroute.study.analysis import RoutingAnalysis, analyse, saved_weights
 
 __all__ = ["Routing", "categories_of", "routing_of"]
 

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from polyroute.errors import InputError
-from polyroute.files import check_place, make_folder, write_text
+from polyroute.host.files import check_place, make_folder, write_text
 from polyroute.report_page.contents import collect
 from polyroute.report_page.files import write_files
 from polyroute.report_page.page import GENERATOR, render

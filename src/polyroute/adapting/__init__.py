@@ -1,0 +1,1 @@
+"""Adapting to new tasks, many side by side."""

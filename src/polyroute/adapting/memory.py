@@ -1,0 +1,128 @@
+"""Memory: how much of an adaptation fits, in tokens and slots, and what training holds."""
+
+import math
+import re
+from dataclasses import dataclass
+
+import psutil
+import torch
+
+from polyroute.adapting.slots import has_one_skill
+from polyroute.errors import InputError
+from polyroute.host.processes import count_here
+from polyroute.kinds.choose import ModelKind
+from polyroute.model import Phase, RoutedModel
+
+__all__ = ["Budget", "bytes_in_training", "bytes_of", "plan"]
+
+MOST_SLOTS = 256
+"""More side by side save nothing, and results would come later."""
+UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
+BINARY = {"": 1, "KI": 2**10, "MI": 2**20, "GI": 2**30, "TI": 2**40}
+CPU_ACTIVATION, ACCELERATOR_ACTIVATION = 2**19, 2**26
+"""Numbers in one activation `[tokens, d_in]` beyond which a larger batch is no faster: on a CPU it
+leaves the cache (measured: about 32 examples of 50 tokens at width 384 are best), and an
+accelerator is full."""
+COPIES = 8
+"""Of each trained number: value, gradient, two moments, the best so far; and, while its gradient is
+made, what was mixed of it, the gradient of that, and one that is all zeros elsewhere."""
+SHORTEST_ROW = 16
+"""Tokens of a row below which its own factors take more than is planned for."""
+
+
+@dataclass(frozen=True)
+class Budget:
+    """What may be in memory at a time."""
+
+    tokens: int
+    """In one forward, padding included."""
+    slots: int
+
+
+def bytes_of(size: str | int) -> int:
+    """A size such as `8GB`, `500 MB` or `2GiB` in bytes.
+
+    Raises:
+        InputError: it is not a size above 0.
+    """
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]I?|)B?\s*", str(size).upper())
+    number = 0 if match is None else float(match[1]) * {**UNITS, **BINARY}[match[2]]
+    if not 1 <= number < math.inf:
+        raise InputError(f"memory {size!r} is no size; write for example 8GB")
+    return int(number)
+
+
+def plan(model: RoutedModel, kind: ModelKind, phase: Phase, memory: str | int | None) -> Budget:
+    """Share memory out between activations and slots, half each.
+
+    Args:
+        model: the inventory and its base model, before slots are open.
+        kind: whether each token also gets logits over the vocabulary.
+        phase: what each slot trains.
+        memory: for both, beyond the base model; None for half of what is free now.
+
+    Raises:
+        InputError: not even one slot fits.
+    """
+    device = next(model.parameters()).device
+    half = (_free(device) // 2 if memory is None else bytes_of(memory)) // 2
+    widths = sum(site.d_in + site.d_out for site in model.sites)
+    smallest = min(site.d_in for site in model.sites)
+    # Inputs and outputs of the adapted layers and as much again for what lies between them; the
+    # factors of each row and their gradients; logits, their logarithms and gradients.
+    numbers = 2 * widths + 2 * model.inventory.rank * widths // SHORTEST_ROW
+    if kind.supports_generation:
+        numbers += 3 * len(kind.tokenizer)
+    per_token = 4 * numbers
+    fullest = CPU_ACTIVATION if device.type == "cpu" else ACCELERATOR_ACTIVATION
+    per_slot = COPIES * 4 * _trained(model, phase, widths)
+    if half < max(per_slot, per_token):
+        raise InputError(
+            f"memory {memory or 'that is free'} is too small: one slot of phase {phase!r} needs "
+            f"about {2 * max(per_slot, per_token) / 1e6:.1f} MB"
+        )
+    return Budget(min(fullest // smallest, half // per_token), min(MOST_SLOTS, half // per_slot))
+
+
+def _trained(model: RoutedModel, phase: Phase, widths: int) -> int:
+    """How many numbers one slot trains."""
+    shape = model.routes.shape
+    row = 0 if shape is None else shape[0] * shape[1] * shape[2]
+    if phase == "z":
+        return row
+    skills = 1 if has_one_skill(model, phase) else model.inventory.num_skills
+    return model.inventory.rank * widths * skills + row
+
+
+def _free(device: torch.device) -> int:
+    if device.type == "cuda":
+        unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return int(torch.cuda.mem_get_info(device)[0]) + unused
+    return int(psutil.virtual_memory().available) // count_here()
+
+
+def bytes_in_training(
+    model: RoutedModel, is_adafactor: bool = False, *, rowwise: bool = False
+) -> dict[str, int]:
+    """What multi-task training holds from step to step on a device, in bytes, by purpose.
+
+    Activations come on top; they grow with the batch. What a phase does not train has no gradient.
+
+    Args:
+        model: its phase is set.
+        is_adafactor: rather than AdamW, which has two moments of each number.
+        rowwise: the table trains by rows, see `RoutedModel.optimizer`.
+    """
+    held = [*model.parameters(), *model.buffers()]
+    trained = [p for p in model.parameters() if p.requires_grad]
+    table = model.routes.logits
+    moments = [*trained, table] if rowwise and table is not None else trained
+    if is_adafactor:  # means over rows and columns
+        numbers = sum(p.numel() // p.shape[-1] + p.numel() // p.shape[-2] for p in moments)
+    else:
+        numbers = 2 * sum(p.numel() for p in moments)
+    return {
+        "weights": sum(t.numel() * t.element_size() for t in held),
+        "gradients": sum(p.numel() * p.element_size() for p in trained),
+        "optimizer_state": 4 * numbers,
+    }

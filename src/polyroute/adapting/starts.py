@@ -1,0 +1,97 @@
+"""Where the route of a new task starts: at those of training tasks that answer its examples.
+
+Trying every training task on the examples would cost more than adapting does. One backward pass at
+the uniform mixture tells, to first order, how much each would help:
+
+    L(w_t) - L(u) ~ <dL/dw (u), w_t - u>,   and   dL/dw = 2 K dL/dz at z = 0, up to a constant in k
+
+for weights w_t of task t, u uniform, z logits: one product with the table of all tasks. (With
+normalisation by a sum; by another the factor differs, and the constant does not quite cancel.) Only
+the few that promise most are then tried.
+
+Shape letters: S slots, T training tasks, C candidates, N routers, H heads, K skills.
+"""
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from polyroute.adapting.row_batches import losses_of
+from polyroute.adapting.slots import Slots
+from polyroute.kinds.batches import Row, evaluating
+from polyroute.kinds.choose import ModelKind
+from polyroute.model import RoutedModel
+from polyroute.routes.weights import uniform_weights
+
+__all__ = ["nearest_routes"]
+
+TRIED = 8
+"""Candidates whose loss is measured for each slot."""
+AT_ONCE = 128
+"""Slots whose gradients are taken together."""
+COMPARED_AT_ONCE = 2**24
+"""Numbers of the table that are compared at once."""
+
+
+def nearest_routes(
+    model: RoutedModel, kind: ModelKind, examples: Mapping[str, Sequence[Row]], tokens: int
+) -> dict[str, Tensor]:
+    """For each new task, the mean of the best candidates' logits, weighted by their likelihood.
+
+    With loss L_c over n examples a candidate has the weight `softmax(-n L_c)`: the posterior of
+    which of the candidates the examples come from, were they equally likely before.
+
+    Args:
+        model: a trained inventory with routes.
+        kind: how its base model learns.
+        examples: the training rows of each new task.
+        tokens: most tokens in one forward.
+
+    Returns:
+        Logits `[N, H, K]` by the names of `examples`.
+    """
+    shape = model.routes.shape
+    assert shape is not None
+    found: dict[str, Tensor] = {}
+    names = list(examples)
+    for start in range(0, len(names), AT_ONCE):
+        chosen = names[start : start + AT_ONCE]
+        candidates_SC = _promising(model, kind, [examples[name] for name in chosen], tokens)
+        tasks = model.routes.names
+        tried = [
+            (tasks[row], examples[name])
+            for name, rows in zip(chosen, candidates_SC.tolist(), strict=True)
+            for row in rows
+        ]
+        with evaluating(model):
+            losses_SC = torch.tensor(losses_of(model, kind, tried, tokens)).view(len(chosen), -1)
+        for name, rows, losses in zip(chosen, candidates_SC, losses_SC, strict=True):
+            share = torch.softmax(-losses * len(examples[name]), 0)
+            logits = model.routes.read(rows.tolist())
+            found[name] = (share.to(logits) @ logits).view(shape)
+    return found
+
+
+def _promising(
+    model: RoutedModel, kind: ModelKind, examples: Sequence[Sequence[Row]], tokens: int
+) -> Tensor:
+    """The rows of the table that promise the lowest loss, `[S, C]`, best first."""
+    assert model.routes.logits is not None
+    assert model.routes.shape is not None
+    shape, table_TW = model.routes.shape, model.routes.logits.detach()
+    with torch.enable_grad(), Slots(model, "z", len(examples)) as slots:
+        for place in range(len(examples)):
+            slots.start(place, seed=0, init=table_TW.new_zeros(shape))
+        batches = list(zip(slots.names, examples, strict=True))
+        losses_of(model, kind, batches, tokens, backward=True)
+        assert slots.routes.logits is not None
+        assert slots.routes.logits.grad is not None
+        gradient_SW = slots.routes.logits.grad.clone()
+        slots.zero_grad()
+    scores = []
+    for rows in torch.split(table_TW, max(1, COMPARED_AT_ONCE // table_TW.shape[1])):
+        weights = model.mixer.weights_from(rows.view(-1, *shape))
+        scores.append(gradient_SW @ (weights - uniform_weights(weights)).flatten(1).t())
+    scores_ST = torch.cat(scores, dim=1)
+    return scores_ST.topk(min(TRIED, scores_ST.shape[1]), dim=1, largest=False).indices

@@ -1,0 +1,66 @@
+"""What a routed model is made of, in numbers and as text."""
+
+from collections.abc import Sequence
+
+from torch import nn
+
+from polyroute.config import MHRConfig
+from polyroute.layer.sites import Site
+from polyroute.routes.inventory import Inventory
+from polyroute.routes.table import Routes
+
+__all__ = ["count_parameters", "describe"]
+
+
+def count_parameters(
+    base_model: nn.Module, sites: Sequence[Site], inventory: Inventory, routes: Routes
+) -> dict[str, int]:
+    """Parameters by purpose.
+
+    With P the sum of `d_in + d_out` over sites ((IA)^3: of `d_out`, at rank 1), r the rank, K the
+    skills, H the heads, N the routers and T the tasks:
+
+    - `base`: the frozen rest;
+    - `inventory`: K r P;
+    - `routing_table`: T N H K;
+    - `one_adapter`: r P, a task's LoRA when exported, and what phase `mu` trains;
+    - `new_task_z`: N H K;
+    - `new_task_full`: K r P + N H K.
+    """
+    width = sum((s.d_in if inventory.adapter == "lora" else 0) + s.d_out for s in sites)
+    one = width * inventory.rank
+    row = routes.shape[0] * routes.shape[1] * routes.shape[2] if routes.shape else 0
+    return {
+        "base": sum(p.numel() for p in base_model.parameters()),
+        "inventory": inventory.num_skills * one,
+        "routing_table": len(routes) * row,
+        "one_adapter": one,
+        "new_task_z": row,
+        "new_task_full": inventory.num_skills * one + row,
+    }
+
+
+def describe(
+    config: MHRConfig,
+    base_model: nn.Module,
+    sites: Sequence[Site],
+    inventory: Inventory,
+    routes: Routes,
+) -> str:
+    """Sites, routers and parameter counts, as text."""
+    shapes: dict[tuple[str, int, int], int] = {}
+    for site in sites:
+        key = (site.name.rsplit(".", 1)[-1], site.d_in, site.d_out)
+        shapes[key] = shapes.get(key, 0) + 1
+    counts = count_parameters(base_model, sites, inventory, routes)
+    lines = [
+        f"{config.method} {config.adapter} on {type(base_model).__name__}: "
+        f"{inventory.num_skills} skills, {inventory.heads} heads, rank {inventory.rank}, "
+        f"scale {config.scale:g}, {len(routes)} tasks",
+        f"{len(sites)} sites:",
+        *(f"  {n:4d} x {name} [{i} -> {o}]" for (name, i, o), n in shapes.items()),
+        f"{routes.shape[0] if routes.shape else 0} routers",
+        "parameters:",
+        *(f"  {name:14s} {number:>15,}" for name, number in counts.items()),
+    ]
+    return "\n".join(lines)

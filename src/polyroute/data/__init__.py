@@ -1,0 +1,1 @@
+"""Tasks: suites, their readers, sampling and metrics."""

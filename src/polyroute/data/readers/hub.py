@@ -1,0 +1,193 @@
+"""Any data sets that `datasets` can load, as a suite: a YAML file says which columns are what.
+
+    name: nli                          # optional
+    tasks:
+      rte:
+        path: super_glue               # of the hub, or csv, json, parquet with data_files
+        name: rte                      # its configuration, if it has several
+        split: {train: train, test: validation}
+        columns:
+          instruction: Does the first sentence say that the second is true?
+          input: "{premise} {hypothesis}"
+          target: label
+          labels: ["yes", "no"]
+        category: entailment
+        role: held-out
+        metric: accuracy
+
+Where a text is wanted stands the name of a column, or a text with columns in braces. Nothing in the
+file is ever run.
+"""
+
+from collections.abc import Iterator, Mapping
+from functools import cache, partial
+from pathlib import Path
+from typing import Any
+
+import datasets
+
+from polyroute.data.readers.hub_columns import COLUMN_KEYS, record_of
+from polyroute.data.readers.roles import check_entry, check_names
+from polyroute.data.readers.task_table import TableSuite, TaskSource, load, rows_key
+from polyroute.data.records import checked
+from polyroute.data.suite import SPLITS, TaskInfo
+from polyroute.errors import InputError, did_you_mean
+from polyroute.host.yaml_files import read_yaml
+
+__all__ = ["HubSuite"]
+
+_LOCAL = ("csv", "json", "parquet", "text")
+_TASK_KEYS = (
+    "path", "name", "revision", "data_files", "split", "columns", "category", "role", "metric",
+)  # fmt: skip
+
+
+class HubSuite(TableSuite):
+    """Data sets of the hub, or files of one's own, that a YAML file turns into tasks.
+
+    Opening reads the YAML file; a data set is loaded when its task is first asked for.
+
+    Args:
+        path: the YAML file; `~` is expanded. Files that it names are sought beside it.
+        cache_dir: where the tables go; None for the usual cache of `datasets`.
+
+    Raises:
+        InputError: the file cannot be read, or what it says is malformed.
+    """
+
+    def __init__(self, path: str | Path, *, cache_dir: str | Path | None = None) -> None:
+        file = Path(path).expanduser().resolve()
+        content = _mapping(
+            read_yaml(file, str(file)), ("name", "tasks"), str(file), needs=("tasks",)
+        )
+        tasks = content["tasks"]
+        if not isinstance(tasks, dict) or not tasks:
+            raise InputError(f"{file}: 'tasks' must map the name of each task to what it is")
+        for task in tasks:
+            if not isinstance(task, str) or not task:
+                raise InputError(f"{file}: the task name {task!r} must be a string; quote it")
+        check_names([(task, file) for task in tasks])
+        sources = {
+            task: _source(task, entry, f"{file}, task {task!r}", file.parent, cache_dir)
+            for task, entry in tasks.items()
+        }
+        super().__init__(str(content.get("name") or file.stem), sources, cache_dir)
+
+
+def _source(
+    task: str, entry: Any, where: str, folder: Path, cache_dir: str | Path | None
+) -> TaskSource:
+    entry = _mapping(entry, _TASK_KEYS, where, needs=("path", "columns"))
+    columns = _mapping(entry["columns"], COLUMN_KEYS, f"{where}, columns", needs=("input",))
+    if ("target" in columns) == ("answer" in columns):
+        raise InputError(
+            f"{where}, columns: give either 'target', the text of the answer, or 'answer', its "
+            "place among the choices from 0"
+        )
+    if "answer" in columns and "choices" not in columns:
+        raise InputError(f"{where}, columns: 'answer' is a place among 'choices'; add them")
+    splits = _mapping(entry.get("split", {}), SPLITS, f"{where}, split")
+    for split, theirs in splits.items():
+        if not isinstance(theirs, str):
+            raise InputError(f"{where}, split: {split!r} must be the name of a split of the data")
+    for key in ("path", "name", "revision"):
+        if not isinstance(entry.get(key, ""), str | None):
+            raise InputError(f"{where}: {key!r} must be a text; put it in quotes")
+    labels = columns.get("labels")
+    if not isinstance(labels, list | dict | None):
+        raise InputError(f"{where}, columns: 'labels' must be a list or a mapping of texts")
+    rows = cache(partial(_loaded, entry, splits, where, folder, cache_dir))
+
+    def records() -> Iterator[Mapping[str, Any]]:
+        return checked(_records(rows(), columns, where), task, where)
+
+    return TaskSource(
+        place=where,
+        records=records,
+        # Two tasks of the same rows are two tables: the name of the task is in each row.
+        key=lambda: [
+            task,
+            columns,
+            splits,
+            {name: rows_key(part) for name, part in rows().items()},
+        ],
+        info=_info(entry, columns, where),
+    )
+
+
+def _info(entry: Mapping[str, Any], columns: Mapping[str, Any], where: str) -> TaskInfo:
+    has_choices = "choices" in columns or "labels" in columns
+    usual = {"category": "", "metric": "accuracy" if has_choices else "exact_match"}
+    described = {name: entry[name] for name in ("category", "metric", "role") if name in entry}
+    # A role may be left out here, but where one is given it is checked as in `roles.json`.
+    info = check_entry({**usual, "role": "train", **described, "choices": has_choices}, where)
+    return info if "role" in entry else TaskInfo(info.category, info.metric, None, has_choices)
+
+
+def _loaded(
+    entry: Mapping[str, Any],
+    splits: Mapping[str, str],
+    where: str,
+    folder: Path,
+    cache_dir: str | Path | None,
+) -> dict[str, datasets.Dataset]:
+    """The rows of each split."""
+    options: dict[str, Any] = {
+        "revision": entry.get("revision"),
+        "cache_dir": None if cache_dir is None else str(cache_dir),
+    }
+    if "data_files" in entry:
+        options["data_files"] = _beside(folder, entry["data_files"])
+    elif entry["path"] in _LOCAL:
+        raise InputError(f"{where}: the path {entry['path']!r} is a format; add 'data_files'")
+    path, name = str(entry["path"]), entry.get("name")
+    if path not in _LOCAL and (folder / path).is_dir():
+        path = str(folder / path)
+    if splits:
+        found = {
+            ours: load(where, path, name, split=theirs, **options)
+            for ours, theirs in splits.items()
+        }
+    else:
+        whole = load(where, path, name, **options)
+        found = {split: whole[split] for split in SPLITS if split in whole}
+        if not found:
+            raise InputError(
+                f"{where}: the data has the splits {', '.join(whole)}; say which are ours, such as "
+                f"split: {{train: {next(iter(whole))}}}"
+            )
+    return {split: part.flatten() for split, part in found.items()}
+
+
+def _beside(folder: Path, files: Any) -> Any:
+    """File names with relative ones made relative to the YAML file."""
+    if isinstance(files, dict):
+        return {split: _beside(folder, part) for split, part in files.items()}
+    if isinstance(files, list):
+        return [_beside(folder, part) for part in files]
+    return files if "://" in str(files) else str(folder / str(files))
+
+
+def _records(
+    rows: Mapping[str, datasets.Dataset], columns: Mapping[str, Any], where: str
+) -> Iterator[tuple[str, dict[str, Any]]]:
+    for split, part in rows.items():
+        record = record_of(columns, part.features, where)
+        for number, row in enumerate(part):
+            place = f"{where}, row {number} of {split!r}"
+            yield place, {**record(row, place), "split": split}
+
+
+def _mapping(
+    value: Any, keys: tuple[str, ...], where: str, *, needs: tuple[str, ...] = ()
+) -> dict[str, Any]:
+    """A mapping with known keys alone, and all that are needed."""
+    if not isinstance(value, dict):
+        raise InputError(f"{where}: write a mapping with the keys {', '.join(keys)}")
+    for key in value:
+        if key not in keys:
+            raise InputError(f"{where}: there is no key {key!r}; {did_you_mean(str(key), keys)}")
+    for key in needs:
+        if value.get(key) in (None, ""):
+            raise InputError(f"{where}: the key {key!r} is missing; add it")
+    return value

@@ -1,0 +1,72 @@
+"""Suites kept as JSONL: checked while they are read into memory-mapped tables.
+
+Such a suite is a folder with one `<task>.jsonl` per task, of which a line is one record as
+`polyroute.data.records` describes it. An optional `roles.json` says of each task
+`{"category", "choices", "metric", "role"}`.
+"""
+
+from functools import partial
+from pathlib import Path
+
+from polyroute.data.readers.roles import check_names, read_roles
+from polyroute.data.readers.task_table import TableSuite, TaskSource, file_key
+from polyroute.data.records import cannot_read, read_records
+from polyroute.errors import InputError
+
+__all__ = ["JsonlSuite"]
+
+
+class JsonlSuite(TableSuite):
+    """A suite kept as a folder of JSONL files.
+
+    Opening lists the folder and reads `roles.json`. A task that `roles.json` leaves out has no role
+    and no category; its metric is accuracy if its first record has choices and exact_match if not.
+
+    Args:
+        path: the folder; `~` is expanded.
+        cache_dir: where the tables go; None for the usual cache of `datasets`.
+
+    Raises:
+        InputError: the folder cannot be listed or holds no `.jsonl` file, two files give the same
+            task, a task has the reserved name, or `roles.json` is malformed.
+    """
+
+    def __init__(self, path: str | Path, *, cache_dir: str | Path | None = None) -> None:
+        folder = Path(path).expanduser().resolve()
+        files = _task_files(folder)
+        infos = read_roles(folder / "roles.json", files)
+        sources = {
+            task: TaskSource(
+                place=str(file),
+                records=partial(read_records, file),
+                key=partial(file_key, file),
+                info=infos.get(task),
+            )
+            for task, file in files.items()
+        }
+        super().__init__(folder.name, sources, cache_dir)
+
+
+def _task_files(folder: Path) -> dict[str, Path]:
+    """The task files of a folder by task, sorted; hidden files do not count."""
+    try:
+        entries = sorted(folder.iterdir())
+    except FileNotFoundError:
+        raise InputError(
+            f"there is no suite at {folder}; give a folder with one .jsonl file per task"
+        ) from None
+    except NotADirectoryError:
+        raise InputError(
+            f"{folder} is a file; give the folder that holds the .jsonl files of the suite"
+        ) from None
+    except OSError as error:
+        raise cannot_read(folder, error) from error
+    files = {
+        path.stem: path
+        for path in entries
+        if path.suffix == ".jsonl" and not path.name.startswith(".")
+    }
+    if not files:
+        raise InputError(f"{folder} holds no .jsonl file; a suite has one per task")
+    check_names(files.items())
+    return dict(sorted(files.items()))

@@ -1,0 +1,119 @@
+"""Prompt templates in the files of promptsource: `<dataset>/<subset>/templates.yaml`.
+
+A template is Jinja: the prompt, `|||`, the answer. It is rendered in a sandbox, and the YAML is
+read as plain values.
+"""
+
+from collections.abc import Hashable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+from jinja2 import TemplateError
+from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+from polyroute.data.records import cannot_read
+from polyroute.errors import InputError
+
+__all__ = ["NO_INPUT", "NO_LABEL", "PromptTemplate", "read_templates"]
+
+NO_INPUT, NO_LABEL = "<NO INPUT>", "<NO LABEL>"
+"""What stands for a prompt where a template yields nothing, and for an answer that is empty."""
+
+_BAR = "|||"
+_HIDDEN_BAR = "\ue000bar\ue000"  # of a private area of Unicode: a bar in the data is no separator
+
+
+@dataclass(frozen=True)
+class PromptTemplate:
+    """One way to put an example into words."""
+
+    name: str
+    jinja: str
+    answer_choices: str | None
+    """Jinja too, with `|||` between the choices."""
+    original_task: bool
+    """Whether it asks for what the data set is about."""
+
+    def prompt(self, row: Mapping[str, Any]) -> str:
+        """What a model reads of a row; `NO_INPUT` where the template yields nothing for it.
+
+        Raises:
+            InputError: the template cannot be rendered.
+        """
+        choices = [choice.replace(_BAR, _HIDDEN_BAR) for choice in self.choices(row) or []]
+        parts = self._rendered(self.jinja, {**_hidden(row), "answer_choices": choices or None})
+        return parts[0] if len(parts) > 1 and parts[0] else NO_INPUT
+
+    def choices(self, row: Mapping[str, Any]) -> list[str] | None:
+        """The answers to choose from; None where the template lists none.
+
+        Raises:
+            InputError: the template cannot be rendered.
+        """
+        if self.answer_choices is None:
+            return None
+        return self._rendered(self.answer_choices, _hidden(row))
+
+    def _rendered(self, jinja: str, values: Mapping[str, Any]) -> list[str]:
+        try:
+            text = _ENVIRONMENT.from_string(jinja).render(**values)
+        except (TemplateError, TypeError, ValueError, LookupError, ArithmeticError) as error:
+            raise InputError(
+                f"the template {self.name!r} cannot be rendered ({error}); check that its columns "
+                "are those of the data"
+            ) from error
+        return [part.replace(_HIDDEN_BAR, _BAR).strip() for part in text.split(_BAR)]
+
+
+def read_templates(folder: Path, dataset: str, subset: str | None) -> list[PromptTemplate]:
+    """The templates of one data set, in the order of their names.
+
+    Raises:
+        InputError: there is no such file, or it is malformed.
+    """
+    path = folder / dataset / (subset or "") / "templates.yaml"
+    try:
+        content = yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader)
+        found = [
+            PromptTemplate(
+                name=str(entry["name"]),
+                jinja=str(entry["jinja"]),
+                answer_choices=entry.get("answer_choices"),
+                original_task=bool((entry.get("metadata") or {}).get("original_task")),
+            )
+            for entry in content["templates"].values()
+        ]
+    except FileNotFoundError:
+        raise InputError(
+            f"there is no {path}; give the folder `templates` of promptsource, which has it"
+        ) from None
+    except OSError as error:
+        raise cannot_read(path, error) from error
+    except (UnicodeDecodeError, yaml.YAMLError, KeyError, TypeError, AttributeError) as error:
+        reason = " ".join(str(error).split())
+        raise InputError(f"{path} is not a file of prompt templates ({reason})") from error
+    return sorted(found, key=lambda template: template.name)
+
+
+def _hidden(row: Mapping[str, Any]) -> dict[str, Any]:
+    return {
+        name: value.replace(_BAR, _HIDDEN_BAR) if isinstance(value, str) else value
+        for name, value in row.items()
+    }
+
+
+class _Loader(yaml.SafeLoader):
+    """Reads the two tags that these files have as plain mappings."""
+
+
+def _plain(loader: _Loader, node: yaml.MappingNode) -> dict[Hashable, Any]:
+    return loader.construct_mapping(node, deep=True)
+
+
+for _tag in ("!Template", "!TemplateMetadata"):
+    _Loader.add_constructor(_tag, _plain)
+
+_ENVIRONMENT = ImmutableSandboxedEnvironment()
+_ENVIRONMENT.globals["zip"] = zip

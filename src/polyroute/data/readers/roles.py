@@ -1,0 +1,98 @@
+"""`roles.json`: what a folder of task files says of its tasks.
+
+For each task that it names: `{"category", "choices", "metric", "role"}`.
+"""
+
+import json
+from collections.abc import Collection, Iterable
+from pathlib import Path
+from typing import Any
+
+from polyroute.data.records import cannot_read, json_kind
+from polyroute.data.suite import METRICS, RESERVED_TASK, ROLES, TaskInfo
+from polyroute.errors import InputError, did_you_mean
+
+__all__ = ["check_entry", "check_names", "read_roles"]
+
+
+def check_names(places: Iterable[tuple[str, Path]]) -> None:
+    """Refuse names that another file system, or another part of a run, could confuse.
+
+    Args:
+        places: each task with the file that gives it.
+
+    Raises:
+        InputError: a name is reserved, or two are equal but for upper and lower case.
+    """
+    seen: dict[str, Path] = {}
+    for task, path in places:
+        # Results of a task go to a folder of its name: it must not lead elsewhere.
+        if not task.isprintable() or any(part in ("", ".", "..") for part in task.split("/")):
+            raise InputError(
+                f"{path} gives a task called {task!r}, which cannot name a folder of results; "
+                "rename it"
+            )
+        key = task.casefold()
+        if key == RESERVED_TASK:
+            raise InputError(
+                f"{path} gives a task called {task!r}, the name kept for the average of the "
+                "inventory; rename the file"
+            )
+        if key in seen:
+            raise InputError(
+                f"{seen[key]} and {path.name} give the same task but for upper and lower case; "
+                "rename one of them"
+            )
+        seen[key] = path
+
+
+def read_roles(path: Path, tasks: Collection[str]) -> dict[str, TaskInfo]:
+    """The tasks that `roles.json` describes; none where the file is missing.
+
+    Raises:
+        InputError: the file is malformed or names a task that is not among `tasks`.
+    """
+    try:
+        roles = json.loads(path.read_text(encoding="utf-8-sig"))
+    except FileNotFoundError:
+        return {}
+    except OSError as error:
+        raise cannot_read(path, error) from error
+    except (ValueError, RecursionError) as error:  # not UTF-8, or not JSON
+        raise InputError(f"{path} is not valid JSON ({error}); correct or remove it") from error
+    if not isinstance(roles, dict):
+        raise InputError(f"{path} must hold one JSON object with a key per task")
+    for task in roles:
+        if task not in tasks:
+            raise InputError(
+                f"{path} names the task {task!r}, which has no file; remove the entry or add "
+                f"{task}.jsonl ({did_you_mean(task, tasks)})"
+            )
+    return {task: check_entry(entry, f"{path}, task {task!r}") for task, entry in roles.items()}
+
+
+def check_entry(entry: Any, where: str) -> TaskInfo:
+    """What one entry says of its task.
+
+    Raises:
+        InputError: it is malformed; `where` begins the sentence.
+    """
+    if not isinstance(entry, dict):
+        raise InputError(f"{where}: the entry must be a JSON object, not {json_kind(entry)}")
+    for key, kind, wanted in (
+        ("category", str, "a string"),
+        ("choices", bool, "true or false"),
+        ("metric", str, f"one of {', '.join(METRICS)}"),
+        ("role", str, f"one of {', '.join(ROLES)}"),
+    ):
+        allowed = {"metric": METRICS, "role": ROLES}.get(key)
+        value = entry.get(key)
+        if not isinstance(value, kind) or (allowed is not None and value not in allowed):
+            got = f", not {json.dumps(value)}" if key in entry else " and is missing"
+            raise InputError(f"{where}: {key!r} must be {wanted}{got}")
+    if entry["metric"] == "accuracy" and not entry["choices"]:
+        raise InputError(
+            f"{where}: the metric accuracy needs choices; set 'choices' to true or 'metric' to "
+            f"one of {', '.join(m for m in METRICS if m != 'accuracy')}"
+        )
+    return TaskInfo(entry["category"], entry["metric"], entry["role"], entry["choices"])

@@ -1,0 +1,205 @@
+"""Records: the lines of a task file, checked one by one while they are read.
+
+A line is one record:
+
+    {"instruction": str, "input": str, "target": str, "choices": [str, ...] or null,
+     "split": "train", "validation" or "test"}
+
+`references` may be there where several answers are acceptable, a list with the target among them.
+`task` may be there too and must then be the file's name; any other key is ignored.
+"""
+
+import json
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import datasets
+
+from polyroute.data.suite import COLUMNS, SPLITS, prompt
+from polyroute.errors import InputError, did_you_mean
+
+__all__ = [
+    "FEATURES",
+    "cannot_read",
+    "check_record",
+    "checked",
+    "json_kind",
+    "read_objects",
+    "read_records",
+]
+
+_TEXT_FIELDS = ("instruction", "input", "target", "split")
+FEATURES = datasets.Features(
+    {
+        **{name: datasets.Value("string") for name in COLUMNS if name != "choices"},
+        "choices": datasets.List(datasets.Value("string")),
+        "references": datasets.List(datasets.Value("string")),
+        "split": datasets.ClassLabel(names=list(SPLITS)),
+    }
+)
+
+
+def read_records(path: Path) -> Iterator[dict[str, Any]]:
+    """The checked records of a task file, in order, with the fields of `FEATURES`.
+
+    Raises:
+        InputError: the file cannot be read or is malformed.
+    """
+    return checked(read_objects(path), path.stem, str(path))
+
+
+def checked(
+    records: Iterable[tuple[str, Mapping[str, Any]]], task: str, place: str
+) -> Iterator[dict[str, Any]]:
+    """The records of one task, one by one, with the fields of `FEATURES`.
+
+    Args:
+        records: each with the words that say where it is.
+        task: whose they are.
+        place: where they come from, in words.
+
+    Raises:
+        InputError: there is no record, or one of them is malformed or unlike the first.
+    """
+    first: dict[str, bool] | None = None
+    for where, record in records:
+        check_record(record, task, where)
+        lists = {name: record.get(name) is not None for name in ("choices", "references")}
+        first = first or lists
+        for name, there in lists.items():
+            if there != first[name]:
+                raise InputError(
+                    f"{where}: the field {name!r} is {json_kind(record.get(name))} but the first "
+                    f"record differs; give {name} to every record of a task or to none"
+                )
+        yield {**{name: record.get(name) for name in FEATURES}, "task": task}
+    if first is None:
+        raise InputError(f"{place} holds no record; remove the file or add one record per line")
+
+
+def read_objects(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    """The JSON objects of a JSONL file, each with the words that say where it is.
+
+    Raises:
+        InputError: the file cannot be read, is not UTF-8, or a line is not a JSON object.
+    """
+    for where, line in _lines(path):
+        yield where, _parse(line, where)
+
+
+def _lines(path: Path) -> Iterator[tuple[str, str]]:
+    """The lines of a file that are not blank, each with the words that say where it is."""
+    try:
+        # Lines end at "\n" alone, which only bytes do: JSON text may hold U+2028 and "\r".
+        with path.open("rb") as file:
+            for number, line in enumerate(file, start=1):
+                where = f"{path}, line {number}"
+                try:
+                    text = line.decode("utf-8-sig" if number == 1 else "utf-8")
+                except UnicodeDecodeError as error:
+                    raise InputError(
+                        f"{where}: the text is not UTF-8 ({error.reason}); save the file as UTF-8"
+                    ) from error
+                if text.strip():
+                    yield where, text
+    except OSError as error:
+        raise cannot_read(path, error) from error
+
+
+def _parse(line: str, where: str) -> dict[str, Any]:
+    try:
+        record = json.loads(line)
+    except (ValueError, RecursionError) as error:
+        raise InputError(
+            f"{where}: not valid JSON ({error}); write one JSON object per line"
+        ) from error
+    if not isinstance(record, dict):
+        raise InputError(f"{where}: a record must be a JSON object, not {json_kind(record)}")
+    return record
+
+
+def check_record(record: Mapping[str, Any], task: str, where: str) -> None:
+    """Make sure that a record has every field, of its type.
+
+    Raises:
+        InputError: it has not; `where` begins the sentence.
+    """
+    for name in (*_TEXT_FIELDS, "choices"):
+        if name not in record:
+            raise InputError(f"{where}: the field {name!r} is missing; add it")
+    for name in _TEXT_FIELDS:
+        _check_text(record[name], f"{where}: the field {name!r}")
+    if record["split"] not in SPLITS:
+        raise InputError(
+            f"{where}: the field 'split' is {record['split']!r} but must be one of "
+            f"{', '.join(SPLITS)}"
+        )
+    if record.get("task", task) != task:
+        raise InputError(
+            f"{where}: the field 'task' is {json.dumps(record['task'])} but the file is that of "
+            f"{task!r}; move the record or rename the file"
+        )
+    if not prompt(record["instruction"], record["input"]):
+        raise InputError(f"{where}: 'instruction' and 'input' are both empty; fill one of them")
+    if record["choices"] is not None:
+        _check_choices(record["choices"], record["target"], where)
+    if record.get("references") is not None:
+        _check_list(record["references"], "references", where)
+        _check_among(record["target"], record["references"], "references", where)
+
+
+def _check_choices(choices: Any, target: str, where: str) -> None:
+    _check_list(choices, "choices", where)
+    if len(choices) < 2:
+        raise InputError(
+            f"{where}: the field 'choices' has fewer than 2 entries; list every answer that can "
+            "be chosen, or null for free text"
+        )
+    if len(set(choices)) < len(choices):
+        raise InputError(f"{where}: the field 'choices' lists an entry twice; list each once")
+    _check_among(target, choices, "choices", where)
+
+
+def _check_list(values: Any, name: str, where: str) -> None:
+    if not isinstance(values, list):
+        raise InputError(
+            f"{where}: the field {name!r} must be a list of strings or null, not "
+            f"{json_kind(values)}"
+        )
+    for value in values:
+        _check_text(value, f"{where}: each entry of the field {name!r}")
+
+
+def _check_among(target: str, values: list[str], name: str, where: str) -> None:
+    if target not in values:
+        raise InputError(
+            f"{where}: the target {target!r} is not among the {name}; "
+            f"{did_you_mean(target, values)}"
+        )
+
+
+def _check_text(value: Any, what: str) -> None:
+    if not isinstance(value, str):
+        raise InputError(f"{what} must be a string, not {json_kind(value)}")
+    try:
+        value.encode()
+    except UnicodeEncodeError:  # JSON can escape half of a surrogate pair
+        raise InputError(
+            f"{what} has half a surrogate pair (\\ud800 to \\udfff); mend it"
+        ) from None
+
+
+def json_kind(value: Any) -> str:
+    """What JSON calls a value."""
+    if value is None:
+        return "null"
+    kinds = {str: "a string", bool: "a boolean", list: "a list", dict: "an object"}
+    return kinds.get(type(value), "a number")
+
+
+def cannot_read(path: Path, error: OSError) -> InputError:
+    """The error to raise where the system refuses to read a file or folder."""
+    return InputError(
+        f"cannot read {path} ({error.strerror}); check that it exists and that you may read it"
+    )

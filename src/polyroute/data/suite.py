@@ -1,0 +1,174 @@
+"""What a suite of tasks is, whatever its format: the protocol every reader of one fulfils.
+
+An example is a row with the columns `COLUMNS`; it lies in one of the `SPLITS` of its task.
+"""
+
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Literal, Protocol, get_args
+
+import datasets
+
+from polyroute.errors import InputError, did_you_mean
+from polyroute.host.progress import progress
+
+__all__ = [
+    "COLUMNS",
+    "METRICS",
+    "RESERVED_TASK",
+    "ROLES",
+    "SPLITS",
+    "Metric",
+    "Role",
+    "Suite",
+    "TaskInfo",
+    "check_tasks",
+    "held_out_tasks",
+    "prompt",
+    "quiet_datasets",
+    "training_tasks",
+    "validate",
+]
+
+Metric = Literal["accuracy", "exact_match", "strict_match", "rougeL", "chrF"]
+Role = Literal["train", "held-out"]
+
+METRICS: tuple[str, ...] = get_args(Metric)
+ROLES: tuple[str, ...] = get_args(Role)
+SPLITS = ("train", "validation", "test")
+COLUMNS = ("task", "instruction", "input", "target", "choices")
+
+# Stands for the average of the inventory wherever a task can be named. Its twin is
+# `polyroute.routes.table.MU`, which modules of data do not import; a test holds the two equal.
+RESERVED_TASK = "mu"
+
+
+@dataclass(frozen=True)
+class TaskInfo:
+    """What a suite says of a task as a whole.
+
+    Attributes:
+        category: a group of related tasks; empty where the suite names none.
+        metric: how predictions are scored; "accuracy" ranks the choices of an example.
+        role: whether the task is for training or held out; None where the suite does not say.
+        has_choices: whether its examples list the answers to choose from.
+    """
+
+    category: str
+    metric: Metric
+    role: Role | None
+    has_choices: bool
+
+
+class Suite(Protocol):
+    """Named tasks with their examples; what every reader of a suite offers."""
+
+    @property
+    def name(self) -> str:
+        """What reports call the suite."""
+
+    @property
+    def tasks(self) -> tuple[str, ...]:
+        """The names of all tasks, sorted."""
+
+    def info(self, task: str) -> TaskInfo:
+        """What the suite says of a task.
+
+        Raises:
+            InputError: the suite has no such task, or what it says of it is malformed.
+        """
+
+    def splits(self, task: str) -> tuple[str, ...]:
+        """The splits that a task has, in the order of `SPLITS`; reads and checks all of its data.
+
+        Raises:
+            InputError: the suite has no such task, or its data is malformed.
+        """
+
+    def split(self, task: str, split: str) -> datasets.Dataset:
+        """The examples of one split of a task, in the suite's order.
+
+        Returns:
+            At least one row; columns task, instruction, input, target (strings) and choices
+            (list of strings, or None for free text); and references (list of strings, the target
+            among them) where several answers are acceptable.
+
+        Raises:
+            InputError: the suite has no such task or the task no such split, or its data is
+                malformed.
+        """
+
+
+def training_tasks(suite: Suite) -> tuple[str, ...]:
+    """The tasks to train on: all that the suite does not hold out, sorted."""
+    return tuple(task for task in suite.tasks if suite.info(task).role != "held-out")
+
+
+def held_out_tasks(suite: Suite) -> tuple[str, ...]:
+    """The tasks that the suite keeps away from training, sorted."""
+    return tuple(task for task in suite.tasks if suite.info(task).role == "held-out")
+
+
+def check_tasks(suite: Suite, names: Iterable[str]) -> tuple[str, ...]:
+    """Check that a selection of tasks can be used; it keeps its order.
+
+    Raises:
+        InputError: the selection is empty, names a task twice, or names one the suite lacks.
+    """
+    chosen = tuple(names)
+    if not chosen:
+        raise InputError(f"no task of the suite {suite.name!r} was chosen; name at least one")
+    for position, name in enumerate(chosen):
+        if name not in suite.tasks:
+            raise InputError(
+                f"the suite {suite.name!r} has no task {name!r}; {did_you_mean(name, suite.tasks)}"
+            )
+        if name in chosen[:position]:
+            raise InputError(f"the task {name!r} is named twice; name each task once")
+    return chosen
+
+
+def validate(suite: Suite, tasks: Iterable[str], *, needs: Iterable[str] = ()) -> None:
+    """Read and check all data of some tasks, so that a long run fails before any work is lost.
+
+    Shows a progress bar when it takes more than a second. Once read, the data comes from a cache.
+
+    Args:
+        suite: the suite.
+        tasks: names of its tasks.
+        needs: the splits that every one of the tasks must have.
+
+    Raises:
+        InputError: the first thing found that is wrong.
+    """
+    wanted = tuple(needs)
+    for task in progress(check_tasks(suite, tasks), "checking tasks"):
+        suite.splits(task)
+        for split in wanted:
+            suite.split(task, split)
+
+
+def prompt(instruction: str, text: str) -> str:
+    """What a model reads of an example: instruction and input, a line each, or the one there is."""
+    return "\n".join(part for part in (instruction, text) if part)
+
+
+@contextmanager
+def quiet_datasets() -> Iterator[None]:
+    """Keep the progress bars and warnings of `datasets` away, and put its settings back after."""
+    verbosity = datasets.logging.get_verbosity()
+    # HF_DATASETS_DISABLE_PROGRESS_BARS outranks us, and fighting it would only raise a warning.
+    shown = (
+        datasets.config.HF_DATASETS_DISABLE_PROGRESS_BARS is None
+        and not datasets.are_progress_bars_disabled()
+    )
+    datasets.logging.set_verbosity_error()
+    if shown:
+        datasets.disable_progress_bars()
+    try:
+        yield
+    finally:
+        datasets.logging.set_verbosity(verbosity)
+        if shown:
+            datasets.enable_progress_bars()

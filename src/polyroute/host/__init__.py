@@ -1,0 +1,1 @@
+"""What surrounds a run: files, printing, progress, interrupts and processes."""

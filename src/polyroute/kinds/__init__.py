@@ -1,0 +1,1 @@
+"""How families of base models read examples, learn from them and answer."""

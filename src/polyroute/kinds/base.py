@@ -1,0 +1,257 @@
+"""What training and evaluation need to know about a base model, and no more.
+
+A kind turns texts into token ids, ids into batches, and a batch into a loss, scores or text. It
+knows nothing of adapters: it calls `model(**batch)` and `model.generate(**inputs)` with `tasks`,
+the name of the task of each row of that forward. Each kind has a file of its own; `polyroute.kinds.choose`
+tells which of them a model is.
+
+Shape letters: B rows, C choices, N rows x their choices, U unique choices, L tokens, V vocabulary,
+D embedding, T terms of a loss.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from itertools import chain, starmap
+from typing import Any, ClassVar, Literal
+
+from datasets import Features, Value
+from torch import Tensor, nn
+from transformers import PreTrainedTokenizerBase
+
+from polyroute.data.suite import prompt
+from polyroute.errors import InputError
+from polyroute.kinds.batches import Ids, Row, evaluating, on_device_of, padded
+from polyroute.kinds.objectives import Objective, objective_of
+
+__all__ = ["UNBOUNDED", "ModelKind"]
+
+UNBOUNDED = 2**31 - 1
+
+
+class ModelKind(ABC):
+    """How a family of base models reads examples, learns from them and answers."""
+
+    name: ClassVar[str]
+    supports_generation: ClassVar[bool]
+    auto_class: ClassVar[Any]
+    """The transformers class that loads such a model."""
+
+    features: ClassVar[Features] = Features(
+        {
+            "task": Value("string"),
+            "prompt_ids": [Value("int32")],
+            "target_ids": [Value("int32")],
+            "choice_ids": [[Value("int32")]],
+            "label": Value("int64"),
+        }
+    )
+    """The columns of `encode`. Give them to `Dataset.map(..., features=kind.features)`: where the
+    first thousand rows have no choices, datasets would otherwise infer a column of nulls and fail
+    on the first row that has some."""
+
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        *,
+        max_input: int = 256,
+        max_target: int = 64,
+        max_positions: int | None = None,
+        objective: str | Objective = "lm",
+    ) -> None:
+        """Set the lengths, in tokens, and the objective.
+
+        Args:
+            tokenizer: the base model's tokenizer.
+            max_input: most tokens of a prompt, at least 2.
+            max_target: most tokens of a target or choice with its end token, at least 2.
+            max_positions: longest sequence the model accepts; None where it has no bound.
+            objective: what the loss is, by name or value; see `polyroute.kinds.objectives`.
+
+        Raises:
+            InputError: a length is below 2, the kind writes text and the tokenizer has no end
+                token, or the kind cannot learn by the objective.
+        """
+        if self.supports_generation and tokenizer.eos_token_id is None:
+            raise InputError("the tokenizer has no end token: set tokenizer.eos_token")
+        for setting, value in (("max_input", max_input), ("max_target", max_target)):
+            if value < 2:
+                raise InputError(f"{setting}={value} is too short: give at least 2 tokens")
+        self.objective = objective_of(objective)
+        self.tokenizer = tokenizer
+        self.max_positions = max_positions or UNBOUNDED
+        self.max_input = min(max_input, self.max_positions)
+        self.max_target = min(max_target, self.max_positions)
+
+    def encode(self, examples: Mapping[str, list[Any]]) -> dict[str, list[Any]]:
+        """Turn a batch of texts into token ids; the function to give to `datasets.Dataset.map`.
+
+        Equal tokenizers, lengths and objectives have equal fingerprints, so a second `map` reads
+        the cache.
+
+        Args:
+            examples: the columns `task`, `instruction`, `input`, `target` and `choices` (a list
+                of texts, or None).
+
+        Returns:
+            The columns of `features`. `choice_ids` is empty for a row without choices; `label` is
+            the place of the target among the choices, or -1.
+        """
+        choices = [row or [] for row in examples["choices"]]
+        prompts = list(
+            starmap(prompt, zip(examples["instruction"], examples["input"], strict=True))
+        )
+        texts = list(dict.fromkeys(chain(examples["target"], *choices)))  # label sets repeat
+        ids = dict(zip(texts, self._target_ids(texts), strict=True))
+        return {
+            "task": list(examples["task"]),
+            "prompt_ids": self._prompt_ids(prompts),
+            "target_ids": [ids[text] for text in examples["target"]],
+            "choice_ids": [[ids[text] for text in row] for row in choices],
+            "label": [
+                row.index(target) if target in row else -1
+                for row, target in zip(choices, examples["target"], strict=True)
+            ],
+        }
+
+    @abstractmethod
+    def _prompt_ids(self, texts: list[str]) -> list[Ids]:
+        """The prompts as the model wants them, cut to length."""
+
+    @abstractmethod
+    def _target_ids(self, texts: list[str]) -> list[Ids]:
+        """The targets or choices as the model wants them, cut to length."""
+
+    @abstractmethod
+    def collate(self, rows: Sequence[Row]) -> dict[str, Any]:
+        """Make a training batch of encoded rows, on the CPU.
+
+        Returns:
+            Tensors, and in `tasks` the task name of each row. Each kind documents its own.
+
+        Raises:
+            InputError: the loss compares choices, and a row has none or its target is not one of
+                them.
+        """
+
+    @abstractmethod
+    def loss(self, model: nn.Module, batch: Mapping[str, Any]) -> Tensor:
+        """The training loss of a batch of `collate`, a scalar on the model's device."""
+
+    @abstractmethod
+    def row_losses(self, model: nn.Module, batch: Mapping[str, Any]) -> Tensor:
+        """The terms of the loss of each row of a batch of `collate`: `[B, T]`, at least float32.
+
+        Each is summed over what the row counts. The loss of a batch is their sum over rows, times
+        `polyroute.kinds.objectives.term_weights` of `row_counts`; so rows of a batch may be computed
+        apart, in any company.
+        """
+
+    @abstractmethod
+    def row_counts(self, rows: Sequence[Row]) -> list[list[int]]:
+        """How many predictions each row is scored on, in each of T terms."""
+
+    def row_shape(self, row: Row) -> tuple[int, tuple[int, ...], Mapping[Any, int]]:
+        """What one row adds to a batch.
+
+        Returns:
+            How many times its sequences are there; their lengths, each padded to the longest of its
+            kind; and the lengths, by key, of sequences that rows of one batch share.
+        """
+        return 1, (len(row["prompt_ids"]), len(row["target_ids"])), {}
+
+    @property
+    @abstractmethod
+    def needs_choices(self) -> bool:
+        """Whether rows without choices cannot be learned from."""
+
+    @abstractmethod
+    def scores(self, model: nn.Module, rows: Sequence[Row]) -> list[Tensor]:
+        """Score every choice of every row; higher is better.
+
+        Runs in evaluation mode without gradients, all rows in one batch.
+
+        Returns:
+            One float32 tensor `[C, 2]` per row: the log-probability of the choice, its end token
+            included, and the same per token. Encoders give the scaled cosine in both columns.
+
+        Raises:
+            InputError: a row has no choices.
+        """
+
+    @abstractmethod
+    def generate(
+        self,
+        model: nn.Module,
+        rows: Sequence[Row],
+        *,
+        max_new_tokens: int | None = None,
+        num_beams: int = 1,
+    ) -> list[str]:
+        """Answer each row with text, by greedy or beam search without sampling.
+
+        Args:
+            model: the routed model.
+            rows: encoded rows, all in one batch.
+            max_new_tokens: most tokens of an answer; None for `max_target`.
+            num_beams: 1 for greedy search.
+
+        Returns:
+            One text per row, stripped and without special tokens.
+
+        Raises:
+            InputError: this kind has no generation, or no room for a prompt is left.
+        """
+
+    @property
+    def _pad(self) -> int:
+        """What fills a batch; the mask hides it, so any id will do where there is no pad token."""
+        ids = (self.tokenizer.pad_token_id, self.tokenizer.eos_token_id, 0)
+        return next(i for i in ids if isinstance(i, int))
+
+    def _tokens(self, texts: list[str], *, special: bool) -> list[Ids]:
+        # Cut by slices here: asking the tokenizer to truncate would change its state.
+        encoded = self.tokenizer(texts, add_special_tokens=special, verbose=False)
+        ids: list[Ids] = encoded["input_ids"]
+        return ids
+
+    def _cut(self, ids: Ids, length: int) -> Ids:
+        """At most `length` ids: the end goes, except for a final special token."""
+        if len(ids) <= length:
+            return ids
+        last = [i for i in ids[-1:] if i in self.tokenizer.all_special_ids]
+        return ids[: length - len(last)] + last
+
+    def _inputs(
+        self, sequences: Sequence[Ids], *, side: Literal["left", "right"] = "right"
+    ) -> dict[str, Tensor]:
+        """Padded `input_ids` and `attention_mask`, both `[B, L]`."""
+        return {
+            "input_ids": padded(sequences, self._pad, side=side),
+            "attention_mask": padded([[1] * len(ids) for ids in sequences], 0, side=side),
+        }
+
+    def _search(
+        self,
+        model: nn.Module,
+        inputs: Mapping[str, Tensor],
+        tasks: list[str],
+        *,
+        max_new_tokens: int,
+        num_beams: int,
+    ) -> Tensor:
+        batch = on_device_of(model, inputs)
+        with evaluating(model):
+            out: Tensor = model.generate(  # type: ignore[operator]  # nn.Module hides methods
+                **batch,
+                tasks=tasks,
+                max_new_tokens=max_new_tokens,
+                num_beams=num_beams,
+                do_sample=False,
+                pad_token_id=self._pad,
+                eos_token_id=self.tokenizer.eos_token_id,
+            )
+        return out
+
+    def _texts(self, ids: Tensor) -> list[str]:
+        texts: list[str] = self.tokenizer.batch_decode(ids, skip_special_tokens=True)
+        return [text.strip() for text in texts]

@@ -1,0 +1,135 @@
+"""The kind of decoder-only models."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
+
+from polyroute.errors import InputError
+from polyroute.kinds.batches import (
+    IGNORED,
+    Ids,
+    Row,
+    flat_tasks,
+    padded,
+    tasks_of,
+)
+from polyroute.kinds.objectives import Objective
+from polyroute.kinds.text import TextKind
+
+__all__ = ["CausalKind"]
+
+
+class CausalKind(TextKind):
+    """Decoder-only models, such as Llama: one sequence of prompt, newline, target and end token.
+
+    Where a sequence is longer than `max_input + max_target` or the model's positions, the
+    beginning of its prompt goes (after the first token, where that is a BOS), never its target.
+    A batch is `input_ids`, `attention_mask`, `labels` `[B, L]` and `tasks`; `labels` are -100 on
+    prompt and padding. Where choices are compared, each is a row of its own, after its prompt: B is
+    then N. Padding is on the right, so that positions count from 0 in every
+    architecture, and on the left for generation, where `generate` derives them from the mask.
+    """
+
+    name = "causal"
+    auto_class = AutoModelForCausalLM
+
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        *,
+        max_input: int = 256,
+        max_target: int = 64,
+        max_positions: int | None = None,
+        objective: str | Objective = "lm",
+    ) -> None:
+        """Set the lengths, in tokens, and the objective, as `ModelKind` does."""
+        super().__init__(
+            tokenizer,
+            max_input=max_input,
+            max_target=max_target,
+            max_positions=max_positions,
+            objective=objective,
+        )
+        self.limit = min(max_input + max_target, self.max_positions)
+        self.max_target = min(max_target, self.limit - 1)  # a token needs one before it
+
+    def _prompt_ids(self, texts: list[str]) -> list[Ids]:
+        prompts = self._tokens([text + "\n" for text in texts], special=True)
+        return [self._fitted(self._open(ids), self.limit) for ids in prompts]
+
+    def _open(self, ids: Ids) -> Ids:
+        """Without the end token that some tokenizers add, and never empty."""
+        if ids[-1:] == [self.tokenizer.eos_token_id]:
+            ids = ids[:-1]
+        return ids or [
+            self.tokenizer.eos_token_id
+        ]  # as GPT-2, whose texts follow one another after an end token
+
+    def _target_ids(self, texts: list[str]) -> list[Ids]:
+        targets = self._tokens(texts, special=False)
+        return [self._cut([*ids, self.tokenizer.eos_token_id], self.max_target) for ids in targets]
+
+    def _fitted(self, prompt: Ids, room: int) -> Ids:
+        """The last `room` ids of a prompt, its BOS kept."""
+        if len(prompt) <= room:
+            return prompt
+        bos = [i for i in prompt[:1] if i == self.tokenizer.bos_token_id]
+        return bos + prompt[len(prompt) - room + len(bos) :]
+
+    def _batch(
+        self, prompts: Sequence[Ids], targets: Sequence[Ids], tasks: list[str]
+    ) -> dict[str, Any]:
+        pairs = list(zip(prompts, targets, strict=True))
+        return {
+            **self._inputs([prompt + target for prompt, target in pairs]),
+            "labels": padded([[IGNORED] * len(p) + target for p, target in pairs], IGNORED),
+            "tasks": tasks,
+        }
+
+    def _targets(self, rows: Sequence[Row]) -> dict[str, Any]:
+        targets = [row["target_ids"] for row in rows]
+        prompts = [
+            self._fitted(row["prompt_ids"], self.limit - len(target))
+            for row, target in zip(rows, targets, strict=True)
+        ]
+        return self._batch(prompts, targets, tasks_of(rows))
+
+    def _choices(self, rows: Sequence[Row]) -> dict[str, Any]:
+        # All choices of a row see the same prompt, the one that leaves room for the longest.
+        prompts = [
+            self._fitted(row["prompt_ids"], self.limit - max(map(len, row["choice_ids"])))
+            for row in rows
+            for _ in row["choice_ids"]
+        ]
+        choices = [choice for row in rows for choice in row["choice_ids"]]
+        return self._batch(prompts, choices, flat_tasks(rows))
+
+    def _target_logits(self, model: nn.Module, batch: dict[str, Any]) -> tuple[Tensor, Tensor]:
+        labels_BL = batch.pop("labels")  # without them the model computes no loss
+        logits_BLV = model(**batch, use_cache=False).logits
+        return logits_BLV[:, :-1], labels_BL[:, 1:]
+
+    def _choice_logits(self, model: nn.Module, batch: dict[str, Any]) -> tuple[Tensor, Tensor]:
+        return self._target_logits(model, batch)
+
+    def generate(
+        self,
+        model: nn.Module,
+        rows: Sequence[Row],
+        *,
+        max_new_tokens: int | None = None,
+        num_beams: int = 1,
+    ) -> list[str]:
+        """As `ModelKind.generate`."""
+        new = self.max_target if max_new_tokens is None else max_new_tokens
+        room = min(self.limit - min(new, self.max_target), self.max_positions - new)
+        if room < 1:
+            raise InputError(
+                f"max_new_tokens={new} leaves no room for a prompt in the {self.max_positions} "
+                "positions of the base model: ask for fewer"
+            )
+        inputs = self._inputs([self._fitted(r["prompt_ids"], room) for r in rows], side="left")
+        out = self._search(model, inputs, tasks_of(rows), max_new_tokens=new, num_beams=num_beams)
+        return self._texts(out[:, inputs["input_ids"].shape[1] :])

@@ -1,0 +1,98 @@
+"""The kind of encoder-decoder models."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoModelForSeq2SeqLM
+from transformers.modeling_outputs import BaseModelOutput
+
+from polyroute.kinds.batches import (
+    IGNORED,
+    Ids,
+    Row,
+    flat_choices,
+    flat_tasks,
+    padded,
+    tasks_of,
+)
+from polyroute.kinds.text import TextKind
+
+__all__ = ["Seq2SeqKind"]
+
+
+class Seq2SeqKind(TextKind):
+    """Encoder-decoder models, such as T5: the prompt is encoded, the target decoded.
+
+    A batch is `input_ids`, `attention_mask` `[B, L]`, `labels` `[B, L']` and `tasks`. Where choices
+    are compared, each prompt is encoded once: `labels` are then `[N, L']`, with `choice_tasks`, and
+    `owners` `[N]`, the row of each choice.
+    """
+
+    name = "seq2seq"
+    auto_class = AutoModelForSeq2SeqLM
+
+    def _prompt_ids(self, texts: list[str]) -> list[Ids]:
+        return [self._ended(ids, self.max_input) for ids in self._tokens(texts, special=True)]
+
+    def _target_ids(self, texts: list[str]) -> list[Ids]:
+        return [self._ended(ids, self.max_target) for ids in self._tokens(texts, special=True)]
+
+    def _ended(self, ids: Ids, length: int) -> Ids:
+        eos = self.tokenizer.eos_token_id
+        return self._cut(ids if ids[-1:] == [eos] else [*ids, eos], length)
+
+    def _targets(self, rows: Sequence[Row]) -> dict[str, Any]:
+        return {
+            **self._inputs([row["prompt_ids"] for row in rows]),
+            "labels": padded([row["target_ids"] for row in rows], IGNORED),
+            "tasks": tasks_of(rows),
+        }
+
+    def _choices(self, rows: Sequence[Row]) -> dict[str, Any]:
+        return {
+            **self._inputs([row["prompt_ids"] for row in rows]),
+            "labels": flat_choices(rows),
+            "tasks": tasks_of(rows),
+            "choice_tasks": flat_tasks(rows),
+            "owners": torch.tensor([i for i, row in enumerate(rows) for _ in row["choice_ids"]]),
+        }
+
+    def _target_logits(self, model: nn.Module, batch: dict[str, Any]) -> tuple[Tensor, Tensor]:
+        return model(**batch, use_cache=False).logits, batch["labels"]
+
+    def _choice_logits(self, model: nn.Module, batch: dict[str, Any]) -> tuple[Tensor, Tensor]:
+        labels_NL, owners_N = batch.pop("labels"), batch.pop("owners")
+        tasks = batch.pop("choice_tasks")
+        # The first call is there for its encoder states. It goes through `model` itself, with a
+        # decoder input of one arbitrary token, because then the encoder is routed like in any other
+        # call and the only thing asked of a routed model is that it takes `tasks`. The second call
+        # has one row and one task name for each choice: ragged choices need neither groups nor
+        # dummies.
+        one_token = batch["input_ids"][:, :1]
+        encoded = model(**batch, decoder_input_ids=one_token, use_cache=False)
+        states_NLD = encoded.encoder_last_hidden_state[owners_N]
+        logits_NLV = model(
+            encoder_outputs=BaseModelOutput(last_hidden_state=states_NLD),
+            attention_mask=batch["attention_mask"][owners_N],
+            labels=labels_NL,
+            tasks=tasks,
+            use_cache=False,
+        ).logits
+        return logits_NLV, labels_NL
+
+    def generate(
+        self,
+        model: nn.Module,
+        rows: Sequence[Row],
+        *,
+        max_new_tokens: int | None = None,
+        num_beams: int = 1,
+    ) -> list[str]:
+        """As `ModelKind.generate`."""
+        new = self.max_target if max_new_tokens is None else max_new_tokens
+        inputs = self._inputs([row["prompt_ids"] for row in rows])
+        return self._texts(
+            self._search(model, inputs, tasks_of(rows), max_new_tokens=new, num_beams=num_beams)
+        )

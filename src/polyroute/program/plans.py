@@ -1,0 +1,179 @@
+"""Plans: what a command would do, as `--dry-run` shows it before anything long starts."""
+
+from collections.abc import Iterable, Mapping, Sequence
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+from rich.markup import escape
+from rich.table import Table
+
+from polyroute.adapt import AdaptSettings
+from polyroute.adapting.memory import Budget, bytes_in_training
+from polyroute.data.suite import Suite
+from polyroute.host.output import Result
+from polyroute.model import RoutedModel
+from polyroute.optimizers import summary
+from polyroute.saved.hub import DESCRIPTION, SKILLS
+from polyroute.study.examples import task_sizes
+from polyroute.trainer import MultiTaskTrainer
+
+__all__ = ["plan_of_adapting", "plan_of_training"]
+
+ROWS_SHOWN = 100
+"""The JSON document has all."""
+
+
+def plan_of_training(
+    trainer: MultiTaskTrainer, options: Mapping[str, Any], tasks: Sequence[str], folder: Path
+) -> Result:
+    """What `polyroute train` would do.
+
+    Args:
+        trainer: ready to train.
+        options: of the command, by name.
+        tasks: in the order of the trainer's rows.
+        folder: of the run.
+    """
+    model, args = trainer.model, trainer.args
+    batch = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
+    seen = batch * args.max_steps
+    sizes = task_sizes(trainer.train_dataset)
+    shares = trainer.sampler.probabilities.tolist()
+    rows = [
+        {"task": task, "examples": size, "seen": share * seen}
+        for task, size, share in zip(tasks, sizes, shares, strict=True)
+    ]
+    memory = bytes_in_training(model, args.optim == "adafactor", rowwise=args.rowwise_routes)
+    checkpoints = f"checkpoint-N (every {args.save_steps} steps; the last two stay)"
+    written = ["run.json", "metrics.json", DESCRIPTION, SKILLS, checkpoints]
+    if model.routes.shape is not None:
+        written.append("routes-*.safetensors")
+    if options["alignment_steps"] is not None:
+        written.append("alignment.json")
+    document = {
+        "out": folder,
+        "sites": len(model.sites),
+        "routers": 0 if model.routes.shape is None else model.routes.shape[0],
+        "parameters": model.counts(),
+        "trained_parameters": model.num_trainable(),
+        "memory_bytes": {**memory, "total": sum(memory.values())},
+        "optimization": summary(options),
+        "steps": args.max_steps,
+        "examples_per_step": batch,
+        "examples": seen,
+        "tasks": rows,
+        "writes": written,
+    }
+    columns = ("task", "examples", "seen in training", "times each")
+    cells = (
+        (r["task"], f"{r['examples']:,}", f"{r['seen']:,.0f}", f"{r['seen'] / r['examples']:.2f}")
+        for r in rows
+    )
+    shown = (
+        model.describe(),
+        f"phase {args.phase} trains {model.num_trainable():,} parameters",
+        f"memory on each device: {_sizes(memory)}; activations come on top",
+        summary(options),
+        f"{args.max_steps:,} steps of {batch:,} examples: {seen:,} examples of {len(rows)} tasks",
+        _table(columns, cells, len(rows)),
+        f"would write to {folder}: {', '.join(written)}",
+        "nothing was written",
+    )
+    return Result(document, shown)
+
+
+def plan_of_adapting(
+    model: RoutedModel,
+    suite: Suite,
+    budget: Budget,
+    options: Mapping[str, Any],
+    tasks: Sequence[str],
+    choices: Mapping[str, AdaptSettings],
+    folder: Path,
+) -> Result:
+    """What `polyroute adapt` would do.
+
+    Args:
+        model: the inventory.
+        suite: where the tasks are.
+        budget: what fits into memory.
+        options: of the command, by name.
+        tasks: to adapt to.
+        choices: settings by label.
+        folder: of the results.
+    """
+    counts, seeds = model.counts(), options["seeds"]
+    phase = next(iter(choices.values())).phase
+    trained = {"z": "new_task_z", "mu": "one_adapter", "mu-uncollapsed": "inventory"}
+    parameters = counts[trained.get(phase, "new_task_full")]
+    slots = len(tasks) * len(seeds) * len(choices)
+    at_a_time = min(slots, budget.slots)
+    steps = len(tasks) * len(seeds) * sum(choice.steps for choice in choices.values())
+    split = options["split"]
+    rows: list[dict[str, Any]] = []
+    for task in tasks:
+        examples = len(suite.split(task, "train"))
+        for label, choice in choices.items():
+            shots = examples - choice.validation_shots if choice.shots is None else choice.shots
+            rows.append(
+                {
+                    "task": task,
+                    "label": label,
+                    "examples": examples,
+                    "shots": shots,
+                    "validation_shots": choice.validation_shots,
+                    "steps": choice.steps,
+                    "seen": choice.steps * min(choice.batch_size, shots),
+                    "scored_on": len(suite.split(task, split)),
+                }
+            )
+    written = [
+        "run.json", "results.json", "TASK/seed-SEED/adapter_model.safetensors",
+        "TASK/seed-SEED/adapter_config.json",
+    ]  # fmt: skip
+    document = {
+        "out": folder,
+        "phase": phase,
+        "sites": len(model.sites),
+        "routers": 0 if model.routes.shape is None else model.routes.shape[0],
+        "parameters": counts,
+        "trained_parameters": parameters,
+        "seeds": seeds,
+        "slots": slots,
+        "slots_at_a_time": at_a_time,
+        "tokens_at_a_time": budget.tokens,
+        "steps": steps,
+        "settings": {label: choice.to_dict() for label, choice in choices.items()},
+        "tasks": rows,
+        "writes": written,
+    }
+    columns = ("task", "setting", "examples", "shots", "steps", "seen by a slot", "scored on")
+    numbers = ("examples", "shots", "steps", "seen", "scored_on")
+    cells = ((r["task"], r["label"], *(f"{r[name]:,}" for name in numbers)) for r in rows)
+    shown = (
+        model.describe(),
+        f"phase {phase} trains {parameters:,} parameters in each slot",
+        f"{slots} slots: {len(tasks)} tasks, {len(seeds)} seeds, {len(choices)} settings; "
+        f"{steps:,} steps in all",
+        f"{at_a_time} slots and {budget.tokens:,} tokens at a time, by the memory for them",
+        *dict.fromkeys(choice.optimization for choice in choices.values()),
+        _table(columns, cells, len(rows)),
+        f"would write to {folder}: {', '.join(written)}",
+        "nothing was written",
+    )
+    return Result(document, shown)
+
+
+def _table(columns: Sequence[str], rows: Iterable[Sequence[str]], count: int) -> Table:
+    table = Table(*columns)
+    for row in islice(rows, ROWS_SHOWN):
+        table.add_row(*map(escape, row))
+    if count > ROWS_SHOWN:
+        table.add_row(f"and {count - ROWS_SHOWN} more")
+    return table
+
+
+def _sizes(memory: Mapping[str, int]) -> str:
+    parts = [f"{name.replace('_', ' ')} {number / 1e6:,.1f} MB" for name, number in memory.items()]
+    return f"{sum(memory.values()) / 1e6:,.1f} MB ({', '.join(parts)})"

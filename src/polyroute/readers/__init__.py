@@ -1,1 +1,0 @@
-"""Readers of suites, one file for each format; `polyroute.suites` opens the one that fits."""

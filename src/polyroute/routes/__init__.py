@@ -1,0 +1,1 @@
+"""Skills, the routing table, and how they become what the layers apply."""

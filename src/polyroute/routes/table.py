@@ -1,0 +1,423 @@
+"""The routing table: one row of logits per task, found by name."""
+
+import operator
+from collections.abc import Iterable, Iterator, Sequence
+from functools import lru_cache
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+from polyroute.config import MHRConfig
+from polyroute.errors import InputError, did_you_mean
+from polyroute.routes.weights import skill_weights
+
+__all__ = ["MU", "MU_ROW", "Routes", "index_on"]
+
+MU = "mu"
+"""The name that stands, wherever a task is asked for, for the average of the inventory."""
+MU_ROW = -1
+
+INITIAL_BOUND = 1e-3
+"""Fresh logits are uniform within this bound, so a new task starts near the uniform mixture."""
+
+COMPARED_AT_ONCE = 2**22
+"""Numbers of the table that `nearest` holds a copy of at any time."""
+
+
+def index_on(device: torch.device, numbers: tuple[int, ...]) -> Tensor:
+    """Whole numbers `[n]` on a device, without making the host wait for it; not to be changed.
+
+    On CUDA the last ones are kept: a step that repeats the tasks of an earlier one copies nothing,
+    as a CUDA graph needs.
+    """
+    if device.type != "cuda":
+        return torch.tensor(numbers, dtype=torch.long, device=device)
+    # By stream, because nothing else makes another stream wait for the copy.
+    return _kept_index(device, numbers, torch.cuda.current_stream(device).cuda_stream)
+
+
+@lru_cache(maxsize=64)
+def _kept_index(device: torch.device, numbers: tuple[int, ...], _: int) -> Tensor:
+    with torch.inference_mode(False):  # what is kept may later meet autograd
+        on_host = torch.tensor(numbers, dtype=torch.long, device="cpu", pin_memory=True)
+        return on_host.to(device, non_blocking=True)
+
+
+class Routes(nn.Module):
+    """Names of tasks and, where tasks are routed by learned logits, a table of them.
+
+    The parameter `logits` is `[T, N * H * K]`: everything that is the task's own lies in one
+    contiguous row. It is None where there is nothing to learn: shared and private adapters, and
+    inventories that were reduced to their average.
+
+    Rows are data. `routes["mnli"]` reads a copy, `[N, H, K]`, `routes["mnli"] = row` writes, and
+    what lies between is plain tensor arithmetic:
+
+        halfway = torch.lerp(model.routes["mnli"], model.routes["qnli"], 0.5)
+        model.add_task("between", init=halfway)
+        model.routes["mnli"] += 0.1 * (model.routes["qnli"] - model.routes["rte"])
+
+    A table of many tasks can be trained by rows (`RoutedModel.optimizer`). `logits` is then frozen,
+    and what trains is `touched`, an ordinary small parameter that holds the rows of the batches
+    since the last step, with an ordinary gradient: it can be clipped, scaled and logged.
+
+    Args:
+        names: tasks, in row order.
+        shape: `(N, H, K)`: routers, heads, skills; None for a table without logits.
+        device: where the logits live.
+        config: says what weights a row gives, for `nearest`; the default is the published method.
+
+    Attributes:
+        logits: the table, `[T, N * H * K]`.
+        touched: `[U, N * H * K]` while the table is trained by rows, else None.
+        state_rows: `[T]` while the table is trained by rows: where its optimizer keeps the state of
+            each row, -1 for a row that never trained.
+
+    Raises:
+        InputError: a name is repeated, empty or reserved.
+    """
+
+    def __init__(
+        self,
+        names: Iterable[str],
+        shape: tuple[int, int, int] | None,
+        device: torch.device | None = None,
+        config: MHRConfig | None = None,
+    ) -> None:
+        super().__init__()
+        self.shape = shape
+        self._config = MHRConfig() if config is None else config
+        self._rows: dict[str, int] = {}
+        for name in names:
+            self._add_name(name)
+        self.logits: nn.Parameter | None
+        if shape is None:
+            self.register_parameter("logits", None)
+        else:
+            width = shape[0] * shape[1] * shape[2]
+            self.logits = nn.Parameter(torch.empty(len(self._rows), width, device=device))
+            self.reset_parameters()
+        self.touched: nn.Parameter | None
+        self.register_parameter("touched", None)
+        self.state_rows: Tensor | None = None
+        self._collected: dict[int, int] = {}
+        """Rows with a gradient that waits for a step, and where in `touched` they are."""
+
+    def _add_name(self, name: str) -> None:
+        if not isinstance(name, str) or not name:
+            raise InputError(f"a task name must be a non-empty string, not {name!r}")
+        if name == MU:
+            raise InputError(f"task name {MU!r} is reserved for the average of the inventory")
+        if name in self._rows:
+            raise InputError(f"task {name!r} is given twice; task names must be unique")
+        self._rows[name] = len(self._rows)
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """Draw all logits afresh, uniform within 1e-3."""
+        if self.logits is not None:
+            self.logits.uniform_(-INITIAL_BOUND, INITIAL_BOUND)
+
+    @torch.no_grad()
+    def redraw(self, row: int, seed: int) -> None:
+        """Draw one row afresh, as `reset_parameters` does, whatever device it is on."""
+        logits, _ = self._table()
+        drawn = torch.empty(logits.shape[1])
+        generator = torch.Generator().manual_seed(seed)
+        logits[row] = drawn.uniform_(-INITIAL_BOUND, INITIAL_BOUND, generator=generator).to(logits)
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The tasks, in row order."""
+        return tuple(self._rows)
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._rows
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._rows)
+
+    def row(self, task: str | int) -> int:
+        """The row of a task, by name or by number; `MU_ROW` for `"mu"`.
+
+        Raises:
+            InputError: no such task; the message offers the nearest names.
+        """
+        if isinstance(task, str):
+            if task == MU:
+                return MU_ROW
+            if task not in self._rows:
+                raise InputError(f"unknown task {task!r}: {did_you_mean(task, self._rows)}")
+            return self._rows[task]
+        if isinstance(task, bool) or not hasattr(task, "__index__"):
+            raise InputError(f"a task is a name or a row number, not {task!r}")
+        task = operator.index(task)
+        if not 0 <= task < len(self._rows):
+            raise InputError(
+                f"task id {task} is out of range: there are {len(self._rows)} tasks, counted from 0"
+            )
+        return task
+
+    def __getitem__(self, task: str | int) -> Tensor:
+        """A copy of the task's logits, `[N, H, K]`."""
+        logits, shape = self._table()
+        row = self.row(task)
+        if row == MU_ROW:
+            return logits.new_zeros(shape)
+        return logits.detach()[row].reshape(shape).clone()
+
+    @torch.no_grad()
+    def __setitem__(self, task: str | int, values: Tensor) -> None:
+        """Overwrite the task's logits; `[N, H, K]` or flat."""
+        logits, _ = self._table()
+        row = self.row(task)
+        if row == MU_ROW:
+            raise InputError("'mu' is the uniform mixture and has no logits to write")
+        logits[row] = self._flat(values)
+
+    def _table(self) -> tuple[nn.Parameter, tuple[int, int, int]]:
+        if self.logits is None or self.shape is None:
+            raise InputError("this model has no routing logits: its tasks are not routed")
+        return self.logits, self.shape
+
+    def _flat(self, values: Tensor, count: int | None = None) -> Tensor:
+        """One row, flat; with a count also that many rows, `[count, N * H * K]`."""
+        logits, shape = self._table()
+        given = tuple(values.shape)
+        if not values.isfinite().all():
+            raise InputError("a routing row must hold finite numbers; check the values")
+        if given in (shape, (logits.shape[1],)):
+            return values.reshape(-1).to(logits)
+        if count is not None and given in ((count, *shape), (count, logits.shape[1])):
+            return values.reshape(count, logits.shape[1]).to(logits)
+        raise InputError(
+            f"a routing row has shape {list(shape)} (routers, heads, skills), not {list(given)}"
+        )
+
+    def gather(self, rows: Sequence[int]) -> Tensor:
+        """The logits `[U, N * H * K]` of rows, for the mixing of a forward.
+
+        Args:
+            rows: numbers; `MU_ROW` stands for the average, has no row, and gives any values, which
+                are not to be used.
+        """
+        if self.touched is None:
+            logits, _ = self._table()
+            return logits.index_select(0, self._index(rows))
+        gathered: Tensor = _GatherRows.apply(self.touched, self, tuple(rows))  # type: ignore[no-untyped-call]
+        return gathered
+
+    def read(self, rows: Iterable[int]) -> Tensor:
+        """A copy of rows, `[U, N * H * K]`, by number; detached."""
+        logits, _ = self._table()
+        return logits.detach().index_select(0, self._index(rows))
+
+    def _index(self, rows: Iterable[int]) -> Tensor:
+        logits, _ = self._table()
+        return index_on(logits.device, tuple(max(row, 0) for row in rows))
+
+    # ---------------------------------------------------------------- training by rows
+
+    def train_by_rows(self) -> nn.Parameter:
+        """Freeze the table and train, through `touched`, only the rows that batches use."""
+        logits, _ = self._table()
+        self.train_whole()
+        logits.requires_grad_(False)
+        logits.grad = None
+        self.touched = nn.Parameter(logits.new_empty(0, logits.shape[1]))
+        self.state_rows = torch.full((len(self),), -1)
+        return self.touched
+
+    def train_whole(self) -> None:
+        """Undo `train_by_rows`: the table itself is the parameter again."""
+        if self.touched is None:
+            return
+        if self.logits is not None:
+            self.logits.requires_grad_(self.touched.requires_grad)
+        self.touched = self.state_rows = None
+        self._collected = {}
+
+    def take_collected(self) -> list[int]:
+        """The rows of `touched`, in its order, whose gradients no step has used yet.
+
+        They are handed out once: the next backward starts a new collection, so `touched` never
+        holds more than the rows of one step, whatever becomes of its gradient.
+        """
+        rows = list(self._collected)
+        self._collected = {}
+        return rows
+
+    def _collect(self, rows: Sequence[int], gradient: Tensor) -> None:
+        """Add the gradient of gathered rows to what waits for the next step."""
+        touched = self.touched
+        if touched is None:  # training by rows ended between forward and backward
+            return
+        before = touched.grad
+        if before is None:
+            self._collected = {}
+        known = len(self._collected)
+        real = [i for i, row in enumerate(rows) if row != MU_ROW]
+        places = [self._collected.setdefault(rows[i], len(self._collected)) for i in real]
+        total = gradient.new_zeros(len(self._collected), gradient.shape[1])
+        if known and before is not None:
+            total[:known] = before
+        if len(real) < len(rows):
+            gradient = gradient[real]
+        total.index_add_(0, torch.tensor(places, dtype=torch.long).to(total.device), gradient)
+        touched.grad = None  # a gradient must always have its parameter's shape
+        touched.data = self.read(self._collected)
+        touched.grad = total
+
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        destination.pop(prefix + "touched", None)  # a copy of a few rows, for a few moments
+
+    def _load_from_state_dict(
+        self, state_dict: Any, prefix: str, metadata: Any, strict: bool, missing: list[str],
+        *rest: Any,
+    ) -> None:  # fmt: skip
+        super()._load_from_state_dict(state_dict, prefix, metadata, strict, missing, *rest)
+        if prefix + "touched" in missing:
+            missing.remove(prefix + "touched")
+
+    # ---------------------------------------------------------------- comparing
+
+    @torch.no_grad()
+    def nearest(self, task: str | int | Tensor, k: int = 5) -> list[tuple[str, float]]:
+        """The tasks that mix skills most alike.
+
+        Compared are mixing weights, not logits, because weights are what a row does: logits that
+        differ by much where the sigmoid is flat do the same. The mean over all tasks is taken out
+        first, since what all tasks share says nothing of which are alike.
+
+        Args:
+            task: a name, a row number, or logits `[N, H, K]` (or flat), of a task or not.
+            k: how many.
+
+        Returns:
+            Up to k pairs of a name and a cosine in -1 to 1, best first, without the task itself.
+
+        Raises:
+            InputError: no such task, another shape, or a model whose tasks are not routed.
+        """
+        logits, shape = self._table()
+        if isinstance(k, bool) or not isinstance(k, int) or k < 1:
+            raise InputError(f"k must be a positive whole number, not {k!r}")
+        own = MU_ROW if isinstance(task, Tensor) else self.row(task)
+        row = self._flat(task) if isinstance(task, Tensor) else self[task].reshape(-1)
+        count = len(self) - (own != MU_ROW)
+        if count < 1:
+            return []
+
+        def weights(rows: Tensor) -> Tensor:
+            parted = rows.view(-1, *shape).float()
+            return skill_weights(parted, self._config, training=False).flatten(1)
+
+        chunks = torch.split(logits, max(1, COMPARED_AT_ONCE // logits.shape[1]))
+        total = torch.zeros(logits.shape[1], dtype=torch.float64, device=logits.device)
+        for chunk in chunks:
+            total += weights(chunk).sum(0, dtype=torch.float64)
+        mean = (total / len(self)).float()
+        query = torch.nn.functional.normalize(weights(row) - mean, dim=-1)[0]
+        found = torch.cat(
+            [torch.nn.functional.normalize(weights(c) - mean, dim=-1) @ query for c in chunks]
+        )
+        found.clamp_(-1.0, 1.0)  # rounding
+        if own != MU_ROW:
+            found[own] = -torch.inf
+        best = found.topk(min(k, count))
+        names = list(self._rows)
+        pairs = zip(best.indices.tolist(), best.values.tolist(), strict=True)
+        return [(names[row], cosine) for row, cosine in pairs]
+
+    # ---------------------------------------------------------------- tasks
+
+    def add(self, names: Sequence[str], values: Tensor | None = None) -> list[int]:
+        """Append tasks, in one copy of the table; every other row stays as it is.
+
+        Args:
+            names: the tasks.
+            values: their logits: one row for all, `[N, H, K]` (or flat), or `[n, ...]` one each;
+                fresh ones (uniform within 1e-3) by default.
+
+        Returns:
+            The new rows' numbers.
+
+        Raises:
+            InputError: a name is repeated, empty or reserved, or the shape is wrong.
+        """
+        new = None
+        if self.logits is not None:
+            new = self.logits.new_empty(len(names), self.logits.shape[1])
+            if values is None:
+                new.uniform_(-INITIAL_BOUND, INITIAL_BOUND)
+            else:
+                new.copy_(self._flat(values, len(names)))
+        before = len(self)
+        try:
+            for name in names:
+                self._add_name(name)
+        except InputError:
+            for name in list(self._rows)[before:]:
+                del self._rows[name]
+            raise
+        if new is not None:
+            assert self.logits is not None
+            grown = torch.cat([self.logits.detach(), new])
+            self.logits = nn.Parameter(grown, requires_grad=self.logits.requires_grad)
+        if self.state_rows is not None:
+            self.state_rows = torch.cat([self.state_rows, torch.full((len(names),), -1)])
+        return list(range(before, len(self)))
+
+    def keep(self, names: Sequence[str]) -> list[int]:
+        """Drop every task but these.
+
+        Returns:
+            The former rows of the kept tasks, in their new order.
+        """
+        rows = [self.row(name) for name in names]
+        kept_names = Routes(names, None)._rows  # refuses a repeated name, and "mu"
+        if self.logits is not None:
+            kept = self.logits.detach()[rows].clone()
+            self.logits = nn.Parameter(kept, requires_grad=self.logits.requires_grad)
+        if self.touched is not None and self.state_rows is not None:
+            self.state_rows = self.state_rows[rows]
+            self._collected, self.touched.grad = {}, None  # of rows that had other numbers
+        self._rows = kept_names
+        return rows
+
+    def drop_logits(self) -> None:
+        """Forget the logits and keep the names."""
+        self.train_whole()
+        self.logits = None
+        self.shape = None
+
+    def extra_repr(self) -> str:
+        """What `print(model)` shows."""
+        return f"tasks={len(self)}, shape={self.shape}"
+
+
+class _GatherRows(torch.autograd.Function):
+    """Rows of a frozen table, as a function of a parameter whose value it does not use.
+
+    The parameter, `touched`, makes autograd come back with the gradient of the rows. Which rows a
+    step has is not known before its forwards are done, and there may be several, so backward
+    collects them there rather than have the parameter take a gradient of its own, changing shape.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, touched: Tensor, routes: Routes, rows: tuple[int, ...]) -> Tensor:
+        ctx.routes, ctx.rows, ctx.names = routes, rows, routes._rows
+        return routes.read(rows)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[None, None, None]:
+        if ctx.names is ctx.routes._rows:  # else rows were renumbered by `keep` since
+            ctx.routes._collect(ctx.rows, gradient)
+        return None, None, None

@@ -1,0 +1,1 @@
+"""What is written to disk and to the hub, and read back."""

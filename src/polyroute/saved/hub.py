@@ -1,0 +1,260 @@
+"""Inventories on the Hugging Face hub: a name becomes a folder here, a folder a repository there.
+
+Only the files of an inventory, and of the run that made it, are fetched or sent: JSON, safetensors,
+and the model card. Nothing here is ever unpickled.
+"""
+
+import json
+import os
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from fnmatch import fnmatch
+from pathlib import Path, PurePath
+from typing import Any
+
+from polyroute.errors import InputError
+from polyroute.host.files import read_json
+
+__all__ = [
+    "CARD",
+    "DESCRIPTION",
+    "FILES",
+    "HUB_ID",
+    "SHARDS",
+    "SKILLS",
+    "Snapshot",
+    "locate",
+    "public",
+    "push",
+]
+
+DESCRIPTION = "polyroute.json"
+SKILLS = "inventory.safetensors"
+SHARDS = "routes-*-of-*.safetensors"
+CARD = "README.md"
+FILES = (DESCRIPTION, SKILLS, SHARDS, "run.json", "metrics.json", "evaluate-*.json", CARD)
+"""What a repository holds, as patterns."""
+HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*", re.ASCII)
+LOG_IN = "log in with `hf auth login`, or set HF_TOKEN"
+
+
+@dataclass(frozen=True)
+class Snapshot(os.PathLike[str]):
+    """One version of a repository on the hub, in the cache; a path like any folder.
+
+    Attributes:
+        name: of the repository, as it was asked for.
+        folder: where its files are, as far as they were fetched.
+        options: of the hub: `token`, `cache_dir`, `local_files_only`.
+    """
+
+    name: str
+    folder: Path
+    options: Mapping[str, Any] = field(repr=False)
+
+    def __fspath__(self) -> str:
+        return str(self.folder)
+
+    def __str__(self) -> str:
+        return self.name
+
+    def fetch(self, *files: str) -> None:
+        """Bring more files of this very version; what is in the cache needs no network.
+
+        Raises:
+            InputError: they cannot be had.
+        """
+        _download(self.name, files, revision=self.folder.name, **self.options)
+
+
+def locate(
+    name: str | os.PathLike[str],
+    files: tuple[str, ...] = FILES,
+    *,
+    revision: str | None = None,
+    token: str | bool | None = None,
+    cache_dir: str | os.PathLike[str] | None = None,
+    local_files_only: bool = False,
+) -> Path | Snapshot:
+    """The folder that a name stands for: one that is here, else that of a hub id, fetched.
+
+    Args:
+        name: a folder; or an id such as `user/inventory`, or `user/inventory@revision`. A snapshot
+            is what it is.
+        files: what is fetched, as patterns; the description always is.
+        revision: a branch, a tag or a commit of the hub; default its main branch.
+        token: for the hub, instead of the one that is logged in; False for none.
+        cache_dir: of the hub, instead of its usual one.
+        local_files_only: take what is in the cache, without network.
+
+    Returns:
+        What is no hub id is a path, whether or not there is something.
+
+    Raises:
+        InputError: there is no such folder, and no such repository or revision, or it cannot be
+            read, or holds no inventory; or a revision of a folder is asked for.
+    """
+    if isinstance(name, Snapshot):
+        return name
+    path = Path(name).expanduser()
+    text = name.as_posix() if isinstance(name, PurePath) else os.fspath(name)
+    base, at, version = text.partition("@")
+    if path.exists() or not HUB_ID.fullmatch(base):
+        if revision is not None:
+            raise InputError(
+                f"revision={revision!r} is for the hub, and {path} is no hub id such as "
+                "user/inventory: leave the revision out"
+                if not path.exists()
+                else f"revision={revision!r} is for the hub, and {path} is a folder here: leave "
+                "the revision out, or work in another directory"
+            )
+        return path
+    if (at and not version) or revision == "":
+        raise InputError(f"the revision of {base} is empty: name a branch, a tag or a commit")
+    if at and revision is not None:
+        raise InputError(f"{os.fspath(name)!r} and revision={revision!r} both name a version")
+    options = {"token": token, "cache_dir": cache_dir, "local_files_only": local_files_only}
+    folder = _download(base, (DESCRIPTION, *files), revision=version or revision, **options)
+    if not (folder / DESCRIPTION).is_file():
+        raise InputError(f"{base} on the hub holds no inventory: there is no {DESCRIPTION} in it")
+    return Snapshot(base, folder, options)
+
+
+def _download(name: str, files: tuple[str, ...], *, revision: str | None, **options: Any) -> Path:
+    from huggingface_hub import constants, errors, snapshot_download
+
+    try:
+        return Path(
+            snapshot_download(name, revision=revision, allow_patterns=list(files), **options)
+        )
+    except errors.GatedRepoError as error:
+        raise InputError(
+            f"{name} on the hub is gated: ask for access on its page, then {LOG_IN}"
+        ) from error
+    except errors.RepositoryNotFoundError as error:
+        raise InputError(
+            f"there is no folder {name} here, and no repository {name} on the hub that can be "
+            f"read: check the name, or if it is private {LOG_IN}"
+        ) from error
+    except errors.RevisionNotFoundError as error:
+        raise InputError(
+            f"{name} on the hub has no revision {revision!r}: name a branch, a tag or a commit"
+        ) from error
+    except errors.LocalEntryNotFoundError as error:
+        at = "" if revision is None else f" at {revision}"
+        missing = f"there is no folder {name} here, and {name}{at} is not whole in the hub's cache"
+        if options["local_files_only"]:
+            fix = "fetch it once without local_files_only"
+        elif constants.HF_HUB_OFFLINE:
+            fix = "fetch it once without HF_HUB_OFFLINE"
+        else:
+            fix = "the hub cannot be reached, so check the network"
+        raise InputError(f"{missing}: {fix}") from error
+    except Exception as error:  # of the network, the disk, or a wrong token
+        raise InputError(f"{name} cannot be fetched from the hub: {_reason(error)}") from error
+
+
+def push(
+    folder: str | os.PathLike[str],
+    repo_id: str,
+    card: str,
+    *,
+    private: bool | None = None,
+    token: str | bool | None = None,
+    revision: str | None = None,
+    message: str | None = None,
+) -> str:
+    """Send the inventory in a folder to the hub, as one commit.
+
+    The repository is made if it is missing, and then holds these files and no others of the kind:
+    parts of a former, larger table go. In JSON files a path of this machine is cut to its last
+    part, and the command line of the run stays here.
+
+    Args:
+        folder: of the inventory, or of the run.
+        repo_id: such as `user/inventory`.
+        card: the text of its README.md.
+        private: make a new repository private.
+        token: for the hub, instead of the one that is logged in.
+        revision: the branch, made if it is missing; default main.
+        message: of the commit.
+
+    Returns:
+        The address of the commit.
+
+    Raises:
+        InputError: the folder holds no inventory, the name is no hub id, or the hub refuses.
+    """
+    from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, errors
+
+    path = Path(folder)
+    if not (path / DESCRIPTION).is_file():
+        raise InputError(f"{path} holds no inventory: there is no {DESCRIPTION} in it")
+    if not HUB_ID.fullmatch(repo_id):
+        raise InputError(f"{repo_id!r} is no hub id: write it as user/inventory")
+    contents = {p.name: _content(p) for p in sorted(path.iterdir()) if _is_ours(p.name)}
+    contents[CARD] = card.encode()
+    api = HfApi(token=token)
+    try:
+        api.create_repo(repo_id, private=private, exist_ok=True)
+        if revision is not None:
+            api.create_branch(repo_id, branch=revision, exist_ok=True)
+        former = api.list_repo_files(repo_id, revision=revision)
+        commit = api.create_commit(
+            repo_id,
+            [
+                *(CommitOperationAdd(name, content) for name, content in contents.items()),
+                *(CommitOperationDelete(n) for n in former if _is_ours(n) and n not in contents),
+            ],
+            commit_message=message or "Upload a polyroute inventory",
+            revision=revision,
+        )
+    except errors.OfflineModeIsEnabled as error:
+        raise InputError(f"{repo_id} cannot be sent: HF_HUB_OFFLINE is set") from error
+    except errors.HfHubHTTPError as error:
+        status = error.response.status_code
+        fix = f": check the name and your rights, and {LOG_IN}" if status in (401, 403, 404) else ""
+        raise InputError(
+            f"the hub refused {repo_id} (status {status}, {_reason(error)}){fix}"
+        ) from error
+    except Exception as error:  # of the network
+        raise InputError(f"{repo_id} cannot be sent to the hub: {_reason(error)}") from error
+    return commit.commit_url
+
+
+def _is_ours(name: str) -> bool:
+    return any(fnmatch(name, pattern) for pattern in FILES)
+
+
+def _content(path: Path) -> Path | bytes:
+    """What is sent of a file: tensors as they are, JSON without what is of this machine alone."""
+    if path.suffix != ".json":
+        return path
+    value = read_json(path)
+    cleaned = public(value)
+    return path if cleaned == value else json.dumps(cleaned, indent=1, ensure_ascii=False).encode()
+
+
+_LOCAL = re.compile(r"(^|=|file://)(/|~|[A-Za-z]:[\\/])")
+"""A path of this machine, also as an option of a reader (`dir=/data`)."""
+
+
+def public(value: Any) -> Any:
+    """A value of JSON in which paths of this machine are cut to their last part.
+
+    The names of tasks stay, and of what the command line was only the options do.
+    """
+    if isinstance(value, dict):
+        kept = {k: v for k, v in value.items() if k != "argv"}
+        return {k: v if k in ("tasks", "task") else public(v) for k, v in kept.items()}
+    if isinstance(value, list):
+        return [public(each) for each in value]
+    if isinstance(value, str) and _LOCAL.search(value):
+        return re.split(r"[\\/]", value.rstrip("\\/"))[-1]
+    return value
+
+
+def _reason(error: Exception) -> str:
+    lines = [line for line in str(error).splitlines() if line.strip()]
+    return (lines[0] if lines else type(error).__name__).strip().rstrip(".:")

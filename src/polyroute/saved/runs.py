@@ -1,0 +1,288 @@
+"""The folder of a run: what was asked for, with which versions, and what came out.
+
+Of several processes of one launch the first alone checks, makes, describes and holds the folder.
+"""
+
+import hashlib
+import os
+import platform
+import shutil
+import sys
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from polyroute.errors import InputError
+from polyroute.host.files import check_place, make_folder, read_json, write_json
+from polyroute.host.processes import is_first
+from polyroute.saved.hub import DESCRIPTION as INVENTORY
+from polyroute.saved.hub import SHARDS, SKILLS
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None  # type: ignore[assignment]
+
+__all__ = [
+    "DIGEST",
+    "RUNNING",
+    "check_run",
+    "digest",
+    "held",
+    "machine",
+    "open_run",
+    "read_run",
+    "record",
+]
+
+DESCRIPTION = "run.json"
+DIGEST = "inventory_sha256"
+"""Where the config of a run that starts from an inventory keeps the inventory's `digest`."""
+PATHS = ("model", "data", "run", "start", "source")
+RUNNING = ".running"
+"""The folder, in a run of `polyroute adapt`, of slots that are not done."""
+NOT_KEPT = ("resume", "overwrite", "config", "out", "memory", "dry_run")
+PACKAGES = ("polyroute", "torch", "transformers", "accelerate", "datasets", "numpy", "peft")
+
+
+def check_run(
+    folder: str | os.PathLike[str],
+    command: str | None = None,
+    *,
+    resume: bool,
+    overwrite: bool,
+    inputs: Sequence[str | os.PathLike[str]] = (),
+) -> Path:
+    """Find out whether `open_run` would work, without changing anything.
+
+    Args:
+        folder: where the run is to be.
+        command: what is to run there; None where any run may be taken up.
+        resume: continue the run that is there.
+        overwrite: delete what is there, if it is a run.
+        inputs: files and folders that the command reads; those that do not exist are passed over.
+
+    Raises:
+        InputError: see `open_run`.
+    """
+    path = Path(folder).expanduser()
+    if not is_first():
+        return path
+    if resume and overwrite:
+        raise InputError("--resume and --overwrite exclude each other")
+    place = path.resolve()
+    for source in map(Path, inputs):
+        read = source.expanduser().resolve()
+        if read.exists() and (place == read or place in read.parents):
+            raise InputError(
+                f"--out {path} is or contains {source}, which the command reads; "
+                "name another --out folder"
+            )
+    check_place(path)
+    if path.is_dir() and any(path.iterdir()):
+        _check_former(path, command, resume=resume, overwrite=overwrite)
+    elif resume:
+        reason = "is empty" if path.exists() else "does not exist"
+        raise InputError(f"{path} {reason}, so there is no run to resume")
+    return path
+
+
+def _check_former(path: Path, command: str | None, *, resume: bool, overwrite: bool) -> None:
+    if not (path / DESCRIPTION).is_file():
+        raise InputError(f"{path} is not empty and holds no run; name another --out folder")
+    former = read_run(path)["command"]
+    if command is not None and former != command:
+        raise InputError(
+            f"{path} holds a run of `polyroute {former}`, not of `polyroute {command}`; "
+            "name another --out folder"
+        )
+    if not resume and not overwrite:
+        raise InputError(
+            f"{path} holds a run already; --resume continues it, --overwrite replaces it"
+        )
+    with held(path):
+        pass
+
+
+def open_run(
+    folder: str | os.PathLike[str],
+    command: str | None = None,
+    *,
+    resume: bool,
+    overwrite: bool,
+    inputs: Sequence[str | os.PathLike[str]] = (),
+) -> Path:
+    """Make the folder of a run, or take it up again.
+
+    Args:
+        folder: where; made if missing.
+        command: what is to run there; None where any run may be taken up.
+        resume: continue the run that is there.
+        overwrite: delete what is there, if it is a run.
+        inputs: files and folders that the command reads, which must not lie in `folder`.
+
+    Raises:
+        InputError: the folder holds something and neither flag says what to do, or both do, or it
+            is not a run's folder, or another command's, or one that another process works in, or
+            an input lies in it.
+    """
+    path = check_run(folder, command, resume=resume, overwrite=overwrite, inputs=inputs)
+    if not is_first():
+        return path
+    if overwrite and path.is_dir():
+        shutil.rmtree(path)
+    return make_folder(path)
+
+
+def record(folder: Path, command: str, config: Mapping[str, Any], *, resume: bool = False) -> None:
+    """Write what was asked for, so that the folder explains itself.
+
+    A resumed run must have been asked for the same.
+
+    Args:
+        folder: of the run, from `open_run`.
+        command: what runs there.
+        config: what it was asked for; local folders are kept as absolute paths.
+        resume: there is a description already.
+
+    Raises:
+        InputError: the run there was started with other settings, or by another process just now.
+    """
+    if not is_first():
+        return
+    path = folder / DESCRIPTION
+    kept = _absolute({k: v for k, v in config.items() if k not in NOT_KEPT})
+    if resume:
+        before = _absolute(read_run(folder)["config"])
+        changed = sorted(k for k in kept if before.get(k) != kept[k])
+        if DIGEST in changed:
+            raise InputError(
+                f"the run in {folder} was started from another inventory than the one that is now "
+                f"in {kept.get('run')}; start again in another --out folder"
+            )
+        if changed:
+            raise InputError(
+                f"the run in {folder} was started with {changed[0]}={before.get(changed[0])!r}, "
+                f"not {kept[changed[0]]!r}; resume it with the same settings"
+            )
+        return
+    try:
+        path.open("x").close()  # of two processes that start at once, one comes through
+    except FileExistsError as error:
+        raise InputError(
+            f"{folder} holds a run already; --resume continues it, --overwrite replaces it"
+        ) from error
+    try:
+        write_json(
+            path,
+            {
+                "command": command,
+                "argv": sys.argv[1:],
+                "config": kept,
+                "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+                "machine": machine(),
+            },
+        )
+    except BaseException:
+        path.unlink(missing_ok=True)
+        raise
+
+
+@contextmanager
+def held(folder: Path) -> Iterator[None]:
+    """Keep other processes out of a run's folder; the system lets go when the process ends.
+
+    Raises:
+        InputError: another process works there.
+    """
+    if not is_first():
+        yield
+        return
+    with (folder / DESCRIPTION).open("r+b") as file:
+        if fcntl is not None:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError as error:
+                raise InputError(
+                    f"another process works in {folder}; wait for it, or name another --out folder"
+                ) from error
+            except OSError:  # a file system without locks
+                pass
+        yield
+
+
+def read_run(folder: str | os.PathLike[str]) -> dict[str, Any]:
+    """The description of a run: at least its `command` and its `config`.
+
+    Raises:
+        InputError: the folder is not a run's, or the description is damaged.
+    """
+    path = Path(folder)
+    if not (path / DESCRIPTION).is_file():
+        raise InputError(f"{path} is not a run: there is no {DESCRIPTION} in it")
+    description = read_json(path / DESCRIPTION)
+    if (
+        not isinstance(description, dict)
+        or not isinstance(description.get("config"), dict)
+        or not isinstance(description.get("command"), str)
+    ):
+        raise InputError(f"{path / DESCRIPTION} is damaged: it has no command or no config")
+    return description
+
+
+def digest(folder: str | os.PathLike[str]) -> str:
+    """SHA-256 of the files of the inventory in a folder."""
+    total = hashlib.sha256()
+    shards = sorted(path.name for path in Path(folder).glob(SHARDS))
+    for name in (INVENTORY, SKILLS, *shards):
+        path = Path(folder) / name
+        if path.is_file():
+            with path.open("rb") as file:
+                total.update(hashlib.file_digest(file, "sha256").digest())
+        total.update(name.encode())
+    return total.hexdigest()
+
+
+def _absolute(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The config with local folders as absolute paths, so that it holds in any directory."""
+    result = dict(config)
+    for key in PATHS:
+        value = result.get(key)
+        if isinstance(value, str) and value != "demo" and not value.startswith("package:"):
+            local = Path(value).expanduser()
+            if local.exists():
+                result[key] = os.path.abspath(local)  # noqa: PTH100 - resolve() follows links
+    return result
+
+
+def machine() -> dict[str, Any]:
+    """Versions and hardware, for the record."""
+    versions = {"python": platform.python_version()}
+    for package in PACKAGES:
+        try:
+            versions[package] = version(package)
+        except PackageNotFoundError:
+            continue
+    return {
+        "platform": platform.platform(),
+        "cpu": _cpu_name(),
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "accelerator": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+        "versions": versions,
+    }
+
+
+def _cpu_name() -> str:
+    try:
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    except OSError:
+        pass
+    return platform.processor()

@@ -1,0 +1,193 @@
+"""Scoring a routed model on the tasks of a suite."""
+
+import warnings
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import datasets
+import numpy as np
+from torch import Tensor
+
+from polyroute.data.metrics import (
+    acceptable_answers,
+    baselines,
+    best_match,
+    mean_and_error,
+    text_metric,
+)
+from polyroute.data.suite import Suite
+from polyroute.errors import InputError
+from polyroute.host.progress import progress
+from polyroute.kinds.choose import ModelKind
+from polyroute.model import RoutedModel
+from polyroute.study.examples import encoded, prompt_lengths
+
+__all__ = ["TaskScore", "check_answerable", "evaluate", "macro_average", "score_rows"]
+
+
+@dataclass(frozen=True)
+class TaskScore:
+    """How well one task is answered; every score is between 0 and 1."""
+
+    task: str
+    metric: str
+    """What `score` is: `accuracy` for tasks with choices, else `exact_match`, `strict_match` or
+    `rougeL`."""
+    score: float
+    """Rank classification by the summed log-probability of a choice, or the mean metric of
+    generated text. Where n choices tie for the best and the target is among them, the example
+    counts 1/n."""
+    score_normalised: float | None
+    """The same by log-probability per token, for tasks with choices."""
+    majority: float | None
+    """What the most frequent training target scores; None without a training split."""
+    chance: float | None
+    """What a random choice scores."""
+    num_examples: int
+
+    def to_dict(self) -> dict[str, Any]:
+        """The score as JSON values."""
+        return asdict(self)
+
+
+def check_answerable(suite: Suite, tasks: Sequence[str], kind: ModelKind) -> None:
+    """Make sure that a base model can answer these tasks at all.
+
+    Raises:
+        InputError: a task wants text and the base model is an encoder.
+    """
+    for task in tasks:
+        if not kind.supports_generation and not suite.info(task).has_choices:
+            raise InputError(
+                f"task {task!r} has no choices, and an encoder base model writes no text: leave "
+                "the task out, or use a text-generating base model"
+            )
+
+
+def evaluate(
+    model: RoutedModel,
+    kind: ModelKind,
+    suite: Suite,
+    tasks: Sequence[str],
+    *,
+    route: str | None = None,
+    split: str = "test",
+    batch_size: int = 32,
+) -> list[TaskScore]:
+    """Score the model on one split of each task.
+
+    Args:
+        model: the routed model.
+        kind: how its base model answers.
+        suite: where the tasks are.
+        tasks: their names.
+        route: the task, or `"mu"`, that all examples are routed as; None routes each as itself.
+        split: of the suite.
+        batch_size: examples in a forward.
+
+    Raises:
+        InputError: a task has no route or no such split, or cannot be answered.
+    """
+    for task in tasks:
+        model.routes.row(task if route is None else route)
+    check_answerable(suite, tasks, kind)
+    bar = progress(tasks, "evaluating")
+    return [_task_score(model, kind, suite, task, route or task, split, batch_size) for task in bar]
+
+
+def _task_score(
+    model: RoutedModel,
+    kind: ModelKind,
+    suite: Suite,
+    task: str,
+    route: str,
+    split: str,
+    batch_size: int,
+) -> TaskScore:
+    texts = suite.split(task, split)
+    rows = encoded(suite, task, split, kind)
+    metric = suite.info(task).metric
+    train = suite.split(task, "train") if "train" in suite.splits(task) else None
+    simple = baselines(train, texts, metric=metric)
+    score, normalised = score_rows(
+        model, kind, rows, acceptable_answers(texts), metric, route=route, batch_size=batch_size
+    )
+    return TaskScore(task, metric, score, normalised, simple.majority, simple.chance, len(rows))
+
+
+def score_rows(
+    model: RoutedModel,
+    kind: ModelKind,
+    rows: datasets.Dataset,
+    answers: Sequence[str | Sequence[str]],
+    metric: str,
+    *,
+    route: str,
+    batch_size: int = 32,
+) -> tuple[float, float | None]:
+    """Mean score of encoded rows of one task.
+
+    Text is compared with `answers`, for each row one or, where several are acceptable, a list of
+    which the nearest counts.
+
+    For accuracy a row counts 1/n where n choices have exactly the best score and the label is among
+    them. Choices that are equal once cut to `max_target` always tie; a warning says so.
+
+    Returns:
+        The score and, for accuracy, the score by log-probability per token.
+    """
+    if metric == "accuracy":
+        hits, is_warned = [0.0, 0.0], False
+        for batch in _batches(rows, batch_size, route):
+            for row, scores in zip(batch, kind.scores(model, batch), strict=True):
+                firsts = _first_equal(row["choice_ids"])
+                if not is_warned and firsts != list(range(len(firsts))):
+                    is_warned = True
+                    warnings.warn(
+                        f"two choices of an example routed as {route!r} are the same "
+                        f"{kind.max_target} tokens: raise max_target to tell them apart",
+                        stacklevel=2,
+                    )
+                for column in range(2):
+                    hits[column] += _share(scores[firsts, column], row["label"])
+        return hits[0] / len(rows), hits[1] / len(rows)
+    compare = text_metric(metric)
+    total = 0.0
+    for batch in _batches(rows, batch_size, route):
+        for row, answer in zip(batch, kind.generate(model, batch), strict=True):
+            total += best_match(compare, answer, answers[row["index"]])
+    return total / len(rows), None
+
+
+def _first_equal(choices: Sequence[Sequence[int]]) -> list[int]:
+    """For each choice, the place of the first one with the same tokens."""
+    places: dict[tuple[int, ...], int] = {}
+    return [places.setdefault(tuple(ids), i) for i, ids in enumerate(choices)]
+
+
+def _share(scores: Tensor, label: int) -> float:
+    """1 where the label is the best choice, 1/n where it is one of n best, else 0."""
+    is_best = scores == scores.max()
+    return 1 / int(is_best.sum()) if label >= 0 and is_best[label] else 0.0
+
+
+def _batches(rows: datasets.Dataset, batch_size: int, route: str) -> Iterator[list[dict[str, Any]]]:
+    """Rows in batches of similar length, so that little is padding; `index` is the row's place."""
+    order = np.argsort(prompt_lengths(rows), kind="stable").tolist()
+    for start in range(0, len(rows), batch_size):
+        chosen = order[start : start + batch_size]
+        yield [{**rows[i], "task": route, "index": i} for i in chosen]
+
+
+def macro_average(scores: Sequence[TaskScore]) -> dict[str, float | None]:
+    """Means over tasks: of the score, its standard error, and the baselines."""
+    mean, error = mean_and_error([s.score for s in scores])
+    majorities = [s.majority for s in scores if s.majority is not None]
+    chances = [s.chance for s in scores if s.chance is not None]
+    return {
+        "score": mean,
+        "standard_error": error,
+        "majority": mean_and_error(majorities)[0] if majorities else None,
+        "chance": mean_and_error(chances)[0] if chances else None,
+    }

@@ -1,0 +1,96 @@
+"""Encoded examples: the rows of a suite's tasks as token ids, cached on disk by `datasets`."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import datasets
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from polyroute.data.records import check_record
+from polyroute.data.suite import COLUMNS, Suite, quiet_datasets
+from polyroute.errors import InputError
+from polyroute.host.progress import progress
+from polyroute.kinds.batches import Row
+from polyroute.kinds.choose import ModelKind
+
+__all__ = ["encoded", "encoded_mixture", "encoded_records", "prompt_lengths", "task_sizes"]
+
+OPTIONAL = {"instruction": "", "input": "", "choices": None, "split": "train"}
+"""What a record may leave out."""
+
+
+def encoded(suite: Suite, task: str, split: str, kind: ModelKind) -> datasets.Dataset:
+    """One split of one task, with the columns of `ModelKind.features`.
+
+    Raises:
+        InputError: the data cannot be read, or the task has no such split.
+    """
+    rows = suite.split(task, split)
+    with quiet_datasets():
+        return rows.map(
+            kind.encode, batched=True, remove_columns=rows.column_names, features=kind.features
+        )
+
+
+def encoded_records(records: Sequence[Mapping[str, Any]], task: str, kind: ModelKind) -> list[Row]:
+    """Examples that are at hand as dictionaries, as rows with the columns of `ModelKind.features`.
+
+    Args:
+        records: each with `target`, `instruction` or `input` or both, and, for tasks with choices,
+            `choices`.
+        task: what they are examples of.
+        kind: how the base model reads them.
+
+    Raises:
+        InputError: a record lacks something or has it of another type.
+    """
+    whole = []
+    for number, record in enumerate(records):
+        where = f"task {task!r}, example {number}"
+        if not isinstance(record, Mapping):
+            raise InputError(f"{where} must be a dictionary, not a {type(record).__name__}")
+        whole.append({**OPTIONAL, **record, "task": task})
+        check_record(whole[-1], task, where)
+    columns = kind.encode({name: [record[name] for record in whole] for name in COLUMNS})
+    names = list(columns)
+    return [dict(zip(names, row, strict=True)) for row in zip(*columns.values(), strict=True)]
+
+
+def encoded_mixture(
+    suite: Suite, tasks: Sequence[str], split: str, kind: ModelKind
+) -> datasets.Dataset:
+    """One split of several tasks, one task after the other."""
+    bar = progress(tasks, "reading tasks")
+    return datasets.concatenate_datasets([encoded(suite, task, split, kind) for task in bar])
+
+
+def task_sizes(rows: datasets.Dataset) -> list[int]:
+    """How many rows each task has, in order of appearance.
+
+    Raises:
+        InputError: the rows of a task do not follow one another.
+    """
+    runs = pc.run_end_encode(_arrow_column(rows, "task"))
+    counts = pc.value_counts(runs.values)
+    split_up = counts.filter(pc.greater(counts.field("counts"), 1))
+    if len(split_up) > 0:
+        raise InputError(
+            "the rows of a task must follow one another, but those of "
+            f"{split_up[0]['values'].as_py()!r} do not; put one task after the other"
+        )
+    return [int(n) for n in np.diff(runs.run_ends.to_numpy(), prepend=0)]
+
+
+def prompt_lengths(rows: datasets.Dataset) -> npt.NDArray[np.int64]:
+    """Tokens of every prompt, `[rows]`."""
+    lengths = pc.list_value_length(_arrow_column(rows, "prompt_ids"))
+    return np.asarray(lengths.to_numpy(), dtype=np.int64)
+
+
+def _arrow_column(rows: datasets.Dataset, name: str) -> pa.Array:
+    # In Arrow throughout: a column of a large corpus is never a list of Python objects.
+    column = rows.select_columns([name]).with_format("arrow")[:][name]
+    return column.combine_chunks() if isinstance(column, pa.ChunkedArray) else column
