@@ -1,4 +1,4 @@
-"""The rooms of the package import downwards only, and the public names of the core are described."""
+"""Rooms of the package import downwards only, and public names of the core are described."""
 
 import ast
 import importlib
@@ -47,7 +47,6 @@ def imported(path: Path) -> list[str]:
         elif isinstance(node, ast.ImportFrom):
             assert node.level == 0, f"{path} uses a relative import"
             module = node.module or ""
-            # `from polyroute import config` imports the room, `from polyroute.host import files` too.
             names += (
                 [f"{module}.{a.name}" for a in node.names] if module == "polyroute" else [module]
             )

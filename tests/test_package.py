@@ -68,7 +68,7 @@ def test_the_wheel_holds_every_file_of_the_package_and_nothing_else(wheel: Path)
     held = {name for name in zipfile.ZipFile(wheel).namelist() if ".dist-info/" not in name}
     assert held == files
     for name in (
-        "py.typed", "recipes/paper.yaml", "presets/t0.yaml", "readers/p3.yaml",
+        "py.typed", "program/recipes/paper.yaml", "program/presets/t0.yaml", "data/readers/p3.yaml",
         "demo/base/model.safetensors", "demo/base/tokenizer_config.json",
         "report_page/template.html", "report_page/explorer.js", "report_page/style.css",
     ):  # fmt: skip

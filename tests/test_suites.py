@@ -6,10 +6,10 @@ from typing import Any
 
 import datasets
 import pytest
-from polyroute.readers.jsonl import JsonlSuite
 
 from polyroute.data.metrics import text_metric
 from polyroute.data.open import open_suite
+from polyroute.data.readers.jsonl import JsonlSuite
 from polyroute.data.suite import (
     METRICS,
     RESERVED_TASK,

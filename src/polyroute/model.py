@@ -529,8 +529,8 @@ class RoutedModel(nn.Module):
         """AdamW whose step costs the rows of the batch, not the routing table: for many tasks.
 
         Rows outside the batch are touched by no gradient, no moment and no weight decay; every row
-        has a clock of its own, which ticks when it is in the batch (`polyroute.routes.row_optimizer` says
-        what that changes). Skills are trained as by `torch.optim.AdamW`, and in phases without
+        has a clock of its own, which ticks when it is in the batch
+        (`polyroute.routes.row_optimizer` says what that changes). Skills are trained as by `torch.optim.AdamW`, and in phases without
         routing the optimizer is that.
 
         The table is frozen and its rows train through `routes.touched`; the next `set_phase`,

@@ -317,7 +317,7 @@ class MultiTaskTrainer(Trainer):
     def create_model_card(
         self, *args: Any, model_name: str | None = None, license: str | None = None, **kwargs: Any
     ) -> None:
-        """Write README.md to `args.output_dir`, for the hub; see `polyroute.saved.card.write_card`."""
+        """Write the model card to `args.output_dir`; see `polyroute.saved.card.write_card`."""
         if self.is_world_process_zero():
             folder = Path(str(self.args.output_dir))
             name = self.hub_model_id or model_name

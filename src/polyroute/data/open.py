@@ -7,12 +7,12 @@ from types import NoneType
 from typing import Any, get_args, get_origin, get_type_hints
 
 from polyroute.data.readers.hub import HubSuite
+from polyroute.data.readers.jsonl import JsonlSuite
 from polyroute.data.readers.p3 import HUB, P3Suite, is_p3
 from polyroute.data.readers.superni import SuperNiSuite
 from polyroute.data.readers.tabular import TabularSuite, is_tabular
 from polyroute.data.suite import Suite
 from polyroute.errors import InputError
-from polyroute.readers.jsonl import JsonlSuite
 
 __all__ = ["open_suite"]
 

@@ -3,8 +3,9 @@
     base_model.model.<layer>.lora_A.weight    [r, d_in]
     base_model.model.<layer>.lora_B.weight    [d_out, r]
 
-`polyroute.saved.peft_export` writes them. The scale, `lora_alpha / r` or what rsLoRA and the patterns of
-single layers make of it, is folded into B; layers of a smaller rank are filled up with zeros.
+`polyroute.saved.peft_export` writes them. The scale, `lora_alpha / r` or what rsLoRA and the
+patterns of single layers make of it, is folded into B; layers of a smaller rank are filled up with
+zeros.
 Layers that store their weight transposed (GPT-2) have the same two matrices.
 """
 

@@ -2,8 +2,8 @@
 
 A kind turns texts into token ids, ids into batches, and a batch into a loss, scores or text. It
 knows nothing of adapters: it calls `model(**batch)` and `model.generate(**inputs)` with `tasks`,
-the name of the task of each row of that forward. Each kind has a file of its own; `polyroute.kinds.choose`
-tells which of them a model is.
+the name of the task of each row of that forward. Each kind has a file of its own;
+`polyroute.kinds.choose` tells which of them a model is.
 
 Shape letters: B rows, C choices, N rows x their choices, U unique choices, L tokens, V vocabulary,
 D embedding, T terms of a loss.
@@ -142,8 +142,8 @@ class ModelKind(ABC):
         """The terms of the loss of each row of a batch of `collate`: `[B, T]`, at least float32.
 
         Each is summed over what the row counts. The loss of a batch is their sum over rows, times
-        `polyroute.kinds.objectives.term_weights` of `row_counts`; so rows of a batch may be computed
-        apart, in any company.
+        `polyroute.kinds.objectives.term_weights` of `row_counts`; so rows of a batch may be
+        computed apart, in any company.
         """
 
     @abstractmethod
