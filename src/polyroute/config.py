@@ -1,21 +1,38 @@
 """What is attached to a base model, as one frozen record that is saved with every checkpoint."""
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass, fields
-from numbers import Real
 from typing import Any, Literal, get_args
 
 from polyroute.errors import InputError, did_you_mean
+from polyroute.settings import (
+    check_settings,
+    flag,
+    names,
+    number,
+    one_of,
+    setting,
+    whole,
+)
 
-__all__ = ["Granularity", "MHRConfig", "check_number"]
+__all__ = ["Granularity", "MHRConfig"]
 
 Method = Literal["mhr", "poly", "shared", "private"]
 Adapter = Literal["lora", "ia3"]
+Combine = Literal["weight", "output"]
 Gate = Literal["sigmoid", "relaxed_bernoulli", "straight_through"]
 Normalization = Literal["sum", "l2", "average_correction"]
 Init = Literal["mttl", "peft"]
 Granularity = Literal["finegrained", "layerwise", "blockwise", "coderwise", "coarsegrained"]
+
+COUNTS: dict[str, tuple[int | None, int]] = {
+    "mhr": (8, 8), "poly": (8, 1), "shared": (1, 1), "private": (None, 1),
+}  # fmt: skip
+"""For each method the number of skills and of heads where none is given; None is one per task."""
+
+
+def _granularity(name: str, value: Any) -> Any:
+    return value if callable(value) else one_of(*get_args(Granularity))(name, value)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,89 +46,105 @@ class MHRConfig:
         InputError: a value is out of range, or two values exclude each other.
     """
 
-    method: Method = "mhr"
+    # Marks: `computes` settings decide what given skills and rows compute; `whole_model` settings
+    # look beyond one layer, so an adapter of PEFT, which is made layer by layer, lacks them.
+
+    method: Method = setting(
+        "mhr", one_of(*get_args(Method)), computes=True, help="mhr, poly, shared or private."
+    )
     """`mhr`: heads are routed apart. `poly`: one head. `shared`: one skill for all tasks.
     `private`: one skill per task."""
-    adapter: Adapter = "lora"
+    adapter: Adapter = setting(
+        "lora", one_of(*get_args(Adapter)), computes=True, help="lora or ia3."
+    )
     """`lora`: low-rank update. `ia3`: a learned scale of each output unit."""
-    num_skills: int | None = None
+    num_skills: int | None = setting(
+        None, whole(optional=True), option="skills", help="Skills in the inventory [8]."
+    )
     """Skills in the inventory; 8 for `mhr` and `poly`, 1 for `shared`, the number of tasks for
     `private`."""
-    num_heads: int | None = None
+    num_heads: int | None = setting(
+        None, whole(optional=True), option="heads", help="Routing heads, for mhr [8]."
+    )
     """Contiguous blocks of each layer that are routed apart; must divide every adapted width. 8 for
     `mhr`, otherwise 1."""
-    rank: int = 4
-    """Rank of a skill, and therefore of every mixture of skills."""
-    alpha: float | None = None
+    rank: int = setting(4, whole(), computes=True, help="Rank of a skill.")
+    """Rank of a skill, and of every mixture of skills in weight space."""
+    alpha: float | None = setting(
+        None, number(above=0, optional=True), computes=True, help="Scale is alpha / rank [rank]."
+    )
     """The update is scaled by `alpha / rank`; default: `rank`, a scale of 1."""
-    target_modules: str | tuple[str, ...] = "all-linear"
-    """`"all-linear"` (every linear layer but the output embedding), a regular expression that
-    matches full layer names, or a list of name endings such as `["q", "v"]`."""
-    exclude_modules: str | tuple[str, ...] | None = None
+    combine: Combine = setting(
+        "weight", one_of(*get_args(Combine)), computes=True,
+        help="Average the factors of skills (weight) or what they add (output).",
+    )  # fmt: skip
+    """`weight`: the factors of the skills are averaged, so a mixture has the rank of one skill.
+    `output`: what the skills add to a layer's output is averaged, so a mixture of K skills has K
+    times the rank. With one skill both are the same."""
+    target_modules: str | tuple[str, ...] = setting(
+        "all-linear", names(pattern=True), option="target", whole_model=True,
+        help="all-linear, a regular expression, or endings: `q,v`.",
+    )  # fmt: skip
+    """`"all-linear"` (every linear layer but the output embedding; of a model that also sees
+    images or hears audio, those of its language part), a regular expression that matches full layer
+    names, or a list of name endings such as `["q", "v"]`."""
+    exclude_modules: str | tuple[str, ...] | None = setting(
+        None, names(pattern=True, optional=True), option="exclude", whole_model=True,
+        help="Layers to leave out, as --target.",
+    )  # fmt: skip
     """Layers to leave out, by regular expression or name endings."""
-    granularity: Granularity | Callable[[str], str] = "finegrained"
-    """Which layers share a router: see `polyroute.layer.sites.router_of`. A function maps a layer
-    name to the name of its router."""
-    init: Init = "mttl"
+    modules_to_save: tuple[str, ...] | None = setting(
+        None, names(optional=True), whole_model=True,
+        help="Whole modules that train and are saved beside the skills: `classifier`.",
+    )  # fmt: skip
+    """Whole modules of the base model, by name endings such as `["classifier"]`, that train for all
+    tasks alike and are saved beside the inventory: a new head, or norms."""
+    granularity: Granularity | Callable[[str], str] = setting(
+        "finegrained", _granularity, whole_model=True,
+        help="finegrained, layerwise, blockwise, coderwise or coarsegrained.",
+        values=get_args(Granularity),
+    )  # fmt: skip
+    """Which layers share a router: see `polyroute.layer.granularity.router_of`. A function maps a
+    layer name to the name of its router."""
+    init: Init = setting("mttl", one_of(*get_args(Init)), help="Initial A: mttl or peft.")
     """Bound of the uniform initial A: `mttl` is 1/sqrt(3 d_in), the paper's code; `peft` is
     1/sqrt(d_in / heads), which is sqrt(3 heads) times wider."""
-    dropout: float = 0.0
+    dropout: float = setting(0.0, number(least=0, below=1), help="Dropout of the adapter's input.")
     """Probability with which the adapter's input is dropped in training."""
-    gate: Gate = "sigmoid"
+    gate: Gate = setting(
+        "sigmoid", one_of(*get_args(Gate)), computes=True,
+        help="sigmoid, relaxed_bernoulli or straight_through.",
+    )  # fmt: skip
     """How a routing logit becomes a gate. `relaxed_bernoulli` adds noise in training only, for each
     example where tasks are named per example, so the gates of training and evaluation differ on
     average (0.66 and 0.73 at logit 1)."""
-    normalization: Normalization = "sum"
+    normalization: Normalization = setting(
+        "sum", one_of(*get_args(Normalization)), computes=True,
+        help="sum, l2 or average_correction.",
+    )  # fmt: skip
     """`sum`: gates sum to one over the skills. `l2`: logits over their 2-norm, no gate; weights may
     be negative. `average_correction`: gates times sqrt(heads / skills), not normalised."""
-    logit_dropout: float = 0.0
+    logit_dropout: float = setting(
+        0.0, number(least=0, below=1), computes=True,
+        help="Probability with which a gate is dropped in training.",
+    )  # fmt: skip
     """Probability with which a gate is dropped in training."""
-    shared_skill: bool = False
+    shared_skill: bool = setting(
+        False, flag(), computes=True, help="The last skill is always on, for every task."
+    )
     """The last skill is always on, for every task."""
-    anneal_steps: int = 0
+    anneal_steps: int = setting(
+        0, whole(0), whole_model=True,
+        help="Last steps, over which routing moves to the uniform mixture.",
+    )  # fmt: skip
     """Over this many last training steps the routing moves to the uniform mixture."""
 
     def __post_init__(self) -> None:
-        """Fill in what depends on the method and check every value."""
-        self._check_modules()
-        for name, kind in (
-            ("method", Method),
-            ("adapter", Adapter),
-            ("gate", Gate),
-            ("normalization", Normalization),
-            ("init", Init),
-        ):
-            _one_of(name, getattr(self, name), get_args(kind))
-        if not callable(self.granularity):
-            _one_of("granularity", self.granularity, get_args(Granularity))
-        for name in ("num_skills", "num_heads", "rank", "anneal_steps"):
-            value = getattr(self, name)
-            lowest = 0 if name == "anneal_steps" else 1
-            if value is None and name in ("num_skills", "num_heads"):
-                continue
-            if not isinstance(value, int) or isinstance(value, bool):
-                raise InputError(f"{name} must be a positive whole number, not {value!r}")
-            if value < lowest:
-                at_least = (
-                    "must not be negative" if lowest == 0 else "must be a positive whole number"
-                )
-                raise InputError(f"{name} {at_least}, not {value!r}")
-        for name in ("alpha", "dropout", "logit_dropout"):
-            if getattr(self, name) is not None or name != "alpha":
-                check_number(name, getattr(self, name))
-        if not isinstance(self.shared_skill, bool):
-            raise InputError(f"shared_skill must be True or False, not {self.shared_skill!r}")
+        """Check every value, and fill in what depends on the method."""
+        check_settings(self)
         if self.adapter == "ia3":
-            if self.dropout:
-                raise InputError("adapter='ia3' has no input to drop: leave dropout at 0")
-            object.__setattr__(self, "rank", 1)  # a scale of each unit: neither rank nor alpha
-            object.__setattr__(self, "alpha", 1.0)
+            self._check_ia3()
         self._fill_counts()
-        if not self.scale > 0:
-            raise InputError(f"alpha must be positive, not {self.alpha!r}")
-        for name in ("dropout", "logit_dropout"):
-            if not 0 <= getattr(self, name) < 1:
-                raise InputError(f"{name} must be in [0, 1), not {getattr(self, name)!r}")
         if self.normalization == "l2" and (
             self.gate != "sigmoid" or self.logit_dropout or self.shared_skill
         ):
@@ -120,18 +153,16 @@ class MHRConfig:
                 "shared_skill at their defaults"
             )
 
-    def _check_modules(self) -> None:
-        for name in ("target_modules", "exclude_modules"):
-            value: Any = getattr(self, name)
-            if isinstance(value, str) or (value is None and name == "exclude_modules"):
-                continue
-            is_list = isinstance(value, list | tuple | set | frozenset)
-            if not is_list or not all(isinstance(ending, str) and ending for ending in value):
-                raise InputError(
-                    f"{name} must be a regular expression or a list of name endings such as "
-                    f"['q', 'v'], not {value!r}"
-                )
-            object.__setattr__(self, name, tuple(value))
+    def _check_ia3(self) -> None:
+        if self.dropout:
+            raise InputError("adapter='ia3' has no input to drop: leave dropout at 0")
+        if self.combine == "output":
+            raise InputError(
+                "adapter='ia3' multiplies outputs, which are combined in weight space: leave "
+                "combine at 'weight'"
+            )
+        object.__setattr__(self, "rank", 1)  # a scale of each unit has neither rank nor alpha
+        object.__setattr__(self, "alpha", 1.0)
 
     def _fill_counts(self) -> None:
         if self.method != "mhr" and self.num_heads not in (None, 1):
@@ -145,11 +176,11 @@ class MHRConfig:
             )
         if self.method == "private" and self.num_skills is not None:
             raise InputError("method='private' has one skill per task: leave num_skills out")
-        skills = {"shared": 1, "private": None}.get(self.method, 8)
+        skills, heads = COUNTS[self.method]
         if self.num_skills is None:
             object.__setattr__(self, "num_skills", skills)
         if self.num_heads is None:
-            object.__setattr__(self, "num_heads", 8 if self.method == "mhr" else 1)
+            object.__setattr__(self, "num_heads", heads)
         if self.alpha is None:
             object.__setattr__(self, "alpha", float(self.rank))
 
@@ -196,19 +227,3 @@ class MHRConfig:
             if key not in known:
                 raise InputError(f"config key {key!r} does not exist: {did_you_mean(key, known)}")
         return cls(**values)
-
-
-def check_number(name: str, value: object) -> float:
-    """Make sure that a setting is an ordinary number.
-
-    Raises:
-        InputError: it is of another type, NaN or infinite.
-    """
-    if not isinstance(value, Real) or isinstance(value, bool) or not math.isfinite(value):
-        raise InputError(f"{name} must be a finite number, not {value!r}")
-    return float(value)
-
-
-def _one_of(name: str, value: object, allowed: tuple[str, ...]) -> None:
-    if value not in allowed:
-        raise InputError(f"{name}={value!r} is not one of {', '.join(map(repr, allowed))}")

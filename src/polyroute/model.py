@@ -10,21 +10,12 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor, nn
 
-from polyroute.config import MHRConfig, check_number
+from polyroute.config import MHRConfig
 from polyroute.counts import count_parameters, describe
 from polyroute.errors import InputError, did_you_mean
 from polyroute.layer.factors import Factors
 from polyroute.layer.merging import check_mergeable, fold, restore
-from polyroute.layer.open_route import (
-    BASE_ALONE,
-    Mixture,
-    Route,
-    RouteScope,
-    Routing,
-    Tasks,
-    check_batch,
-    find_route,
-)
+from polyroute.layer.open_route import BASE_ALONE, Mixture, RouteScope, Routing
 from polyroute.layer.routed_layer import RoutedLayer
 from polyroute.layer.sites import (
     Site,
@@ -37,10 +28,12 @@ from polyroute.routes.inventory import Inventory
 from polyroute.routes.mixer import Mixer
 from polyroute.routes.row_optimizer import RowAdamW
 from polyroute.routes.table import MU, MU_ROW, Routes
+from polyroute.routes.tasks import Route, Tasks, check_batch, find_route
 from polyroute.saved.card import write_card
 from polyroute.saved.checkpoint import Checkpoint, read_checkpoint, write_checkpoint
 from polyroute.saved.hub import push
 from polyroute.saved.peft_export import write_peft_adapter
+from polyroute.settings import number
 
 __all__ = ["Phase", "RoutedModel", "Tasks"]
 
@@ -494,14 +487,12 @@ class RoutedModel(nn.Module):
             InputError: as `set_phase`, or a rate is not positive and finite, or a decay negative.
         """
         for name, value in (("lr", lr), ("route_lr", route_lr)):
-            if not _plain(name, value) > 0:
-                raise InputError(f"{name} must be positive, not {value}")
+            number(above=0)(name, _plain(value))
         for name, value in (
             ("weight_decay", weight_decay),
             ("route_weight_decay", route_weight_decay),
         ):
-            if _plain(name, value) < 0:
-                raise InputError(f"{name} must not be negative, got {value}")
+            number(least=0)(name, _plain(value))
         if phase is not None:
             self.set_phase(phase)
         self.routes.train_whole()
@@ -530,8 +521,8 @@ class RoutedModel(nn.Module):
 
         Rows outside the batch are touched by no gradient, no moment and no weight decay; every row
         has a clock of its own, which ticks when it is in the batch
-        (`polyroute.routes.row_optimizer` says what that changes). Skills are trained as by `torch.optim.AdamW`, and in phases without
-        routing the optimizer is that.
+        (`polyroute.routes.row_optimizer` says what that changes). Skills are trained as by
+        `torch.optim.AdamW`, and in phases without routing the optimizer is that.
 
         The table is frozen and its rows train through `routes.touched`; the next `set_phase`,
         `param_groups` or `optimizer` undoes that. It works in one process: the rows of a batch
@@ -844,6 +835,6 @@ def _do_nothing(*_: Any) -> None:
     """A hook; torch computes step by step in a layer that has one."""
 
 
-def _plain(name: str, value: Any) -> float:
+def _plain(value: Any) -> Any:
     # Optimizers take a rate as a tensor too.
-    return check_number(name, float(value) if isinstance(value, Tensor) else value)
+    return float(value) if isinstance(value, Tensor) else value

@@ -24,12 +24,12 @@ from polyroute.errors import InputError
 from polyroute.exchange.peft_mhr import ADAPTERS, SETTINGS
 from polyroute.layer.factors import Factors
 from polyroute.layer.merging import check_mergeable, fold, restore
-from polyroute.layer.open_route import Route, Tasks, check_batch, find_route
 from polyroute.layer.routed_layer import RoutedLayer, check_rows
 from polyroute.layer.sites import Site, named_sites
 from polyroute.routes.inventory import Inventory
 from polyroute.routes.mixer import Mixer
 from polyroute.routes.table import MU, MU_ROW, Routes
+from polyroute.routes.tasks import Route, Tasks, check_batch, find_route
 
 __all__ = ["MHRConfig", "MHRLinear", "MHRModel", "add_tasks", "route"]
 

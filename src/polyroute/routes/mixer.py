@@ -10,10 +10,11 @@ from torch import Tensor, nn
 from polyroute.config import MHRConfig
 from polyroute.errors import InputError
 from polyroute.layer.factors import Factors
-from polyroute.layer.open_route import Mixture, Route
+from polyroute.layer.open_route import Mixture
 from polyroute.layer.sites import Site
 from polyroute.routes.inventory import Inventory
 from polyroute.routes.table import MU_ROW, Routes, index_on
+from polyroute.routes.tasks import Route
 from polyroute.routes.weights import anneal, skill_weights, uniform_weights
 
 __all__ = ["Mixer"]
