@@ -161,7 +161,7 @@ of a run, on a machine that had other work too.
 
 {answers(ways, QUESTIONS)}
 
-Routes alone, over the number of heads:
+RoutingTable alone, over the number of heads:
 
 {curve(ways, {1: "poly", 2: "mhr-h2", 4: "mhr-h4", 8: "mhr", 16: "mhr-h16", 32: "mhr-h32"})}
 

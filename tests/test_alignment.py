@@ -60,7 +60,7 @@ def inventory_gradients(
     for parameter, gradient in zip(parameters, found, strict=True):
         parameter.grad = gradient
     flat: list[list[Tensor]] = [[] for _ in model.sites]
-    stacks = [stack for stack in model.inventory.stacks for _ in model.inventory.kinds]
+    stacks = [stack for stack in model.inventory.stacks for _ in model.inventory.factor_names]
     for stack, tensor in zip(stacks, model.inventory.skills_of(0, gradients=True), strict=True):
         for site, part in zip(stack.sites, tensor, strict=True):
             flat[site].append(part.reshape(-1).clone())

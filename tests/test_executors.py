@@ -13,10 +13,10 @@ from models import batch, llama, relative_error, routed, stack
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from polyroute import InputError
-from polyroute.layer.factors import LoRAFactors, TokenLoRAFactors
+from polyroute.layer.factors import LoRAFactors, WeightSpaceFactors
 from polyroute.layer.kernels import apply_lora, plain_executors
-from polyroute.routes.inventory import WeightedSum, _mix
+from polyroute.routes.inventory import _mix
+from polyroute.routes.weighted_sum import WeightedSum
 
 EXECUTORS = ["fused", "plain", "tokens"]
 TOLERANCE = 1e-6  # relative to the largest entry
@@ -37,7 +37,7 @@ def computed(
     """One layer for examples with these tasks: skills `[H, K, r, d/H]`, weights `[U, H, K]`."""
     if executor == "tokens":
         weights = w[rows].view(len(rows), *[1] * (x.dim() - 2), *w.shape[1:])
-        return TokenLoRAFactors(a, b * SCALE, weights).apply(base, x, 0.0)
+        return WeightSpaceFactors(a, b * SCALE, weights).apply(base, x, 0.0)
     mixed = [_mix(a[None], w[:, None], None)[0], _mix(b[None], w[:, None] * SCALE, None)[0]]
     one = len(w) == 1
     factors = LoRAFactors(*(m[0] if one else m.index_select(0, torch.tensor(rows)) for m in mixed))
@@ -104,20 +104,12 @@ def test_tokens_are_routed_one_by_one(heads: int, axes: tuple[int, ...]) -> None
     base = nn.Linear(8, 4).double().requires_grad_(False)
     x, w = torch.randn(3, *axes, 8).double(), torch.randn(3, *axes, heads, 5).double()
     a, b = torch.randn(heads, 5, 2, 8 // heads).double(), torch.randn(heads, 5, 2, 4 // heads)
-    actual = TokenLoRAFactors(a, b.double(), w).apply(base, x, 0.0)
+    actual = WeightSpaceFactors(a, b.double(), w).apply(base, x, 0.0)
     vectors = zip(x.reshape(-1, 8), w.reshape(-1, heads, 5), strict=True)
     truth = [
         reference.lora(v, base.weight, base.bias, a.mT, b.double(), own, 1.0) for v, own in vectors
     ]
     assert relative_error(actual, torch.stack(truth).view(actual.shape)) < TOLERANCE
-
-
-def test_tokens_routed_one_by_one_are_no_single_adapter() -> None:
-    factors = TokenLoRAFactors(torch.randn(1, 2, 1, 4), torch.randn(1, 2, 1, 4), torch.ones(1, 2))
-    with pytest.raises(InputError, match="no single adapter to merge"):
-        factors.fold(torch.randn(4, 4), None)
-    with pytest.raises(InputError, match="no single adapter to export"):
-        factors.peft_tensors()
 
 
 # ---------------------------------------------------------------- the override

@@ -110,7 +110,7 @@ def test_a_slot_moves_as_separate_tensors_in_single_precision() -> None:
         groups: list[Any] = [{"name": n, "params": p, **PLAIN} for n, p in parts.items()]
         optimizer = make_optimizer("adafactor", groups, model)
         names = [f"inventory.{kind}.{stack.key}" for stack in slots.inventory.stacks
-                 for kind in slots.inventory.kinds]  # fmt: skip
+                 for kind in slots.inventory.factor_names]  # fmt: skip
 
         def cut(skills: list[Tensor], row: Tensor) -> list[Tensor]:
             tensors = dict(zip(names, skills, strict=True))

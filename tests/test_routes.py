@@ -7,12 +7,12 @@ from hypothesis import strategies as st
 from models import TASKS, routed, stack
 
 from polyroute import InputError, MHRConfig, RoutedModel
-from polyroute.routes.table import Routes
+from polyroute.routes.table import RoutingTable
 from polyroute.study.analysis import route_similarity
 
 
-def table(count: int = 30, seed: int = 0, config: MHRConfig | None = None) -> Routes:
-    routes = Routes([f"task {i}" for i in range(count)], (2, 2, 3), config=config)
+def table(count: int = 30, seed: int = 0, config: MHRConfig | None = None) -> RoutingTable:
+    routes = RoutingTable([f"task {i}" for i in range(count)], (2, 2, 3), config=config)
     assert routes.logits is not None
     with torch.no_grad():
         generator = torch.Generator().manual_seed(seed)
@@ -24,7 +24,7 @@ def table(count: int = 30, seed: int = 0, config: MHRConfig | None = None) -> Ro
 def test_the_nearest_tasks_are_those_of_the_similarity_of_weights(
     at_once: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("polyroute.routes.table.COMPARED_AT_ONCE", at_once)
+    monkeypatch.setattr("polyroute.routes.nearest.COMPARED_AT_ONCE", at_once)
     routes = table()
     logits = torch.stack([routes[i] for i in range(30)])
     weights = torch.sigmoid(logits) / torch.sigmoid(logits).sum(-1, keepdim=True)
@@ -70,7 +70,7 @@ def test_few_tasks_have_few_neighbours() -> None:
     with pytest.raises(InputError, match="a routing row has shape"):
         table().nearest(torch.ones(3))
     with pytest.raises(InputError, match="no routing logits"):
-        Routes(TASKS, None).nearest("amber")
+        RoutingTable(TASKS, None).nearest("amber")
 
 
 def test_rows_are_tensors_to_calculate_with() -> None:

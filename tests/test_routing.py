@@ -10,7 +10,7 @@ from models import TASKS, relative_error, routed, stack
 from torch import Tensor
 
 from polyroute import InputError, MHRConfig
-from polyroute.routes.table import Routes
+from polyroute.routes.table import RoutingTable
 from polyroute.routes.weights import anneal, skill_weights, uniform_weights
 
 VARIANTS: list[dict[str, Any]] = [
@@ -196,14 +196,14 @@ def test_one_skill_is_weighted_by_the_formula_too(normalization: str) -> None:
 
 
 def test_fresh_logits_are_within_a_thousandth_and_fill_that_range() -> None:
-    table = Routes(TASKS, (50, 8, 8)).logits
+    table = RoutingTable(TASKS, (50, 8, 8)).logits
     assert table is not None
     assert 0.99e-3 < float(table.detach().abs().max()) <= 1e-3
     assert abs(float(table.detach().mean())) < 5e-5
 
 
 def test_adding_a_task_leaves_the_other_rows_as_they_are() -> None:
-    routes = Routes(TASKS, (2, 2, 3))
+    routes = RoutingTable(TASKS, (2, 2, 3))
     before = routes.logits
     assert before is not None
     copied = before.detach().clone()
@@ -214,7 +214,7 @@ def test_adding_a_task_leaves_the_other_rows_as_they_are() -> None:
 
 
 def test_rows_are_read_and_written_by_name_or_number() -> None:
-    routes = Routes(TASKS, (2, 2, 3))
+    routes = RoutingTable(TASKS, (2, 2, 3))
     values = logits(2, 2, 3)
     routes["cedar"] = values
     assert torch.equal(routes[2], values)
@@ -224,7 +224,7 @@ def test_rows_are_read_and_written_by_name_or_number() -> None:
 
 
 def test_a_row_of_the_wrong_shape_is_refused() -> None:
-    routes = Routes(TASKS, (2, 2, 3))
+    routes = RoutingTable(TASKS, (2, 2, 3))
     with pytest.raises(InputError, match=r"shape \[2, 2, 3\].*not \[3, 2, 2\]"):
         routes["amber"] = logits(3, 2, 2)
     with pytest.raises(InputError, match="uniform mixture"):
@@ -233,7 +233,7 @@ def test_a_row_of_the_wrong_shape_is_refused() -> None:
 
 @pytest.mark.parametrize("names", [["amber", "amber"], ["mu"], [0], ["oak"], ["amber", ""]])
 def test_keeping_impossible_tasks_changes_nothing(names: list[str]) -> None:
-    routes = Routes(TASKS, (2, 2, 3))
+    routes = RoutingTable(TASKS, (2, 2, 3))
     before = routes.logits
     with pytest.raises(InputError):
         routes.keep(names)
@@ -242,7 +242,7 @@ def test_keeping_impossible_tasks_changes_nothing(names: list[str]) -> None:
 
 
 def test_kept_tasks_take_their_rows_along() -> None:
-    routes = Routes(TASKS, (2, 2, 3))
+    routes = RoutingTable(TASKS, (2, 2, 3))
     expected = [routes["dune"], routes["birch"]]
     assert routes.keep(["dune", "birch"]) == [3, 1]
     assert routes.names == ("dune", "birch")

@@ -9,7 +9,9 @@ from torch import nn
 from transformers import T5Config, T5ForConditionalGeneration
 
 from polyroute import InputError, MHRConfig, RoutedModel, attach
-from polyroute.layer.sites import find_sites, fits_sample, router_of, routers_of
+from polyroute.layer.fingerprint import fits_sample
+from polyroute.layer.granularity import router_of, routers_of
+from polyroute.layer.sites import find_sites
 
 # T5 v1.1: d_model, d_ff, layers of each half, heads (of width 64).
 SIZES = {

@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 
 from polyroute.config import MHRConfig
-from polyroute.layer.sites import router_of
+from polyroute.layer.granularity import router_of
 from polyroute.routes.weights import skill_weights
 
 FOLDER = Path(__file__).parent

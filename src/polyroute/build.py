@@ -10,11 +10,14 @@ from torch import nn
 
 from polyroute.config import MHRConfig
 from polyroute.errors import InputError
-from polyroute.layer.routed_layer import RoutedLayer
-from polyroute.layer.sites import Site, find_sites, fits_sample, named_sites
+from polyroute.layer.fingerprint import check_base as check_weights
+from polyroute.layer.sites import Site, find_sites, named_sites
+from polyroute.layer.wrapping import check_bare
 from polyroute.model import RoutedModel
+from polyroute.routes.rule import RouteRule, rule_named
 from polyroute.saved.checkpoint import Checkpoint, read_checkpoint
-from polyroute.saved.hub import DESCRIPTION, FILES, SKILLS, locate
+from polyroute.saved.hub import DESCRIPTION, FILES, MODULES, SKILLS, locate
+from polyroute.saved.inventory import fill
 
 __all__ = ["attach", "from_checkpoint", "from_pretrained", "loaded"]
 
@@ -25,6 +28,7 @@ def attach(
     tasks: Iterable[str],
     *,
     sites: Sequence[str] | None = None,
+    rule: RouteRule | None = None,
 ) -> RoutedModel:
     """Give a base model an inventory of skills and a route for each task.
 
@@ -36,10 +40,12 @@ def attach(
         config: what to attach.
         tasks: unique names; the order is the order of rows.
         sites: exact layer names, instead of `config.target_modules`.
+        rule: how skills are chosen; by default as `config.method` says. See
+            `polyroute.routes.rule.RouteRule`.
 
     Raises:
         InputError: no layer matches, heads do not divide a width, task names clash, or the model
-            has an inventory, or an adapter of `polyroute.peft`, already.
+            carries an adapter already. The model is then as it was.
     """
     if not isinstance(base_model, nn.Module):
         raise InputError(f"base_model must be a torch module, not a {type(base_model).__name__}")
@@ -54,20 +60,17 @@ def attach(
     tasks = tuple(tasks)
     if config.method == "private" and not tasks:
         raise InputError("method='private' has one skill per task: name at least one task")
-    for name, module in base_model.named_modules():
-        if isinstance(module, RoutedLayer | RoutedModel):
-            raise InputError(
-                f"layer {name!r} carries an inventory already; call unload() on the routed model"
-            )
-        if hasattr(module, "mhr_adapters"):  # of `polyroute.peft`, which needs PEFT
-            raise InputError(
-                f"layer {name!r} carries an adapter of polyroute.peft: call unload() on the PEFT "
-                "model, or save the adapter and convert it to an inventory"
-            )
+    if rule is not None and not isinstance(rule, RouteRule):
+        raise InputError(f"rule must be a RouteRule, not a {type(rule).__name__}")
+    if isinstance(base_model, RoutedModel):
+        raise InputError(
+            "the base model carries an inventory already; call unload() on the routed model"
+        )
+    check_bare(base_model)
     found = (
         find_sites(base_model, config) if sites is None else named_sites(base_model, sites, config)
     )
-    return RoutedModel(base_model, config, found, tasks)
+    return RoutedModel(base_model, config, found, tasks, rule)
 
 
 def from_pretrained(
@@ -98,9 +101,10 @@ def from_pretrained(
     Raises:
         InputError: the files are damaged, or belong to another base model, or cannot be had.
     """
+    files = FILES if tasks is None else (DESCRIPTION, SKILLS, MODULES)
     place = locate(
-        folder, FILES if tasks is None else (DESCRIPTION, SKILLS), revision=revision, token=token,
-        cache_dir=cache_dir, local_files_only=local_files_only,
+        folder, files, revision=revision, token=token, cache_dir=cache_dir,
+        local_files_only=local_files_only,
     )  # fmt: skip
     return from_checkpoint(
         base_model, read_checkpoint(place), os.fspath(folder), tasks, check_base=check_base
@@ -124,26 +128,26 @@ def from_checkpoint(
     # The saved assignment of layers to routers, whatever rule made it, holds.
     config = replace(MHRConfig.from_dict(values), granularity=router_of.__getitem__)
     try:
-        found = named_sites(base_model, list(router_of), config)
+        adapted = {site["name"]: site["d_out"] for site in sites if "out_features" in site}
+        found = named_sites(base_model, list(router_of), config, adapted)
     except InputError as error:
         raise InputError(f"{source} belongs to another base model: {error}") from error
-    for site, saved in zip(found, sites, strict=True):
-        if (site.d_in, site.d_out) != (saved["d_in"], saved["d_out"]):
-            raise InputError(
-                f"{source} belongs to another base model: layer {site.name!r} is "
-                f"{site.d_in} to {site.d_out} here, {saved['d_in']} to {saved['d_out']} there"
-            )
+    for site, described in zip(found, sites, strict=True):
+        _check_widths(site, described, source)
     if check_base:
-        _check_weights(base_model, found, description, source)
+        check_weights(base_model, found, description, source)
     if isinstance(tasks, str):
         raise InputError(f"tasks must be a list of names, not the single string {tasks!r}")
     # Private adapters are skills, which are in one file: all are loaded, then some are kept.
     loaded_tasks = checkpoint.tasks if tasks is None or table is None else tuple(tasks)
-    model = attach(base_model, config, loaded_tasks, sites=[s.name for s in found])
+    saved = description.get("rule")
+    rule = None if saved is None else rule_named(saved["name"]).restored(saved["settings"])
+    check_bare(base_model)
+    model = RoutedModel(base_model, config, found, loaded_tasks, rule)
     if granularity != "custom":
         model.mixer.config = replace(config, granularity=granularity)
     try:
-        model.load_tensors(checkpoint, source)
+        fill(model.mixer, model.wrapping, checkpoint, source)
         if tasks is not None and table is None:
             model.keep_tasks(tasks)
     except BaseException:
@@ -152,28 +156,14 @@ def from_checkpoint(
     return model
 
 
-def _check_weights(
-    base_model: nn.Module, sites: Sequence[Site], description: Mapping[str, Any], source: str
-) -> None:
-    """Make sure that the base model's weights are those that the inventory was trained on."""
-    saved = description["sites"]
-    compared = [
-        (f"layer {site.name!r}", site.weight, s["base_sample"], s.get("base_dtype"))
-        for site, s in zip(sites, saved, strict=True)
-    ]
-    parameters = dict(base_model.named_parameters())
-    for other in description["base"].get("sample", []):
-        weight = parameters.get(other["name"])
-        if weight is not None:  # sites were all found; a part that is not there cannot differ
-            compared.append(
-                (f"parameter {other['name']!r}", weight, other["values"], other["dtype"])
-            )
-    for what, tensor, sample, dtype in compared:
-        if not fits_sample(tensor, sample, dtype):
-            raise InputError(
-                f"{source} belongs to another base model: the weights of {what} "
-                "differ from those it was trained on (check_base=False loads it all the same)"
-            )
+def _check_widths(site: Site, saved: Mapping[str, Any], source: str) -> None:
+    here = (site.d_in, site.d_out, site.out_features)
+    there = (saved["d_in"], saved["d_out"], saved.get("out_features", saved["d_out"]))
+    if here != there:
+        raise InputError(
+            f"{source} belongs to another base model: layer {site.name!r} is "
+            f"{here[0]} to {here[2]} here, {there[0]} to {there[2]} there"
+        )
 
 
 @contextmanager

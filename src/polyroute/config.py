@@ -15,7 +15,7 @@ from polyroute.settings import (
     whole,
 )
 
-__all__ = ["Granularity", "MHRConfig"]
+__all__ = ["LAYER_SETTINGS", "Granularity", "MHRConfig"]
 
 Method = Literal["mhr", "poly", "shared", "private"]
 Adapter = Literal["lora", "ia3"]
@@ -176,6 +176,11 @@ class MHRConfig:
             )
         if self.method == "private" and self.num_skills is not None:
             raise InputError("method='private' has one skill per task: leave num_skills out")
+        if self.method in ("shared", "private") and self.combine == "output":
+            raise InputError(
+                f"method={self.method!r} takes one skill whole and combines none: leave combine at "
+                "'weight'"
+            )
         skills, heads = COUNTS[self.method]
         if self.num_skills is None:
             object.__setattr__(self, "num_skills", skills)
@@ -227,3 +232,7 @@ class MHRConfig:
             if key not in known:
                 raise InputError(f"config key {key!r} does not exist: {did_you_mean(key, known)}")
         return cls(**values)
+
+
+LAYER_SETTINGS = tuple(f.name for f in fields(MHRConfig) if not f.metadata.get("whole_model"))
+"""The settings of one layer: those that an adapter of PEFT, made layer by layer, has too."""

@@ -7,13 +7,13 @@ from torch import nn
 from polyroute.config import MHRConfig
 from polyroute.layer.sites import Site
 from polyroute.routes.inventory import Inventory
-from polyroute.routes.table import Routes
+from polyroute.routes.table import RoutingTable
 
 __all__ = ["count_parameters", "describe"]
 
 
 def count_parameters(
-    base_model: nn.Module, sites: Sequence[Site], inventory: Inventory, routes: Routes
+    base_model: nn.Module, sites: Sequence[Site], inventory: Inventory, routes: RoutingTable
 ) -> dict[str, int]:
     """Parameters by purpose.
 
@@ -45,7 +45,7 @@ def describe(
     base_model: nn.Module,
     sites: Sequence[Site],
     inventory: Inventory,
-    routes: Routes,
+    routes: RoutingTable,
 ) -> str:
     """Sites, routers and parameter counts, as text."""
     shapes: dict[tuple[str, int, int], int] = {}

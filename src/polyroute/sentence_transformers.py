@@ -98,7 +98,8 @@ class RoutedTransformer(InputModule):  # type: ignore[misc, unused-ignore]
         tasks = features.pop("tasks", None)
         if tasks is not None and task is not None:
             raise InputError(f"these texts have a task of their own: leave out task={task!r}")
-        route = self.model._routing.route
+        block = self.model.open_routes.now()
+        route = None if block is None else block.value[0]
         if tasks is None and task is None and route is not None and route.per_example:
             raise InputError(
                 "encode() sorts texts by length, and the tasks of the open route block would meet "

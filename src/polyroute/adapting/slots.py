@@ -17,7 +17,8 @@ from polyroute.errors import InputError
 from polyroute.model import Phase, RoutedModel
 from polyroute.routes.inventory import Inventory
 from polyroute.routes.mixer import Mixer
-from polyroute.routes.table import MU, Routes
+from polyroute.routes.table import MU, RoutingTable
+from polyroute.routes.table_rules import rule_of
 
 __all__ = ["NEAREST", "Slots", "check_starts", "has_one_skill"]
 
@@ -30,7 +31,7 @@ def has_one_skill(model: RoutedModel, phase: Phase) -> bool:
 
     The methods without routing have nothing else.
     """
-    return phase == "mu" or not model.adapter_config.has_router
+    return phase == "mu" or not model.rule.has_table
 
 
 def check_starts(model: RoutedModel, phase: Phase, inits: Collection[str]) -> None:
@@ -72,28 +73,40 @@ class Slots(AbstractContextManager["Slots"]):
 
     def __init__(self, model: RoutedModel, phase: Phase, size: int) -> None:
         model.check_phase(phase)
+        if not model.rule.is_fixed and phase != "mu":
+            raise InputError(
+                f"the rule {model.rule.name!r} has parameters that all tasks share, so tasks "
+                f"cannot be adapted side by side in phase {phase!r}: use phase 'mu', or train one "
+                "task with set_phase"
+            )
         if phase == "full" and model.inventory.num_skills == 0:
             raise InputError("no private adapter is left to start from: add a task first")
         self.model = model
         self.phase = phase
         self.names = tuple(f"slot {place}" for place in range(size))
         self._own: dict[str, Any] = {
-            "inventory": model.inventory, "routes": model.routes, "mixer": model.mixer,
+            "inventory": model.inventory, "routes": model.routes, "rule": model.rule,
+            "mixer": model.mixer,
         }  # fmt: skip
         config, shape = model.adapter_config, model.routes.shape
         is_plain = has_one_skill(model, phase)
         if is_plain:
-            config = replace(config, method="private", num_skills=None, num_heads=1)
+            rank = model.inventory.rank_of_average if phase == "mu" else model.inventory.rank
+            config = replace(
+                config, method="private", num_skills=None, num_heads=1, combine="weight",
+                rank=rank, alpha=config.scale * rank,
+            )  # fmt: skip
         has_logits = phase in ("full", "z", "random") and not is_plain
         device = model.mixer.device
-        self.routes = Routes(self.names, shape if has_logits else None, device, config)
+        like = next(model.inventory.parameters())
+        self.routes = RoutingTable(self.names, shape if has_logits else None, like, config)
         self.inventory = model.inventory
         if phase != "z":
             each = 1 if is_plain else model.inventory.num_skills
             self.inventory = Inventory(model.sites, config, size * each, device, num_sets=size)
-        self.mixer = Mixer(
-            config, self.inventory, self.routes, model.sites, model.mixer.router_of_site
-        )
+        self.rule = rule_of(config)
+        routers, by_site = model.mixer.routers, model.mixer.router_of_site
+        self.mixer = Mixer(config, self.inventory, self.routes, self.rule, routers, by_site)
         self.mixer.eval()
 
     def __enter__(self) -> "Slots":
@@ -103,7 +116,7 @@ class Slots(AbstractContextManager["Slots"]):
         # Nothing is drawn at random while slots train: dropout would depend on their company.
         self.model.eval()
         self.model.inventory, self.model.routes = self.inventory, self.routes
-        self.model.mixer = self.mixer
+        self.model.rule, self.model.mixer = self.rule, self.mixer
         self.inventory.requires_grad_(self.phase != "z")
         return self
 
@@ -141,7 +154,7 @@ class Slots(AbstractContextManager["Slots"]):
         if self.phase == "random":
             self.inventory.redraw_set(place, seed + 1)  # not the numbers that the logits get
         elif self.phase != "z":
-            is_private = self.model.adapter_config.method == "private"
+            is_private = self._own["rule"].owns_skills
             mixer = self._own["mixer"]
             mixture = None if logits is None else mixer.by_stack(mixer.weights_from(logits))
             self.inventory.fill_set(place, inventory, source if is_private else None, mixture)

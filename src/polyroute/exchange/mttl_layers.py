@@ -6,7 +6,7 @@ from functools import partial
 
 from polyroute.config import Granularity
 from polyroute.errors import InputError
-from polyroute.layer.sites import routers_of
+from polyroute.layer.granularity import routers_of
 
 __all__ = ["chosen_layers", "our_granularity", "patterns_of", "router_prefix"]
 

@@ -16,24 +16,19 @@ from pathlib import Path
 
 from torch import Tensor, nn
 
-from polyroute.config import MHRConfig
+from polyroute.config import LAYER_SETTINGS, MHRConfig
 from polyroute.errors import InputError
 from polyroute.exchange.foreign import ForeignInventory, routed_model
 from polyroute.exchange.peft_folder import check_whole, read_peft_folder
 from polyroute.model import RoutedModel
 from polyroute.saved.peft_export import CONFIG, ROOT, write_peft_folder
 
-__all__ = ["ADAPTERS", "SETTINGS", "from_peft_mhr", "write_peft_mhr"]
+__all__ = ["ADAPTERS", "from_peft_mhr", "write_peft_mhr"]
 
 ADAPTERS = "mhr_adapters"
-SETTINGS = (
-    "method", "adapter", "num_skills", "num_heads", "rank", "alpha", "init", "dropout", "gate",
-    "normalization", "logit_dropout", "shared_skill",
-)  # fmt: skip
-"""What the settings of such an adapter have in common with `polyroute.MHRConfig`."""
 KEY = re.compile(
     rf"{re.escape(ROOT)}(?P<layer>.+)\.{ADAPTERS}\."
-    r"(?:skills\.(?P<kind>lora_a|lora_b|ia3)\.\d+x\d+|routes\.logits)"
+    r"(?:skills\.(?P<factor>lora_a|lora_b|ia3)\.\d+x\d+|routes\.logits)"
 )
 
 
@@ -54,11 +49,11 @@ def write_peft_mhr(model: RoutedModel, folder: str | os.PathLike[str]) -> None:
     config, logits = model.adapter_config, model.routes.logits
     for holds, reason in (
         (
-            not config.has_router or len(model.routers) == len(model.sites),
+            not model.rule.has_table or len(model.routers) == len(model.sites),
             "layers of this inventory share routers, and there every layer has its own",
         ),
         (
-            not config.has_router or logits is not None,
+            not model.rule.has_table or logits is not None,
             "the routes were dropped by phase 'mu-uncollapsed'; average the skills by phase 'mu'",
         ),
         (
@@ -71,9 +66,9 @@ def write_peft_mhr(model: RoutedModel, folder: str | os.PathLike[str]) -> None:
     tensors: dict[str, Tensor] = {}
     for i, site in enumerate(model.sites):
         prefix = f"{site.name}.{ADAPTERS}."
-        for kind, skills in model.inventory.site_tensors(i).items():
-            stacked = (skills.mT if kind == "lora_a" else skills).unsqueeze(0)
-            tensors[f"{prefix}skills.{kind}.{site.d_in}x{site.d_out}"] = stacked
+        for factor, skills in model.inventory.site_tensors(i).items():
+            stacked = (skills.mT if factor == "lora_a" else skills).unsqueeze(0)
+            tensors[f"{prefix}skills.{factor}.{site.d_in}x{site.d_out}"] = stacked
         if logits is not None:
             by_router = logits.detach().view(len(model.tasks), len(model.routers), -1)
             tensors[f"{prefix}routes.logits"] = by_router[:, model.mixer.router_of_site[i]]
@@ -81,7 +76,7 @@ def write_peft_mhr(model: RoutedModel, folder: str | os.PathLike[str]) -> None:
     fields = {
         "peft_type": "MHR",
         "tasks": list(model.tasks),
-        **{name: values[name] for name in SETTINGS if name in values},
+        **{name: values[name] for name in LAYER_SETTINGS if name in values},
     }
     write_peft_folder(folder, model.base_model, model.sites, fields, tensors)
 
@@ -110,7 +105,7 @@ def from_peft_mhr(
     names = fields.get("tasks")
     if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
         raise InputError(f"{source} has no list of task names in {CONFIG}; it is damaged")
-    values = {name: fields[name] for name in SETTINGS if name in fields}
+    values = {name: fields[name] for name in LAYER_SETTINGS if name in fields}
     try:
         config = MHRConfig(**values)
     except InputError as error:
@@ -124,12 +119,12 @@ def from_peft_mhr(
                 f"{source} holds {key!r}, which is no part of an MHR adapter; modules_to_save and "
                 "other trained weights of the base model cannot be imported"
             )
-        if match["kind"] is None:
+        if match["factor"] is None:
             logits[match["layer"]] = tensor
         else:
             published = tensor.squeeze(0)
             skills[f"{match['layer']}.{match['kind']}"] = (
-                published.mT if match["kind"] == "lora_a" else published
+                published.mT if match["factor"] == "lora_a" else published
             )
     if not skills or bool(logits) != config.has_router:
         raise InputError(f"{source} lacks skills or routes; it is not whole")

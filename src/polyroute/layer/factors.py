@@ -1,4 +1,4 @@
-"""What one layer applies: a plain adapter, and all that can be done with it."""
+"""What one layer applies: a plain adapter, or skills that a gate mixes while the layer runs."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -7,26 +7,51 @@ from typing import Protocol, Self
 import torch
 from torch import Tensor, nn
 
-from polyroute.errors import InputError
-from polyroute.layer.kernels import apply_ia3, apply_lora, apply_token_lora
+from polyroute.layer.gated import (
+    Gate,
+    apply_output_space,
+    apply_sorted,
+    apply_weight_space,
+    sorting_pays,
+    weights_of_tokens,
+)
+from polyroute.layer.kernels import Segments, apply_ia3, apply_lora
 
-__all__ = ["Factors", "IA3Factors", "LoRAFactors", "TokenLoRAFactors"]
+__all__ = [
+    "Factors",
+    "IA3Factors",
+    "LoRAFactors",
+    "OutputSpaceFactors",
+    "PlainFactors",
+    "Segments",
+    "WeightSpaceFactors",
+]
 
 
 class Factors(Protocol):
-    """A layer's adapter, for one task or for each example of a batch."""
+    """A layer's adapter, for one task, for each example of a batch, or for each token."""
 
-    def apply(self, base: nn.Module, x: Tensor, dropout: float) -> Tensor:
+    @property
+    def num_examples(self) -> int | None:
+        """B where examples differ; None where one holds for all, or every token has its own."""
+
+    def apply(
+        self, base: nn.Module, x: Tensor, dropout: float, segments: Segments | None = None
+    ) -> Tensor:
         """The adapted layer's output; `x` is `[..., d_in]`, as in `polyroute.layer.kernels`."""
+
+    def to(self, device: torch.device) -> Self:
+        """The same on another device; itself where it is there already."""
+
+
+class PlainFactors(Factors, Protocol):
+    """One ordinary adapter, or one for each example: it is known before the layer runs."""
 
     def fold(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
         """For one task: the weight `[d_out, d_in]` and bias `[d_out]` that compute the same."""
 
     def peft_tensors(self) -> Mapping[str, Tensor]:
         """For one task: the tensors of a PEFT adapter, by the ending of their name."""
-
-    def to(self, device: torch.device) -> Self:
-        """The same on another device; itself where it is there already."""
 
 
 @dataclass(frozen=True)
@@ -38,13 +63,20 @@ class LoRAFactors:
     b: Tensor
     """`[r, d_out]`, or `[B, r, d_out]`."""
 
-    def apply(self, base: nn.Module, x: Tensor, dropout: float) -> Tensor:
+    @property
+    def num_examples(self) -> int | None:
+        """B where examples differ."""
+        return len(self.a) if self.a.dim() == 3 else None
+
+    def apply(
+        self, base: nn.Module, x: Tensor, dropout: float, segments: Segments | None = None
+    ) -> Tensor:
         """base(x) + x a^T b."""
-        return apply_lora(base, x, self.a, self.b, dropout)
+        return apply_lora(base, x, self.a, self.b, dropout, segments)
 
     def fold(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
         """W + b^T a."""
-        return weight + self.b.t() @ self.a, bias
+        return weight + (self.b.t() @ self.a).to(weight.dtype), bias
 
     def peft_tensors(self) -> Mapping[str, Tensor]:
         """PEFT stores both factors transposed to the way they multiply x."""
@@ -56,49 +88,26 @@ class LoRAFactors:
 
 
 @dataclass(frozen=True)
-class TokenLoRAFactors:
-    """The skills of a low-rank update, and how each token mixes them."""
-
-    a: Tensor
-    """`[H, K, r, d_in/H]`."""
-    b: Tensor
-    """`[H, K, r, d_out/H]`, its scale included."""
-    weights: Tensor
-    """`[..., H, K]`; the leading axes are those of the layer's input, or 1, or missing."""
-
-    def apply(self, base: nn.Module, x: Tensor, dropout: float) -> Tensor:
-        """base(x) + x a^T b, with a and b mixed for each token."""
-        return apply_token_lora(base, x, self.a, self.b, self.weights, dropout)
-
-    def fold(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        """Raises `InputError`: no one weight computes this."""
-        raise InputError("tokens that are routed one by one have no single adapter to merge")
-
-    def peft_tensors(self) -> Mapping[str, Tensor]:
-        """Raises `InputError`: no one adapter computes this."""
-        raise InputError("tokens that are routed one by one have no single adapter to export")
-
-    def to(self, device: torch.device) -> Self:
-        """The skills and the weights."""
-        return replace(
-            self, a=self.a.to(device), b=self.b.to(device), weights=self.weights.to(device)
-        )
-
-
-@dataclass(frozen=True)
 class IA3Factors:
     """A scale of every output unit."""
 
     scale: Tensor
     """`[1, d_out]`, or `[B, 1, d_out]` where examples differ."""
 
-    def apply(self, base: nn.Module, x: Tensor, dropout: float) -> Tensor:
+    @property
+    def num_examples(self) -> int | None:
+        """B where examples differ."""
+        return len(self.scale) if self.scale.dim() == 3 else None
+
+    def apply(
+        self, base: nn.Module, x: Tensor, dropout: float, segments: Segments | None = None
+    ) -> Tensor:
         """base(x) * scale; there is no input of its own to drop."""
-        return apply_ia3(base, x, self.scale)
+        return apply_ia3(base, x, self.scale, segments)
 
     def fold(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
         """W and bias, each row times its scale."""
-        scale = self.scale.reshape(-1)
+        scale = self.scale.reshape(-1).to(weight.dtype)
         return weight * scale[:, None], None if bias is None else bias * scale
 
     def peft_tensors(self) -> Mapping[str, Tensor]:
@@ -108,3 +117,99 @@ class IA3Factors:
     def to(self, device: torch.device) -> Self:
         """The scale."""
         return replace(self, scale=self.scale.to(device))
+
+
+@dataclass(frozen=True)
+class WeightSpaceFactors:
+    """The skills of a low-rank update, and a gate by which their factors are averaged."""
+
+    a: Tensor
+    """`[H, K, r, d_in/H]`."""
+    b: Tensor
+    """`[H, K, r, d_out/H]`, its scale included."""
+    gate: Gate
+    """Weights over the K skills; see `polyroute.layer.gated.weights_of_tokens`."""
+    per_example: bool = False
+    """Whether the gate is `[B, H, K]`, one for each example."""
+
+    @property
+    def num_examples(self) -> int | None:
+        """B where examples differ."""
+        return _examples_of(self.gate, per_example=self.per_example)
+
+    def apply(
+        self, base: nn.Module, x: Tensor, dropout: float, segments: Segments | None = None
+    ) -> Tensor:
+        """base(x) + x a^T b, with a and b mixed for each token."""
+        w = weights_of_tokens(self.gate, x, per_example=self.per_example, segments=segments)
+        return apply_weight_space(base, x, self.a, self.b, w, dropout)
+
+    def to(self, device: torch.device) -> Self:
+        """The skills and the weights."""
+        return replace(
+            self, a=self.a.to(device), b=self.b.to(device), gate=_moved(self.gate, device)
+        )
+
+
+@dataclass(frozen=True)
+class OutputSpaceFactors:
+    """Skills of any ranks, and a gate by which what they add to the output is averaged."""
+
+    a: Tensor
+    """All ranks of all skills that have the layer, `[R, d_in]`, skill after skill."""
+    b: Tensor
+    """`[R, d_out]`, its scale included."""
+    gate: Gate
+    """Weights over the skills; see `polyroute.layer.gated.weights_of_tokens`. With H heads each of
+    the H blocks of the output has weights of its own."""
+    ranks: tuple[int, ...]
+    """The rank of each skill; 0 where it does not have the layer."""
+    per_example: bool = False
+    """Whether the gate is `[B, H, K]`, one for each example."""
+    top_k: int | None = None
+    """At most so many weights of a token are not zero; None where that is not known."""
+
+    @property
+    def num_examples(self) -> int | None:
+        """B where examples differ."""
+        return _examples_of(self.gate, per_example=self.per_example)
+
+    def apply(
+        self, base: nn.Module, x: Tensor, dropout: float, segments: Segments | None = None
+    ) -> Tensor:
+        """base(x) + sum_k w_k (x a_k^T) b_k."""
+        w = weights_of_tokens(self.gate, x, per_example=self.per_example, segments=segments)
+        heads, skills = w.shape[-2:]
+        if (
+            self.top_k is not None
+            and heads == 1
+            and sorting_pays(len(self.a), self.a.shape[1], skills, self.top_k)
+            and not torch.compiler.is_compiling()
+        ):
+            ranks = list(self.ranks)
+            pairs = list(zip(torch.split(self.a, ranks), torch.split(self.b, ranks), strict=True))
+            return apply_sorted(base, x, pairs, w[:, 0], self.top_k, dropout)
+        return apply_output_space(base, x, self.a, self.b, self._by_rank(w), dropout)
+
+    def _by_rank(self, w_NHK: Tensor) -> Tensor:
+        if set(self.ranks) == {1}:
+            return w_NHK
+        if len(set(self.ranks)) == 1:
+            return w_NHK.repeat_interleave(self.ranks[0], -1)
+        skill_of_rank = [skill for skill, rank in enumerate(self.ranks) for _ in range(rank)]
+        return w_NHK.index_select(-1, torch.tensor(skill_of_rank, device=w_NHK.device))
+
+    def to(self, device: torch.device) -> Self:
+        """The skills and the weights."""
+        return replace(
+            self, a=self.a.to(device), b=self.b.to(device), gate=_moved(self.gate, device)
+        )
+
+
+def _moved(gate: Gate, device: torch.device) -> Gate:
+    """The weights on a device; a function computes them where the layer's input is."""
+    return gate.to(device) if isinstance(gate, Tensor) else gate
+
+
+def _examples_of(gate: Gate, *, per_example: bool) -> int | None:
+    return len(gate) if per_example and isinstance(gate, Tensor) else None

@@ -4,17 +4,21 @@ The executor follows from the shape of the factors:
 
 - one task in the batch: factors `[r, d]`, all tokens of all examples in one 2-D product;
 - several: factors `[B, r, d]`, one batched product over examples;
-- a mixture for each token: the skills themselves, mixed in the space of the activations.
+- several in one row, packed one after another: factors `[B, r, d]`, one 2-D product for each.
 
-Where the base layer is an ordinary frozen linear layer, `LinearLoRA` and `LinearLoRAPerExample`
-compute the whole layer: the update is added in place to the fresh output, and in backward to the
-fresh input gradient, which saves one pass over the activations each way. Anything else (quantised
-layers, autocast, dropout, compiled code) takes the plain path. The rule and its measurements are in
-docs/design.md, "Executors".
+`polyroute.layer.gated` has the executors for weights that differ from token to token.
+
+Where the base layer is an ordinary frozen linear layer, `LinearLoRA`, `LinearLoRAPerExample` and
+`LinearLoRAPacked` compute the whole layer: the update is added in place to the fresh output, and in
+backward to the fresh input gradient, which saves one pass over the activations each way. Anything
+else (quantised layers, autocast, dropout, compiled code) takes the plain path. The rule and its
+measurements are in docs/design.md, "Executors".
 """
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -24,7 +28,27 @@ from torch.nn import functional as F  # noqa: N812 (its name everywhere)
 
 from polyroute.layer.sites import weight_matrix
 
-__all__ = ["apply_ia3", "apply_lora", "apply_token_lora", "plain_executors"]
+__all__ = ["Segments", "apply_ia3", "apply_lora", "plain_executors", "widened"]
+
+
+@dataclass(frozen=True)
+class Segments:
+    """Where the examples of packed rows begin and end, in the order of the flattened batch."""
+
+    lengths: tuple[int, ...]
+    """The tokens of each example; together all tokens of the batch, padding included."""
+
+    @property
+    def bounds(self) -> list[tuple[int, int]]:
+        """The first token of each example, and the one after its last."""
+        ends = list(accumulate(self.lengths))
+        return list(zip([0, *ends[:-1]], ends, strict=True))
+
+    def spread(self, of_examples: Tensor) -> Tensor:
+        """Give every token what its example has: `[B, ...]` to `[N, ...]`."""
+        counts = torch.tensor(self.lengths, device=of_examples.device)
+        return of_examples.repeat_interleave(counts, 0, output_size=sum(self.lengths))
+
 
 _plain_only = False
 
@@ -98,6 +122,49 @@ class LinearLoRAPerExample(torch.autograd.Function):
         return dx, None, None, da, db
 
 
+class LinearLoRAPacked(torch.autograd.Function):
+    """The same for packed rows: x `[N, d_in]`, a `[B, r, d_in]`, and the bounds of each example."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        a: Tensor,
+        b: Tensor,
+        segments: Segments,
+    ) -> Tensor:
+        y = F.linear(x, weight, bias)
+        z = x.new_empty(len(x), a.shape[1])
+        for i, (start, end) in enumerate(segments.bounds):
+            z[start:end] = _down(x[start:end], a[i])
+            y[start:end].addmm_(z[start:end], b[i])
+        ctx.save_for_backward(x, weight, a, b, z)
+        ctx.segments = segments
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        if torch.is_grad_enabled():
+            return _backward_once(LinearLoRAPacked, ctx, dy)
+        x, weight, a, b, z = ctx.saved_tensors
+        need_x, _, _, need_a, need_b, _ = ctx.needs_input_grad
+        da = torch.empty_like(a) if need_a else None
+        db = torch.empty_like(b) if need_b else None
+        dx = dy @ weight if need_x else None
+        for i, (start, end) in enumerate(ctx.segments.bounds):
+            dy_i = dy[start:end]
+            dz = _down(dy_i, b[i])
+            if da is not None:
+                da[i] = dz.t() @ x[start:end]
+            if db is not None:
+                db[i] = z[start:end].t() @ dy_i
+            if dx is not None:
+                dx[start:end].addmm_(dz, a[i])
+        return dx, None, None, da, db, None
+
+
 def _backward_once(function: Any, ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
     # Under create_graph=True: gradients that refuse to be differentiated again. The decorator is
     # not on backward itself because its no_grad block costs each layer more than a skinny product.
@@ -132,7 +199,14 @@ def _plain_weights(base: nn.Module, x: Tensor, a: Tensor) -> tuple[Tensor, Tenso
     return (weight if kind is nn.Linear else weight_matrix(base)), bias
 
 
-def apply_lora(base: nn.Module, x: Tensor, a: Tensor, b: Tensor, dropout: float) -> Tensor:
+def apply_lora(
+    base: nn.Module,
+    x: Tensor,
+    a: Tensor,
+    b: Tensor,
+    dropout: float,
+    segments: Segments | None = None,
+) -> Tensor:
     """base(x) plus the low-rank update.
 
     Args:
@@ -142,75 +216,85 @@ def apply_lora(base: nn.Module, x: Tensor, a: Tensor, b: Tensor, dropout: float)
         a: `[r, d_in]` or `[B, r, d_in]`.
         b: `[r, d_out]` or `[B, r, d_out]`, scale included.
         dropout: probability with which the update's input is dropped; 0 in evaluation.
+        segments: of packed rows, with per-example factors: where the examples lie among the tokens.
     """
     one_task = a.dim() == 2
-    rows = (-1, x.shape[-1]) if one_task else (a.shape[0], -1, x.shape[-1])
+    is_packed = segments is not None and not one_task
+    rows = (-1, x.shape[-1]) if one_task or is_packed else (a.shape[0], -1, x.shape[-1])
     plain = None if dropout else _plain_weights(base, x, a)
     if plain is not None:
-        weight, bias = plain
         # Even a view that changes nothing is two nodes of the graph.
-        is_flat = x.dim() == a.dim() and (one_task or x.shape[0] == a.shape[0])
+        is_flat = x.dim() == len(rows) and (one_task or is_packed or x.shape[0] == a.shape[0])
         flat = x if is_flat else x.reshape(rows)
-        if torch.is_grad_enabled() and (x.requires_grad or a.requires_grad or b.requires_grad):
-            function = LinearLoRA if one_task else LinearLoRAPerExample
-            y: Tensor = function.apply(flat, weight, bias, a, b)  # type: ignore[no-untyped-call]
-        elif one_task:
-            y = F.linear(flat, weight, bias).addmm_(_down(flat, a), b)
-        else:
-            y = F.linear(flat, weight, bias).baddbmm_(_down(flat, a), b)
+        y = _whole_layer(flat, *plain, a, b, segments if is_packed else None)
         return y if is_flat else y.view(*x.shape[:-1], y.shape[-1])
     y = base(x)
     h = F.dropout(x, dropout) if dropout else x
-    if not torch.is_autocast_enabled(x.device.type):
-        wide = torch.promote_types(x.dtype, a.dtype)  # some models keep single layers in fp32
-        h, a, b = h.to(wide), a.to(wide), b.to(wide)
+    h, a, b = widened(x, h, a, b)
     h = h.reshape(rows)
-    delta = F.linear(h, a) @ b if one_task else torch.bmm(torch.bmm(h, a.transpose(1, 2)), b)
-    return y + delta.view(y.shape).to(y.dtype)
+    if one_task:
+        delta = F.linear(h, a) @ b
+    elif segments is not None:
+        delta = torch.cat(
+            [F.linear(h[s:e], a[i]) @ b[i] for i, (s, e) in enumerate(segments.bounds)]
+        )
+    else:
+        delta = torch.bmm(torch.bmm(h, a.transpose(1, 2)), b)
+    updated: Tensor = y + delta.view(y.shape).to(y.dtype)
+    return updated
 
 
-def apply_token_lora(
-    base: nn.Module, x: Tensor, a: Tensor, b: Tensor, weights: Tensor, dropout: float
+def _whole_layer(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    a: Tensor,
+    b: Tensor,
+    segments: Segments | None,
 ) -> Tensor:
-    """base(x) plus an update whose mixture is each token's own.
+    """The layer and its update at once, for flat `x`."""
+    if segments is not None:
+        packed: Tensor = LinearLoRAPacked.apply(x, weight, bias, a, b, segments)  # type: ignore[no-untyped-call]
+        return packed
+    one_task = a.dim() == 2
+    if torch.is_grad_enabled() and (x.requires_grad or a.requires_grad or b.requires_grad):
+        function = LinearLoRA if one_task else LinearLoRAPerExample
+        y: Tensor = function.apply(x, weight, bias, a, b)  # type: ignore[no-untyped-call]
+        return y
+    fresh: Tensor = F.linear(x, weight, bias)
+    z = _down(x, a)
+    added: Tensor = fresh.addmm_(z, b) if one_task else fresh.baddbmm_(z, b)
+    return added
 
-    No factors of a token are ever formed: all skills are applied to its activations, and what they
-    give, r numbers a skill, is averaged.
 
-    Args:
-        base: the frozen layer.
-        x: `[..., d_in]`.
-        a: the skills, `[H, K, r, d_in/H]`.
-        b: `[H, K, r, d_out/H]`, scale included.
-        weights: `[..., H, K]`, those of each token; leading axes may be 1, or missing.
-        dropout: as in `apply_lora`.
+def widened(x: Tensor, *tensors: Tensor) -> list[Tensor]:
+    """Tensors that meet the input of a layer, in the wider of their types; as they are in autocast.
+
+    Some models keep single layers in fp32.
     """
-    y: Tensor = base(x)
-    h = F.dropout(x, dropout) if dropout else x
-    heads, skills, rank, block = a.shape
-    w_NHK = weights.expand(*x.shape[:-1], heads, skills).reshape(-1, heads, skills)
-    if not torch.is_autocast_enabled(x.device.type):
-        wide = torch.promote_types(x.dtype, a.dtype)
-        h, a, b, w_NHK = h.to(wide), a.to(wide), b.to(wide), w_NHK.to(wide)
-    w_HNK1 = w_NHK.transpose(0, 1).unsqueeze(-1)
-    h_HND = h.reshape(-1, heads, block).transpose(0, 1)
-    of_skills = torch.bmm(h_HND, a.reshape(heads, skills * rank, block).mT)
-    z_Nr = (w_HNK1 * of_skills.view(heads, -1, skills, rank)).sum((0, 2))
-    spread = (w_HNK1 * z_Nr.unsqueeze(1)).view(heads, -1, skills * rank)
-    delta_HND = torch.bmm(spread, b.reshape(heads, skills * rank, -1))
-    return y + delta_HND.transpose(0, 1).reshape(y.shape).to(y.dtype)
+    if torch.is_autocast_enabled(x.device.type):
+        return list(tensors)
+    wide = x.dtype
+    for tensor in tensors:
+        wide = torch.promote_types(wide, tensor.dtype)
+    return [tensor.to(wide) for tensor in tensors]
 
 
-def apply_ia3(base: nn.Module, x: Tensor, scale: Tensor) -> Tensor:
+def apply_ia3(
+    base: nn.Module, x: Tensor, scale: Tensor, segments: Segments | None = None
+) -> Tensor:
     """base(x) times a scale for each output unit, bias included ((IA)^3).
 
     Args:
         base: the frozen layer.
         x: `[..., d_in]`, as in `apply_lora`.
         scale: `[1, d_out]` or `[B, 1, d_out]`.
+        segments: as in `apply_lora`.
     """
     y: Tensor = base(x)
     scale = scale.to(y.dtype)
     if scale.dim() == 2:
         return y * scale.squeeze(0)
+    if segments is not None:
+        return (y.reshape(-1, y.shape[-1]) * segments.spread(scale.squeeze(1))).view(y.shape)
     return (y.reshape(scale.shape[0], -1, y.shape[-1]) * scale).view(y.shape)

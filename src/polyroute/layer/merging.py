@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from polyroute.errors import InputError
-from polyroute.layer.factors import Factors
+from polyroute.layer.factors import PlainFactors
 from polyroute.layer.sites import Site, weight_matrix
 
 __all__ = ["check_mergeable", "fold", "restore"]
@@ -43,7 +43,7 @@ def check_mergeable(base_model: nn.Module, sites: Sequence[Site]) -> None:
 
 
 @torch.no_grad()
-def fold(sites: Sequence[Site], factors: Sequence[Factors]) -> dict[str, Tensor]:
+def fold(sites: Sequence[Site], factors: Sequence[PlainFactors]) -> dict[str, Tensor]:
     """Change the base weights, in place, so that they compute one task.
 
         W <- W + alpha/r (A B)^T   (LoRA),      W <- W * l, c <- c * l   ((IA)^3)
@@ -56,8 +56,9 @@ def fold(sites: Sequence[Site], factors: Sequence[Factors]) -> dict[str, Tensor]
         weight, bias = site.layer.weight, site.layer.bias
         assert isinstance(weight, nn.Parameter)
         originals[site.name + ".weight"] = weight.data
-        old_bias = bias.data.float() if isinstance(bias, nn.Parameter) else None
-        new, new_bias = factor.fold(weight_matrix(site.layer).float(), old_bias)
+        exact = torch.promote_types(weight.dtype, torch.float32)
+        old_bias = bias.data.to(exact) if isinstance(bias, nn.Parameter) else None
+        new, new_bias = factor.fold(weight_matrix(site.layer).to(exact), old_bias)
         weight.data = (new.t() if site.is_conv1d else new).to(weight.dtype).contiguous()
         if isinstance(bias, nn.Parameter) and new_bias is not old_bias:
             assert new_bias is not None

@@ -1,14 +1,33 @@
-"""The open route: the tasks of the current forward, and the mixture that was made for them."""
+"""The open route: which block of the caller a forward belongs to, and what its layers apply.
 
+A route belongs to the block that opened it, not to the thread. Coroutines and generators of one
+thread take turns, so the block that was opened last need not be the one that runs now. The block
+is found by looking up the call stack for the nearest function that has one open. Where there is
+none, because the block was opened by a function that has returned, or by a coroutine that started
+this one, the last block of the context counts, except one that a suspended generator has open.
+"""
+
+import inspect
+import sys
 import threading
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
+from contextvars import ContextVar
 from dataclasses import dataclass
+from types import FrameType
 from typing import Any
 
-from polyroute.layer.factors import Factors
+import torch
 
-__all__ = ["BASE_ALONE", "Mixture", "RouteScope", "Routing"]
+from polyroute.layer.factors import Factors, Segments
+
+__all__ = ["BASE_ALONE", "Block", "Mixture", "OpenRoutes", "Recomputation"]
+
+GENERATORS = inspect.CO_GENERATOR | inspect.CO_ASYNC_GENERATOR
+WRAPPERS = ("contextlib", "torch._dynamo", "torch.compiler", "torch.utils._contextlib")
+
+_open_blocks: ContextVar[tuple["Block", ...]] = ContextVar("polyroute_open_blocks", default=())
+"""The blocks that are open in this context, of all models, in the order of their opening."""
 
 
 @dataclass(frozen=True)
@@ -19,59 +38,140 @@ class Mixture:
     """By site; empty where the base model runs alone."""
     num_examples: int | None
     """B where examples differ, None where one task holds for all."""
+    segments: Segments | None = None
+    """Where the rows of the batch hold several examples each: where these begin and end."""
+    media_fit: bool = False
+    """Whether the images and sounds of the batch are known to be as many for every example."""
 
 
 BASE_ALONE = Mixture((), None)
 
 
-class Routing(threading.local):
-    """Which route is open, in this thread; one object shared by all routed layers of a model.
+class OpenRoutes(threading.local):
+    """The open routes of a model; one object shared by all of its routed layers.
 
-    Every thread has its own values, so threads that share a model do not see each other's tasks.
+    What a running forward applies is the thread's own, since a forward is never interrupted by
+    another one of its thread. Which block a forward belongs to is found by `now`.
+
+    Attributes:
+        mixture: what the layers of the running forward apply; None between forwards.
+        prepared_by: the layer that prepared the mixture because a part of the model was called on
+            its own. When that layer is reached again, it is another forward.
+        prepared_for: the block for which it did.
+        is_recomputing: whether backward recomputes a block of layers under its own mixture.
+        running: what a forward was given without a block.
     """
 
     def __init__(self, prepare: Callable[[], Mixture] | None = None) -> None:
         self.prepare = prepare
-        self.is_open = False
-        self.route: Any = None
         self.mixture: Mixture | None = None
-        # The layer that prepared the mixture because a part of the model was called on its own:
-        # when it is reached again, that is another forward.
         self.prepared_by: int | None = None
+        self.prepared_for: Block | None = None
         self.is_recomputing = False
+        self.running: list[Any] = []
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> "Routing":
-        return Routing()
+    def __deepcopy__(self, memo: dict[int, Any]) -> "OpenRoutes":
+        return OpenRoutes()
 
-    def __reduce__(self) -> tuple[type["Routing"], tuple[()]]:
-        return Routing, ()
+    def __reduce__(self) -> tuple[type["OpenRoutes"], tuple[()]]:
+        return OpenRoutes, ()
+
+    def open(self, value: Any) -> "Block":
+        """A block that opens a route, for a `with` statement."""
+        return Block(self, value)
+
+    def now(self) -> "Block | None":
+        """The block that the calling code is in; None outside of all blocks."""
+        blocks = [b for b in _open_blocks.get() if b.owner is self and b.is_open]
+        if not blocks:
+            return None
+        if len(blocks) == 1 and not blocks[0].is_generators:
+            return blocks[0]
+        by_frame = {block.frame: block for block in blocks}  # the last one of each frame
+        frame: FrameType | None = sys._getframe(1)
+        while frame is not None:
+            if id(frame) in by_frame:
+                return by_frame[id(frame)]
+            frame = frame.f_back
+        return next((block for block in reversed(blocks) if not block.is_generators), None)
+
+    def forget(self) -> None:
+        """Forget what was mixed: a part that is called next mixes anew."""
+        self.mixture = self.prepared_by = self.prepared_for = None
 
 
-class RouteScope(AbstractContextManager[None]):
-    """Opens a route, and closes it again also after an error; scopes nest."""
+class Block(AbstractContextManager[None]):
+    """A block of code in which a route is open.
 
-    def __init__(
-        self,
-        routing: Routing,
-        route: Any,
-        mixture: Mixture | None = None,
-        *,
-        is_recomputing: bool = False,
-    ) -> None:
-        self.routing = routing
-        self.inner: dict[str, Any] = {
-            "is_open": True,
-            "route": route,
-            "mixture": mixture,
-            "prepared_by": None,
-            "is_recomputing": is_recomputing,
-        }
-        self.outer: list[dict[str, Any]] = []
+    It closes after an error too, blocks nest, and they may end in any order: leaving one removes
+    its own entry alone. A block may be entered again, also inside itself.
+    """
+
+    def __init__(self, owner: OpenRoutes, value: Any) -> None:
+        self.owner = owner
+        self.value = value
+        self.frame = 0
+        self.is_generators = False
+        self.is_open = False
+        self._entries: list[Block] = []
+
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    def __enter__(self) -> None:
+        entry = Block(self.owner, self.value)
+        frame = _opener(sys._getframe(1))
+        entry.frame = id(frame)
+        entry.is_generators = frame is not None and bool(frame.f_code.co_flags & GENERATORS)
+        entry.is_open = True
+        self._entries.append(entry)
+        _open_blocks.set((*(b for b in _open_blocks.get() if b.is_open), entry))
+
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    def __exit__(self, *_: object) -> None:
+        frame = _opener(sys._getframe(1))
+        own = [entry for entry in self._entries if entry.frame == id(frame)]
+        entry = (own or self._entries)[-1]
+        self._entries.remove(entry)
+        entry.is_open = False  # it may be left in another context than the one it was entered in
+        _open_blocks.set(tuple(b for b in _open_blocks.get() if b.is_open))
+
+
+def _opener(frame: FrameType | None) -> FrameType | None:
+    """The function whose `with` statement this is, past wrappers made by contextlib and torch.
+
+    A function decorated with `contextmanager` opens a block for its caller: the code inside the
+    caller's `with` runs while that function is suspended.
+    """
+    while frame is not None:
+        back = frame.f_back
+        opens_for_caller = frame.f_code.co_flags & GENERATORS and _module(back) == "contextlib"
+        if not opens_for_caller and not _module(frame).startswith(WRAPPERS):
+            return frame
+        frame = back
+    return None
+
+
+def _module(frame: FrameType | None) -> str:
+    return "" if frame is None else str(frame.f_globals.get("__name__", ""))
+
+
+class Recomputation(AbstractContextManager[None]):
+    """Lets a block of layers that backward recomputes apply the mixture of its forward."""
+
+    def __init__(self, routes: OpenRoutes) -> None:
+        self.routes = routes
+        self.mixture = routes.mixture
+        self._outer: list[tuple[Any, ...]] = []
 
     def __enter__(self) -> None:
-        state = self.routing
-        self.outer.append({name: getattr(state, name) for name in self.inner})
-        state.__dict__.update(self.inner)
+        state = self.routes
+        self._outer.append(
+            (state.mixture, state.prepared_by, state.prepared_for, state.is_recomputing)
+        )
+        state.forget()
+        state.mixture, state.is_recomputing = self.mixture, True
 
     def __exit__(self, *_: object) -> None:
-        self.routing.__dict__.update(self.outer.pop())
+        state = self.routes
+        state.mixture, state.prepared_by, state.prepared_for, state.is_recomputing = (
+            self._outer.pop()
+        )

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from polyroute.errors import InputError
-from polyroute.layer.open_route import Mixture, Routing
+from polyroute.layer.open_route import Mixture, OpenRoutes
 from polyroute.layer.sites import Site
 
 __all__ = ["RoutedLayer", "check_rows"]
@@ -22,12 +22,12 @@ class RoutedLayer(nn.Module):
     had before it was adapted.
     """
 
-    def __init__(self, site: Site, index: int, routing: Routing, *, dropout: float) -> None:
+    def __init__(self, site: Site, index: int, routes: OpenRoutes, *, dropout: float) -> None:
         super().__init__()
         self.base_layer = site.layer
         self.site = site
         self.index = index
-        self.routing = routing
+        self.routes = routes
         self.dropout = dropout
         self.is_merged = False
         self.register_state_dict_post_hook(_drop_prefix)  # type: ignore[no-untyped-call]
@@ -42,6 +42,16 @@ class RoutedLayer(nn.Module):
     def bias(self) -> Tensor | None:
         """The base layer's bias."""
         return self.base_layer.bias  # type: ignore[return-value]
+
+    def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
+        """Hand a weight or bias that the model sets, as when it ties weights, to the base layer."""
+        self.base_layer.register_parameter(name, param)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if isinstance(value, nn.Parameter):
+            setattr(self.base_layer, name, value)
+        else:
+            super().__setattr__(name, value)
 
     def __getattr__(self, name: str) -> Any:
         try:
@@ -59,18 +69,19 @@ class RoutedLayer(nn.Module):
         assert base is not None
         if self.is_merged:
             return base(x, *args, **kwargs)  # type: ignore[no-any-return]
-        state = self.routing
+        state = self.routes
         mixture = state.mixture
-        if mixture is None or state.prepared_by == self.index or self._is_astray(state):
-            mixture = self._prepare()
+        if mixture is None or state.prepared_by is not None or self._is_astray(state):
+            mixture = self._prepared()
         if not mixture.factors:
             return base(x, *args, **kwargs)  # type: ignore[no-any-return]
         if mixture.num_examples is not None:
-            check_rows(self.site, x, mixture.num_examples)
-        return mixture.factors[self.index].apply(base, x, self.dropout if self.training else 0.0)
+            check_rows(self.site, x, mixture)
+        dropout = self.dropout if self.training else 0.0
+        return mixture.factors[self.index].apply(base, x, dropout, mixture.segments)
 
     @staticmethod
-    def _is_astray(state: Routing) -> bool:
+    def _is_astray(state: OpenRoutes) -> bool:
         # Backward recomputes a checkpointed block, and the open route need not be its own.
         return (
             not torch.compiler.is_compiling()
@@ -79,33 +90,55 @@ class RoutedLayer(nn.Module):
         )
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
-    def _prepare(self) -> Mixture:
-        # The model prepares before its forward; a part called on its own (the encoder, by
-        # `generate`) does it here, at the first layer.
-        assert self.routing.prepare is not None
-        mixture = self.routing.prepare()
-        self.routing.prepared_by = self.index
+    def _prepared(self) -> Mixture:
+        # The model prepares before its forward. A part that is called on its own (the encoder, by
+        # `generate`) prepares at its first layer; the next layers see that it did, for the block
+        # that they are in. When the first one is reached again, it is another forward.
+        state = self.routes
+        own = state.prepared_by not in (None, self.index) and state.prepared_for is state.now()
+        if own and state.mixture is not None and not self._is_astray(state):
+            return state.mixture
+        assert state.prepare is not None
+        mixture = state.prepare()
+        state.prepared_by, state.prepared_for = self.index, state.now()
         return mixture
 
 
-def check_rows(site: Site, x: Tensor, num_examples: int) -> None:
+def check_rows(site: Site, x: Tensor, mixture: Mixture) -> None:
     """Make sure that a layer's input can belong to a batch of differing examples.
 
     Raises:
-        InputError: the layer sees tokens in any order, or `num_examples` does not divide the rows.
+        InputError: the layer sees tokens in any order, or images whose examples are not known, or
+            its input has other rows than the batch.
     """
+    count = mixture.num_examples
+    assert count is not None
     if site.sees_token_subsets:
         raise InputError(
             f"layer {site.name!r} is an expert that sees some tokens of the batch, so a "
             "batch of several tasks cannot be routed there: use one task per batch, or leave "
             "the layer out with exclude_modules"
         )
+    if site.sees_media and not mixture.media_fit:
+        raise InputError(
+            f"layer {site.name!r} sees images or sounds, and this batch of several tasks does not "
+            "show which example each belongs to: give every example as many of the same size, use "
+            "one task per batch, or leave the layer out with exclude_modules"
+        )
+    if mixture.segments is not None and not site.sees_media:
+        total = sum(mixture.segments.lengths)
+        if x.numel() // x.shape[-1] != total:
+            raise InputError(
+                f"layer {site.name!r} got an input of shape {list(x.shape)} for packed rows of "
+                f"{total} tokens: leave the layer out with exclude_modules, or do not pack"
+            )
+        return
     # Only the first axis tells: other axes of an input without a batch (tables of relative
     # positions) may divide by chance.
-    if x.shape[0] % num_examples:
+    if x.shape[0] % count:
         raise InputError(
             f"layer {site.name!r} got an input of shape {list(x.shape)} for "
-            f"{num_examples} routed examples; give one task per example, a single task name "
+            f"{count} routed examples; give one task per example, a single task name "
             "for the whole batch, or leave the layer out with exclude_modules if its input "
             "has no batch"
         )

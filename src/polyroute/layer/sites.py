@@ -1,34 +1,27 @@
-"""Which layers of a base model get skills, and which of them share a router."""
+"""Sites: the layers of a base model that get skills."""
 
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from polyroute.config import Granularity, MHRConfig
+from polyroute.config import MHRConfig
 from polyroute.errors import InputError, did_you_mean
+from polyroute.layer.media import media_modules
 
 __all__ = [
-    "SAMPLED",
+    "COMPUTE_DTYPES",
     "Site",
     "find_endings",
     "find_sites",
-    "fits_sample",
     "fused_layers",
+    "is_plain",
     "named_sites",
-    "router_of",
-    "routers_of",
-    "sample_others",
-    "sample_weights",
     "weight_matrix",
 ]
 
-
-SAMPLED = 8
-"""Values of a weight that are saved to recognise it by."""
 COMPUTE_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 """Types of which a weight's numbers are its values; narrower ones (integers, float8) are packed."""
 
@@ -43,8 +36,18 @@ class Site:
     """The base layer itself."""
     d_in: int
     d_out: int
+    """The outputs that skills add to: all of them, unless the layer was resized since."""
     places: tuple[str, ...] = field(repr=False, compare=False)
     """Every name under which the layer is registered (more than one where modules are shared)."""
+    sees_media: bool = False
+    """Whether the layer sees the images or sounds of the batch, not the rows of its examples."""
+
+    @property
+    def out_features(self) -> int:
+        """The width of the layer's output."""
+        widths = _widths(self.layer)
+        assert widths is not None
+        return widths[1]
 
     @property
     def is_conv1d(self) -> bool:
@@ -55,7 +58,7 @@ class Site:
     def weight(self) -> Tensor | None:
         """Its weight, `[d_out, d_in]`; None where it is quantised, whatever that looks like."""
         weight = getattr(self.layer, "weight", None)
-        return weight_matrix(self.layer) if _is_plain(weight) else None
+        return weight_matrix(self.layer) if is_plain(weight) else None
 
     @property
     def dtype(self) -> torch.dtype:
@@ -92,7 +95,7 @@ def _tensors(layer: nn.Module) -> Iterator[Tensor]:
     yield from layer.buffers()
 
 
-def _is_plain(weight: object) -> bool:
+def is_plain(weight: object) -> bool:
     """Whether a weight's numbers are what the layer multiplies by."""
     # torchao's tensors say that they are float, whatever they hold. Sharded ones are subclasses
     # too; they have a `full_tensor`.
@@ -140,7 +143,7 @@ def find_sites(model: nn.Module, config: MHRConfig) -> list[Site]:
             target is not linear or cannot be adapted, or `num_heads` does not divide a width.
     """
     places, inside_attention = _places(model), _inside_attention(model)
-    output = _output_embedding(model)
+    output, others = _output_embedding(model), media_modules(model)
     target, exclude = config.target_modules, config.exclude_modules
     try:
         targeted = [
@@ -150,7 +153,7 @@ def find_sites(model: nn.Module, config: MHRConfig) -> list[Site]:
             and (
                 _widths(module) is not None
                 and module is not output
-                and id(module) not in inside_attention
+                and id(module) not in inside_attention | others
                 if target == "all-linear"
                 else _is_match(name, target)
             )
@@ -173,7 +176,7 @@ def find_sites(model: nn.Module, config: MHRConfig) -> list[Site]:
                 + (" inside nn.MultiheadAttention" if widths else "")
                 + ", which cannot be adapted; name linear layers in target_modules"
             )
-        sites.append(_site(name, module, widths, places, config))
+        sites.append(_site(name, module, widths, places, config, others))
     return sites
 
 
@@ -183,19 +186,31 @@ def _site(
     widths: tuple[int, int],
     places: dict[int, tuple[str, ...]],
     config: MHRConfig,
+    others: set[int],
 ) -> Site:
     if isinstance(getattr(module, "weight", None), nn.UninitializedParameter):
         raise InputError(
             f"layer {name!r} is a {type(module).__name__} without weights yet: run the base model "
             "on one batch first"
         )
-    site = Site(name, module, *widths, places=places[id(module)])
+    site = Site(name, module, *widths, places[id(module)], sees_media=id(module) in others)
     _check_heads(site, config)
     return site
 
 
-def named_sites(model: nn.Module, names: Sequence[str], config: MHRConfig) -> list[Site]:
+def named_sites(
+    model: nn.Module,
+    names: Sequence[str],
+    config: MHRConfig,
+    adapted: Mapping[str, int] | None = None,
+) -> list[Site]:
     """The sites of exactly these layers, in this order.
+
+    Args:
+        model: any tree of torch modules.
+        names: full names of layers.
+        config: its `num_heads` is read.
+        adapted: for layers that were resized since they were adapted, how many outputs are.
 
     Raises:
         InputError: no names or a repeated one, the model has no such linear layer, or `num_heads`
@@ -204,7 +219,7 @@ def named_sites(model: nn.Module, names: Sequence[str], config: MHRConfig) -> li
     if not names or len(set(names)) != len(names):
         raise InputError("sites must name at least one layer, and each layer once")
     modules = dict(model.named_modules(remove_duplicate=False))
-    attention = _inside_attention(model)
+    attention, others = _inside_attention(model), media_modules(model)
     places = _places(model)
     sites = []
     for name in names:
@@ -212,7 +227,8 @@ def named_sites(model: nn.Module, names: Sequence[str], config: MHRConfig) -> li
         widths = _widths(module) if module is not None and id(module) not in attention else None
         if module is None or widths is None:
             raise InputError(f"{type(model).__name__} has no linear layer {name!r} to adapt")
-        sites.append(_site(name, module, widths, places, config))
+        widths = (widths[0], (adapted or {}).get(name, widths[1]))
+        sites.append(_site(name, module, widths, places, config, others))
     return sites
 
 
@@ -314,121 +330,3 @@ def _check_heads(site: Site, config: MHRConfig) -> None:
                 f"num_heads={config.heads} does not divide the {side} width {width} of layer "
                 f"{site.name!r}; choose a divisor, or leave the layer out with exclude_modules"
             )
-
-
-def routers_of(
-    names: Sequence[str], granularity: Granularity | Callable[[str], str]
-) -> tuple[list[str], list[int]]:
-    """Group layers by router.
-
-    Args:
-        names: full layer names.
-        granularity: a named rule (see `router_of`) or a function from layer name to router name.
-
-    Returns:
-        The router names in order of first use, and for every layer the index of its router.
-
-    Raises:
-        InputError: the rule does not apply to a layer name.
-    """
-    keys = [
-        granularity(name) if callable(granularity) else router_of(name, granularity)
-        for name in names
-    ]
-    routers = list(dict.fromkeys(keys))
-    index = {key: i for i, key in enumerate(routers)}
-    return routers, [index[key] for key in keys]
-
-
-def router_of(name: str, granularity: Granularity) -> str:
-    """The router of a layer under one of the named rules.
-
-    - `finegrained`: each layer has its own.
-    - `blockwise`: layers of one transformer block share one. The block is the name up to its first
-      number (`encoder.block.0`, `model.layers.12`, `transformer.h.3`).
-    - `layerwise`: layers of one part of a block share one: the block and the next name component,
-      with its number where it has one (`encoder.block.0.layer.1`, `model.layers.12.self_attn`).
-    - `coderwise`: the encoder has one and the decoder has one.
-    - `coarsegrained`: one for the whole model.
-
-    Raises:
-        InputError: the name has no block or no coder in it.
-    """
-    if granularity == "finegrained":
-        return name
-    if granularity == "coarsegrained":
-        return "model"
-    parts = name.split(".")
-    if granularity == "coderwise":
-        for part in parts:
-            if part in ("encoder", "decoder"):
-                return part
-        raise InputError(
-            f"granularity='coderwise' needs an encoder or decoder in the name of layer {name!r}; "
-            "use 'coarsegrained', or give a function"
-        )
-    number = next((i for i, part in enumerate(parts) if part.isdigit()), None)
-    if number is None:
-        raise InputError(
-            f"granularity={granularity!r} needs a numbered block in the name of layer {name!r}; "
-            "leave the layer out with exclude_modules, or give a function"
-        )
-    end = number + 1
-    if granularity == "layerwise":
-        end += 1
-        if end < len(parts) and parts[end].isdigit():
-            end += 1
-    return ".".join(parts[:end])
-
-
-def sample_weights(site: Site) -> list[float] | None:
-    """A few weights of the base layer, by which it is recognised; None where there are none."""
-    return _sample(site.weight)
-
-
-def sample_others(model: nn.Module, sites: Sequence[Site]) -> list[dict[str, Any]]:
-    """A few values of the first, a middle and the last parameter that no site holds.
-
-    They tell whether the rest of the base model, such as its embedding, is the one it was.
-    """
-    adapted = {id(p) for site in sites for p in site.layer.parameters()}
-    others = [(n, p) for n, p in model.named_parameters() if id(p) not in adapted]
-    chosen = sorted({0, len(others) // 2, len(others) - 1}) if others else []
-    return [
-        {"name": others[i][0], "dtype": str(others[i][1].dtype), "values": _sample(others[i][1])}
-        for i in chosen
-    ]
-
-
-def _sample(weight: Tensor | None) -> list[float] | None:
-    if weight is None or not _is_plain(weight) or weight.is_meta or not weight.numel():
-        return None
-    if hasattr(weight, "full_tensor"):  # sharded: all processes come by here
-        weight = weight.full_tensor()
-    flat = weight.detach().flatten()
-    # Always on the CPU, since devices round differently; clamped, since linspace counts in fp32,
-    # which rounds up the last place of a large matrix.
-    places = torch.linspace(0, len(flat) - 1, SAMPLED, device="cpu", dtype=torch.float32)
-    index = places.long().clamp_(max=len(flat) - 1).to(flat.device)
-    return [round(v, 6) for v in flat[index].float().tolist()]
-
-
-def fits_sample(weight: Tensor | None, sample: Sequence[float] | None, dtype: str | None) -> bool:
-    """Whether a weight of the base model is the one that the sample was taken from.
-
-    Args:
-        weight: as it is here, `[d_out, d_in]` where it is a layer's; None, and a quantised or
-            offloaded one, fits everything, as nothing can be compared.
-        sample: what was saved; None, where nothing was, fits everything.
-        dtype: the type that it had there; None where that is not known. Where it is another than
-            here, the coarser of both may have rounded each value.
-    """
-    here = _sample(weight)
-    if weight is None or sample is None or here is None:
-        return True
-    there = torch.tensor(sample)
-    eps = {str(known): torch.finfo(known).eps for known in COMPUTE_DTYPES}
-    coarser = max(torch.finfo(weight.dtype).eps, eps.get(str(dtype), eps["torch.bfloat16"]))
-    tolerance = 1e-4 if dtype == str(weight.dtype) else max(1e-4, 2 * coarser)
-    gap = (there - torch.tensor(here)).abs().max()
-    return bool(gap <= tolerance * there.abs().max() + 1e-6)

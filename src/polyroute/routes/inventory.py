@@ -9,17 +9,26 @@ D width of a head's block (d_in / H or d_out / H).
 """
 
 import math
-from collections.abc import MutableMapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.weak import WeakTensorKeyDictionary
+from torch.nn.functional import pad
 
 from polyroute.config import MHRConfig
-from polyroute.layer.factors import Factors, IA3Factors, LoRAFactors
+from polyroute.errors import InputError
+from polyroute.layer.factors import (
+    Factors,
+    IA3Factors,
+    LoRAFactors,
+    OutputSpaceFactors,
+    PlainFactors,
+    WeightSpaceFactors,
+)
+from polyroute.layer.gated import Gate
 from polyroute.layer.sites import Site
+from polyroute.routes.weighted_sum import WeightedSum
 
 __all__ = ["Inventory", "Stack"]
 
@@ -57,12 +66,15 @@ class Inventory(nn.Module):
         num_sets: int = 1,
     ) -> None:
         super().__init__()
+        # At least fp32: what is trained must not be rounded to the type of a bf16 base model.
+        dtype = torch.promote_types(sites[0].dtype, torch.float32)
         self.heads = config.heads
         self.num_skills = num_skills
         self.num_sets = num_sets
         self.rank = config.rank
         self.scale = config.scale
         self.adapter = config.adapter
+        self.combine = config.combine
         self.init = config.init
         by_shape: dict[tuple[int, int], list[int]] = {}
         for i, site in enumerate(sites):
@@ -71,31 +83,31 @@ class Inventory(nn.Module):
             Stack(f"{d_in}x{d_out}", tuple(members), d_in, d_out)
             for (d_in, d_out), members in by_shape.items()
         )
-        self.num_sites = len(sites)
-        self.kinds = ("ia3",) if config.adapter == "ia3" else ("lora_a", "lora_b")
-        for kind in self.kinds:
-            self.add_module(kind, nn.ParameterDict())
+        self.sites = tuple(sites)
+        self.factor_names = ("ia3",) if config.adapter == "ia3" else ("lora_a", "lora_b")
+        for factor in self.factor_names:
+            self.add_module(factor, nn.ParameterDict())
         for stack in self.stacks:
-            for kind in self.kinds:
+            for factor in self.factor_names:
                 shape = (
                     len(stack.sites),
                     self.heads,
                     num_skills,
                     self.rank,
-                    self._block(kind, stack),
+                    self._block(factor, stack),
                 )
-                self._stacks_of(kind)[stack.key] = nn.Parameter(
-                    torch.empty(shape, dtype=torch.float32, device=device)
+                self._stacks_of(factor)[stack.key] = nn.Parameter(
+                    torch.empty(shape, dtype=dtype, device=device)
                 )
         self.reset_parameters()
 
-    def _stacks_of(self, kind: str) -> nn.ParameterDict:
-        stacks = self.get_submodule(kind)
+    def _stacks_of(self, factor: str) -> nn.ParameterDict:
+        stacks = self.get_submodule(factor)
         assert isinstance(stacks, nn.ParameterDict)
         return stacks
 
-    def _block(self, kind: str, stack: Stack) -> int:
-        return (stack.d_in if kind == "lora_a" else stack.d_out) // self.heads
+    def _block(self, factor: str, stack: Stack) -> int:
+        return (stack.d_in if factor == "lora_a" else stack.d_out) // self.heads
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
@@ -104,25 +116,25 @@ class Inventory(nn.Module):
         A is uniform within 1/sqrt(3 d_in) (`mttl`) or 1/sqrt(d_in / H) (`peft`).
         """
         for stack in self.stacks:
-            for kind in self.kinds:
-                self._reset(self._stacks_of(kind)[stack.key], kind, stack)
+            for factor in self.factor_names:
+                self._reset(self._stacks_of(factor)[stack.key], factor, stack)
 
     def _reset(
-        self, skills: Tensor, kind: str, stack: Stack, generator: torch.Generator | None = None
+        self, skills: Tensor, factor: str, stack: Stack, generator: torch.Generator | None = None
     ) -> None:
-        if kind == "lora_a":
+        if factor == "lora_a":
             width = 3 * stack.d_in if self.init == "mttl" else stack.d_in / self.heads
             skills.uniform_(-1 / math.sqrt(width), 1 / math.sqrt(width), generator=generator)
         else:
-            skills.fill_(1.0 if kind == "ia3" else 0.0)
+            skills.fill_(1.0 if factor == "ia3" else 0.0)
 
     def skills_of(self, place: int, *, gradients: bool = False) -> list[Tensor]:
         """One set, or its gradients, `[n, H, K / sets, r, D]` for each stack and factor; views."""
         size = self.num_skills // self.num_sets
         found = []
         for stack in self.stacks:
-            for kind in self.kinds:
-                skills = self._stacks_of(kind)[stack.key]
+            for factor in self.factor_names:
+                skills = self._stacks_of(factor)[stack.key]
                 whole = skills.grad if gradients else skills
                 assert whole is not None
                 found.append(whole[:, :, place * size : (place + 1) * size])
@@ -132,10 +144,10 @@ class Inventory(nn.Module):
     def redraw_set(self, place: int, seed: int) -> None:
         """Draw one set afresh, as `reset_parameters` does, whatever device it is on."""
         generator = torch.Generator().manual_seed(seed)
-        kinds = [(stack, kind) for stack in self.stacks for kind in self.kinds]
-        for skills, (stack, kind) in zip(self.skills_of(place), kinds, strict=True):
+        pairs = [(stack, factor) for stack in self.stacks for factor in self.factor_names]
+        for skills, (stack, factor) in zip(self.skills_of(place), pairs, strict=True):
             drawn = torch.empty(skills.shape)
-            self._reset(drawn, kind, stack, generator)
+            self._reset(drawn, factor, stack, generator)
             skills.copy_(drawn)
 
     @torch.no_grad()
@@ -155,21 +167,34 @@ class Inventory(nn.Module):
             skill: see `source`.
             mixture: for each stack the weights `[n, H, K]` of each of its layers.
         """
-        theirs = [
-            (source._stacks_of(kind)[stack.key], None if mixture is None else mixture[number])
-            for number, stack in enumerate(source.stacks)
-            for kind in source.kinds
-        ]
-        for mine, (skills, weights) in zip(self.skills_of(place), theirs, strict=True):
-            if mine.shape == skills.shape:
-                mine.copy_(skills)
-                continue
-            if weights is not None:
-                mine.copy_(_mix(skills, weights.unsqueeze(0), None).unsqueeze(1))
-                continue
-            one = skills.mean(2, keepdim=True) if skill is None else skills[:, :, [skill]]
-            n, _, _, r, _ = one.shape  # the heads of a mean are blocks of one plain adapter
-            mine.copy_(one.permute(0, 2, 3, 1, 4).reshape(n, 1, 1, r, -1))
+        for number, stack in enumerate(source.stacks):
+            weights = None if mixture is None else mixture[number].unsqueeze(0)
+            for factor in source.factor_names:
+                mine = self._stacks_of(factor)[stack.key]
+                size = self.num_skills // self.num_sets
+                own = mine[:, :, place * size : (place + 1) * size]
+                skills = source._stacks_of(factor)[stack.key]
+                own.copy_(
+                    skills
+                    if own.shape == skills.shape
+                    else source._as_one(factor, skills, skill, weights)
+                )
+
+    def _as_one(
+        self, factor: str, skills: Tensor, skill: int | None, weights: Tensor | None
+    ) -> Tensor:
+        """One skill, a mixture, or the average, as one plain adapter: `[n, 1, 1, r, H D]`."""
+        n, heads, count, rank, block = skills.shape
+        if self.combine == "output" and factor != "ia3":
+            if weights is None:
+                weights = skills.new_full((1, n, heads, count), 1.0 / count)
+            w_UnHK = weights if factor == "lora_b" else torch.ones_like(weights)
+            return _stacked(skills, w_UnHK, None).unsqueeze(1)
+        if weights is not None:
+            return _mix(skills, weights, None).unsqueeze(1)
+        one = skills.mean(2, keepdim=True) if skill is None else skills[:, :, [skill]]
+        # The heads of a mean are blocks of one plain adapter.
+        return one.permute(0, 2, 3, 1, 4).reshape(n, 1, 1, rank, heads * block)
 
     def mix(
         self,
@@ -179,13 +204,17 @@ class Inventory(nn.Module):
         sets: Tensor | None = None,
         gather: Tensor | None = None,
         dtype: torch.dtype | None = None,
-    ) -> list[Factors]:
+    ) -> list[PlainFactors]:
         """Average the factors of the skills, for all layers and all distinct tasks at once.
 
             A_u[h] = sum_k w[u, h, k] A[h, k],   B_u[h] = alpha/r sum_k w[u, h, k] B[h, k]
 
         The blocks of A are stacked along the input, those of B along the output (MHR; with one head
         it is Poly). A and B are averaged apart, so the result has rank r.
+
+        With `combine="output"` what the skills add is averaged instead, so the result has rank K r:
+
+            A_u = [A_1 ... A_K],   B_u[h] = alpha/r [w[u, h, 1] B[h, 1] ... w[u, h, K] B[h, K]]
 
         Args:
             weights: `[U, N, H, K]`, N routers, K the skills of one set; None takes the only skill
@@ -199,17 +228,10 @@ class Inventory(nn.Module):
         Returns:
             For every site its factors; without the leading axis where U is 1.
         """
-        out: list[list[Tensor]] = [[] for _ in range(self.num_sites)]
+        out: list[list[Tensor]] = [[] for _ in self.sites]
         for stack, router in zip(self.stacks, routers, strict=True):
-            for kind in self.kinds:
-                inventory = self._stacks_of(kind)[stack.key]
-                scale = self.scale if kind == "lora_b" else 1.0
-                if weights is None:
-                    assert sets is not None
-                    mixed = _pick(inventory, sets, scale)
-                else:
-                    w_UnHK = weights.index_select(1, router)
-                    mixed = _mix(inventory, w_UnHK * scale if scale != 1.0 else w_UnHK, sets)
+            for factor in self.factor_names:
+                mixed = self._mixed(stack, factor, weights, router, sets)
                 if dtype is not None:
                     mixed = mixed.to(dtype)
                 if mixed.shape[1] == 1:
@@ -218,37 +240,93 @@ class Inventory(nn.Module):
                     # One gather for all layers of the stack instead of one in each layer.
                     mixed = mixed.index_select(1, gather)
                 # unbind once: indexing layer by layer costs a zero-filled copy each in backward.
-                for site, factor in zip(stack.sites, mixed.unbind(0), strict=True):
-                    out[site].append(factor)
-        adapter = IA3Factors if self.adapter == "ia3" else LoRAFactors
-        return [adapter(*factors) for factors in out]
+                for site, one in zip(stack.sites, mixed.unbind(0), strict=True):
+                    out[site].append(one)
+        return [
+            _plain(site, factors, is_ia3=self.adapter == "ia3")
+            for site, factors in zip(self.sites, out, strict=True)
+        ]
+
+    def _mixed(
+        self, stack: Stack, factor: str, weights: Tensor | None, router: Tensor, sets: Tensor | None
+    ) -> Tensor:
+        """One factor of all layers of a stack, `[n, U, r, H D]`, scale included."""
+        skills = self._stacks_of(factor)[stack.key]
+        scale = self.scale if factor == "lora_b" else 1.0
+        if weights is None:
+            assert sets is not None
+            return _pick(skills, sets, scale)
+        w_UnHK = weights.index_select(1, router)
+        if self.combine == "output" and self.adapter == "lora":
+            w_UnHK = w_UnHK * scale if factor == "lora_b" else torch.ones_like(w_UnHK)
+            return _stacked(skills, w_UnHK, sets)
+        return _mix(skills, w_UnHK * scale if scale != 1.0 else w_UnHK, sets)
+
+    def gated(
+        self,
+        site: int,
+        gate: Gate,
+        *,
+        per_example: bool = False,
+        top_k: int | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> Factors:
+        """The skills of one site, mixed by a gate while the layer runs.
+
+        Args:
+            site: its place in the list of sites.
+            gate: weights over H heads and K skills, or a function that computes them from the
+                layer's input; see `polyroute.layer.gated.weights_of_tokens`. In output space it may
+                give one head, or any number that divides the output.
+            per_example: whether the gate is `[B, H, K]`.
+            top_k: at most so many weights of a token are not zero.
+            dtype: of the skills.
+
+        Raises:
+            InputError: the skills are (IA)^3.
+        """
+        if self.adapter == "ia3":
+            raise InputError("a gate mixes LoRA skills, and these are (IA)^3: use adapter='lora'")
+        tensors = self.site_tensors(site)
+        a_HKrD, b_HKrD = tensors["lora_a"].mT, tensors["lora_b"] * self.scale
+        if dtype is not None:
+            a_HKrD, b_HKrD = a_HKrD.to(dtype), b_HKrD.to(dtype)
+        if self.combine == "weight":
+            return WeightSpaceFactors(a_HKrD, b_HKrD, gate, per_example)
+        ranks = (self.rank,) * self.num_skills
+        a, b = (t.permute(1, 2, 0, 3).flatten(0, 1).flatten(1) for t in (a_HKrD, b_HKrD))
+        return OutputSpaceFactors(a, b, gate, ranks, per_example, top_k)
 
     @torch.no_grad()
     def average(self) -> None:
-        """Replace the skills, in place, by their mean as the only skill, with one head.
+        """Replace the skills, in place, by the uniform mixture as the only skill, with one head.
 
         The result computes what the uniform mixture computes (Poly-mu, MHR-mu), with 1/K of the
-        parameters.
+        parameters. In output space it takes all of them: one skill of rank K r.
         """
         for stack in self.stacks:
-            for kind in self.kinds:
-                stacks = self._stacks_of(kind)
-                mean = stacks[stack.key].mean(2, keepdim=True)
-                n, _, _, r, _ = mean.shape
-                merged = mean.permute(0, 2, 3, 1, 4).reshape(n, 1, 1, r, -1)
+            for factor in self.factor_names:
+                stacks = self._stacks_of(factor)
+                merged = self._as_one(factor, stacks[stack.key], None, None)
                 stacks[stack.key] = nn.Parameter(merged.clone())
+        self.rank = self.rank_of_average
         self.num_skills = self.num_sets = self.heads = 1
+
+    @property
+    def rank_of_average(self) -> int:
+        """The rank of the average of all skills, and of every mixture of them."""
+        return self.rank * (self.num_skills if self.combine == "output" else 1)
 
     @torch.no_grad()
     def add_skill(self, source: int | None) -> None:
         """Append one skill: a copy of skill `source`, or the mean of all (None)."""
         for stack in self.stacks:
-            for kind in self.kinds:
-                stacks = self._stacks_of(kind)
+            for factor in self.factor_names:
+                stacks = self._stacks_of(factor)
                 skills = stacks[stack.key]
                 if self.num_skills == 0:
                     new = skills.new_empty(*skills.shape[:2], 1, *skills.shape[3:])
-                    self._reset(new, kind, stack)
+                    self._reset(new, factor, stack)
                 elif source is None:
                     new = skills.mean(2, keepdim=True)
                 else:
@@ -260,8 +338,8 @@ class Inventory(nn.Module):
     def keep_skills(self, skills: Sequence[int]) -> None:
         """Drop every skill but these, in place, in this order."""
         for stack in self.stacks:
-            for kind in self.kinds:
-                stacks = self._stacks_of(kind)
+            for factor in self.factor_names:
+                stacks = self._stacks_of(factor)
                 stacks[stack.key] = nn.Parameter(stacks[stack.key][:, :, list(skills)].clone())
         self.num_skills = len(skills)
 
@@ -274,7 +352,7 @@ class Inventory(nn.Module):
         """
         stack = next(s for s in self.stacks if site in s.sites)
         row = stack.sites.index(site)
-        tensors = {kind: self._stacks_of(kind)[stack.key][row] for kind in self.kinds}
+        tensors = {factor: self._stacks_of(factor)[stack.key][row] for factor in self.factor_names}
         if "lora_a" in tensors:
             tensors["lora_a"] = tensors["lora_a"].transpose(-1, -2)
         return tensors
@@ -294,56 +372,31 @@ def _mix(inventory: Tensor, w_UnHK: Tensor, sets: Tensor | None) -> Tensor:
     return mixed.reshape(n, rows, rank, heads * block)
 
 
+def _stacked(skills: Tensor, w_UnHK: Tensor, sets: Tensor | None) -> Tensor:
+    """Weighted skills one after another: `[n, H, K, r, D]` to `[n, U, K r, H D]`."""
+    n, heads, _, rank, block = skills.shape
+    rows, count = w_UnHK.shape[0], w_UnHK.shape[-1]
+    if sets is None:
+        own = skills.unsqueeze(2)
+    else:
+        own = skills.view(n, heads, -1, count, rank, block).index_select(2, sets)
+    w_nHUK = w_UnHK.permute(1, 2, 0, 3).to(skills.dtype)
+    weighted = w_nHUK[..., None, None] * own  # [n, H, U, K, r, D]
+    return weighted.permute(0, 2, 3, 4, 1, 5).reshape(n, rows, count * rank, heads * block)
+
+
+def _plain(site: Site, factors: Sequence[Tensor], *, is_ia3: bool) -> PlainFactors:
+    """The factors of a site; units that the layer was given since have no update."""
+    missing = site.out_features - site.d_out
+    last = factors[-1]
+    if missing:
+        last = pad(last, (0, missing), value=1.0 if is_ia3 else 0.0)
+    return IA3Factors(last) if is_ia3 else LoRAFactors(factors[0], last)
+
+
 def _pick(inventory: Tensor, sets: Tensor, scale: float) -> Tensor:
     """Skills taken whole: `[n, H, K, r, D]` to `[n, U, r, H D]`."""
     picked = inventory.index_select(2, sets)
     n, heads, rows, rank, block = picked.shape
     picked = picked.permute(0, 2, 3, 1, 4).reshape(n, rows, rank, heads * block)
     return picked * scale if scale != 1.0 else picked
-
-
-class WeightedSum(torch.autograd.Function):
-    """Weights `[n H, U, K]` times skills `[n, H, K, r, D]`, to `[n H, U, r D]`.
-
-    A batched product, whose gradient for the skills is as large as all of them. On a CPU fresh
-    memory of that size costs several times the arithmetic (page faults), so it is recycled.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, w: Tensor, skills: Tensor) -> Tensor:
-        ctx.save_for_backward(w, skills)
-        return torch.bmm(w, skills.reshape(*w.shape[::2], -1))
-
-    @staticmethod
-    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, Tensor | None]:
-        w, skills = ctx.saved_tensors
-        need_w, need_skills = ctx.needs_input_grad
-        dw = torch.bmm(dy, skills.reshape(*w.shape[::2], -1).mT) if need_w else None
-        if not need_skills:
-            return dw, None
-        if torch.is_grad_enabled() or not skills.is_cpu or type(skills) is not nn.Parameter:
-            return dw, torch.bmm(w.mT, dy).view(skills.shape)
-        out = _recycled(skills)
-        torch.bmm(w.mT, dy, out=out.view(*w.shape[::2], -1))
-        return dw, out
-
-
-_last_gradients: MutableMapping[Tensor, torch.UntypedStorage] = WeakTensorKeyDictionary()
-"""For each stack of skills, the memory of the last gradient that was made for it."""
-
-
-def _recycled(skills: Tensor) -> Tensor:
-    """An uninitialised tensor of this shape, in the memory of the last one if that is free.
-
-    Free is what no tensor refers to any more, as after `zero_grad()`: whoever still holds the last
-    gradient keeps it. Taking the entry out first makes sure that two threads never get the same.
-    """
-    memory = _last_gradients.pop(skills, None)
-    if (
-        memory is None
-        or memory.nbytes() != skills.numel() * skills.element_size()
-        or torch._C._storage_Use_Count(memory._cdata) > 1
-    ):
-        memory = skills.new_empty(skills.numel()).untyped_storage()
-    _last_gradients[skills] = memory
-    return skills.new_empty(0).set_(memory).view(skills.shape)

@@ -1,4 +1,4 @@
-"""From the tasks of a batch to what its layers apply: weights, mixed factors, and their cache."""
+"""From the tasks of a batch to what its layers apply: the rule, mixed factors, and their cache."""
 
 from collections import OrderedDict
 from collections.abc import Sequence
@@ -9,13 +9,16 @@ from torch import Tensor, nn
 
 from polyroute.config import MHRConfig
 from polyroute.errors import InputError
-from polyroute.layer.factors import Factors
-from polyroute.layer.open_route import Mixture
+from polyroute.layer.factors import Factors, PlainFactors, Segments
+from polyroute.layer.gated import Gate
+from polyroute.layer.open_route import BASE_ALONE, Mixture
 from polyroute.layer.sites import Site
+from polyroute.routes.index import index_on
 from polyroute.routes.inventory import Inventory
-from polyroute.routes.table import MU_ROW, Routes, index_on
+from polyroute.routes.rule import Batch, RouteRule
+from polyroute.routes.table import MU_ROW, RoutingTable
 from polyroute.routes.tasks import Route
-from polyroute.routes.weights import anneal, skill_weights, uniform_weights
+from polyroute.routes.weights import anneal, skill_weights
 
 __all__ = ["Mixer"]
 
@@ -23,48 +26,38 @@ CACHED_MIXTURES = 2
 
 
 class Mixer(nn.Module):
-    """Mixes, once per forward, the skills of all layers for the distinct tasks of the batch.
+    """Makes, once per forward, what all layers apply for the tasks of the batch.
 
-    Without gradients the mixture is kept until a parameter changes (in place, by a load, or by a
-    move to another device) or the mode changes between training and evaluation.
+    Where the rule depends on the task alone, the skills are mixed for the distinct tasks of the
+    batch. Without gradients such a mixture is kept until a parameter changes (in place, by a load,
+    or by a move to another device) or the mode changes between training and evaluation.
 
     Attributes:
         anneal_progress: 0 routes as learned, 1 uniformly; a trainer sets it.
+        routers: their names, in the order of the table's first axis.
         router_of_site: each site's router.
+        is_recording: whether rules keep their gates.
     """
 
     def __init__(
         self,
         config: MHRConfig,
         inventory: Inventory,
-        routes: Routes,
-        sites: Sequence[Site],
+        table: RoutingTable,
+        rule: RouteRule,
+        routers: Sequence[str],
         router_of_site: Sequence[int],
     ) -> None:
         super().__init__()
         self.config = config
         # A tuple, so that torch does not register here what the model owns.
-        self._parts = (inventory, routes, tuple(sites))
-        self._has_several_devices = len({site.device for site in sites}) > 1
+        self._parts = (inventory, table, rule)
+        self._has_several_devices = len({site.device for site in inventory.sites}) > 1
         self.router_of_site = tuple(router_of_site)
-        self.num_routers = max(router_of_site) + 1
+        self.routers = tuple(routers)
         self.anneal_progress = 0.0
+        self.is_recording = False
         self._cache: OrderedDict[Any, tuple[Any, Mixture]] = OrderedDict()
-
-    @property
-    def device(self) -> torch.device:
-        """Where the skills are, and where they are mixed."""
-        return next(self.inventory.parameters()).device
-
-    @property
-    def _routers(self) -> list[Tensor]:
-        """For each stack `[n]`, the router of each of its layers."""
-        # No buffers: what torch moves from the meta device has lost its values.
-        router = self.router_of_site
-        return [
-            index_on(self.device, tuple(router[site] for site in stack.sites))
-            for stack in self.inventory.stacks
-        ]
 
     @property
     def inventory(self) -> Inventory:
@@ -72,14 +65,43 @@ class Mixer(nn.Module):
         return self._parts[0]
 
     @property
-    def routes(self) -> Routes:
-        """The table that says how."""
+    def table(self) -> RoutingTable:
+        """The tasks, and where they have any their rows."""
         return self._parts[1]
+
+    @property
+    def rule(self) -> RouteRule:
+        """What chooses."""
+        return self._parts[2]
 
     @property
     def sites(self) -> tuple[Site, ...]:
         """The layers that it mixes for."""
-        return self._parts[2]
+        return self.inventory.sites
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """How many routers, heads and skills there are: `(N, H, K)`, K the skills of one set."""
+        inventory = self.inventory
+        return len(self.routers), inventory.heads, inventory.num_skills // inventory.num_sets
+
+    @property
+    def device(self) -> torch.device:
+        """Where the skills are, and where they are mixed."""
+        return next(self.inventory.parameters()).device
+
+    def learned(self) -> list[nn.Parameter]:
+        """Everything that can train: the skills, the table (or its touched rows), the rule."""
+        return [*self.inventory.parameters(), *self.table.parameters(), *self.rule.parameters()]
+
+    def become(self, config: MHRConfig, rule: RouteRule) -> None:
+        """Go on with another rule over the same, changed, inventory."""
+        self.config = config
+        self._parts = (self.inventory, self.table, rule)
+
+    def forget(self) -> None:
+        """Forget what was mixed."""
+        self._cache.clear()
 
     def train(self, mode: bool = True) -> Self:
         """Switch the mode; on a change, forget what was mixed, since `.data` leaves no trace."""
@@ -87,26 +109,47 @@ class Mixer(nn.Module):
             self._cache.clear()
         return super().train(mode)
 
-    def mixture(self, route: Route, *, training: bool) -> Mixture:
-        """What the layers apply for a batch with these tasks.
+    # ---------------------------------------------------------------- one forward
+
+    def mixture(self, route: Route | None, *, training: bool, mask: Tensor | None) -> Mixture:
+        """What the layers apply for a batch.
 
         Args:
-            route: the tasks.
+            route: the tasks; None where no route is open.
             training: whether gates are noisy, where the configuration says so.
+            mask: the attention mask of the call.
 
         Raises:
-            InputError: the skills are on the meta device.
+            InputError: the skills are on the meta device, or no task is named and one is needed.
         """
+        if route is None:
+            if self.rule.needs_tasks:
+                raise InputError(
+                    "no task is routed: wrap the call in `with model.route(tasks):` or pass "
+                    "tasks=[...], one name per example ('mu' for the average of the skills)"
+                )
+            if self.rule.is_fixed:
+                route = Route((MU_ROW,), per_example=False)
+        elif route.rows is None:
+            return BASE_ALONE
         self.check_memory()
         dtype = self._compute_dtype()
-        noisy = training and self.config.noisy_in_training and route.per_example
-        learned = [*self.inventory.parameters(), *self.routes.parameters()]
-        if torch.is_grad_enabled() and any(p.requires_grad for p in learned):
-            return self._mix(route, dtype, training=training, per_example=noisy)
-        if training and self.config.noisy_in_training:
-            return self._mix(route, dtype, training=training, per_example=noisy)
+        if self.rule.is_fixed or (route is not None and set(route.rows or ()) == {MU_ROW}):
+            assert route is not None
+            return self._fixed(route, dtype, training=training)
+        batch = Batch(route, mask, training, dtype, self.is_recording)
+        segments = None if route is None else route.segments
+        return self._whole(self.rule.factors(batch, self), segments)
+
+    def _fixed(self, route: Route, dtype: torch.dtype, *, training: bool) -> Mixture:
+        """The mixture of a rule that depends on the tasks alone, kept where nothing trains."""
+        is_noisy = training and self.config.noisy_in_training
+        trains = torch.is_grad_enabled() and any(p.requires_grad for p in self.learned())
+        if trains or is_noisy:
+            per_example = is_noisy and route.per_example
+            return self._mix(route, dtype, training=training, per_example=per_example)
         stamp = (
-            [(id(p), p._version, p.data_ptr()) for p in learned],
+            [(id(p), p._version, p.data_ptr()) for p in self.learned()],
             self.anneal_progress,
         )
         key = (route, dtype)
@@ -148,73 +191,110 @@ class Mixer(nn.Module):
         per_example: bool = False,
     ) -> Mixture:
         rows = route.rows
+        assert rows is not None
         # With noise every example has a mixture of its own, else every distinct task has.
         distinct = list(rows) if per_example else list(dict.fromkeys(rows))
-        device = self.device
         gather = None
         if 1 < len(distinct) < len(rows):
             position = {row: i for i, row in enumerate(distinct)}
-            gather = index_on(device, tuple(position[row] for row in rows))
-        with torch.autocast(device.type, enabled=False):
-            weights, sets = self._weights(distinct, training=training)
-            factors = self.inventory.mix(
-                weights, self._routers, sets=sets, gather=gather, dtype=dtype
-            )
+            gather = index_on(self.device, tuple(position[row] for row in rows))
+        with torch.autocast(self.device.type, enabled=False):
+            factors = self._mixed_rows(distinct, dtype, training=training, gather=gather)
+        return self._whole(factors, route.segments)
+
+    def _mixed_rows(
+        self,
+        rows: Sequence[int],
+        dtype: torch.dtype,
+        *,
+        training: bool = False,
+        gather: Tensor | None = None,
+    ) -> Sequence[PlainFactors]:
+        if self.rule.is_fixed:
+            choice = self.rule.choose(rows, self, training=training)
+            weights, sets = choice.weights, choice.sets
+        else:  # the average alone, which every rule has
+            weights, sets = self.uniform(len(rows)), None
+        return self.inventory.mix(weights, self._routers, sets=sets, gather=gather, dtype=dtype)
+
+    def _whole(self, factors: Sequence[Factors], segments: Segments | None) -> Mixture:
         if self._has_several_devices:
-            factors = [f.to(s.device) for f, s in zip(factors, self.sites, strict=True)]
-        return Mixture(factors, len(rows) if len(distinct) > 1 else None)
+            factors = [f.to(site.device) for f, site in zip(factors, self.sites, strict=True)]
+        count = factors[0].num_examples
+        return Mixture(factors, count, segments if count else None)
 
-    def _weights(
-        self, rows: Sequence[int], *, training: bool = False
-    ) -> tuple[Tensor | None, Tensor | None]:
-        """Mixing weights `[U, N, H, K]` of table rows, and the set `[U]` of skills of each.
+    # ---------------------------------------------------------------- for rules
 
-        Without weights the set has one skill; without sets all skills are one set.
+    def mix(self, weights: Tensor, batch: Batch) -> Sequence[Factors]:
+        """What each site applies, for weights that are known before the layers run.
+
+        Args:
+            weights: `[B, N, H, K]`, one mixture for each example, or `[1, N, H, K]` for all.
+            batch: of the forward.
         """
-        device = self.device
-        if self.config.method == "shared":
-            return None, torch.zeros(len(rows), dtype=torch.long, device=device)
-        if self.config.method == "private":
-            return self._private(rows)
-        if self.inventory.num_sets > 1 and MU_ROW in rows:
-            raise InputError(
-                "slots have no common average: 'mu' cannot be routed while they are open"
-            )
-        num_skills = self.inventory.num_skills // self.inventory.num_sets
-        sets = None if self.inventory.num_sets == 1 else index_on(device, tuple(rows))
-        shape = (len(rows), self.num_routers, self.inventory.heads, num_skills)
-        if self.routes.logits is None or all(row == MU_ROW for row in rows):
-            return uniform_weights(torch.empty(shape, device=device)), sets
-        logits = self.routes.gather(rows).view(shape)
-        weights = skill_weights(logits.float(), self.config, training=training)
-        if self.anneal_progress:
-            weights = anneal(weights, self.anneal_progress)
-        if MU_ROW in rows:
-            is_mu = index_on(device, tuple(row == MU_ROW for row in rows)).bool()
-            weights = torch.where(is_mu.view(-1, 1, 1, 1), uniform_weights(weights), weights)
-        return weights, sets
+        with torch.autocast(self.device.type, enabled=False):
+            exact = self.exact(weights)
+            return self.inventory.mix(exact, self._routers, dtype=batch.dtype)
 
-    def _private(self, rows: Sequence[int]) -> tuple[Tensor | None, Tensor | None]:
-        device = self.device
-        if MU_ROW not in rows:
-            return None, index_on(device, tuple(rows))
-        num_skills = self.inventory.num_skills
-        if num_skills == 0:
-            raise InputError("no private adapter is left to average: add a task first")
-        mean = torch.full((num_skills,), 1.0 / num_skills)
-        own = torch.eye(num_skills)
-        by_row = torch.stack([mean if row == MU_ROW else own[row] for row in rows]).to(device)
-        return by_row[:, None, None].expand(-1, self.num_routers, 1, -1), None
+    def gated(
+        self,
+        site: int,
+        gate: Gate,
+        batch: Batch,
+        *,
+        per_example: bool = False,
+        top_k: int | None = None,
+    ) -> Factors:
+        """What one site applies, for weights that are a function of its input.
+
+        The arguments are those of `polyroute.routes.inventory.Inventory.gated`.
+        """
+        return self.inventory.gated(
+            site, gate, per_example=per_example, top_k=top_k, dtype=batch.dtype
+        )
+
+    def uniform(self, count: int) -> Tensor:
+        """The weights of the average of the skills, `[count, N, H, K]`."""
+        parameter = next(self.inventory.parameters())
+        return parameter.new_full((count, *self.shape), 1.0 / self.shape[-1])
+
+    def exact(self, numbers: Tensor) -> Tensor:
+        """Numbers in the type that routes are computed in: fp32, or fp64 where the skills are."""
+        return numbers.to(torch.promote_types(self._exact_dtype, numbers.dtype))
+
+    @property
+    def _exact_dtype(self) -> torch.dtype:
+        skills = next(self.inventory.parameters()).dtype
+        return torch.promote_types(torch.promote_types(skills, torch.float32), self.sites[0].dtype)
+
+    @property
+    def _routers(self) -> list[Tensor]:
+        """For each stack `[n]`, the router of each of its layers."""
+        # No buffers: what torch moves from the meta device has lost its values.
+        router = self.router_of_site
+        return [
+            index_on(self.device, tuple(router[site] for site in stack.sites))
+            for stack in self.inventory.stacks
+        ]
+
+    # ---------------------------------------------------------------- one task
 
     @torch.no_grad()
     def weights_of(self, row: int) -> Tensor | None:
-        """The weights of one table row in evaluation, `[N, H, K]`; None where nothing is mixed."""
-        weights, _ = self._weights([row])
+        """The weights of one table row in evaluation, `[N, H, K]`; None where nothing is mixed.
+
+        Raises:
+            InputError: the rule looks at more than the task.
+        """
+        if row == MU_ROW and not self.rule.is_fixed:
+            return self.uniform(1)[0]
+        self.rule.check_fixed("shown as weights")
+        weights = self.rule.choose([row], self, training=False).weights
         return None if weights is None else weights[0]
 
     def weights_from(self, logits: Tensor) -> Tensor:
         """The weights in evaluation that logits `[..., N, H, K]` stand for."""
-        weights = skill_weights(logits.float(), self.config, training=False)
+        weights = skill_weights(self.exact(logits), self.config, training=False)
         return anneal(weights, self.anneal_progress) if self.anneal_progress else weights
 
     def by_stack(self, weights: Tensor) -> list[Tensor]:
@@ -222,7 +302,17 @@ class Mixer(nn.Module):
         return [weights.index_select(0, router) for router in self._routers]
 
     @torch.no_grad()
-    def factors_of(self, row: int) -> Sequence[Factors]:
-        """What each site applies for one table row in evaluation, fp32."""
+    def factors_of(self, row: int, what: str = "exported") -> Sequence[PlainFactors]:
+        """What each site applies for one table row in evaluation, in fp32 at least.
+
+        Args:
+            row: its number, or `MU_ROW`.
+            what: what is to be done with the adapter, for the message.
+
+        Raises:
+            InputError: the rule looks at more than the task, so there is no such adapter.
+        """
         self.check_memory()
-        return self._mix(Route((row,), per_example=False), torch.float32).factors
+        if row != MU_ROW:
+            self.rule.check_fixed(what)
+        return self._mixed_rows([row], self._exact_dtype)

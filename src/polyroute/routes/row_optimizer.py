@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.optim.adamw import adamw
 
 from polyroute.errors import InputError
-from polyroute.routes.table import Routes
+from polyroute.routes.table import RoutingTable
 
 __all__ = ["RowAdamW"]
 
@@ -46,7 +46,7 @@ class RowAdamW(torch.optim.Optimizer):
     def __init__(
         self,
         groups: list[dict[str, Any]],
-        routes: Routes,
+        routes: RoutingTable,
         *,
         betas: tuple[float, float],
         eps: float,

@@ -1,8 +1,9 @@
 """The routing table: one row of logits per task, found by name."""
 
+import hashlib
+import json
 import operator
 from collections.abc import Iterable, Iterator, Sequence
-from functools import lru_cache
 from typing import Any
 
 import torch
@@ -11,41 +12,24 @@ from torch.autograd.function import once_differentiable
 
 from polyroute.config import MHRConfig
 from polyroute.errors import InputError, did_you_mean
-from polyroute.routes.weights import skill_weights
+from polyroute.routes.index import index_on
+from polyroute.routes.nearest import nearest_rows
+from polyroute.settings import whole
 
-__all__ = ["MU", "MU_ROW", "Routes", "index_on"]
+__all__ = ["MU", "MU_ROW", "RoutingTable"]
 
 MU = "mu"
 """The name that stands, wherever a task is asked for, for the average of the inventory."""
 MU_ROW = -1
 
+TASKS = "tasks"
+"""Under this name a state dict says which tasks its rows are of."""
+
 INITIAL_BOUND = 1e-3
 """Fresh logits are uniform within this bound, so a new task starts near the uniform mixture."""
 
-COMPARED_AT_ONCE = 2**22
-"""Numbers of the table that `nearest` holds a copy of at any time."""
 
-
-def index_on(device: torch.device, numbers: tuple[int, ...]) -> Tensor:
-    """Whole numbers `[n]` on a device, without making the host wait for it; not to be changed.
-
-    On CUDA the last ones are kept: a step that repeats the tasks of an earlier one copies nothing,
-    as a CUDA graph needs.
-    """
-    if device.type != "cuda":
-        return torch.tensor(numbers, dtype=torch.long, device=device)
-    # By stream, because nothing else makes another stream wait for the copy.
-    return _kept_index(device, numbers, torch.cuda.current_stream(device).cuda_stream)
-
-
-@lru_cache(maxsize=64)
-def _kept_index(device: torch.device, numbers: tuple[int, ...], _: int) -> Tensor:
-    with torch.inference_mode(False):  # what is kept may later meet autograd
-        on_host = torch.tensor(numbers, dtype=torch.long, device="cpu", pin_memory=True)
-        return on_host.to(device, non_blocking=True)
-
-
-class Routes(nn.Module):
+class RoutingTable(nn.Module):
     """Names of tasks and, where tasks are routed by learned logits, a table of them.
 
     The parameter `logits` is `[T, N * H * K]`: everything that is the task's own lies in one
@@ -66,7 +50,7 @@ class Routes(nn.Module):
     Args:
         names: tasks, in row order.
         shape: `(N, H, K)`: routers, heads, skills; None for a table without logits.
-        device: where the logits live.
+        like: a tensor on the device, and of the type, that the logits are to have.
         config: says what weights a row gives, for `nearest`; the default is the published method.
 
     Attributes:
@@ -83,7 +67,7 @@ class Routes(nn.Module):
         self,
         names: Iterable[str],
         shape: tuple[int, int, int] | None,
-        device: torch.device | None = None,
+        like: Tensor | None = None,
         config: MHRConfig | None = None,
     ) -> None:
         super().__init__()
@@ -97,7 +81,8 @@ class Routes(nn.Module):
             self.register_parameter("logits", None)
         else:
             width = shape[0] * shape[1] * shape[2]
-            self.logits = nn.Parameter(torch.empty(len(self._rows), width, device=device))
+            size = (len(self._rows), width)
+            self.logits = nn.Parameter(torch.empty(size) if like is None else like.new_empty(size))
             self.reset_parameters()
         self.touched: nn.Parameter | None
         self.register_parameter("touched", None)
@@ -273,27 +258,31 @@ class Routes(nn.Module):
         touched.data = self.read(self._collected)
         touched.grad = total
 
+    def _digest(self) -> Tensor:
+        """What stands for the names and their order in a state dict, `[32]` bytes."""
+        total = hashlib.sha256(json.dumps(list(self._rows)).encode())
+        return torch.frombuffer(bytearray(total.digest()), dtype=torch.uint8)
+
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
         destination.pop(prefix + "touched", None)  # a copy of a few rows, for a few moments
+        destination[prefix + TASKS] = self._digest()
 
     def _load_from_state_dict(
         self, state_dict: Any, prefix: str, metadata: Any, strict: bool, missing: list[str],
         *rest: Any,
     ) -> None:  # fmt: skip
+        names = state_dict.pop(prefix + TASKS, None)
+        if names is not None and not torch.equal(names.cpu(), self._digest()):
+            raise InputError(
+                "this state dict holds other tasks than this model, or the same in another order"
+            )
         super()._load_from_state_dict(state_dict, prefix, metadata, strict, missing, *rest)
         if prefix + "touched" in missing:
             missing.remove(prefix + "touched")
 
-    # ---------------------------------------------------------------- comparing
-
-    @torch.no_grad()
     def nearest(self, task: str | int | Tensor, k: int = 5) -> list[tuple[str, float]]:
-        """The tasks that mix skills most alike.
-
-        Compared are mixing weights, not logits, because weights are what a row does: logits that
-        differ by much where the sigmoid is flat do the same. The mean over all tasks is taken out
-        first, since what all tasks share says nothing of which are alike.
+        """The tasks that mix skills most alike; see `polyroute.routes.nearest`.
 
         Args:
             task: a name, a row number, or logits `[N, H, K]` (or flat), of a task or not.
@@ -306,34 +295,12 @@ class Routes(nn.Module):
             InputError: no such task, another shape, or a model whose tasks are not routed.
         """
         logits, shape = self._table()
-        if isinstance(k, bool) or not isinstance(k, int) or k < 1:
-            raise InputError(f"k must be a positive whole number, not {k!r}")
+        whole()("k", k)
         own = MU_ROW if isinstance(task, Tensor) else self.row(task)
         row = self._flat(task) if isinstance(task, Tensor) else self[task].reshape(-1)
-        count = len(self) - (own != MU_ROW)
-        if count < 1:
-            return []
-
-        def weights(rows: Tensor) -> Tensor:
-            parted = rows.view(-1, *shape).float()
-            return skill_weights(parted, self._config, training=False).flatten(1)
-
-        chunks = torch.split(logits, max(1, COMPARED_AT_ONCE // logits.shape[1]))
-        total = torch.zeros(logits.shape[1], dtype=torch.float64, device=logits.device)
-        for chunk in chunks:
-            total += weights(chunk).sum(0, dtype=torch.float64)
-        mean = (total / len(self)).float()
-        query = torch.nn.functional.normalize(weights(row) - mean, dim=-1)[0]
-        found = torch.cat(
-            [torch.nn.functional.normalize(weights(c) - mean, dim=-1) @ query for c in chunks]
-        )
-        found.clamp_(-1.0, 1.0)  # rounding
-        if own != MU_ROW:
-            found[own] = -torch.inf
-        best = found.topk(min(k, count))
-        names = list(self._rows)
-        pairs = zip(best.indices.tolist(), best.values.tolist(), strict=True)
-        return [(names[row], cosine) for row, cosine in pairs]
+        table, names = logits.detach().view(-1, *shape), self.names
+        found = nearest_rows(table, row.view(shape).to(table), own, self._config, k)
+        return [(names[place], cosine) for place, cosine in found]
 
     # ---------------------------------------------------------------- tasks
 
@@ -381,7 +348,7 @@ class Routes(nn.Module):
             The former rows of the kept tasks, in their new order.
         """
         rows = [self.row(name) for name in names]
-        kept_names = Routes(names, None)._rows  # refuses a repeated name, and "mu"
+        kept_names = RoutingTable(names, None)._rows  # refuses a repeated name, and "mu"
         if self.logits is not None:
             kept = self.logits.detach()[rows].clone()
             self.logits = nn.Parameter(kept, requires_grad=self.logits.requires_grad)
@@ -411,7 +378,7 @@ class _GatherRows(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, touched: Tensor, routes: Routes, rows: tuple[int, ...]) -> Tensor:
+    def forward(ctx: Any, touched: Tensor, routes: RoutingTable, rows: tuple[int, ...]) -> Tensor:
         ctx.routes, ctx.rows, ctx.names = routes, rows, routes._rows
         return routes.read(rows)
 

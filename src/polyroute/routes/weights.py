@@ -26,7 +26,7 @@ def skill_weights(logits: Tensor, config: MHRConfig, *, training: bool) -> Tenso
     training only.
 
     Args:
-        logits: `[U, N, H, K]`, fp32.
+        logits: `[U, N, H, K]`, fp32 or fp64.
         config: the router's settings.
         training: whether noise and dropout act.
 

@@ -2,6 +2,7 @@
 
     polyroute.json           format, id, config, sites, routers; rows, or where there are none tasks
     inventory.safetensors    <site>.lora_a [H, K, d_in/H, r], <site>.lora_b [H, K, r, d_out/H]
+    modules.safetensors      rule.<parameter>, module.<name>: what else trained; if there is any
     routes-*.safetensors     the tasks and their rows, see `polyroute.saved.rows`
 
 The factors are in the layout of the published checkpoints, one tensor per layer, so that other
@@ -13,7 +14,7 @@ import json
 import math
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -24,8 +25,8 @@ from torch import Tensor
 from polyroute.config import MHRConfig
 from polyroute.errors import InputError
 from polyroute.host.files import make_folder, read_metadata, read_tensors, write_json, write_tensors
-from polyroute.layer.sites import SAMPLED
-from polyroute.saved.hub import DESCRIPTION, SHARDS, SKILLS
+from polyroute.layer.fingerprint import SAMPLED
+from polyroute.saved.hub import DESCRIPTION, MODULES, SHARDS, SKILLS
 from polyroute.saved.rows import (
     FORMAT,
     NOTE,
@@ -34,7 +35,7 @@ from polyroute.saved.rows import (
     write_rows,
 )
 
-__all__ = ["Checkpoint", "read_checkpoint", "write_checkpoint"]
+__all__ = ["Checkpoint", "Content", "read_checkpoint", "write_checkpoint"]
 
 
 @dataclass(frozen=True)
@@ -45,6 +46,8 @@ class Checkpoint:
     skills: Mapping[str, Tensor]
     saved_routes: SavedRoutes | None
     """None where tasks have no logits."""
+    modules: Mapping[str, Tensor] = field(default_factory=dict)
+    """The parameters of the rule, `rule.*`, and of whole modules that trained, `module.*`."""
 
     @cached_property
     def tasks(self) -> tuple[str, ...]:
@@ -70,55 +73,65 @@ class Checkpoint:
         return table
 
 
-def write_checkpoint(
-    folder: str | os.PathLike[str],
-    description: Mapping[str, Any],
-    skills: Mapping[str, Tensor],
-    tasks: Sequence[str],
-    rows: Tensor | None,
-    shape: tuple[int, int, int] | None,
-) -> None:
+@dataclass(frozen=True)
+class Content:
+    """What a saved inventory consists of."""
+
+    description: Mapping[str, Any]
+    """What the inventory is; tasks and rows are added when it is written."""
+    skills: Mapping[str, Tensor]
+    """The factors, by layer."""
+    modules: Mapping[str, Tensor]
+    """As in `Checkpoint`."""
+    tasks: Sequence[str]
+    """Names, in row order."""
+    rows: Tensor | None
+    """The routing table `[T, N * H * K]`, or None."""
+    shape: tuple[int, int, int] | None
+    """`(N, H, K)` of a row, or None."""
+
+    def identity(self) -> str:
+        """A number that the content gives: equal inventories have equal ones."""
+        described = [self.description, list(self.tasks)]
+        total = hashlib.sha256(json.dumps(described).encode())
+        rows = [] if self.rows is None else [self.rows]
+        for tensor in (*self.skills.values(), *self.modules.values(), *rows):
+            # A large table on a CPU is hashed where it is; layers are copied one by one.
+            flat = tensor.detach().cpu().reshape(-1)
+            total.update(flat.view(torch.uint8).numpy().data)
+        return total.hexdigest()[:16]
+
+
+def write_checkpoint(folder: str | os.PathLike[str], content: Content) -> None:
     """Write all files, the description last.
 
-    All carry one id, which their content gives: equal inventories are equal files, and what an
-    interrupted write left beside older files is noticed when it is read.
+    All carry one id, which their content gives, so what an interrupted write left beside older
+    files is noticed when it is read.
 
     Args:
         folder: where; made if missing.
-        description: what the inventory is; tasks and rows are added here.
-        skills: the factors, by layer.
-        tasks: names, in row order.
-        rows: the routing table `[T, N * H * K]`, or None.
-        shape: `(N, H, K)` of a row, or None.
+        content: what is written.
 
     Raises:
         InputError: the folder cannot be made or written.
     """
     path = make_folder(folder)
-    identity = _identity(description, skills, tasks, rows)
-    write_tensors(path / SKILLS, skills, metadata={NOTE: json.dumps({"id": identity})})
+    identity = content.identity()
+    note = {NOTE: json.dumps({"id": identity})}
+    write_tensors(path / SKILLS, content.skills, metadata=note)
+    if content.modules:
+        write_tensors(path / MODULES, content.modules, metadata=note)
     shards: list[Path] = []
-    table: dict[str, Any] = {"rows": None, "tasks": list(tasks)}
-    if rows is not None and shape is not None:
-        shards = write_rows(path, tasks, rows, identity)
-        table = {"rows": {"shards": len(shards), "shape": list(shape)}}
-    write_json(path / DESCRIPTION, {"format": FORMAT, "id": identity, **description, **table})
+    table: dict[str, Any] = {"rows": None, "tasks": list(content.tasks)}
+    if content.rows is not None and content.shape is not None:
+        shards = write_rows(path, content.tasks, content.rows, identity)
+        table = {"rows": {"shards": len(shards), "shape": list(content.shape)}}
+    described = {"format": FORMAT, "id": identity, **content.description, **table}
+    write_json(path / DESCRIPTION, described)
     for former in set(path.glob(SHARDS)) - set(shards):
         former.unlink(missing_ok=True)
-
-
-def _identity(
-    description: Mapping[str, Any],
-    skills: Mapping[str, Tensor],
-    tasks: Sequence[str],
-    rows: Tensor | None,
-) -> str:
-    total = hashlib.sha256(json.dumps([description, list(tasks)]).encode())
-    for tensor in (*skills.values(), *([] if rows is None else [rows])):
-        # A large table on a CPU is hashed where it is; layers are copied one by one.
-        flat = tensor.detach().cpu().reshape(-1)
-        total.update(flat.view(torch.uint8).numpy().data)
-    return total.hexdigest()[:16]
+    if not content.modules:
+        (path / MODULES).unlink(missing_ok=True)
 
 
 def read_checkpoint(folder: str | os.PathLike[str]) -> Checkpoint:
@@ -139,12 +152,15 @@ def read_checkpoint(folder: str | os.PathLike[str]) -> Checkpoint:
         _check_description(description)
     except InputError as error:
         raise InputError(f"{path / DESCRIPTION} is damaged: {error}") from error
-    if read_metadata(path / SKILLS).get(NOTE) != json.dumps({"id": description["id"]}):
-        raise InputError(
-            f"{path / SKILLS} and {DESCRIPTION} are of two saves, so one was interrupted; save the "
-            "inventory again, or take an earlier checkpoint"
-        )
-    return Checkpoint(description, read_tensors(path / SKILLS), saved_routes)
+    files = [SKILLS, MODULES] if description.get("modules") else [SKILLS]
+    for name in files:
+        if read_metadata(path / name).get(NOTE) != json.dumps({"id": description["id"]}):
+            raise InputError(
+                f"{path / name} and {DESCRIPTION} are of two saves, so one was interrupted; save "
+                "the inventory again, or take an earlier checkpoint"
+            )
+    skills, *modules = (read_tensors(path / name) for name in files)
+    return Checkpoint(description, skills, saved_routes, *modules)
 
 
 def _check_description(description: dict[str, Any]) -> None:
@@ -169,6 +185,10 @@ def _check_description(description: dict[str, Any]) -> None:
     settings = MHRConfig.from_dict(named)
     skills = len(tasks) if settings.num_skills is None else settings.num_skills
     _expect(description["num_skills"] == skills, "num_skills", f"{skills}, as its config says")
+    rule = description.get("rule")
+    if rule is not None:
+        whole = isinstance(rule, dict) and isinstance(rule.get("name"), str)
+        _expect(whole and isinstance(rule.get("settings"), dict), "rule", "a name and settings")
     if description["rows"] is not None:
         shape = [len(routers), settings.heads, description["num_skills"]]
         _expect(description["rows"]["shape"] == shape, "rows.shape", f"{shape}, as it must be")
@@ -197,6 +217,8 @@ def _check_site(place: str, site: Any, num_routers: int) -> None:
     is_router = _is_whole(site["router"]) and 0 <= site["router"] < num_routers
     _expect(is_router, f"{place}.router", f"one of its {num_routers} routers")
     _expect(_is_sample(site["base_sample"]), f"{place}.base_sample", f"{SAMPLED} numbers, or null")
+    wide = site.get("out_features", site["d_out"])
+    _expect(_is_whole(wide) and wide > 0, f"{place}.out_features", "a width")
 
 
 def _expect(holds: bool, name: str, what: str) -> None:

@@ -21,6 +21,7 @@ __all__ = [
     "DESCRIPTION",
     "FILES",
     "HUB_ID",
+    "MODULES",
     "SHARDS",
     "SKILLS",
     "Snapshot",
@@ -31,9 +32,11 @@ __all__ = [
 
 DESCRIPTION = "polyroute.json"
 SKILLS = "inventory.safetensors"
+MODULES = "modules.safetensors"
+"""The parameters of a rule, and whole modules of the base model that trained; if there are any."""
 SHARDS = "routes-*-of-*.safetensors"
 CARD = "README.md"
-FILES = (DESCRIPTION, SKILLS, SHARDS, "run.json", "metrics.json", "evaluate-*.json", CARD)
+FILES = (DESCRIPTION, SKILLS, MODULES, SHARDS, "run.json", "metrics.json", "evaluate-*.json", CARD)
 """What a repository holds, as patterns."""
 HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*", re.ASCII)
 LOG_IN = "log in with `hf auth login`, or set HF_TOKEN"

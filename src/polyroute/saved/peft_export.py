@@ -7,7 +7,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from polyroute.host.files import make_folder, write_json, write_tensors
-from polyroute.layer.factors import Factors, LoRAFactors
+from polyroute.layer.factors import LoRAFactors, PlainFactors
 from polyroute.layer.sites import Site, find_endings
 
 __all__ = ["CONFIG", "ROOT", "TENSORS", "write_peft_adapter", "write_peft_folder"]
@@ -22,7 +22,8 @@ def write_peft_adapter(
     folder: str | os.PathLike[str],
     base_model: nn.Module,
     sites: Sequence[Site],
-    factors: Sequence[Factors],
+    factors: Sequence[PlainFactors],
+    trained: Mapping[str, nn.Module] | None = None,
 ) -> None:
     """Write one task for PEFT, or whatever else reads its adapters.
 
@@ -34,15 +35,20 @@ def write_peft_adapter(
         base_model: as for `write_peft_folder`.
         sites: the adapted layers.
         factors: of one task, by site.
+        trained: whole modules that were trained beside the skills, by name.
     """
     first = factors[0]
-    kind = _lora_fields(first.a.shape[0]) if isinstance(first, LoRAFactors) else _ia3_fields()
-    fields = {**kind, "fan_in_fan_out": any(site.is_conv1d for site in sites)}
+    method = _lora_fields(first.a.shape[0]) if isinstance(first, LoRAFactors) else _ia3_fields()
+    fields = {**method, "fan_in_fan_out": any(site.is_conv1d for site in sites)}
     tensors = {
         f"{site.name}.{ending}": tensor
         for site, factor in zip(sites, factors, strict=True)
         for ending, tensor in factor.peft_tensors().items()
     }
+    for name, module in (trained or {}).items():
+        tensors |= {f"{name}.{key}": tensor for key, tensor in module.state_dict().items()}
+    if trained:
+        fields["modules_to_save"] = sorted(trained)
     write_peft_folder(folder, base_model, sites, fields, tensors)
 
 
@@ -57,7 +63,7 @@ def write_peft_folder(
 
     Args:
         folder: where to; made if missing.
-        base_model: for its name, its kind and to find the shortest list of target modules.
+        base_model: for its name and family, and to find the shortest list of target modules.
         sites: the adapted layers.
         fields: settings of the method, `peft_type` among them.
         tensors: by the name of the layer in the base model and the ending of the method.

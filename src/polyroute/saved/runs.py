@@ -21,7 +21,7 @@ from polyroute.errors import InputError
 from polyroute.host.files import check_place, make_folder, read_json, write_json
 from polyroute.host.processes import is_first
 from polyroute.saved.hub import DESCRIPTION as INVENTORY
-from polyroute.saved.hub import SHARDS, SKILLS
+from polyroute.saved.hub import MODULES, SHARDS, SKILLS
 
 try:
     import fcntl
@@ -239,8 +239,10 @@ def digest(folder: str | os.PathLike[str]) -> str:
     """SHA-256 of the files of the inventory in a folder."""
     total = hashlib.sha256()
     shards = sorted(path.name for path in Path(folder).glob(SHARDS))
-    for name in (INVENTORY, SKILLS, *shards):
+    for name in (INVENTORY, SKILLS, MODULES, *shards):
         path = Path(folder) / name
+        if name == MODULES and not path.is_file():
+            continue  # most inventories have none, and older ones never
         if path.is_file():
             with path.open("rb") as file:
                 total.update(hashlib.file_digest(file, "sha256").digest())

@@ -147,7 +147,7 @@ def alignment(
     for site, router in enumerate(model.mixer.router_of_site):
         by_factor = [
             _products([of_task[site][factor] for of_task in gradients], model.inventory.heads)
-            for factor in range(len(model.inventory.kinds))
+            for factor in range(len(model.inventory.factor_names))
         ]
         skipped += sum(int((products.sum(0).diagonal() == 0).sum()) for products in by_factor)
         products_HTT = torch.stack(by_factor).sum(0)
@@ -191,7 +191,7 @@ def _gradients(
     model: RoutedModel, kind: ModelKind, rows: Sequence[Row], route: str, batch_size: int
 ) -> list[list[Tensor]]:
     """The gradients of the mean loss of rows for the merged factors, `[r, H D]`, by site."""
-    scale = [model.inventory.scale if k == "lora_b" else 1.0 for k in model.inventory.kinds]
+    scale = [model.inventory.scale if k == "lora_b" else 1.0 for k in model.inventory.factor_names]
     total: Sequence[Tensor] = []
     for start in range(0, len(rows), batch_size):
         places = range(start, min(start + batch_size, len(rows)))
@@ -218,7 +218,7 @@ def _mixed_factors(model: RoutedModel) -> Iterator[list[list[Tensor]]]:
     forwards: list[list[Tensor]] = []
 
     def keep(_: nn.Module, __: Any, ___: Any) -> None:
-        mixture = model._routing.mixture
+        mixture = model.open_routes.mixture
         if mixture is not None:
             forwards.append([t for of_site in mixture.factors for t in vars(of_site).values()])
 
@@ -237,7 +237,7 @@ def _weights(model: RoutedModel, task: str) -> Tensor:
     if weights is None:
         own = torch.zeros(model.inventory.num_skills)
         own[row if model.adapter_config.method == "private" else 0] = 1.0
-        weights = own.expand(mixer.num_routers, model.inventory.heads, -1)
+        weights = own.expand(len(mixer.routers), model.inventory.heads, -1)
     return weights.cpu().double()
 
 

@@ -1,0 +1,77 @@
+"""Models that also see images or hear sounds: which of their layers do, and whose rows they see.
+
+A vision-language model runs its vision tower over all images of the batch at once. Examples may
+have different numbers of images, so the rows of these layers are not the rows of the examples, and
+that their number divides proves nothing.
+"""
+
+import re
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+__all__ = ["media_fit_examples", "media_modules"]
+
+PLACEHOLDER = re.compile(r"(image|video|audio|speech)_token_(id|index)")
+"""Settings of a model with the token that stands in the text for what is seen or heard."""
+MEDIA = re.compile(r"pixel|image|video|audio|input_features|input_values|speech")
+"""Arguments of a forward that hold what is seen or heard."""
+
+
+def media_modules(model: nn.Module) -> set[int]:
+    """The identities of all modules outside of the language part of a multimodal model.
+
+    Empty for models of one kind of input, and where the language part cannot be told.
+    """
+    config = getattr(model, "config", None)
+    parts = getattr(config, "sub_configs", None) or {}
+    text = getattr(config, "text_config", None)
+    if text is None or len(parts) < 2 or not _placeholders(config):
+        return set()
+    language: set[int] = set()
+    for module in model.modules():
+        if module is not model and type(getattr(module, "config", None)) is type(text):
+            language |= {id(child) for child in module.modules()}
+    if not language:
+        return set()
+    getter = getattr(model, "get_output_embeddings", None)
+    output = getter() if callable(getter) else None
+    within = [m for m in model.modules() if any(id(c) in language for c in m.modules())]
+    return {id(m) for m in model.modules()} - language - {id(output)} - {id(m) for m in within}
+
+
+def _placeholders(config: Any) -> list[int]:
+    """The tokens that stand in the text for what is seen or heard."""
+    found = (value for name, value in vars(config).items() if PLACEHOLDER.fullmatch(name))
+    return [value for value in found if isinstance(value, int)]
+
+
+def media_fit_examples(model: nn.Module, inputs: Mapping[str, Any], num_examples: int) -> bool:
+    """Whether every example of a batch is known to have as many images, or sounds, of one size.
+
+    Then the rows of the layers that see them are those of the examples, each on as many
+    consecutive ones.
+
+    Args:
+        model: the base model.
+        inputs: the arguments of its forward, by name.
+        num_examples: how many examples there are.
+    """
+    ids = inputs.get("input_ids")
+    media = [
+        value
+        for name, value in inputs.items()
+        if isinstance(value, Tensor) and value.dim() and MEDIA.search(name)
+    ]
+    if not isinstance(ids, Tensor) or not media or len(ids) % num_examples:
+        return False
+    for token in _placeholders(getattr(model, "config", None)):
+        counts = (ids == token).sum(1)
+        if bool((counts != counts[0]).any()):
+            return False
+    # The sizes of images are a row for each: where one differs, it has other rows in the tower.
+    sizes = [value for value in media if not torch.is_floating_point(value)]
+    same = all(bool((value == value[:1]).all()) for value in sizes)
+    return same and all(len(value) % num_examples == 0 for value in media)

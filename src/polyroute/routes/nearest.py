@@ -1,0 +1,56 @@
+"""Rows of the routing table that mix skills alike."""
+
+import torch
+from torch import Tensor
+from torch.nn.functional import normalize
+
+from polyroute.config import MHRConfig
+from polyroute.routes.weights import skill_weights
+
+__all__ = ["nearest_rows"]
+
+COMPARED_AT_ONCE = 2**22
+"""Numbers of the table of which a copy is held at any time."""
+
+
+@torch.no_grad()
+def nearest_rows(
+    logits: Tensor, row: Tensor, own: int, config: MHRConfig, k: int
+) -> list[tuple[int, float]]:
+    """The rows of a table that mix skills most alike.
+
+    Mixing weights are compared, not logits, because weights are what a row does: logits that differ
+    by much where the sigmoid is flat do the same. The mean over all rows is taken out first, since
+    what all tasks share does not tell which are alike.
+
+    Args:
+        logits: the table, `[T, N, H, K]`.
+        row: logits `[N, H, K]` to compare it with.
+        own: the place of that row in the table, which is left out; -1 where it has none.
+        config: says what weights a row gives.
+        k: how many.
+
+    Returns:
+        Up to k pairs of a place and a cosine in -1 to 1, best first.
+    """
+    count = len(logits) - (own >= 0)
+    if count < 1:
+        return []
+
+    def weights(rows: Tensor) -> Tensor:
+        wide = torch.promote_types(rows.dtype, torch.float32)
+        return skill_weights(rows.to(wide), config, training=False).flatten(1)
+
+    chunks = torch.split(logits, max(1, COMPARED_AT_ONCE // row.numel()))
+    total = torch.zeros(row.numel(), dtype=torch.float64, device=logits.device)
+    for chunk in chunks:
+        total += weights(chunk).sum(0, dtype=torch.float64)
+    weights_1W = weights(row.unsqueeze(0))
+    mean = (total / len(logits)).to(weights_1W.dtype)
+    query = normalize(weights_1W - mean, dim=-1)[0]
+    found = torch.cat([normalize(weights(chunk) - mean, dim=-1) @ query for chunk in chunks])
+    found.clamp_(-1.0, 1.0)  # rounding
+    if own >= 0:
+        found[own] = -torch.inf
+    best = found.topk(min(k, count))
+    return list(zip(best.indices.tolist(), best.values.tolist(), strict=True))

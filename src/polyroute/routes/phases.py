@@ -1,0 +1,115 @@
+"""Phases: what trains, by which optimizer groups."""
+
+from collections.abc import Iterable, Mapping
+from dataclasses import replace
+from typing import Any, Literal, get_args
+
+import torch
+from torch import Tensor, nn
+
+from polyroute.errors import InputError
+from polyroute.routes.mixer import Mixer
+from polyroute.routes.row_optimizer import RowAdamW
+from polyroute.routes.table_rules import SharedRule
+from polyroute.settings import named, number
+
+__all__ = ["Phase", "check_phase", "param_groups", "row_optimizer", "start_phase"]
+
+Phase = Literal["full", "z", "mu", "mu-uncollapsed", "random"]
+
+
+def check_phase(mixer: Mixer, phase: Phase) -> None:
+    """Make sure that a task could be trained in a phase.
+
+    Raises:
+        InputError: there is no such phase, or nothing to train in it.
+    """
+    named(get_args(Phase))("phase", phase)
+    method, rule = mixer.config.method, mixer.rule
+    if phase == "z" and mixer.table.logits is None and not list(rule.parameters()):
+        raise InputError(
+            f"phase 'z' trains routing, and method {method!r} has none here; use 'full' or 'mu'"
+        )
+    if phase == "mu-uncollapsed" and not rule.has_table:
+        raise InputError(
+            f"phase 'mu-uncollapsed' averages routed skills, and method {method!r} does not "
+            "route; use 'mu'"
+        )
+    if phase == "mu" and mixer.inventory.num_skills == 0:
+        raise InputError("no private adapter is left to average: add a task first")
+
+
+def start_phase(mixer: Mixer, phase: Phase) -> None:
+    """Choose what trains, in place; see `RoutedModel.set_phase`."""
+    if phase == "mu":
+        _collapse(mixer)
+    elif phase == "mu-uncollapsed":
+        mixer.table.drop_logits()
+    elif phase == "random":
+        mixer.inventory.reset_parameters()
+        mixer.table.reset_parameters()
+        mixer.rule.reset_parameters()
+    mixer.anneal_progress = 0.0
+    mixer.table.train_whole()
+    mixer.inventory.requires_grad_(phase != "z")
+    for routing in (mixer.table, mixer.rule):
+        routing.requires_grad_(phase in ("full", "z", "random"))
+
+
+def _collapse(mixer: Mixer) -> None:
+    """Replace the skills, in place, by their average, which every task then uses."""
+    rank, scale = mixer.inventory.rank_of_average, mixer.config.scale
+    mixer.inventory.average()
+    mixer.table.drop_logits()
+    config = replace(
+        mixer.config, method="shared", num_skills=1, num_heads=1, rank=rank, alpha=scale * rank
+    )
+    mixer.become(config, SharedRule())
+
+
+def param_groups(
+    mixer: Mixer, rates: Mapping[str, Any], modules: Iterable[nn.Module] = ()
+) -> list[dict[str, Any]]:
+    """The parameter groups of what trains now; see `RoutedModel.param_groups`.
+
+    Args:
+        mixer: what trains.
+        rates: `lr`, `route_lr`, `weight_decay`, `route_weight_decay`.
+        modules: whole modules of the base model that train, at the rate of the skills.
+
+    Raises:
+        InputError: a rate is not positive and finite, or a decay is negative.
+    """
+    for name in ("lr", "route_lr"):
+        number(above=0)(name, _plain(rates[name]))
+    for name in ("weight_decay", "route_weight_decay"):
+        number(least=0)(name, _plain(rates[name]))
+    mixer.table.train_whole()
+    groups = [
+        ("skills", mixer.inventory, rates["lr"], rates["weight_decay"]),
+        ("modules", nn.ModuleList(modules), rates["lr"], rates["weight_decay"]),
+        # A rule's parameters are those of an ordinary module: they learn at the rate of the skills.
+        ("rule", mixer.rule, rates["lr"], rates["weight_decay"]),
+        ("routes", mixer.table, rates["route_lr"], rates["route_weight_decay"]),
+    ]
+    return [
+        {"name": name, "params": trained, "lr": rate, "weight_decay": decay}
+        for name, module, rate, decay in groups
+        if (trained := [p for p in module.parameters() if p.requires_grad])
+    ]
+
+
+def row_optimizer(
+    mixer: Mixer, groups: list[dict[str, Any]], **options: Any
+) -> torch.optim.Optimizer:
+    """AdamW over parameter groups, by rows where the table trains; see `RoutedModel.optimizer`."""
+    routed = [group for group in groups if group["name"] == "routes"]
+    if not routed:
+        return torch.optim.AdamW(groups, **options)
+    routed[0]["params"] = [mixer.table.train_by_rows()]
+    return RowAdamW(groups, mixer.table, **options)
+
+
+def _plain(value: Any) -> Any:
+    # Optimizers take a rate as a tensor too.
+    return float(value) if isinstance(value, Tensor) else value

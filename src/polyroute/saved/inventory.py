@@ -1,0 +1,220 @@
+"""Saving an inventory with its rule and routes, and filling a model with a saved one."""
+
+import os
+import warnings
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from polyroute.config import MHRConfig
+from polyroute.errors import InputError
+from polyroute.layer.fingerprint import changed_since, sample, sample_others
+from polyroute.layer.wrapping import Wrapping
+from polyroute.routes.mixer import Mixer
+from polyroute.routes.table_rules import rule_of
+from polyroute.saved.checkpoint import Checkpoint, Content, read_checkpoint, write_checkpoint
+from polyroute.settings import marked
+
+__all__ = ["check_same_function", "fill", "load_checkpoint", "save_inventory"]
+
+
+def save_inventory(
+    folder: str | os.PathLike[str],
+    mixer: Mixer,
+    wrapping: Wrapping,
+    outside: Sequence[Mapping[str, Any]],
+    *,
+    is_main_process: bool,
+) -> None:
+    """Write an inventory; see `RoutedModel.save_pretrained`.
+
+    Args:
+        folder: where.
+        mixer: the inventory, the table and the rule.
+        wrapping: the base model, and its whole modules that train.
+        outside: what the rest of the base model was when the inventory was attached.
+        is_main_process: whether to write.
+
+    Raises:
+        InputError: there is nothing to save, or the folder cannot be written.
+    """
+    mixer.check_memory()
+    if mixer.inventory.num_skills == 0:
+        raise InputError("no private adapter is left to save: add a task first")
+    lost = changed_since(wrapping.base_model, outside)
+    if lost:
+        warnings.warn(
+            f"{len(lost)} parameters of the base model trained or changed and are not saved with "
+            f"the inventory: {', '.join(lost[:5])}{' ...' if len(lost) > 5 else ''}; name their "
+            "modules in MHRConfig(modules_to_save=[...]) to train and save them",
+            stacklevel=3,
+        )
+    content = Content(
+        description=_description(mixer, wrapping),
+        skills=_skills(mixer),
+        modules=_modules(mixer, wrapping),
+        tasks=mixer.table.names,
+        rows=mixer.table.logits,
+        shape=mixer.table.shape,
+    )
+    if is_main_process:
+        write_checkpoint(folder, content)
+
+
+def _description(mixer: Mixer, wrapping: Wrapping) -> dict[str, Any]:
+    base, rule = wrapping.base_model, mixer.rule
+    described: dict[str, Any] = {
+        "config": mixer.config.to_dict(),
+        "num_skills": mixer.inventory.num_skills,
+        "anneal_progress": mixer.anneal_progress,
+        "base": {
+            "name": getattr(getattr(base, "config", None), "_name_or_path", None),
+            "class": type(base).__name__,
+            "sample": sample_others(base, mixer.sites, list(wrapping.trained.values())),
+        },
+        "routers": list(mixer.routers),
+        "sites": [
+            {
+                "name": site.name,
+                "d_in": site.d_in,
+                "d_out": site.d_out,
+                "router": mixer.router_of_site[i],
+                "base_sample": sample(site.weight),
+                "base_dtype": str(site.dtype),
+                **({} if site.out_features == site.d_out else {"out_features": site.out_features}),
+            }
+            for i, site in enumerate(mixer.sites)
+        ],
+    }
+    if rule.name != rule_of(mixer.config).name:
+        described["rule"] = {"name": rule.name, "settings": rule.settings()}
+    if _modules(mixer, wrapping):
+        described["modules"] = True  # there is a file of them
+    return described
+
+
+def _skills(mixer: Mixer) -> dict[str, Tensor]:
+    return {
+        f"{site.name}.{factor}": tensor
+        for i, site in enumerate(mixer.sites)
+        for factor, tensor in mixer.inventory.site_tensors(i).items()
+    }
+
+
+def _modules(mixer: Mixer, wrapping: Wrapping) -> dict[str, Tensor]:
+    """What trains besides skills and routes: `rule.*` and `module.*`."""
+    return {
+        **{f"rule.{name}": tensor for name, tensor in mixer.rule.state_dict().items()},
+        **{f"module.{name}": tensor for name, tensor in wrapping.trained_tensors().items()},
+    }
+
+
+def check_same_function(
+    checkpoint: Checkpoint, mixer: Mixer, source: str | os.PathLike[str]
+) -> None:
+    """Make sure that equal numbers in a checkpoint and in a model compute the same.
+
+    Raises:
+        InputError: tasks, settings or routers differ.
+    """
+    source = os.fspath(source)
+    if checkpoint.tasks != mixer.table.names:
+        raise InputError(f"{source} holds other tasks than this model")
+    here, there = mixer.config, MHRConfig.from_dict(_without_custom(checkpoint.description))
+    for name in marked(MHRConfig, "computes"):
+        if getattr(here, name) != getattr(there, name):
+            raise InputError(
+                f"{source} has {name}={getattr(there, name)!r} and this model "
+                f"{name}={getattr(here, name)!r}; "
+                "use polyroute.from_pretrained to load another inventory"
+            )
+    saved = checkpoint.description.get("rule", {"name": rule_of(there).name, "settings": {}})
+    own = {"name": mixer.rule.name, "settings": mixer.rule.settings()}
+    if saved != own:
+        raise InputError(
+            f"{source} has the rule {saved['name']!r} {saved['settings']} and this model "
+            f"{own['name']!r} {own['settings']}; use polyroute.from_pretrained to load another "
+            "inventory"
+        )
+    routers = [
+        checkpoint.description["routers"][s["router"]] for s in checkpoint.description["sites"]
+    ]
+    if routers != [mixer.routers[i] for i in mixer.router_of_site]:
+        raise InputError(f"{source} groups layers by router in another way than this model")
+
+
+def _without_custom(description: Mapping[str, Any]) -> dict[str, Any]:
+    config = dict(description["config"])
+    if config.get("granularity") == "custom":
+        del config["granularity"]
+    return config
+
+
+def load_checkpoint(folder: str | os.PathLike[str], mixer: Mixer, wrapping: Wrapping) -> None:
+    """Overwrite skills, rule and routes by those of a checkpoint; see `RoutedModel.load_adapter`.
+
+    Raises:
+        InputError: the checkpoint has other tasks, layers, settings or sizes.
+    """
+    checkpoint = read_checkpoint(folder)
+    check_same_function(checkpoint, mixer, folder)
+    fill(mixer, wrapping, checkpoint, os.fspath(folder))
+
+
+@torch.no_grad()
+def fill(mixer: Mixer, wrapping: Wrapping, checkpoint: Checkpoint, source: str) -> None:
+    """Overwrite skills, rule and routes, in place, by a checkpoint's, which must have their shapes.
+
+    Raises:
+        InputError: it has not (`source` says which checkpoint), or the skills have no memory.
+            Nothing was changed.
+    """
+    if mixer.device.type == "meta":
+        raise InputError(
+            f"{source} cannot be loaded onto the meta device: load the base model's weights "
+            "first, or give the routed model memory with to_empty(device=...)"
+        )
+    pairs = [
+        (_skills(mixer), checkpoint.skills),
+        (_modules(mixer, wrapping), checkpoint.modules),
+    ]
+    for expected, saved in pairs:
+        _check_tensors(expected, saved, source)
+    table, logits = checkpoint.saved_routes, mixer.table.logits
+    if table is not None:
+        if logits is None or table.shape != mixer.table.shape:
+            raise InputError(
+                f"{source} does not fit: its routing rows have shape {list(table.shape)}, "
+                f"those of this model {list(mixer.table.shape or ())}"
+            )
+        table.check(mixer.table.names)
+        table.copy_into(logits, mixer.table.names)
+    else:
+        mixer.table.drop_logits()
+    for expected, saved in pairs:
+        for name, tensor in expected.items():
+            tensor.copy_(saved[name])
+    mixer.anneal_progress = float(checkpoint.description.get("anneal_progress", 0.0))
+
+
+def _check_tensors(
+    expected: Mapping[str, Tensor], saved: Mapping[str, Tensor], source: str
+) -> None:
+    if saved.keys() != expected.keys():
+        name = sorted(saved.keys() ^ expected.keys())[0]
+        raise InputError(f"{source} does not fit: tensor {name!r} is on one side only")
+    for name, tensor in expected.items():
+        if saved[name].shape != tensor.shape:
+            raise InputError(
+                f"{source} does not fit: tensor {name!r} is {list(saved[name].shape)} there "
+                f"and {list(tensor.shape)} here"
+            )
+        if not tensor.is_floating_point():
+            continue  # a counter of a whole module, such as that of a batch norm
+        if not saved[name].is_floating_point() or not saved[name].isfinite().all():
+            raise InputError(
+                f"{source} is damaged: tensor {name!r} holds values that are not finite "
+                "fractional numbers; take an earlier checkpoint"
+            )
