@@ -105,7 +105,7 @@ def test_a_change_between_two_generations_in_one_block_is_seen(build: Build) -> 
 @pytest.mark.parametrize("build", [t5, llama])
 def test_a_failed_generation_leaves_no_route_behind(build: Build) -> None:
     model, inputs = routed(build(), num_heads=4), prompts()
-    with pytest.raises(InputError, match="for 3 routed examples"):
+    with pytest.raises(InputError, match="3 tasks were given for a batch of 4"):
         generate(model, inputs, list(TASKS[:3]))
     with pytest.raises(InputError, match="no task is routed"):
         generate(model, inputs, None)

@@ -87,6 +87,8 @@ class RoutedForward(nn.Module):
         for own in (self.inventory, self.routes, self.rule, self.mixer):
             own.train(base_model.training)
         self.training = base_model.training
+        self.register_state_dict_post_hook(_name_tasks)  # type: ignore[no-untyped-call]
+        self.register_load_state_dict_pre_hook(_check_tasks)  # type: ignore[no-untyped-call]
         self._hooks = (
             base_model.register_forward_pre_hook(self._before_forward, with_kwargs=True),
             base_model.register_forward_hook(self._after_forward),
@@ -375,3 +377,19 @@ class RoutedForward(nn.Module):
             raise InputError(
                 "this routed model was unloaded: use the base model, or attach an inventory again"
             )
+
+
+TASKS = "routes.tasks"
+"""Under this name a state dict says which tasks its rows are of."""
+
+
+def _name_tasks(model: RoutedForward, state: dict[str, Any], prefix: str, _: Any) -> None:
+    state[prefix + TASKS] = model.routes.digest()
+
+
+def _check_tasks(model: RoutedForward, state: dict[str, Any], prefix: str, *_: Any) -> None:
+    tasks = state.pop(prefix + TASKS, None)
+    if tasks is not None and not torch.equal(tasks.cpu(), model.routes.digest()):
+        raise InputError(
+            "this state dict holds other tasks than this model, or the same in another order"
+        )

@@ -123,7 +123,7 @@ def from_peft_mhr(
             logits[match["layer"]] = tensor
         else:
             published = tensor.squeeze(0)
-            skills[f"{match['layer']}.{match['kind']}"] = (
+            skills[f"{match['layer']}.{match['factor']}"] = (
                 published.mT if match["factor"] == "lora_a" else published
             )
     if not skills or bool(logits) != config.has_router:

@@ -183,11 +183,12 @@ def check_bare(model: nn.Module) -> None:
             raise InputError(
                 f"layer {name!r} carries an inventory already; call unload() on the routed model"
             )
-        if hasattr(module, "mhr_adapters"):  # of `polyroute.peft`, which needs PEFT
+        if "mhr_adapters" in module._modules:  # of `polyroute.peft`, which needs PEFT
             raise InputError(
                 f"layer {name!r} carries an adapter of polyroute.peft: call unload() on the PEFT "
                 "model, or save the adapter and convert it to an inventory"
             )
+    for name, module in model.named_modules():
         library = next(
             (c.__module__.partition(".")[0] for c in type(module).__mro__
              if c.__module__.partition(".")[0] in ADAPTER_LIBRARIES), None,
