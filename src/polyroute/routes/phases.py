@@ -62,8 +62,9 @@ def _collapse(mixer: Mixer) -> None:
     mixer.inventory.average()
     mixer.table.drop_logits()
     config = replace(
-        mixer.config, method="shared", num_skills=1, num_heads=1, rank=rank, alpha=scale * rank
-    )
+        mixer.config, method="shared", num_skills=1, num_heads=1, combine="weight", rank=rank,
+        alpha=scale * rank,
+    )  # fmt: skip
     mixer.become(config, SharedRule())
 
 

@@ -106,10 +106,13 @@ class RouteRule(nn.Module):
         """
 
     def reset_parameters(self) -> None:
-        """Draw the rule's own parameters afresh, for the phase `random`."""
-        for module in self.children():
+        """Draw the rule's own parameters afresh, for the phase `random`.
+
+        By default those of the modules in it; a rule with bare parameters says how itself.
+        """
+        for module in self.modules():
             reset = getattr(module, "reset_parameters", None)
-            if callable(reset):
+            if callable(reset) and module is not self:
                 reset()
 
     def settings(self) -> dict[str, Any]:
