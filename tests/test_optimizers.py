@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from transformers import Adafactor
 
 from polyroute import InputError, MHRConfig, RoutedModel, attach
-from polyroute.adapt import AdaptSettings
+from polyroute.adapting.settings import AdaptSettings
 from polyroute.adapting.slots import Slots
 from polyroute.kinds.base import ModelKind
 from polyroute.optimizers import LayerAdafactor, make_optimizer

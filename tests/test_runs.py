@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from tiny_runs import write_base, write_suite, write_task
 
-from polyroute.adapt import AdaptSettings
+from polyroute.adapting.settings import AdaptSettings
 from polyroute.errors import InputError
 from polyroute.host.files import write_json
 from polyroute.program.cli import main

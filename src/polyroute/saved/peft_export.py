@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor, nn
@@ -10,12 +11,85 @@ from polyroute.host.files import make_folder, write_json, write_tensors
 from polyroute.layer.factors import Factors, LoRAFactors
 from polyroute.layer.sites import Site, find_endings
 
-__all__ = ["CONFIG", "ROOT", "TENSORS", "write_peft_adapter", "write_peft_folder"]
+__all__ = [
+    "CONFIG",
+    "ROOT",
+    "TENSORS",
+    "PeftTarget",
+    "peft_target",
+    "write_peft_adapter",
+    "write_peft_folder",
+]
 
 CONFIG = "adapter_config.json"
 TENSORS = "adapter_model.safetensors"
 ROOT = "base_model.model."
 """What every key begins with, before the name of the layer in the base model."""
+
+
+@dataclass(frozen=True)
+class PeftTarget:
+    """What PEFT's files say of a base model and its adapted layers; made by `peft_target`.
+
+    It holds names alone, so a result that keeps one keeps no model alive.
+    """
+
+    config: Mapping[str, Any]
+    """The entries of `adapter_config.json` that do not depend on the adapter."""
+    sites: tuple[str, ...]
+    """Names of the adapted layers in the base model."""
+    fan_in_fan_out: bool
+    """Whether a layer stores its weight `[d_in, d_out]`, as in GPT-2."""
+
+    def write(self, folder: str | os.PathLike[str], factors: Sequence[Factors]) -> None:
+        """Write one task for PEFT, or whatever else reads its adapters.
+
+        The update's scale is folded into B and `lora_alpha` set to the rank, so that every loader,
+        whatever it makes of alpha, applies it once.
+
+        Args:
+            folder: where to; made if missing.
+            factors: of one task, by site.
+
+        Raises:
+            InputError: the folder cannot be written.
+        """
+        first = factors[0]
+        method = _lora_fields(first.a.shape[0]) if isinstance(first, LoRAFactors) else _ia3_fields()
+        tensors = {
+            f"{site}.{ending}": tensor
+            for site, factor in zip(self.sites, factors, strict=True)
+            for ending, tensor in factor.peft_tensors().items()
+        }
+        self.write_tensors(folder, {**method, "fan_in_fan_out": self.fan_in_fan_out}, tensors)
+
+    def write_tensors(
+        self,
+        folder: str | os.PathLike[str],
+        fields: Mapping[str, Any],
+        tensors: Mapping[str, Tensor],
+    ) -> None:
+        """Write an adapter of any method; see `write_peft_folder`."""
+        path = make_folder(folder)
+        write_tensors(path / TENSORS, {ROOT + name: tensor for name, tensor in tensors.items()})
+        write_json(path / CONFIG, {**fields, **self.config})
+
+
+def peft_target(base_model: nn.Module, sites: Sequence[Site]) -> PeftTarget:
+    """What PEFT's files say of a base model and its adapted layers.
+
+    Args:
+        base_model: for its name, its kind and to find the shortest list of target modules.
+        sites: the adapted layers.
+    """
+    config = {
+        "task_type": _task_type(base_model),
+        "base_model_name_or_path": _base_name(base_model),
+        "target_modules": find_endings(base_model, sites),
+        "inference_mode": True,
+    }
+    names = tuple(site.name for site in sites)
+    return PeftTarget(config, names, any(site.is_conv1d for site in sites))
 
 
 def write_peft_adapter(
@@ -24,26 +98,8 @@ def write_peft_adapter(
     sites: Sequence[Site],
     factors: Sequence[Factors],
 ) -> None:
-    """Write one task for PEFT, or whatever else reads its adapters.
-
-    The update's scale is folded into B and `lora_alpha` set to the rank, so that every loader,
-    whatever it makes of alpha, applies it once.
-
-    Args:
-        folder: where to; made if missing.
-        base_model: as for `write_peft_folder`.
-        sites: the adapted layers.
-        factors: of one task, by site.
-    """
-    first = factors[0]
-    kind = _lora_fields(first.a.shape[0]) if isinstance(first, LoRAFactors) else _ia3_fields()
-    fields = {**kind, "fan_in_fan_out": any(site.is_conv1d for site in sites)}
-    tensors = {
-        f"{site.name}.{ending}": tensor
-        for site, factor in zip(sites, factors, strict=True)
-        for ending, tensor in factor.peft_tensors().items()
-    }
-    write_peft_folder(folder, base_model, sites, fields, tensors)
+    """Write one task for PEFT; see `PeftTarget.write`."""
+    peft_target(base_model, sites).write(folder, factors)
 
 
 def write_peft_folder(
@@ -57,21 +113,12 @@ def write_peft_folder(
 
     Args:
         folder: where to; made if missing.
-        base_model: for its name, its kind and to find the shortest list of target modules.
+        base_model: as for `peft_target`.
         sites: the adapted layers.
         fields: settings of the method, `peft_type` among them.
         tensors: by the name of the layer in the base model and the ending of the method.
     """
-    path = make_folder(folder)
-    config = {
-        **fields,
-        "task_type": _task_type(base_model),
-        "base_model_name_or_path": _base_name(base_model),
-        "target_modules": find_endings(base_model, sites),
-        "inference_mode": True,
-    }
-    write_tensors(path / TENSORS, {ROOT + name: tensor for name, tensor in tensors.items()})
-    write_json(path / CONFIG, config)
+    peft_target(base_model, sites).write_tensors(folder, fields, tensors)
 
 
 def _lora_fields(rank: int) -> Mapping[str, Any]:
