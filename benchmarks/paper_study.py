@@ -29,7 +29,8 @@ from polyroute.kinds.choose import ModelKind, kind_of
 from polyroute.loading import load_base
 from polyroute.saved.checkpoint import read_checkpoint
 from polyroute.saved.runs import machine
-from polyroute.study.alignment import AlignmentCallback, alignment
+from polyroute.study.alignment import alignment
+from polyroute.study.alignment_callback import AlignmentCallback
 from polyroute.study.evaluate import evaluate, questions, score_rows
 from polyroute.study.examples import encoded, encoded_mixture
 from polyroute.trainer import MultiTaskTrainer, MultiTaskTrainingArguments

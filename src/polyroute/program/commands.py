@@ -61,7 +61,7 @@ from polyroute.saved.runs import (
     read_run,
     record,
 )
-from polyroute.study.alignment import AlignmentCallback
+from polyroute.study.alignment_callback import AlignmentCallback
 from polyroute.study.analysis import analyse, describe_checkpoint
 from polyroute.study.evaluate import TaskScore, evaluate, macro_average
 from polyroute.study.examples import encoded_mixture
