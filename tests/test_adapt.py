@@ -2,6 +2,7 @@
 
 import gc
 import weakref
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -385,7 +386,7 @@ def test_sizes_of_memory(text: str | int, size: int) -> None:
 
 @pytest.mark.parametrize("text", ["", "eight", "-1GB", "8XB", "0GB", "nan"])
 def test_what_is_no_size_is_refused(text: str) -> None:
-    with pytest.raises(InputError, match="no size"):
+    with pytest.raises(InputError, match="must be a size"):
         bytes_of(text)
 
 
@@ -409,7 +410,7 @@ def test_settings_of_a_grid_have_labels() -> None:
         ({"patience": 3}, "set validation_shots"),
         ({"optimizer": "adam"}, "unknown optimizer 'adam'"),
         ({"phase": "zz"}, "unknown phase 'zz'"),
-        ({"memory": "much"}, "no size"),
+        ({"memory": "much"}, "must be a size such as 8GB"),
         ({"init": "nothing", "phase": "z"}, "unknown task 'nothing'"),
         ({"init": 1, "phase": "z"}, "init must be a name"),
         ({"lr": "abc"}, "lr must be a finite number"),
@@ -497,6 +498,12 @@ def test_the_average_cannot_be_routed_while_slots_are_open() -> None:
         pytest.raises(InputError, match="while they are open"),
     ):
         model.factors_of("mu")
+
+
+def test_every_setting_declares_its_check_and_its_help() -> None:
+    for field in fields(AdaptSettings):
+        assert field.metadata["check"] is not None, field.name
+        assert field.metadata["help"].endswith("."), field.name
 
 
 def test_a_result_keeps_no_model_alive(tmp_path: Path) -> None:

@@ -221,7 +221,7 @@ def test_each_number_of_shots_is_adapted_apart_and_looked_at_every_fifty_epochs(
         ([], {"sedes": [3]}, "the preset t0 has no 'sedes' to set; did you mean 'seeds'"),
         ([], {"methods.mrh.phases": []}, "has no 'methods.mrh.phases' to set"),
         ([], {"methods.mhr.phases": "z"}, "phases of the method 'mhr' must be a list of some of"),
-        ([], {"adapt.lr": -1}, "lr must be positive and finite, not -1"),
+        ([], {"adapt.lr": -1}, "lr must be positive, not -1"),
         ([], {"seeds": "42"}, "seeds must be a list of whole numbers"),
         ([], {"tasks": ["rte", "new"]}, "shots has no number for the task 'new'"),
         ([], {"tasks": ["cb"]}, "has no task 'cb'.*the preset t0 needs a folder with a copy of"),

@@ -232,10 +232,10 @@ class _SuiteScores:
 
 
 def check_learned(results: Sequence[Mapping[str, Any]]) -> None:
-    """Make sure that not every adaptation diverged.
+    """Make sure that at least one adaptation did not diverge.
 
     Raises:
-        InputError: all did.
+        InputError: all diverged.
     """
     if results and all(result["score"] is None for result in results):
         first = results[0]
@@ -246,7 +246,7 @@ def check_learned(results: Sequence[Mapping[str, Any]]) -> None:
 
 
 def check_new(model: RoutedModel, task: str) -> None:
-    """Make sure that a task is not one of those of training.
+    """Make sure that a task is new to the inventory.
 
     Raises:
         InputError: the inventory was trained on the task.
@@ -278,12 +278,12 @@ def _rows(
             return encoded_rows
         given = given.to_list()
     if isinstance(given, str | Mapping) or not isinstance(given, Sequence) or not given:
-        raise InputError(f"the examples of task {task!r} must be a list of at least one")
+        raise InputError(f"the examples of task {task!r} must be a list with at least one")
     return encoded_records(given, task, kind)
 
 
 def _slot(task: str, seed: int, label: str, settings: AdaptSettings, rows: Sequence[Row]) -> Slot:
-    """A slot with the rows that its seed draws."""
+    """A slot, with the rows that its seed draws."""
     held = settings.validation_shots
     shots = len(rows) - held if settings.shots is None else settings.shots
     try:

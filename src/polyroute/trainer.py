@@ -110,12 +110,11 @@ class MultiTaskTrainer(RoutedTrainer):
 
     def _num_new(self, size: int) -> int | None:
         """How many rows of a micro-batch are new, where the rest fills up the epoch."""
-        processes, state = self.accelerator.num_processes, self.accelerator.gradient_state
+        processes, state = int(self.accelerator.num_processes), self.accelerator.gradient_state
         if processes == 1 or not state.end_of_dataloader or self.args.dataloader_drop_last:
             return None
         rest = len(self.sampler) % (size * processes) or size * processes
-        before = size * int(self.accelerator.process_index)
-        return max(0, rest - before)
+        return max(0, rest - size * int(self.accelerator.process_index))
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """The optimizer that `args.optim` names, over the model's own parameter groups.

@@ -36,22 +36,22 @@ __all__ = [
 
 @dataclass(frozen=True)
 class TaskScore:
-    """How well one task is answered; every score is between 0 and 1."""
+    """How well one task is answered; every score lies between 0 and 1."""
 
     task: str
     metric: str
-    """What `score` is: `accuracy` for tasks with choices, else `exact_match`, `strict_match` or
-    `rougeL`."""
+    """What `score` measures: `accuracy` for tasks with choices, otherwise `exact_match`,
+    `strict_match` or `rougeL`."""
     score: float
-    """Rank classification by the summed log-probability of a choice, or the mean metric of
-    generated text. Where n choices tie for the best and the target is among them, the example
-    counts 1/n."""
+    """For tasks with choices, the share of examples whose target has the highest summed
+    log-probability; where n choices tie for the highest and the target is among them, the example
+    counts 1/n. Otherwise the mean metric of generated text."""
     score_normalised: float | None
     """The same by log-probability per token, for tasks with choices."""
     majority: float | None
-    """What the most frequent training target scores; None without a training split."""
+    """The score of the most frequent training target; None without a training split."""
     chance: float | None
-    """What a random choice scores."""
+    """The score of a random choice; None for tasks without choices."""
     num_examples: int
 
     def to_dict(self) -> dict[str, Any]:
@@ -91,7 +91,7 @@ def check_answerable(suite: Suite, tasks: Sequence[str], kind: ModelKind) -> Non
     """Make sure that a base model can answer these tasks at all.
 
     Raises:
-        InputError: a task wants text and the base model is an encoder.
+        InputError: a task asks for text, and the base model is an encoder.
     """
     for task in tasks:
         if not kind.supports_generation and not suite.info(task).has_choices:
@@ -204,7 +204,7 @@ def _first_equal(choices: Sequence[Sequence[int]]) -> list[int]:
 
 
 def _share(scores: Tensor, label: int) -> float:
-    """1 where the label is the best choice, 1/n where it is one of n best, else 0."""
+    """1 if the label is the best choice, 1/n if it is one of n best ones, otherwise 0."""
     is_best = scores == scores.max()
     return 1 / int(is_best.sum()) if label >= 0 and is_best[label] else 0.0
 
