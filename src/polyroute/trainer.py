@@ -79,6 +79,9 @@ class MultiTaskTrainer(RoutedTrainer):
         self.model_accepts_loss_kwargs = False
         self.add_callback(NextEpoch(self))
 
+    def _check_arguments(self) -> None:
+        check_multi_task(self.args)
+
     def _get_train_sampler(self, train_dataset: Any = None) -> TaskSampler:
         rows = self.train_dataset if train_dataset is None else train_dataset
         sampler = TaskSampler(

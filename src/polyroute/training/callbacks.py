@@ -18,7 +18,7 @@ class NextEpoch(TrainerCallback):
     def on_epoch_begin(
         self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Set the epoch."""
+        """Pass the epoch on."""
         self.trainer.sampler.set_epoch(int(state.epoch or 0))
 
 
@@ -31,7 +31,7 @@ class Anneal(TrainerCallback):
     def on_step_begin(
         self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Move on."""
+        """Set how far the routing has moved at this step."""
         window = self.model.adapter_config.anneal_steps
         into = state.global_step - (state.max_steps - window)
         self.model.mixer.anneal_progress = min(max(into / window, 0.0), 1.0)
@@ -39,6 +39,6 @@ class Anneal(TrainerCallback):
     def on_train_end(
         self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Arrive, unless the training stopped early."""
+        """Finish the move, unless training stopped early."""
         if state.global_step >= state.max_steps:
             self.model.mixer.anneal_progress = 1.0

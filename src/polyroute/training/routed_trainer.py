@@ -77,10 +77,14 @@ class RoutedTrainer(Trainer):
         """Train; see `Trainer.train`.
 
         Raises:
-            InputError: the model is merged.
+            InputError: the model is merged, or the arguments were changed to what routing cannot do.
         """
         check_routed(self.model)
+        self._check_arguments()
         return super().train(*args, **kwargs)
+
+    def _check_arguments(self) -> None:
+        check_arguments(self.args)
 
     # ------------------------------------------------------------------ files
 
