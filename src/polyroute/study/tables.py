@@ -70,7 +70,7 @@ def routes_from_dataset(model: RoutedModel, dataset: datasets.Dataset) -> None:
         )
     dataset = dataset.with_format(None)
     if not _is_table(dataset.features):
-        found = ", ".join(f"{name}: {kind}" for name, kind in dataset.features.items())
+        found = ", ".join(f"{name}: {feature}" for name, feature in dataset.features.items())
         raise InputError(
             "a table of routing rows has the columns 'task', of strings, and 'logits', of lists of "
             f"numbers, and this one has {found}"

@@ -77,7 +77,7 @@ class RoutedTrainer(Trainer):
         """Train; see `Trainer.train`.
 
         Raises:
-            InputError: the model is merged, or the arguments were changed to what routing cannot do.
+            InputError: the model is merged, or an argument was set to what routing cannot do.
         """
         check_routed(self.model)
         self._check_arguments()
