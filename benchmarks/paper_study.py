@@ -18,10 +18,9 @@ import torch
 from torch import Tensor, nn
 
 import polyroute as pr
-from polyroute.adapt import adapt_suite
-from polyroute.adapting.loop import AdaptSettings
+from polyroute.adapt import SuiteSlots, adapt_suite
+from polyroute.adapting.settings import AdaptSettings
 from polyroute.build import loaded
-from polyroute.data.metrics import acceptable_answers
 from polyroute.data.sampling import draw_few_shot
 from polyroute.data.suite import Suite
 from polyroute.host.files import make_folder, write_json
@@ -30,8 +29,9 @@ from polyroute.kinds.choose import ModelKind, kind_of
 from polyroute.loading import load_base
 from polyroute.saved.checkpoint import read_checkpoint
 from polyroute.saved.runs import machine
-from polyroute.study.alignment import AlignmentCallback, alignment
-from polyroute.study.evaluate import evaluate, score_rows
+from polyroute.study.alignment import alignment
+from polyroute.study.alignment_callback import AlignmentCallback
+from polyroute.study.evaluate import evaluate, questions, score_rows
 from polyroute.study.examples import encoded, encoded_mixture
 from polyroute.trainer import MultiTaskTrainer, MultiTaskTrainingArguments
 
@@ -227,10 +227,11 @@ def adapt(
         if start == "usage":
             model.add_task("usage", init=_usage(model))
             choices = {label: replace(chosen, init="usage") for label, chosen in choices.items()}
-        adapt_suite(
-            model, kind, study.suite, tasks, choices,
-            seeds=study.seeds, split=split, done=list(results), each=each,
+        wanted = SuiteSlots(
+            suite=study.suite, tasks=tasks, choices=choices, seeds=study.seeds, split=split,
+            done=list(results),
         )  # fmt: skip
+        adapt_suite(model, kind, wanted, each=each)
     return results
 
 
@@ -263,17 +264,17 @@ def _adapt_after_z(
         left = [t for t in tasks if not any(r["task"] == t and r["seed"] == seed for r in results)]
         if not left:
             continue
-        adapt_suite(
-            model, kind, study.suite, left, {label: first}, seeds=[seed], split=split, each=keep
+        wanted = SuiteSlots(
+            suite=study.suite, tasks=left, choices={label: first}, seeds=[seed], split=split
         )
+        adapt_suite(model, kind, wanted, each=keep)
         for task, route in routes.items():
             start = f"{task} after z"
             model.add_task(start, init=route)
             second = replace(chosen, steps=chosen.steps - half, init=start)
             adapt_suite(
-                model, kind, study.suite, [task], {label: second},
-                seeds=[seed], split=split, each=each,
-            )  # fmt: skip
+                model, kind, replace(wanted, tasks=[task], choices={label: second}), each=each
+            )
             model.keep_tasks([name for name in model.tasks if name != start])
 
 
@@ -317,7 +318,7 @@ def finetune(
     base.float()
     for task in tasks:
         rows = encoded(study.suite, task, "train", kind)
-        test = encoded(study.suite, task, "test", kind)
+        test = questions(study.suite, task, "test", kind)
         for seed in study.seeds:
             if (task, seed) in done:
                 continue
@@ -325,14 +326,12 @@ def finetune(
             started = time.perf_counter()
             model = _finetuned(copy.deepcopy(base), kind, [rows[i] for i in drawn], settings, seed)
             seconds = time.perf_counter() - started
-            metric = study.suite.info(task).metric
-            answers = acceptable_answers(study.suite.split(task, "test"))
-            score, _ = score_rows(model, kind, test, answers, metric, route="mu")
+            score, _ = score_rows(model, kind, test, route="mu")
             results.append(
                 {
-                    "inventory": "none", "task": task, "seed": seed, "label": "", "metric": metric,
-                    "phase": "fine-tuning", "score": score, "seconds": seconds,
-                    "shots": study.shots, "split": "test",
+                    "inventory": "none", "task": task, "seed": seed, "label": "",
+                    "metric": test.metric, "phase": "fine-tuning", "score": score,
+                    "seconds": seconds, "shots": study.shots, "split": "test",
                     "trained_parameters": sum(p.numel() for p in base.parameters()),
                 }
             )  # fmt: skip

@@ -1,5 +1,8 @@
 """Slots are adapted side by side, and each ends where it would end alone."""
 
+import gc
+import weakref
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -10,9 +13,11 @@ from base_models import Maker, bert, gpt2, llama, t5
 from torch import Tensor, nn
 
 import polyroute.adapting.memory
+import polyroute.adapting.slot_training
 from polyroute import MHRConfig, RoutedModel, adapt_many, attach
-from polyroute.adapt import Adapted, AdaptSettings, variants
+from polyroute.adapting.adapted import Adapted
 from polyroute.adapting.memory import bytes_of, plan
+from polyroute.adapting.settings import AdaptSettings, variants
 from polyroute.data.sampling import draw_few_shot
 from polyroute.errors import InputError
 from polyroute.kinds.choose import ModelKind, kind_of
@@ -303,7 +308,7 @@ def test_saved_slots_of_other_settings_or_damaged_ones_are_refused(
 
     model, kind = trained()
     monkeypatch.setattr(module, "SECONDS_BETWEEN_SAVES", 0.0)
-    monkeypatch.setattr(module.SlotTraining, "finish", lambda self: 1 / 0)
+    monkeypatch.setattr(polyroute.adapting.slot_training.SlotTraining, "finish", lambda self: 1 / 0)
     options: dict[str, Any] = {**COMMON, "kind": kind, "phase": "z", "folder": tmp_path}
     with pytest.raises(ZeroDivisionError):
         adapt_many(model, {"a/b": examples("a")}, **options)
@@ -381,7 +386,7 @@ def test_sizes_of_memory(text: str | int, size: int) -> None:
 
 @pytest.mark.parametrize("text", ["", "eight", "-1GB", "8XB", "0GB", "nan"])
 def test_what_is_no_size_is_refused(text: str) -> None:
-    with pytest.raises(InputError, match="no size"):
+    with pytest.raises(InputError, match="must be a size"):
         bytes_of(text)
 
 
@@ -405,14 +410,15 @@ def test_settings_of_a_grid_have_labels() -> None:
         ({"patience": 3}, "set validation_shots"),
         ({"optimizer": "adam"}, "unknown optimizer 'adam'"),
         ({"phase": "zz"}, "unknown phase 'zz'"),
-        ({"memory": "much"}, "no size"),
+        ({"memory": "much"}, "must be a size such as 8GB"),
         ({"init": "nothing", "phase": "z"}, "unknown task 'nothing'"),
         ({"init": 1, "phase": "z"}, "init must be a name"),
-        ({"lr": "abc"}, "lr must be a number"),
-        ({"batch_size": 2.5}, "batch_size must be a whole number"),
-        ({"patience": "none"}, "patience must be a whole number"),
+        ({"lr": "abc"}, "lr must be a finite number"),
+        ({"batch_size": 2.5}, "batch_size must be a positive whole number"),
+        ({"patience": "none"}, "patience must be a positive whole number"),
         ({"seeds": 3}, "seeds must be a list"),
-        ({"seeds": [2**70]}, "from 0 to"),
+        ({"seeds": [2**70]}, "a seed must be at most 4294967295"),
+        ({"seeds": [-1]}, "a seed must not be negative"),
         ({"route_lr": 1e39}, "at most 1e"),
     ],
 )
@@ -492,3 +498,26 @@ def test_the_average_cannot_be_routed_while_slots_are_open() -> None:
         pytest.raises(InputError, match="while they are open"),
     ):
         model.factors_of("mu")
+
+
+def test_every_setting_declares_its_check_and_its_help() -> None:
+    for field in fields(AdaptSettings):
+        assert field.metadata["check"] is not None, field.name
+        assert field.metadata["help"].endswith("."), field.name
+
+
+def test_a_result_keeps_no_model_alive(tmp_path: Path) -> None:
+    model, kind = trained()
+    (result,) = adapt_many(model, {"a": examples("a")}, kind=kind, phase="z", **COMMON)
+    model.add_task("a", result.route)
+    model.export_peft("a", tmp_path / "model")
+    base = weakref.ref(model.base_model)
+    del model, kind
+    gc.collect()
+    assert base() is None
+    result.export_peft(tmp_path / "result")
+    names = ("adapter_config.json", "adapter_model.safetensors")
+    ours, expected = (
+        [(tmp_path / place / name).read_bytes() for name in names] for place in ("result", "model")
+    )
+    assert ours == expected

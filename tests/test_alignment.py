@@ -21,7 +21,8 @@ from polyroute.kinds.base import ModelKind
 from polyroute.layer.factors import LoRAFactors
 from polyroute.program.cli import main
 from polyroute.saved.runs import read_run
-from polyroute.study.alignment import AlignmentCallback, alignment
+from polyroute.study.alignment import alignment
+from polyroute.study.alignment_callback import AlignmentCallback
 from polyroute.trainer import MultiTaskTrainer, MultiTaskTrainingArguments
 
 NAMES = ("count", "truth", "where")
@@ -313,7 +314,7 @@ def test_a_resumed_run_keeps_what_was_measured(tmp_path: Path) -> None:
             del each["seconds"]
     assert found == expected
     (tmp_path / "cut" / "alignment.json").write_text('{"tasks": ["oak"]}')
-    with pytest.raises(InputError, match="is of another run"):
+    with pytest.raises(InputError, match="belongs to another run"):
         trained(tmp_path / "cut", measure=1, resume=str(tmp_path / "cut" / "checkpoint-3"))
 
 
@@ -389,5 +390,5 @@ def test_a_callback_that_could_not_measure_is_refused(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="compares tasks, and only one is trained"):
         AlignmentCallback(model, kind, one, tmp_path / "x.json")
     for steps in (0, 1.5, True):
-        with pytest.raises(InputError, match="steps between measurements must be at least 1"):
+        with pytest.raises(InputError, match="steps between measurements must be a positive whole"):
             AlignmentCallback(model, kind, rows, tmp_path / "x.json", steps=steps)  # type: ignore[arg-type]

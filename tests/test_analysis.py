@@ -15,15 +15,14 @@ from torch import Tensor
 from polyroute import InputError
 from polyroute.program.cli import main
 from polyroute.saved.checkpoint import read_checkpoint
-from polyroute.study.analysis import (
-    analyse,
+from polyroute.study.analysis import analyse, saved_weights
+from polyroute.study.categories import relate_to_categories
+from polyroute.study.routing_measures import (
     diversity,
     gate_discreteness,
     gate_efficiency,
     gate_sparsity,
-    relate_to_categories,
     route_similarity,
-    saved_weights,
     skill_usage,
 )
 

@@ -78,7 +78,7 @@ def test_what_would_not_be_sharded_is_refused(tmp_path: Path) -> None:
 
 
 def refuse(folder: Path) -> None:
-    with pytest.raises(InputError, match="shards over accelerators, and here is none"):
+    with pytest.raises(InputError, match="shards over accelerators, and there are none"):
         trainer(folder, **SHARDED)
     with pytest.raises(InputError, match="rowwise_routes trains in one process"):
         trainer(folder, rowwise_routes=True)

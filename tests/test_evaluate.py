@@ -11,7 +11,13 @@ from models import routed
 from torch import Tensor
 
 from polyroute.data.open import open_suite
-from polyroute.study.evaluate import TaskScore, evaluate, macro_average, score_rows
+from polyroute.study.evaluate import (
+    Questions,
+    TaskScore,
+    evaluate,
+    macro_average,
+    score_rows,
+)
 
 
 class Fixed:
@@ -40,7 +46,7 @@ def table(*choices: list[list[int]], labels: list[int]) -> Dataset:
 
 def accuracy(kind: Any, rows: Dataset) -> float:
     model: Any = None
-    score, normalised = score_rows(model, kind, rows, [], "accuracy", route="x")
+    score, normalised = score_rows(model, kind, Questions(rows, [], "accuracy"), route="x")
     assert score == normalised
     return score
 

@@ -25,6 +25,7 @@ from torch.testing import assert_close
 
 import polyroute.adapting.loop
 import polyroute.adapting.memory
+import polyroute.adapting.slot_training
 from polyroute import MHRConfig, RoutedModel, adapt_many, attach
 from polyroute.errors import InputError
 from polyroute.kinds.batches import IGNORED, choice_index, choice_labels, flat_choices, padded
@@ -338,7 +339,7 @@ def test_a_saved_slot_is_not_taken_up_under_another_objective(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(polyroute.adapting.loop, "SECONDS_BETWEEN_SAVES", 0.0)
-    monkeypatch.setattr(polyroute.adapting.loop.SlotTraining, "finish", lambda self: 1 / 0)
+    monkeypatch.setattr(polyroute.adapting.slot_training.SlotTraining, "finish", lambda self: 1 / 0)
     model, kind = routed(t5, "t-few")
     options: dict[str, Any] = {"phase": "z", "steps": 2, "folder": tmp_path}
     with pytest.raises(ZeroDivisionError):

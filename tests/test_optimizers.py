@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from transformers import Adafactor
 
 from polyroute import InputError, MHRConfig, RoutedModel, attach
-from polyroute.adapt import AdaptSettings
+from polyroute.adapting.settings import AdaptSettings
 from polyroute.adapting.slots import Slots
 from polyroute.kinds.base import ModelKind
 from polyroute.optimizers import LayerAdafactor, make_optimizer
@@ -254,7 +254,7 @@ def test_what_an_optimizer_does_not_have_is_refused(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="scale_parameter must be True or False, not 1"):
         AdaptSettings(optimizer="adafactor", scale_parameter=1)  # type: ignore[arg-type]
     for value in (-1.0, float("nan"), float("inf"), "much"):
-        with pytest.raises(InputError, match="route_weight_decay must be"):
+        with pytest.raises(InputError, match="route_weight_decay must"):
             AdaptSettings(route_weight_decay=value)  # type: ignore[arg-type]
     model = attach(stack(), MHRConfig(num_heads=4), TASKS)
     with pytest.raises(InputError, match="unknown optimizer 'adafacter': did you mean 'adafactor'"):

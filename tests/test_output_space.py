@@ -1,4 +1,4 @@
-"""Executors in output space, for skills of any ranks, against loops in float64 with all gradients."""
+"""Executors in output space, for skills of any ranks, against loops in float64."""
 
 from typing import Any
 

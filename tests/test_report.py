@@ -23,7 +23,8 @@ from polyroute.report_page.data import read_runs
 from polyroute.report_page.intervals import estimates
 from polyroute.report_page.page import render
 from polyroute.saved.checkpoint import read_checkpoint
-from polyroute.study.analysis import route_similarity, saved_weights
+from polyroute.study.analysis import saved_weights
+from polyroute.study.routing_measures import route_similarity
 
 TASKS = [f"task{i}" for i in range(9)]
 HOSTILE = '</script><img src=x onerror="document.title=1">\'"& $x^2$ \u202eß→日 \ud800\x00'

@@ -8,11 +8,13 @@ import pytest
 from reproduce_data import TEMPLATE, write_base, write_suite, write_superni, write_t0
 
 import polyroute.adapt
+from polyroute.adapting.settings import AdaptSettings
 from polyroute.data.open import open_suite
 from polyroute.data.sampling import draw_few_shot
 from polyroute.errors import InputError
 from polyroute.program.cli import _checked, main
 from polyroute.program.reproduce import aggregate, preset_names, read_preset, reproduce
+from polyroute.study.evaluate import Questions
 
 TINY = {
     "train.steps": 3, "train.bf16": False, "train.max-input": 32, "train.max-target": 4,
@@ -219,7 +221,7 @@ def test_each_number_of_shots_is_adapted_apart_and_looked_at_every_fifty_epochs(
         ([], {"sedes": [3]}, "the preset t0 has no 'sedes' to set; did you mean 'seeds'"),
         ([], {"methods.mrh.phases": []}, "has no 'methods.mrh.phases' to set"),
         ([], {"methods.mhr.phases": "z"}, "phases of the method 'mhr' must be a list of some of"),
-        ([], {"adapt.lr": -1}, "lr must be positive and finite, not -1"),
+        ([], {"adapt.lr": -1}, "lr must be positive, not -1"),
         ([], {"seeds": "42"}, "seeds must be a list of whole numbers"),
         ([], {"tasks": ["rte", "new"]}, "shots has no number for the task 'new'"),
         ([], {"tasks": ["cb"]}, "has no task 'cb'.*the preset t0 needs a folder with a copy of"),
@@ -301,8 +303,8 @@ def test_the_best_step_is_that_of_the_best_score(
     seen = []
     scripted = [0.2, 0.9, 0.4, 0.9, 0.0]
 
-    def score_rows(model: Any, kind: Any, rows: Any, answers: Any, *_: Any, route: str) -> Any:
-        seen.append(list(answers))
+    def score_rows(model: Any, kind: Any, asked: Questions, *, route: str) -> Any:
+        seen.append(list(asked.answers))
         return scripted[len(seen) - 1], None
 
     monkeypatch.setattr(polyroute.adapt, "score_rows", score_rows)
@@ -324,6 +326,6 @@ def test_the_best_step_is_that_of_the_best_score(
 
 def test_choosing_by_a_score_needs_examples_to_score() -> None:
     with pytest.raises(InputError, match="'score' looks at validation examples"):
-        polyroute.adapt.AdaptSettings(choose_by="score")
+        AdaptSettings(choose_by="score")
     with pytest.raises(InputError, match="unknown choose_by 'tset_score'"):
-        polyroute.adapt.AdaptSettings(choose_by="tset_score")
+        AdaptSettings(choose_by="tset_score")

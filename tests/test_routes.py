@@ -8,7 +8,7 @@ from models import TASKS, routed, stack
 
 from polyroute import InputError, MHRConfig, RoutedModel
 from polyroute.routes.table import RoutingTable
-from polyroute.study.analysis import route_similarity
+from polyroute.study.routing_measures import route_similarity
 
 
 def table(count: int = 30, seed: int = 0, config: MHRConfig | None = None) -> RoutingTable:

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from tiny_runs import write_base, write_suite, write_task
 
-from polyroute.adapt import AdaptSettings
+from polyroute.adapting.settings import AdaptSettings
 from polyroute.errors import InputError
 from polyroute.host.files import write_json
 from polyroute.program.cli import main
@@ -419,10 +419,10 @@ def test_a_setting_that_diverges_is_left_out_and_reported(
     [
         (["--grid", "lr"], "must be a setting and values"),
         (["--grid", "lr=0.1", "--grid", "lr=0.2"], "names 'lr' twice"),
-        (["--grid", "lr=abc"], "lr must be a number"),
-        (["--grid", "steps=1e2"], "steps must be a whole number"),
+        (["--grid", "lr=abc"], "lr must be a finite number"),
+        (["--grid", "steps=1e2"], "steps must be a positive whole number"),
         (["--grid", "phase=z,mu"], "phase cannot vary"),
-        (["--memory", "lots"], "no size"),
+        (["--memory", "lots"], "memory must be a size"),
         (["--memory", "1KB"], "too small"),
         (["--patience", "2"], "set validation_shots"),
         (["--optimizer", "adam"], "did you mean 'adamw'"),

@@ -12,7 +12,7 @@ from polyroute.data.open import open_suite
 from polyroute.data.readers.superni_text import TK_INSTRUCT, Encoding, render
 from polyroute.data.suite import Suite, TaskInfo, held_out_tasks, training_tasks
 from polyroute.errors import InputError
-from polyroute.study.evaluate import score_rows
+from polyroute.study.evaluate import Questions, score_rows
 
 
 def task(count: int = 0, **changes: Any) -> dict[str, Any]:
@@ -228,7 +228,8 @@ def test_text_is_scored_against_the_nearest_reference() -> None:
     kind: Any = Writer("The cat", "a dog")
     answers = [["a bird", "the cat."], ["dog", "cat"]]
     for given in (answers, ["the cat", "dog"]):
-        assert score_rows(model, kind, rows, given, "exact_match", route="a") == (0.5, None)
+        asked = Questions(rows, given, "exact_match")
+        assert score_rows(model, kind, asked, route="a") == (0.5, None)
     assert best_match(lambda a, b: abs(len(a) - len(b)), "aa", ["a", "aaaaa", "b"]) == 3
 
 

@@ -8,76 +8,33 @@ where it would end alone.
 import itertools
 import os
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, fields, replace
-from functools import cache
-from numbers import Integral
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import datasets
-from torch import Tensor
 
-from polyroute.adapting.loop import AdaptSettings, Slot, SlotTraining, train_slots
-from polyroute.data.metrics import acceptable_answers
+from polyroute.adapting.adapted import Adapted, adapted
+from polyroute.adapting.loop import SlotCalls, train_slots
+from polyroute.adapting.settings import AdaptSettings, check_names, variants
+from polyroute.adapting.slot import Slot
+from polyroute.adapting.slot_training import SlotTraining
 from polyroute.data.sampling import draw_few_shot
 from polyroute.data.suite import Suite
-from polyroute.errors import InputError, did_you_mean
+from polyroute.errors import InputError
 from polyroute.host.files import finite, make_folder
 from polyroute.kinds.batches import Row
 from polyroute.kinds.choose import ModelKind
-from polyroute.layer.factors import Factors
 from polyroute.model import Phase, RoutedModel
-from polyroute.saved.peft_export import write_peft_adapter
-from polyroute.study.evaluate import score_rows
+from polyroute.saved.peft_export import peft_target
+from polyroute.settings import whole
+from polyroute.study.evaluate import Questions, questions, score_rows
 from polyroute.study.examples import encoded, encoded_records
 
-__all__ = [
-    "AdaptSettings",
-    "Adapted",
-    "adapt_many",
-    "adapt_suite",
-    "check_learned",
-    "check_new",
-    "variants",
-]
+__all__ = ["SuiteSlots", "adapt_many", "adapt_suite", "check_learned", "check_new"]
 
-
-@dataclass(frozen=True)
-class Adapted:
-    """One slot at its end."""
-
-    task: str
-    seed: int
-    settings: AdaptSettings
-    indices: Sequence[int]
-    """Which of the examples it was trained on."""
-    trained_parameters: int
-    steps: int
-    """Steps taken."""
-    best_step: int
-    """The number of steps after which the result was taken."""
-    first_loss: float
-    last_loss: float
-    """Means over the first and the last tenth of the steps."""
-    validation_loss: float | None
-    """Of the result; None where no loss of validation examples chose it."""
-    diverged_at: int | None
-    """The step at which the loss or a number was no longer finite: the result is worthless."""
-    seconds: float
-    """The slot's share of the wall-clock time of training."""
-    route: Tensor | None = field(repr=False)
-    """Its routing logits `[N, H, K]`; None where the phase has none."""
-    factors: Sequence[Factors] = field(repr=False)
-    """What each site applies: the one plain adapter that the slot is."""
-    _model: RoutedModel = field(repr=False)
-
-    def export_peft(self, folder: str | os.PathLike[str]) -> None:
-        """Write it as an ordinary PEFT adapter.
-
-        Raises:
-            InputError: the folder cannot be written.
-        """
-        write_peft_adapter(folder, self._model.base_model, self._model.sites, self.factors)
+SEEDS = 2**32
+"""Seeds are whole numbers below this one."""
 
 
 def adapt_many(
@@ -105,35 +62,29 @@ def adapt_many(
 
     Args:
         model: a trained inventory; it is not changed.
-        examples: by task: dictionaries with `input`, `target` and, optionally, `instruction` and
-            `choices`; or a data set with these columns.
+        examples: for each task a list of dictionaries with `input`, `target` and, optionally,
+            `instruction` and `choices`; or a data set with these columns.
         kind: how the base model reads and learns; see `polyroute.kinds.choose.kind_of`.
         phase: what trains; see `RoutedModel.set_phase`.
-        seeds: of the draw of `shots` examples, the initialisation and the order.
+        seeds: a seed decides the draw of `shots` examples, the initialisation and the order.
         grid: lists of values for fields of `AdaptSettings`.
-        memory: for slots and activations, such as `"8GB"`; by default half of what is free. More
-            slots than fit are run in waves.
-        folder: keep running slots here, so that the same call goes on after an interruption. The
-            results are not kept.
-        **settings: fields of `AdaptSettings`, the same for all.
+        memory: what slots and activations may take, such as `"8GB"`; by default half of what is
+            free. More slots than fit run in waves.
+        folder: where running slots are kept, so that the same call goes on after an interruption.
+            The results are not kept.
+        **settings: fields of `AdaptSettings`, the same for all slots.
 
     Returns:
-        One result for each, tasks first, then the grid, then seeds.
+        One result for each slot, ordered by task, then by the grid, then by seed.
 
     Raises:
         InputError: an example, a setting or a phase cannot be used; nothing was trained.
     """
     if not isinstance(examples, Mapping) or not examples:
         raise InputError("examples must be a dictionary of a task's name to its examples")
-    choices = variants(AdaptSettings(phase=phase, **_known(settings)), grid)
-    if not isinstance(seeds, Sequence) or isinstance(seeds, str) or not seeds:
-        raise InputError(f"seeds must be a list of whole numbers, not {seeds!r}")
-    for seed in seeds:
-        if isinstance(seed, bool) or not isinstance(seed, Integral) or not 0 <= seed < 2**32:
-            raise InputError(f"a seed must be a whole number from 0 to {2**32 - 1}, not {seed!r}")
-    for task in examples:
-        if not isinstance(task, str) or not task:
-            raise InputError(f"a task name must be a non-empty string, not {task!r}")
+    check_names(settings)
+    choices = variants(AdaptSettings(phase=phase, **settings), grid)
+    _check_seeds(seeds)
     slots = []
     for task, given in examples.items():
         rows = _rows(task, given, kind)
@@ -141,29 +92,60 @@ def adapt_many(
             slots.append(_slot(task, seed, label, variant, rows))
     if len({slot.name for slot in slots}) < len(slots):
         raise InputError(f"seeds must be different numbers, not {list(seeds)}")
+    target = peft_target(model.base_model, model.sites, model.wrapping.trained)
     found: dict[str, Adapted] = {}
 
     def finish(training: SlotTraining) -> None:
-        found[training.slot.name] = _result(model, training)
+        found[training.slot.name] = adapted(model, training, target)
 
     place = None if folder is None else make_folder(folder)
-    train_slots(model, kind, phase, slots, finish=finish, memory=memory, folder=place)
+    train_slots(model, kind, slots, SlotCalls(finish), memory=memory, folder=place)
     return [found[slot.name] for slot in slots]
+
+
+@dataclass(frozen=True, kw_only=True)
+class SuiteSlots:
+    """What to adapt to: every task of a suite, with every choice of settings and every seed."""
+
+    suite: Suite
+    tasks: Sequence[str]
+    """Names of the tasks."""
+    choices: Mapping[str, AdaptSettings]
+    """Settings by label, as `variants` makes them; all of one phase."""
+    seeds: Sequence[int]
+    """A seed decides the draw, the initialisation and the order of examples."""
+    split: str = "test"
+    """What results are scored on."""
+    done: Sequence[Mapping[str, Any]] = ()
+    """Results that are there already; their slots are left out."""
+    part: slice | None = None
+    """Which of the other slots to adapt, where other processes adapt the rest; None for all."""
+
+    def slots(self, model: RoutedModel, kind: ModelKind) -> list[Slot]:
+        """The slots that are to be trained here.
+
+        Raises:
+            InputError: the inventory was trained on one of the tasks, or there are fewer examples
+                than shots.
+        """
+        before = {(r["task"], r["seed"], r["label"]) for r in self.done}
+        slots = []
+        for task in self.tasks:
+            check_new(model, task)
+            train = encoded(self.suite, task, "train", kind)
+            for (label, variant), seed in itertools.product(self.choices.items(), self.seeds):
+                if (task, seed, label) not in before:
+                    slots.append(_slot(task, seed, label, variant, train))
+        return slots if self.part is None else slots[self.part]
 
 
 def adapt_suite(
     model: RoutedModel,
     kind: ModelKind,
-    suite: Suite,
-    tasks: Sequence[str],
-    choices: Mapping[str, AdaptSettings],
+    wanted: SuiteSlots,
     *,
-    seeds: Sequence[int],
-    split: str = "test",
     memory: str | int | None = None,
     folder: Path | None = None,
-    done: Sequence[Mapping[str, Any]] = (),
-    part: slice = slice(None),
     each: Callable[[dict[str, Any], str], None] | None = None,
 ) -> list[dict[str, Any]]:
     """Adapt to tasks of a suite, and score each result as it is at the slot's last or best step.
@@ -171,15 +153,9 @@ def adapt_suite(
     Args:
         model: a trained inventory; it is not changed.
         kind: how its base model learns and answers.
-        suite: where the tasks are.
-        tasks: their names.
-        choices: settings by label, as `variants` makes them; all of one phase.
-        seeds: of the draw, the initialisation and the order.
-        split: to score on.
+        wanted: what to adapt to.
         memory: see `adapt_many`.
         folder: where running slots are kept.
-        done: results that are there already; their slots are left out.
-        part: which of the others to adapt; the rest is left to other processes.
         each: called with each result that did not diverge, and the route of its slot, while the
             model holds it.
 
@@ -190,82 +166,76 @@ def adapt_suite(
 
     Raises:
         InputError: the phase has nothing to train, or there are fewer examples than shots; nothing
-            was trained. Or all slots diverged; of a part, that is for `check_learned`.
+            was trained. Or all slots diverged; where only a part of the slots is adapted, that is
+            left to `check_learned`.
     """
-    before = {(r["task"], r["seed"], r["label"]) for r in done}
-    slots = []
-    for task in tasks:
-        check_new(model, task)
-        train = encoded(suite, task, "train", kind)
-        for (label, variant), seed in itertools.product(choices.items(), seeds):
-            if (task, seed, label) not in before:
-                slots.append(_slot(task, seed, label, variant, train))
-    slots = slots[part]
+    slots = wanted.slots(model, kind)
+    scores = _SuiteScores(model, kind, wanted)
     results: list[dict[str, Any]] = []
 
-    @cache  # many slots are scored on the same rows
-    def scored_on(task: str) -> tuple[datasets.Dataset, Sequence[str | Sequence[str]]]:
-        return encoded(suite, task, split, kind), acceptable_answers(suite.split(task, split))
-
-    def chosen_by(training: SlotTraining) -> float:
-        slot, by = training.slot, training.settings.choose_by
-        rows, answers = scored_on(slot.task)
-        if not training.settings.looks_at_test:
-            drawn = list(slot.validation_indices)
-            rows = encoded(suite, slot.task, "train", kind).select(drawn)
-            answers = acceptable_answers(suite.split(slot.task, "train").select(drawn))
-        metric = suite.info(slot.task).metric
-        score, normalised = score_rows(model, kind, rows, answers, metric, route=training.route)
-        return score if normalised is None or not by.endswith("normalised") else normalised
-
     def finish(training: SlotTraining) -> None:
-        task, settings = training.slot.task, training.settings
-        adapted = _result(model, training)
-        metric = suite.info(task).metric
-        score: float | None = None
-        normalised: float | None = None
-        if adapted.diverged_at is None:
-            rows, answers = scored_on(task)
-            score, normalised = score_rows(model, kind, rows, answers, metric, route=training.route)
-        result = {
-            "task": task,
-            "seed": training.slot.seed,
-            "label": training.slot.label,
-            "phase": settings.phase,
-            "chosen_by": settings.choose_by,
-            "shots": len(training.slot.rows),
-            "split": split,
-            "metric": metric,
-            "score": score,
-            "score_normalised": normalised,
-            **{name: finite(getattr(adapted, name)) for name in REPORTED},
-        }
-        results.append(result)
-        if each is not None and adapted.diverged_at is None:
-            each(result, training.route)
+        results.append(scores.result(training))
+        if each is not None and training.diverged_at is None:
+            each(results[-1], training.route)
 
     if slots:
-        phase = slots[0].settings.phase
-        train_slots(
-            model, kind, phase, slots, finish=finish, memory=memory, folder=folder, score=chosen_by
-        )
-    if results and part == slice(None):
-        check_learned([*done, *results])
+        calls = SlotCalls(finish, scores.chosen_by)
+        train_slots(model, kind, slots, calls, memory=memory, folder=folder)
+    if results and wanted.part is None:
+        check_learned([*wanted.done, *results])
     return results
 
 
-REPORTED = (
-    "trained_parameters", "steps", "best_step", "first_loss", "last_loss", "validation_loss",
-    "diverged_at", "seconds", "indices",
-)  # fmt: skip
-"""Fields of `Adapted` that a result of `adapt_suite` has."""
+class _SuiteScores:
+    """Scores slots on the tasks of a suite."""
+
+    def __init__(self, model: RoutedModel, kind: ModelKind, wanted: SuiteSlots) -> None:
+        self.model, self.kind, self.suite, self.split = model, kind, wanted.suite, wanted.split
+        self._asked: dict[tuple[str, str], Questions] = {}
+
+    def chosen_by(self, training: SlotTraining) -> float:
+        """The score by which a slot chooses its best step."""
+        slot, by = training.slot, training.settings.choose_by
+        if training.settings.looks_at_test:
+            asked = self._questions(slot.task, self.split)
+        else:
+            asked = self._questions(slot.task, "train").select(slot.validation_indices)
+        score, normalised = score_rows(self.model, self.kind, asked, route=training.route)
+        return score if normalised is None or not by.endswith("normalised") else normalised
+
+    def result(self, training: SlotTraining) -> dict[str, Any]:
+        """What is written of a slot that ended."""
+        slot, settings, outcome = training.slot, training.settings, training.outcome()
+        score: float | None = None
+        normalised: float | None = None
+        if training.diverged_at is None:
+            asked = self._questions(slot.task, self.split)
+            score, normalised = score_rows(self.model, self.kind, asked, route=training.route)
+        return {
+            "task": slot.task,
+            "seed": slot.seed,
+            "label": slot.label,
+            "phase": settings.phase,
+            "chosen_by": settings.choose_by,
+            "shots": len(slot.rows),
+            "split": self.split,
+            "metric": self.suite.info(slot.task).metric,
+            "score": score,
+            "score_normalised": normalised,
+            **{name: finite(value) for name, value in outcome.items()},
+        }
+
+    def _questions(self, task: str, split: str) -> Questions:
+        if (task, split) not in self._asked:  # many slots are scored on the same rows
+            self._asked[task, split] = questions(self.suite, task, split, self.kind)
+        return self._asked[task, split]
 
 
 def check_learned(results: Sequence[Mapping[str, Any]]) -> None:
-    """Make sure that not every adaptation diverged.
+    """Make sure that at least one adaptation did not diverge.
 
     Raises:
-        InputError: all did.
+        InputError: all diverged.
     """
     if results and all(result["score"] is None for result in results):
         first = results[0]
@@ -276,7 +246,7 @@ def check_learned(results: Sequence[Mapping[str, Any]]) -> None:
 
 
 def check_new(model: RoutedModel, task: str) -> None:
-    """Make sure that a task is not one of those of training.
+    """Make sure that a task is new to the inventory.
 
     Raises:
         InputError: the inventory was trained on the task.
@@ -288,43 +258,19 @@ def check_new(model: RoutedModel, task: str) -> None:
         )
 
 
-def variants(
-    settings: AdaptSettings, grid: Mapping[str, Sequence[Any]] | None = None
-) -> dict[str, AdaptSettings]:
-    """Settings for each combination of a grid's values, by a label such as `lr=0.001,steps=50`.
-
-    Raises:
-        InputError: the grid names no setting, repeats or lacks values, or varies the phase.
-    """
-    grid = grid or {}
-    _known(grid)
-    if "phase" in grid:
-        raise InputError("the phase cannot vary within a run: adapt once for each phase")
-    for name, values in grid.items():
-        if isinstance(values, str) or not isinstance(values, Sequence) or not values:
-            raise InputError(f"the grid of {name!r} must be a list of values, not {values!r}")
-        if len(set(map(str, values))) < len(values):
-            raise InputError(f"the grid of {name!r} repeats a value: {list(values)}")
-    found: dict[str, AdaptSettings] = {}
-    for values in itertools.product(*grid.values()):
-        variant = replace(settings, **dict(zip(grid, values, strict=True)))
-        # Sorted, and from the checked values: 1 and 1.0 are one setting, in whatever order.
-        found[",".join(f"{name}={getattr(variant, name)}" for name in sorted(grid))] = variant
-    return found
-
-
-def _known(settings: Mapping[str, Any]) -> Mapping[str, Any]:
-    names = [f.name for f in fields(AdaptSettings)]
-    for name in settings:
-        if name not in names:
-            raise InputError(f"there is no setting {name!r}: {did_you_mean(name, names)}")
-    return settings
+def _check_seeds(seeds: Sequence[int]) -> None:
+    if not isinstance(seeds, Sequence) or isinstance(seeds, str) or not seeds:
+        raise InputError(f"seeds must be a list of whole numbers, not {seeds!r}")
+    for seed in seeds:
+        whole(0, most=SEEDS - 1)("a seed", seed)
 
 
 def _rows(
     task: str, given: datasets.Dataset | Sequence[Mapping[str, Any]], kind: ModelKind
 ) -> Sequence[Row]:
-    """A task's examples, encoded unless they are."""
+    """A task's examples, encoded unless they are encoded already."""
+    if not isinstance(task, str) or not task:
+        raise InputError(f"a task name must be a non-empty string, not {task!r}")
     if isinstance(given, datasets.Dataset):
         given = given.with_format(None)
         if set(kind.features) <= set(given.column_names):
@@ -332,12 +278,12 @@ def _rows(
             return encoded_rows
         given = given.to_list()
     if isinstance(given, str | Mapping) or not isinstance(given, Sequence) or not given:
-        raise InputError(f"the examples of task {task!r} must be a list of at least one")
+        raise InputError(f"the examples of task {task!r} must be a list with at least one")
     return encoded_records(given, task, kind)
 
 
 def _slot(task: str, seed: int, label: str, settings: AdaptSettings, rows: Sequence[Row]) -> Slot:
-    """A slot with the rows that its seed draws."""
+    """A slot, with the rows that its seed draws."""
     held = settings.validation_shots
     shots = len(rows) - held if settings.shots is None else settings.shots
     try:
@@ -351,32 +297,3 @@ def _slot(task: str, seed: int, label: str, settings: AdaptSettings, rows: Seque
     training, validation = ([rows[i] for i in part] for part in (drawn[:shots], drawn[shots:]))
     indices = drawn[:shots], drawn[shots:]
     return Slot(task, seed, settings, training, validation, label, *indices)
-
-
-def _result(model: RoutedModel, training: SlotTraining) -> Adapted:
-    """What a slot became, copied while the model holds it."""
-    losses = training.losses
-    tenth = max(1, len(losses) // 10)
-    return Adapted(
-        task=training.slot.task,
-        seed=training.slot.seed,
-        settings=training.settings,
-        indices=training.slot.indices,
-        trained_parameters=sum(tensor.numel() for tensor in training.trained),
-        steps=training.step,
-        best_step=training.best_step,
-        first_loss=sum(losses[:tenth]) / tenth,
-        last_loss=sum(losses[-tenth:]) / tenth,
-        validation_loss=training.best_loss if training.settings.choose_by == "loss" else None,
-        diverged_at=training.diverged_at,
-        seconds=training.seconds,
-        route=None if model.routes.logits is None else model.routes[training.route].cpu(),
-        factors=[_copied(factor) for factor in model.factors_of(training.route)],
-        _model=model,
-    )
-
-
-def _copied(factors: Any) -> Factors:
-    tensors = {f.name: getattr(factors, f.name).detach().cpu().clone() for f in fields(factors)}
-    copy: Factors = replace(factors, **tensors)
-    return copy

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from polyroute.config import MHRConfig
 from polyroute.errors import InputError
+from polyroute.host.trainers import refuse_plain_trainer
 from polyroute.layer.factors import PlainFactors
 from polyroute.layer.fingerprint import sample_others
 from polyroute.layer.granularity import routers_of
@@ -100,6 +101,7 @@ class RoutedForward(nn.Module):
         except AttributeError:
             if name == "base_model":
                 raise
+            refuse_plain_trainer(name)
             return getattr(super().__getattr__("base_model"), name)
 
     def __setstate__(self, state: dict[str, Any]) -> None:

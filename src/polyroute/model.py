@@ -18,7 +18,7 @@ from polyroute.routes.tasks import Tasks
 from polyroute.saved.card import write_card
 from polyroute.saved.hub import push
 from polyroute.saved.inventory import load_checkpoint, save_inventory
-from polyroute.saved.peft_export import write_peft_adapter
+from polyroute.saved.peft_export import peft_target
 
 __all__ = ["Phase", "RoutedModel", "Tasks"]
 
@@ -386,8 +386,8 @@ class RoutedModel(RoutedForward):
                 written.
         """
         self._check_loaded()
-        factors, trained = self.factors_of(task), self.wrapping.trained
-        write_peft_adapter(folder, self.base_model, self.sites, factors, trained)
+        target = peft_target(self.base_model, self.sites, self.wrapping.trained)
+        target.write(folder, self.factors_of(task))
 
     # ---------------------------------------------------------------- reports
 

@@ -1,10 +1,10 @@
 """Optimizers by name, and Adafactor as the published runs used it.
 
-Adafactor (Shazeer & Stern 2018, arXiv:1804.04235) keeps of the second moment only its means over
-the last two dimensions, and limits and scales the step of each tensor by root mean squares over
-that tensor. What it does therefore depends on where tensors end. The published code has one A and
-one B for each layer and one table for each router; here the layers of one shape are one parameter,
-and so are all routers.
+Adafactor (Shazeer & Stern 2018, arXiv:1804.04235) does not keep the second moment itself, only its
+means over each of the last two dimensions, and it limits and scales the step of a tensor by root
+mean squares over that tensor. So its steps depend on where one tensor ends and another begins. The
+published code has one A and one B for each layer and one table for each router; here all layers of
+one shape are one parameter, and all routers are one parameter.
 
 Shape letters: n layers of a stack or routers, T tasks, H heads, K skills, r rank, D width of a
 head's block.
@@ -23,7 +23,7 @@ from polyroute.model import RoutedModel
 __all__ = ["OPTIMIZERS", "LayerAdafactor", "check_optimizer", "make_optimizer", "summary"]
 
 OPTIMIZERS = ("adamw", "adafactor", "sgd")
-"""`adafactor` is `LayerAdafactor`; the others are torch's, which do not see where tensors end."""
+"""`adafactor` is `LayerAdafactor`; the others are torch's and do not see where tensors end."""
 
 DECAY_RATE = -0.8
 SMALLEST_SQUARE = 1e-30
@@ -34,24 +34,25 @@ LARGEST_UPDATE = 1.0
 class LayerAdafactor(torch.optim.Optimizer):
     """Adafactor in which every layer, and every router, is a tensor of its own.
 
-    With G the gradient of one such tensor X at step t, R and C the running means of G^2 + 1e-30
-    over its last and its last but one dimension, with decay 1 - t^-0.8,
+    Let G be the gradient of such a tensor X at step t, and R and C running means of G^2 + 1e-30,
+    over its last dimension and its last but one, with decay 1 - t^-0.8. Then
 
         U = G / sqrt(R C / mean(R))
         X <- X - rate (U / max(1, rms(U)) + weight_decay X)
         rate = lr max(1e-3, rms(X))          with scale_parameter, otherwise lr
 
-    These are the published settings: no first moment, no rate of its own. With `scale_parameter` a
-    fresh B, which is zero, and fresh logits start a thousand times slower than `lr` says.
+    These are the published settings: no first moment, and no learning rate that Adafactor chooses
+    itself. With `scale_parameter` a fresh B, which is zero, and fresh logits start a thousand times
+    slower than `lr` says.
 
-    All layers of a stack are stepped at once, so a step takes as many operations as there are
-    stacks, whatever the number of layers.
+    All layers of a stack are stepped at once, so the number of operations of a step grows with the
+    number of stacks, not with the number of layers.
 
     Args:
         groups: as `RoutedModel.param_groups` gives them, or views of these parameters for one slot;
-            each named `skills` or `routes`.
-        model: says how many routers lie in a row of the table, and how skills are laid out.
-        scale_parameter: steps in proportion to the size of what they change.
+            each is named `skills` or `routes`.
+        model: tells how many routers a row of the table has, and how skills are laid out.
+        scale_parameter: whether to take steps in proportion to the size of what they change.
 
     Raises:
         InputError: a group has another name.
@@ -63,7 +64,7 @@ class LayerAdafactor(torch.optim.Optimizer):
         self._num_routers = 1 if model.routes.shape is None else model.routes.shape[0]
         self._is_ia3 = model.inventory.adapter == "ia3"
         for group in groups:
-            if group.get("name") not in ("skills", "routes"):
+            if group.get("name") not in ("skills", "modules", "rule", "routes"):
                 raise InputError(
                     "LayerAdafactor needs groups named 'skills' and 'routes', as param_groups "
                     f"makes them, not {group.get('name')!r}"
@@ -84,21 +85,29 @@ class LayerAdafactor(torch.optim.Optimizer):
         for group in self.param_groups:
             for p in group["params"]:
                 if p.grad is not None:
-                    cut = self._routers if group["name"] == "routes" else self._layers
+                    cut = {"skills": self._layers, "routes": self._routers}.get(
+                        group["name"], _alone
+                    )
                     _step(cut(p), cut(p.grad), self.state[p], group)
         return loss
 
     def _layers(self, skills: Tensor) -> Tensor:
-        """`[n, H, K, r, D]`, whose last two dimensions are the published ones in either order.
+        """The skills as tensors whose last two dimensions are those of the published code.
 
-        A published (IA)^3 vector has no rank: its last two are `[H, D]`.
+        For LoRA they are those of `[n, H, K, r, D]`, whose order does not matter. A published
+        (IA)^3 vector has no rank, so its last two dimensions are `[H, D]`.
         """
         return skills.permute(0, 2, 3, 1, 4) if self._is_ia3 else skills
 
     def _routers(self, logits: Tensor) -> Tensor:
-        """`[T, N * H * K]`, or one row of it, to `[N, T, H * K]`."""
+        """A table `[T, N * H * K]`, or one row of it, as `[N, T, H * K]`."""
         width = logits.shape[-1] // self._num_routers
         return logits.view(-1, self._num_routers, width).movedim(1, 0)
+
+
+def _alone(parameter: Tensor) -> Tensor:
+    """An ordinary parameter as the only tensor of a stack, with two dimensions at least."""
+    return parameter.reshape(1, 1, -1) if parameter.dim() < 2 else parameter.unsqueeze(0)
 
 
 def _step(layers: Tensor, gradients: Tensor, state: dict[str, Tensor], group: Any) -> None:
@@ -131,7 +140,7 @@ def _rms(tensors: Tensor) -> Tensor:
 
 
 def check_optimizer(name: str, *, scale_parameter: bool) -> None:
-    """Make sure that there is such an optimizer, and that it has what was set.
+    """Make sure that there is such an optimizer, and that it has the settings it is given.
 
     Raises:
         InputError: there is none of that name, or `scale_parameter` is off in one without it.
@@ -155,7 +164,7 @@ def make_optimizer(
         name: one of `OPTIMIZERS`.
         groups: see `LayerAdafactor`.
         model: whose parameters these are.
-        scale_parameter: of `adafactor`.
+        scale_parameter: see `LayerAdafactor`; only `adafactor` can have it off.
 
     Raises:
         InputError: as `check_optimizer`.
@@ -170,8 +179,8 @@ def summary(settings: Mapping[str, Any]) -> str:
     """What decides the result of training besides the data, in one line.
 
     Args:
-        settings: by the names of the options of `polyroute train`: the optimizer and
-            `scale_parameter`, rates, decays, clipping, warm-up and schedule.
+        settings: the optimizer, `scale_parameter`, rates, decays, clipping, warm-up and schedule,
+            by the names of the options of `polyroute train`.
     """
     name, sizes = settings["optimizer"], "on" if settings["scale_parameter"] else "off"
     if name == "adafactor":

@@ -1,4 +1,4 @@
-"""Memory: how much of an adaptation fits, in tokens and slots, and what training holds."""
+"""Memory: how many tokens and slots of an adaptation fit into it, and what training holds."""
 
 import math
 import re
@@ -16,18 +16,19 @@ from polyroute.model import Phase, RoutedModel
 __all__ = ["Budget", "bytes_in_training", "bytes_of", "plan"]
 
 MOST_SLOTS = 256
-"""More side by side save nothing, and results would come later."""
+"""Most slots side by side: more would save no time, and results would come later."""
 UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
 BINARY = {"": 1, "KI": 2**10, "MI": 2**20, "GI": 2**30, "TI": 2**40}
 CPU_ACTIVATION, ACCELERATOR_ACTIVATION = 2**19, 2**26
 """Numbers in one activation `[tokens, d_in]` beyond which a larger batch is no faster: on a CPU it
-leaves the cache (measured: about 32 examples of 50 tokens at width 384 are best), and an
-accelerator is full."""
+no longer fits the cache (about 32 examples of 50 tokens were best at width 384), and an accelerator
+is busy."""
 COPIES = 8
-"""Of each trained number: value, gradient, two moments, the best so far; and, while its gradient is
-made, what was mixed of it, the gradient of that, and one that is all zeros elsewhere."""
+"""Copies of each trained number: the number, its gradient, two moments and the best value so far;
+and, while its gradient is computed, the mixture, the gradient of the mixture, and a gradient that
+is zero for all other slots."""
 SHORTEST_ROW = 16
-"""Tokens of a row below which its own factors take more than is planned for."""
+"""Tokens of a row; in a shorter one the factors of the row take more memory than is planned."""
 
 
 @dataclass(frozen=True)
@@ -35,8 +36,9 @@ class Budget:
     """What may be in memory at a time."""
 
     tokens: int
-    """In one forward, padding included."""
+    """Most tokens in one forward, padding included."""
     slots: int
+    """Most slots side by side."""
 
 
 def bytes_of(size: str | int) -> int:
@@ -48,18 +50,18 @@ def bytes_of(size: str | int) -> int:
     match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]I?|)B?\s*", str(size).upper())
     number = 0 if match is None else float(match[1]) * {**UNITS, **BINARY}[match[2]]
     if not 1 <= number < math.inf:
-        raise InputError(f"memory {size!r} is no size; write for example 8GB")
+        raise InputError(f"memory must be a size such as 8GB, not {size!r}")
     return int(number)
 
 
 def plan(model: RoutedModel, kind: ModelKind, phase: Phase, memory: str | int | None) -> Budget:
-    """Share memory out between activations and slots, half each.
+    """Divide memory between activations and slots; each gets a half.
 
     Args:
         model: the inventory and its base model, before slots are open.
-        kind: whether each token also gets logits over the vocabulary.
+        kind: tells whether each token also gets logits over the vocabulary.
         phase: what each slot trains.
-        memory: for both, beyond the base model; None for half of what is free now.
+        memory: what both may take, besides the base model; None for half of what is free now.
 
     Raises:
         InputError: not even one slot fits.
@@ -68,8 +70,8 @@ def plan(model: RoutedModel, kind: ModelKind, phase: Phase, memory: str | int | 
     half = (_free(device) // 2 if memory is None else bytes_of(memory)) // 2
     widths = sum(site.d_in + site.d_out for site in model.sites)
     smallest = min(site.d_in for site in model.sites)
-    # Inputs and outputs of the adapted layers and as much again for what lies between them; the
-    # factors of each row and their gradients; logits, their logarithms and gradients.
+    # Inputs and outputs of the adapted layers, and as much again for the layers between them; the
+    # factors of each row and their gradients; and the logits, their logarithms and gradients.
     numbers = 2 * widths + 2 * model.inventory.rank * widths // SHORTEST_ROW
     if kind.supports_generation:
         numbers += 3 * len(kind.tokenizer)
@@ -106,18 +108,18 @@ def bytes_in_training(
 ) -> dict[str, int]:
     """What multi-task training holds from step to step on a device, in bytes, by purpose.
 
-    Activations come on top; they grow with the batch. What a phase does not train has no gradient.
+    Activations come on top and grow with the batch. Parameters that do not train have no gradient.
 
     Args:
         model: its phase is set.
-        is_adafactor: rather than AdamW, which has two moments of each number.
-        rowwise: the table trains by rows, see `RoutedModel.optimizer`.
+        is_adafactor: whether Adafactor trains; otherwise it is AdamW, with two moments a number.
+        rowwise: whether the table trains by rows; see `RoutedModel.optimizer`.
     """
     held = [*model.parameters(), *model.buffers()]
     trained = [p for p in model.parameters() if p.requires_grad]
     table = model.routes.logits
     moments = [*trained, table] if rowwise and table is not None else trained
-    if is_adafactor:  # means over rows and columns
+    if is_adafactor:  # which keeps means over rows and over columns
         numbers = sum(p.numel() // p.shape[-1] + p.numel() // p.shape[-2] for p in moments)
     else:
         numbers = 2 * sum(p.numel() for p in moments)

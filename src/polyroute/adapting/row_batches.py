@@ -1,4 +1,4 @@
-"""Losses of several small batches, each routed as one task, computed in few forwards together."""
+"""Losses of several small batches, each routed as one task, computed together in few forwards."""
 
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -15,9 +15,9 @@ from polyroute.model import RoutedModel
 __all__ = ["losses_of"]
 
 LENGTH_STEP = 8
-"""Rows whose lengths differ by less lie in one forward, those of a batch beside one another."""
+"""Lengths are compared in steps of so many tokens; rows of one step are ordered by batch."""
 Piece = tuple[int, Row, list[float]]
-"""The number of a batch, a row of it, and the weights of the terms of its loss."""
+"""The number of a batch, one of its rows, and the weights of the terms of the batch's loss."""
 
 
 def losses_of(
@@ -28,14 +28,14 @@ def losses_of(
     *,
     backward: bool = False,
 ) -> list[float]:
-    """The loss of each batch, up to rounding what it would be alone.
+    """The loss of each batch: up to rounding, what it would be alone.
 
     Args:
         model: the routed model.
         kind: how it learns.
-        batches: each with the task that its rows are routed as.
+        batches: for each batch, the task that it is routed as and its rows.
         tokens: most tokens in one forward, padding included.
-        backward: also add the gradients of the sum of all losses.
+        backward: whether to add the gradients of the sum of all losses, too.
 
     Returns:
         A loss for each batch, in their order.
@@ -67,10 +67,9 @@ def losses_of(
 def _cut(
     kind: ModelKind, pieces: Sequence[Piece], tokens: int, *, is_apart: bool
 ) -> Iterator[list[Piece]]:
-    """Cut rows into forwards of similar length with at most so many tokens, padding included.
+    """Cut rows of similar length into forwards with at most `tokens` tokens, padding included.
 
-    A row that has more is a forward of its own. With `is_apart` a forward has rows of one batch
-    only.
+    A longer row gets a forward of its own. With `is_apart` a forward has rows of one batch only.
     """
     shaped = [(kind.row_shape(row), (number, row, weights)) for number, row, weights in pieces]
 

@@ -1,13 +1,14 @@
-"""Where the route of a new task starts: at those of training tasks that answer its examples.
+"""Where the route of a new task starts: near the training tasks that answer its examples best.
 
-Trying every training task on the examples would cost more than adapting does. One backward pass at
+To try every training task on the examples would cost more than adapting does. One backward pass at
 the uniform mixture tells, to first order, how much each would help:
 
     L(w_t) - L(u) ~ <dL/dw (u), w_t - u>,   and   dL/dw = 2 K dL/dz at z = 0, up to a constant in k
 
-for weights w_t of task t, u uniform, z logits: one product with the table of all tasks. (With
-normalisation by a sum; by another the factor differs, and the constant does not quite cancel.) Only
-the few that promise most are then tried.
+where w_t are the weights of task t, u the uniform weights and z the logits. That is one product
+with the table of all tasks. (It holds where weights are normalised to sum to one; under another
+normalization the factor differs, and the constant does not quite cancel.) Only the few tasks that
+promise most are then tried.
 
 Shape letters: S slots, T training tasks, C candidates, N routers, H heads, K skills.
 """
@@ -27,11 +28,11 @@ from polyroute.routes.weights import uniform_weights
 __all__ = ["nearest_routes"]
 
 TRIED = 8
-"""Candidates whose loss is measured for each slot."""
+"""For each slot the loss of this many candidates is measured."""
 AT_ONCE = 128
-"""Slots whose gradients are taken together."""
+"""The gradients of this many slots are taken together."""
 COMPARED_AT_ONCE = 2**24
-"""Numbers of the table that are compared at once."""
+"""This many numbers of the table are compared at once."""
 
 
 def nearest_routes(
@@ -39,8 +40,9 @@ def nearest_routes(
 ) -> dict[str, Tensor]:
     """For each new task, the mean of the best candidates' logits, weighted by their likelihood.
 
-    With loss L_c over n examples a candidate has the weight `softmax(-n L_c)`: the posterior of
-    which of the candidates the examples come from, were they equally likely before.
+    A candidate with mean loss L_c over n examples has the weight `softmax(-n L_c)`. That is the
+    posterior probability that the examples come from it, if all candidates are equally likely
+    before.
 
     Args:
         model: a trained inventory with routes.
@@ -49,7 +51,7 @@ def nearest_routes(
         tokens: most tokens in one forward.
 
     Returns:
-        Logits `[N, H, K]` by the names of `examples`.
+        Logits `[N, H, K]`, by the names of `examples`.
     """
     shape = model.routes.shape
     assert shape is not None
@@ -76,7 +78,7 @@ def nearest_routes(
 def _promising(
     model: RoutedModel, kind: ModelKind, examples: Sequence[Sequence[Row]], tokens: int
 ) -> Tensor:
-    """The rows of the table that promise the lowest loss, `[S, C]`, best first."""
+    """Numbers of the rows of the table that promise the lowest loss, `[S, C]`, best first."""
     assert model.routes.logits is not None
     assert model.routes.shape is not None
     shape, table_TW = model.routes.shape, model.routes.logits.detach()

@@ -9,7 +9,8 @@ import numpy as np
 import torch
 from rich.table import Table
 
-from polyroute.adapt import AdaptSettings, adapt_suite
+from polyroute.adapt import SuiteSlots, adapt_suite
+from polyroute.adapting.settings import AdaptSettings
 from polyroute.build import attach, loaded
 from polyroute.config import MHRConfig
 from polyroute.data.metrics import mean_and_error
@@ -191,7 +192,8 @@ def _adapt_all(
 
             settings = {"": AdaptSettings(phase=phase, **ADAPT)}  # type: ignore[arg-type]
             seeds = SEEDS[:1] if quick else SEEDS
-            adapt_suite(model, kind, suite, tasks, settings, seeds=seeds, each=each)
+            wanted = SuiteSlots(suite=suite, tasks=tasks, choices=settings, seeds=seeds)
+            adapt_suite(model, kind, wanted, each=each)
     return results
 
 

@@ -9,7 +9,8 @@ import numpy.typing as npt
 
 from polyroute.demo.suite import SKILLS, TASKS
 from polyroute.saved.checkpoint import Checkpoint
-from polyroute.study.analysis import route_similarity, saved_weights
+from polyroute.study.analysis import saved_weights
+from polyroute.study.routing_measures import route_similarity
 
 __all__ = ["RouteReport", "relate_routes_to_skills"]
 

@@ -588,7 +588,7 @@ def _checked(name: str, options: Mapping[str, Any]) -> Callable[[], None]:
     defaults = _defaults(command, options, f"option {{!r}} of polyroute {name}")
     context = command.make_context(name, [], default_map=defaults)
     if name == "adapt":  # which checks its settings when it begins: after all of training
-        from polyroute.adapting.loop import AdaptSettings
+        from polyroute.adapting.settings import AdaptSettings
 
         AdaptSettings(**{f.name: context.params[f.name] for f in fields(AdaptSettings)})
 

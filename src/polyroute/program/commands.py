@@ -18,8 +18,9 @@ from rich.markup import escape
 from rich.table import Table
 from transformers import PrinterCallback, TrainerCallback
 
-from polyroute.adapt import AdaptSettings, adapt_suite, check_learned, check_new, variants
+from polyroute.adapt import SuiteSlots, adapt_suite, check_learned, check_new
 from polyroute.adapting.memory import plan
+from polyroute.adapting.settings import AdaptSettings, variants
 from polyroute.adapting.slots import check_starts
 from polyroute.build import attach, from_checkpoint, loaded
 from polyroute.config import MHRConfig
@@ -60,7 +61,7 @@ from polyroute.saved.runs import (
     read_run,
     record,
 )
-from polyroute.study.alignment import AlignmentCallback
+from polyroute.study.alignment_callback import AlignmentCallback
 from polyroute.study.analysis import analyse, describe_checkpoint
 from polyroute.study.evaluate import TaskScore, evaluate, macro_average
 from polyroute.study.examples import encoded_mixture
@@ -453,11 +454,13 @@ def adapt_run(options: Mapping[str, Any]) -> Result:
                 results.append(result)
                 write_json(own, results)
 
-            adapted = adapt_suite(
-                model, kind, suite, tasks, choices, seeds=options["seeds"], split=split,
-                memory=options["memory"], folder=running, done=done,
-                part=slice(index(), None, count()) if count() > 1 else slice(None), each=each,
+            wanted = SuiteSlots(
+                suite=suite, tasks=tasks, choices=choices, seeds=options["seeds"], split=split,
+                done=done, part=slice(index(), None, count()) if count() > 1 else None,
             )  # fmt: skip
+            adapted = adapt_suite(
+                model, kind, wanted, memory=options["memory"], folder=running, each=each
+            )
             results += [result for result in adapted if result["score"] is None]
             write_json(own, results)
             results = _gather(path, running, order)

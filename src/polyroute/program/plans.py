@@ -8,8 +8,8 @@ from typing import Any
 from rich.markup import escape
 from rich.table import Table
 
-from polyroute.adapt import AdaptSettings
 from polyroute.adapting.memory import Budget, bytes_in_training
+from polyroute.adapting.settings import AdaptSettings
 from polyroute.data.suite import Suite
 from polyroute.host.output import Result
 from polyroute.model import RoutedModel

@@ -1,60 +1,50 @@
 """Gradient alignment: whether tasks pull the adapters into one direction.
 
-For task i with loss L_i and, at a site, merged factors A_i, B_i:
+For task i with loss L_i and, at a site, mixed factors A_i, B_i:
 
     G_i = (dL_i/dA_i, dL_i/dB_i)          the effective gradient
     H_i = (dL_i/dA,   dL_i/dB)            the inventory's, of all skills of the site
     align(i, j) = <X_i, X_j> / (|X_i| |X_j| + 1e-12),   X = G or H
 
-The effective alignment compares tasks whatever their method; the inventory's is what the shared
-parameters feel. H is never formed, because each skill's gradient is a multiple of the mixture's:
+The effective alignment compares tasks under any method; the inventory's is that of the parameters
+that tasks share. H is never formed, because each skill's gradient is a multiple of the mixture's:
 
     <H_i, H_j> = sum_h rho_h(i, j) <G_ih, G_jh>,   rho_h(i, j) = sum_k w_i[h, k] w_j[h, k]
 
-with G_ih the part of G_i in head h's block. The definition is ours.
+with G_ih the part of G_i in head h's block. The definition is our own.
 
 Shape letters: T tasks, P pairs, S sites, N routers, H heads, K skills, r rank, D width of a head's
 block.
 """
 
-import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import combinations
-from pathlib import Path
 from typing import Any
 
-import datasets
 import numpy as np
 import torch
 from torch import Tensor, nn
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from polyroute.errors import InputError
-from polyroute.host.files import make_folder, read_json, write_json
 from polyroute.kinds.batches import Row, evaluating
 from polyroute.kinds.choose import ModelKind
 from polyroute.model import RoutedModel
-from polyroute.study.examples import task_sizes
 
-__all__ = ["Alignment", "AlignmentCallback", "alignment"]
+__all__ = ["Alignment", "alignment"]
 
 EPSILON = 1e-12
-SAMPLED_TASKS = 8
-"""Of a training run; all of their 28 pairs are compared."""
-SAMPLED_STEPS = 2
-"""A measurement has as many examples as so many training steps, and costs about as much."""
 DIGITS = 6
-"""To which results are written."""
+"""Decimals of the results that are written."""
 
 
 @dataclass(frozen=True)
 class Alignment:
     """How the gradients of pairs of tasks are aligned, at each site.
 
-    Numbers are float64 `[S, P]`, and NaN where a gradient is zero (or not finite), so that it has
-    no direction.
+    Numbers are float64 `[S, P]`, and NaN where a gradient is zero or not finite and so has no
+    direction.
     """
 
     tasks: tuple[str, ...]
@@ -68,8 +58,8 @@ class Alignment:
     overlap: Tensor
     """rho, the mean over heads."""
     skipped: int
-    """Gradients of one factor of one task at one site that are zero, and so count for nothing. At
-    the start of a training they are those of every A, since B is zero."""
+    """How many gradients, of one factor of one task at one site, are zero and count for nothing. At
+    the start of training every gradient of A is among them, because B is zero."""
 
     def mean(self) -> dict[str, float | None]:
         """The mean over sites and pairs of each measure, by name; None where there is no number."""
@@ -77,7 +67,7 @@ class Alignment:
         return {name: _number(float(values.nanmean())) for name, values in measures.items()}
 
     def to_dict(self) -> dict[str, Any]:
-        """As JSON values, rounded to six decimals; None for NaN."""
+        """The alignment as JSON values, rounded to six decimals; None for NaN."""
         return {
             "tasks": list(self.tasks),
             "pairs": [list(pair) for pair in self.pairs],
@@ -110,15 +100,15 @@ def alignment(
 
     A task's loss is the kind's, averaged over batches of its examples. Each task takes one forward
     and backward per batch; its gradients, as large as one adapter, are kept until all tasks are
-    done. Nothing of the model changes, and no random number is drawn.
+    done. The model does not change, and no random number is drawn.
 
     Args:
         model: the routed model, in any phase, frozen or not.
         kind: how its base model learns.
         examples_by_task: encoded rows of each task.
-        pairs: tasks to compare; default all pairs of tasks.
-        route: the task, or `"mu"`, that all examples are routed as, as zero-shot evaluation does;
-            None routes each as itself.
+        pairs: tasks to compare; by default all pairs of tasks.
+        route: the task, or `"mu"`, that all examples are routed as, as in zero-shot evaluation;
+            None routes each as its own task.
         batch_size: examples in a forward.
 
     Raises:
@@ -176,7 +166,7 @@ def _check(model: RoutedModel, examples: Mapping[str, Sequence[Row]], route: str
 
 @contextmanager
 def _differentiating(model: RoutedModel) -> Iterator[None]:
-    """Evaluation mode, in which the mixture has gradients although the skills may be frozen."""
+    """Evaluation mode in which the mixture has gradients, even where the skills are frozen."""
     frozen = [p for p in model.inventory.parameters() if not p.requires_grad]
     model.inventory.requires_grad_()
     try:
@@ -190,8 +180,8 @@ def _differentiating(model: RoutedModel) -> Iterator[None]:
 def _gradients(
     model: RoutedModel, kind: ModelKind, rows: Sequence[Row], route: str, batch_size: int
 ) -> list[list[Tensor]]:
-    """The gradients of the mean loss of rows for the merged factors, `[r, H D]`, by site."""
-    scale = [model.inventory.scale if k == "lora_b" else 1.0 for k in model.inventory.factor_names]
+    """The gradients of the mean loss of rows for the mixed factors, `[r, H D]`, by site."""
+    scales = [model.inventory.scale if f == "lora_b" else 1.0 for f in model.inventory.factor_names]
     total: Sequence[Tensor] = []
     for start in range(0, len(rows), batch_size):
         places = range(start, min(start + batch_size, len(rows)))
@@ -203,13 +193,16 @@ def _gradients(
             loss * (len(places) / len(rows)),
             factors, allow_unused=True, materialize_grads=True,
         )  # fmt: skip
-        # A loss of several forwards, as that of encoders, has a mixture for each.
+        # A loss of several forwards, such as an encoder's, has a mixture for each.
         for i in range(0, len(found), len(forwards[0])):
             of_forward = found[i : i + len(forwards[0])]
             total = [a + b for a, b in zip(total, of_forward, strict=True)] if total else of_forward
-    # What the layers apply has the scale in B, which the definition leaves outside.
-    kinds = len(scale)
-    return [[total[i + k] * scale[k] for k in range(kinds)] for i in range(0, len(total), kinds)]
+    # The B that layers apply includes the scale; the B of the definition does not.
+    count = len(scales)
+    return [
+        [gradient * scale for gradient, scale in zip(total[i : i + count], scales, strict=True)]
+        for i in range(0, len(total), count)
+    ]
 
 
 @contextmanager
@@ -222,7 +215,7 @@ def _mixed_factors(model: RoutedModel) -> Iterator[list[list[Tensor]]]:
         if mixture is not None:
             forwards.append([t for of_site in mixture.factors for t in vars(of_site).values()])
 
-    # Before the model's own hook, which lets go of the mixture.
+    # It must run before the model's own hook, which lets go of the mixture.
     hook = model.base_model.register_forward_hook(keep, prepend=True)
     try:
         yield forwards
@@ -231,7 +224,7 @@ def _mixed_factors(model: RoutedModel) -> Iterator[list[list[Tensor]]]:
 
 
 def _weights(model: RoutedModel, task: str) -> Tensor:
-    """The mixing weights `[N, H, K]`, also of a task that takes one skill whole."""
+    """The mixing weights of a task, `[N, H, K]`, even if it takes one skill whole."""
     row, mixer = model.routes.row(task), model.mixer
     weights = mixer.weights_of(row)
     if weights is None:
@@ -256,118 +249,3 @@ def _cosines(products_TT: Tensor) -> Tensor:
     cosines = products_TT / (norm_T[:, None] * norm_T + EPSILON)
     is_zero = norm_T == 0
     return cosines.masked_fill(is_zero[:, None] | is_zero, torch.nan)
-
-
-class AlignmentCallback(TrainerCallback):
-    """Measures alignment every so many steps of a training and at its end, on one fixed sample.
-
-    The sample is drawn by the seed of the run: up to 8 tasks, compared pair by pair, with together
-    as many examples as two training steps. So a measurement costs about two steps: 2.2 % of a run
-    of the demo's base model with 32 examples in a step that is measured every 100 steps, 3.5 % with
-    8 examples, whose overhead weighs more; half of that every 200, the default. The run itself is
-    the same, bit for bit, as without.
-
-    The file is JSON and is written whole after every measurement: `tasks`, `pairs`, `sites` as in
-    `Alignment.to_dict`, and a list `measurements` with `step`, `seconds` and the rest of it. A
-    resumed run keeps what was measured up to the checkpoint.
-
-    Args:
-        model: the model that trains.
-        kind: how its base model learns.
-        rows: the training rows, task after task (`polyroute.study.examples.encoded_mixture`).
-        path: the file.
-        steps: steps between measurements.
-
-    Raises:
-        InputError: there is only one task, or `steps` is not a positive whole number.
-    """
-
-    def __init__(
-        self,
-        model: RoutedModel,
-        kind: ModelKind,
-        rows: datasets.Dataset,
-        path: Path,
-        *,
-        steps: int = 200,
-    ) -> None:
-        if isinstance(steps, bool) or not isinstance(steps, int) or steps < 1:
-            raise InputError(f"steps between measurements must be at least 1, not {steps!r}")
-        self._sizes = task_sizes(rows)
-        if len(self._sizes) < 2:
-            raise InputError(
-                "gradient alignment compares tasks, and only one is trained: leave it off"
-            )
-        self.model = model
-        self.kind = kind
-        self.rows = rows
-        self.path = Path(path)
-        self.steps = steps
-        self._sample: dict[str, list[Row]] = {}
-        self._batch_size = 1
-        self._report: dict[str, Any] = {}
-
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        """Draw the sample, and take up the file of a run that is resumed."""
-        self._batch_size = args.train_batch_size
-        self._sample = self._drawn(
-            SAMPLED_STEPS * args.train_batch_size * args.gradient_accumulation_steps, args.seed
-        )
-        self._report = {
-            "tasks": list(self._sample),
-            "pairs": [list(pair) for pair in combinations(range(len(self._sample)), 2)],
-            "sites": [site.name for site in self.model.sites],
-            "measurements": [],
-        }
-        if state.global_step and self.path.is_file():
-            former = read_json(self.path)
-            if not isinstance(former, dict) or any(
-                former.get(key) != self._report[key] for key in ("tasks", "pairs", "sites")
-            ):
-                raise InputError(f"{self.path} is of another run; move it away")
-            self._report["measurements"] = [
-                each for each in former["measurements"] if each["step"] <= state.global_step
-            ]
-
-    def _drawn(self, total: int, seed: int) -> dict[str, list[Row]]:
-        """About `total` examples of up to 8 tasks, at least one of each."""
-        random = np.random.default_rng(seed)
-        count = min(SAMPLED_TASKS, len(self._sizes))
-        starts = np.cumsum([0, *self._sizes[:-1]])
-        sample: dict[str, list[Row]] = {}
-        for task in sorted(random.choice(len(self._sizes), count, replace=False)):
-            size = min(self._sizes[task], max(1, total // count))
-            places = starts[task] + random.choice(self._sizes[task], size, replace=False)
-            rows = [self.rows[int(place)] for place in places]
-            sample[rows[0]["task"]] = rows
-        return sample
-
-    def on_step_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        """Measure where it is time; at the end, too, before the last checkpoint is written."""
-        if state.global_step % self.steps == 0 or state.global_step >= state.max_steps:
-            self._measure(state)
-
-    def on_train_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        """Measure at the end of a training that stopped early."""
-        done = self._report["measurements"]
-        if not done or done[-1]["step"] != state.global_step:
-            self._measure(state)
-
-    def _measure(self, state: TrainerState) -> None:
-        if not state.is_world_process_zero:
-            return
-        started = time.perf_counter()
-        result = alignment(self.model, self.kind, self._sample, batch_size=self._batch_size)
-        seconds = round(time.perf_counter() - started, 3)
-        found = {k: v for k, v in result.to_dict().items() if k not in self._report}
-        self._report["measurements"].append(
-            {"step": state.global_step, "seconds": seconds, **found}
-        )
-        make_folder(self.path.parent)
-        write_json(self.path, self._report)

@@ -23,27 +23,35 @@ from polyroute.kinds.choose import ModelKind
 from polyroute.model import RoutedModel
 from polyroute.study.examples import encoded, prompt_lengths
 
-__all__ = ["TaskScore", "check_answerable", "evaluate", "macro_average", "score_rows"]
+__all__ = [
+    "Questions",
+    "TaskScore",
+    "check_answerable",
+    "evaluate",
+    "macro_average",
+    "questions",
+    "score_rows",
+]
 
 
 @dataclass(frozen=True)
 class TaskScore:
-    """How well one task is answered; every score is between 0 and 1."""
+    """How well one task is answered; every score lies between 0 and 1."""
 
     task: str
     metric: str
-    """What `score` is: `accuracy` for tasks with choices, else `exact_match`, `strict_match` or
-    `rougeL`."""
+    """What `score` measures: `accuracy` for tasks with choices, otherwise `exact_match`,
+    `strict_match` or `rougeL`."""
     score: float
-    """Rank classification by the summed log-probability of a choice, or the mean metric of
-    generated text. Where n choices tie for the best and the target is among them, the example
-    counts 1/n."""
+    """For tasks with choices, the share of examples whose target has the highest summed
+    log-probability; where n choices tie for the highest and the target is among them, the example
+    counts 1/n. Otherwise the mean metric of generated text."""
     score_normalised: float | None
     """The same by log-probability per token, for tasks with choices."""
     majority: float | None
-    """What the most frequent training target scores; None without a training split."""
+    """The score of the most frequent training target; None without a training split."""
     chance: float | None
-    """What a random choice scores."""
+    """The score of a random choice; None for tasks without choices."""
     num_examples: int
 
     def to_dict(self) -> dict[str, Any]:
@@ -51,11 +59,39 @@ class TaskScore:
         return asdict(self)
 
 
+@dataclass(frozen=True)
+class Questions:
+    """Rows of one task to be answered, and what a good answer is; made by `questions`."""
+
+    rows: datasets.Dataset
+    """The encoded rows."""
+    answers: Sequence[str | Sequence[str]]
+    """For each row its acceptable answer or, where there are several, a list of them, of which the
+    nearest counts. Answers by choice are compared with the row's label instead."""
+    metric: str
+    """See `TaskScore.metric`."""
+
+    def select(self, indices: Sequence[int]) -> "Questions":
+        """Only some of the rows."""
+        chosen = list(indices)
+        return Questions(self.rows.select(chosen), [self.answers[i] for i in chosen], self.metric)
+
+
+def questions(suite: Suite, task: str, split: str, kind: ModelKind) -> Questions:
+    """One split of one task, to be answered.
+
+    Raises:
+        InputError: the data cannot be read, or the task has no such split.
+    """
+    answers = acceptable_answers(suite.split(task, split))
+    return Questions(encoded(suite, task, split, kind), answers, suite.info(task).metric)
+
+
 def check_answerable(suite: Suite, tasks: Sequence[str], kind: ModelKind) -> None:
     """Make sure that a base model can answer these tasks at all.
 
     Raises:
-        InputError: a task wants text and the base model is an encoder.
+        InputError: a task asks for text, and the base model is an encoder.
     """
     for task in tasks:
         if not kind.supports_generation and not suite.info(task).has_choices:
@@ -83,7 +119,7 @@ def evaluate(
         suite: where the tasks are.
         tasks: their names.
         route: the task, or `"mu"`, that all examples are routed as; None routes each as itself.
-        split: of the suite.
+        split: a split of the suite.
         batch_size: examples in a forward.
 
     Raises:
@@ -92,72 +128,73 @@ def evaluate(
     for task in tasks:
         model.routes.row(task if route is None else route)
     check_answerable(suite, tasks, kind)
-    bar = progress(tasks, "evaluating")
-    return [_task_score(model, kind, suite, task, route or task, split, batch_size) for task in bar]
-
-
-def _task_score(
-    model: RoutedModel,
-    kind: ModelKind,
-    suite: Suite,
-    task: str,
-    route: str,
-    split: str,
-    batch_size: int,
-) -> TaskScore:
-    texts = suite.split(task, split)
-    rows = encoded(suite, task, split, kind)
-    metric = suite.info(task).metric
-    train = suite.split(task, "train") if "train" in suite.splits(task) else None
-    simple = baselines(train, texts, metric=metric)
-    score, normalised = score_rows(
-        model, kind, rows, acceptable_answers(texts), metric, route=route, batch_size=batch_size
-    )
-    return TaskScore(task, metric, score, normalised, simple.majority, simple.chance, len(rows))
+    found = []
+    for task in progress(tasks, "evaluating"):
+        asked = questions(suite, task, split, kind)
+        score, normalised = score_rows(
+            model, kind, asked, route=route or task, batch_size=batch_size
+        )
+        train = suite.split(task, "train") if "train" in suite.splits(task) else None
+        simple = baselines(train, suite.split(task, split), metric=asked.metric)
+        count = len(asked.rows)
+        found.append(
+            TaskScore(task, asked.metric, score, normalised, simple.majority, simple.chance, count)
+        )
+    return found
 
 
 def score_rows(
     model: RoutedModel,
     kind: ModelKind,
-    rows: datasets.Dataset,
-    answers: Sequence[str | Sequence[str]],
-    metric: str,
+    asked: Questions,
     *,
     route: str,
     batch_size: int = 32,
 ) -> tuple[float, float | None]:
-    """Mean score of encoded rows of one task.
-
-    Text is compared with `answers`, for each row one or, where several are acceptable, a list of
-    which the nearest counts.
+    """Mean score of the rows of one task.
 
     For accuracy a row counts 1/n where n choices have exactly the best score and the label is among
     them. Choices that are equal once cut to `max_target` always tie; a warning says so.
 
+    Args:
+        model: the routed model.
+        kind: how its base model answers.
+        asked: the rows, and what a good answer is.
+        route: the task, or `"mu"`, that the rows are routed as.
+        batch_size: examples in a forward.
+
     Returns:
         The score and, for accuracy, the score by log-probability per token.
     """
-    if metric == "accuracy":
-        hits, is_warned = [0.0, 0.0], False
-        for batch in _batches(rows, batch_size, route):
-            for row, scores in zip(batch, kind.scores(model, batch), strict=True):
-                firsts = _first_equal(row["choice_ids"])
-                if not is_warned and firsts != list(range(len(firsts))):
-                    is_warned = True
-                    warnings.warn(
-                        f"two choices of an example routed as {route!r} are the same "
-                        f"{kind.max_target} tokens: raise max_target to tell them apart",
-                        stacklevel=2,
-                    )
-                for column in range(2):
-                    hits[column] += _share(scores[firsts, column], row["label"])
-        return hits[0] / len(rows), hits[1] / len(rows)
-    compare = text_metric(metric)
+    batches = _batches(asked.rows, batch_size, route)
+    if asked.metric == "accuracy":
+        return _accuracy(model, kind, batches, len(asked.rows))
+    compare = text_metric(asked.metric)
     total = 0.0
-    for batch in _batches(rows, batch_size, route):
+    for batch in batches:
         for row, answer in zip(batch, kind.generate(model, batch), strict=True):
-            total += best_match(compare, answer, answers[row["index"]])
-    return total / len(rows), None
+            total += best_match(compare, answer, asked.answers[row["index"]])
+    return total / len(asked.rows), None
+
+
+def _accuracy(
+    model: RoutedModel, kind: ModelKind, batches: Iterator[list[dict[str, Any]]], num_rows: int
+) -> tuple[float, float]:
+    """The share of rows whose label has the best score, by sum and by mean over tokens."""
+    hits, is_warned = [0.0, 0.0], False
+    for batch in batches:
+        for row, scores in zip(batch, kind.scores(model, batch), strict=True):
+            firsts = _first_equal(row["choice_ids"])
+            if not is_warned and firsts != list(range(len(firsts))):
+                is_warned = True
+                warnings.warn(
+                    f"two choices of an example routed as {row['task']!r} are the same "
+                    f"{kind.max_target} tokens: raise max_target to tell them apart",
+                    stacklevel=3,
+                )
+            for column in range(2):
+                hits[column] += _share(scores[firsts, column], row["label"])
+    return hits[0] / num_rows, hits[1] / num_rows
 
 
 def _first_equal(choices: Sequence[Sequence[int]]) -> list[int]:
@@ -167,13 +204,13 @@ def _first_equal(choices: Sequence[Sequence[int]]) -> list[int]:
 
 
 def _share(scores: Tensor, label: int) -> float:
-    """1 where the label is the best choice, 1/n where it is one of n best, else 0."""
+    """1 if the label is the best choice, 1/n if it is one of n best ones, otherwise 0."""
     is_best = scores == scores.max()
     return 1 / int(is_best.sum()) if label >= 0 and is_best[label] else 0.0
 
 
 def _batches(rows: datasets.Dataset, batch_size: int, route: str) -> Iterator[list[dict[str, Any]]]:
-    """Rows in batches of similar length, so that little is padding; `index` is the row's place."""
+    """Rows in batches of similar length, to save padding; `index` is the place of a row."""
     order = np.argsort(prompt_lengths(rows), kind="stable").tolist()
     for start in range(0, len(rows), batch_size):
         chosen = order[start : start + batch_size]
@@ -181,7 +218,7 @@ def _batches(rows: datasets.Dataset, batch_size: int, route: str) -> Iterator[li
 
 
 def macro_average(scores: Sequence[TaskScore]) -> dict[str, float | None]:
-    """Means over tasks: of the score, its standard error, and the baselines."""
+    """The mean score over tasks with its standard error, and the mean of each baseline."""
     mean, error = mean_and_error([s.score for s in scores])
     majorities = [s.majority for s in scores if s.majority is not None]
     chances = [s.chance for s in scores if s.chance is not None]

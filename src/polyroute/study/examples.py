@@ -1,4 +1,4 @@
-"""Encoded examples: the rows of a suite's tasks as token ids, cached on disk by `datasets`."""
+"""Encoded examples: the rows of a suite's tasks as token ids, which `datasets` caches on disk."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -19,7 +19,7 @@ from polyroute.kinds.choose import ModelKind
 __all__ = ["encoded", "encoded_mixture", "encoded_records", "prompt_lengths", "task_sizes"]
 
 OPTIONAL = {"instruction": "", "input": "", "choices": None, "split": "train"}
-"""What a record may leave out."""
+"""What a record may leave out, with the value that it then has."""
 
 
 def encoded(suite: Suite, task: str, split: str, kind: ModelKind) -> datasets.Dataset:
@@ -36,16 +36,16 @@ def encoded(suite: Suite, task: str, split: str, kind: ModelKind) -> datasets.Da
 
 
 def encoded_records(records: Sequence[Mapping[str, Any]], task: str, kind: ModelKind) -> list[Row]:
-    """Examples that are at hand as dictionaries, as rows with the columns of `ModelKind.features`.
+    """Examples given as dictionaries, as rows with the columns of `ModelKind.features`.
 
     Args:
-        records: each with `target`, `instruction` or `input` or both, and, for tasks with choices,
+        records: each has `target`, `instruction` or `input` or both, and, if the task has choices,
             `choices`.
-        task: what they are examples of.
+        task: the task that they are examples of.
         kind: how the base model reads them.
 
     Raises:
-        InputError: a record lacks something or has it of another type.
+        InputError: a record lacks a field, or a field has the wrong type.
     """
     whole = []
     for number, record in enumerate(records):
@@ -85,12 +85,12 @@ def task_sizes(rows: datasets.Dataset) -> list[int]:
 
 
 def prompt_lengths(rows: datasets.Dataset) -> npt.NDArray[np.int64]:
-    """Tokens of every prompt, `[rows]`."""
+    """The number of tokens of each prompt, `[rows]`."""
     lengths = pc.list_value_length(_arrow_column(rows, "prompt_ids"))
     return np.asarray(lengths.to_numpy(), dtype=np.int64)
 
 
 def _arrow_column(rows: datasets.Dataset, name: str) -> pa.Array:
-    # In Arrow throughout: a column of a large corpus is never a list of Python objects.
+    # All in Arrow, so that a column of a large corpus never becomes a list of Python objects.
     column = rows.select_columns([name]).with_format("arrow")[:][name]
     return column.combine_chunks() if isinstance(column, pa.ChunkedArray) else column

@@ -25,11 +25,11 @@ def routes_to_dataset(model: RoutedModel) -> datasets.Dataset:
     """The routing table as data.
 
     Args:
-        model: whose tasks are routed.
+        model: a model whose tasks are routed.
 
     Returns:
-        One row for each task, in order: `task`, its name, and `logits`, a list of the N * H * K
-        numbers of its row, fp32. It is a copy.
+        One row for each task, in order: `task` is its name, and `logits` a list of the N * H * K
+        numbers of its row, in fp32. The numbers are copies.
 
     Raises:
         InputError: the tasks of the model are not routed.
@@ -51,14 +51,14 @@ def routes_to_dataset(model: RoutedModel) -> datasets.Dataset:
 
 
 def routes_from_dataset(model: RoutedModel, dataset: datasets.Dataset) -> None:
-    """Write the rows of a table into a model: tasks it has are overwritten, others are added.
+    """Write the rows of a table into a model: its own tasks are overwritten, others are added.
 
-    Make the optimizer afterwards where tasks were added, as after `RoutedModel.add_task`.
+    If tasks were added, make the optimizer afterwards, as after `RoutedModel.add_task`.
 
     Args:
-        model: whose tasks are routed.
-        dataset: with the columns `task` and `logits` (as `routes_to_dataset` makes), in any order
-            of rows; other columns are passed over.
+        model: a model whose tasks are routed.
+        dataset: has the columns `task` and `logits`, as `routes_to_dataset` makes them; rows may be
+            in any order, and other columns are ignored.
 
     Raises:
         InputError: a column is missing, a task is named twice or not at all, or a row has another
@@ -70,7 +70,7 @@ def routes_from_dataset(model: RoutedModel, dataset: datasets.Dataset) -> None:
         )
     dataset = dataset.with_format(None)
     if not _is_table(dataset.features):
-        found = ", ".join(f"{name}: {kind}" for name, kind in dataset.features.items())
+        found = ", ".join(f"{name}: {feature}" for name, feature in dataset.features.items())
         raise InputError(
             "a table of routing rows has the columns 'task', of strings, and 'logits', of lists of "
             f"numbers, and this one has {found}"

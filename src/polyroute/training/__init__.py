@@ -1,0 +1,1 @@
+"""What training a routed model on transformers' `Trainer` is made of; see `polyroute.trainer`."""
