@@ -33,7 +33,7 @@ from paper_studies import (
 )
 from paper_study import Study, Training, adapt, align, finetune, train, zero_shot
 
-from polyroute.adapting.loop import AdaptSettings
+from polyroute.adapting.settings import AdaptSettings
 
 RESULTS = Path(__file__).parent / "results" / "paper"
 MAIN = ("shared", "poly", "mhr", "shared-matched", "private")

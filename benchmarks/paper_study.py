@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 import polyroute as pr
 from polyroute.adapt import adapt_suite
-from polyroute.adapting.loop import AdaptSettings
+from polyroute.adapting.settings import AdaptSettings
 from polyroute.build import loaded
 from polyroute.data.metrics import acceptable_answers
 from polyroute.data.sampling import draw_few_shot

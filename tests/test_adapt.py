@@ -408,7 +408,7 @@ def test_settings_of_a_grid_have_labels() -> None:
         ({"memory": "much"}, "no size"),
         ({"init": "nothing", "phase": "z"}, "unknown task 'nothing'"),
         ({"init": 1, "phase": "z"}, "init must be a name"),
-        ({"lr": "abc"}, "lr must be a number"),
+        ({"lr": "abc"}, "lr must be a finite number"),
         ({"batch_size": 2.5}, "batch_size must be a whole number"),
         ({"patience": "none"}, "patience must be a whole number"),
         ({"seeds": 3}, "seeds must be a list"),

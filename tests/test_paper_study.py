@@ -15,7 +15,7 @@ import paper_studies  # noqa: E402
 import paper_study  # noqa: E402
 import paper_tables  # noqa: E402
 
-from polyroute.adapting.loop import AdaptSettings  # noqa: E402
+from polyroute.adapting.settings import AdaptSettings  # noqa: E402
 
 
 def test_the_page_is_that_of_the_results() -> None:

@@ -4,7 +4,7 @@ from typing import Any
 import pytest
 import typer
 
-from polyroute.adapting.loop import AdaptSettings
+from polyroute.adapting.settings import AdaptSettings
 from polyroute.config import MHRConfig
 from polyroute.errors import InputError
 from polyroute.kinds.objectives import objective_of

@@ -419,7 +419,7 @@ def test_a_setting_that_diverges_is_left_out_and_reported(
     [
         (["--grid", "lr"], "must be a setting and values"),
         (["--grid", "lr=0.1", "--grid", "lr=0.2"], "names 'lr' twice"),
-        (["--grid", "lr=abc"], "lr must be a number"),
+        (["--grid", "lr=abc"], "lr must be a finite number"),
         (["--grid", "steps=1e2"], "steps must be a whole number"),
         (["--grid", "phase=z,mu"], "phase cannot vary"),
         (["--memory", "lots"], "no size"),

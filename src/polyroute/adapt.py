@@ -17,7 +17,8 @@ from typing import Any
 import datasets
 from torch import Tensor
 
-from polyroute.adapting.loop import AdaptSettings, Slot, SlotTraining, train_slots
+from polyroute.adapting.loop import Slot, SlotTraining, train_slots
+from polyroute.adapting.settings import AdaptSettings
 from polyroute.data.metrics import acceptable_answers
 from polyroute.data.sampling import draw_few_shot
 from polyroute.data.suite import Suite

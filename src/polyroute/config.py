@@ -15,7 +15,7 @@ from polyroute.settings import (
     whole,
 )
 
-__all__ = ["Granularity", "MHRConfig"]
+__all__ = ["Granularity", "MHRConfig", "Phase"]
 
 Method = Literal["mhr", "poly", "shared", "private"]
 Adapter = Literal["lora", "ia3"]
@@ -24,6 +24,9 @@ Gate = Literal["sigmoid", "relaxed_bernoulli", "straight_through"]
 Normalization = Literal["sum", "l2", "average_correction"]
 Init = Literal["mttl", "peft"]
 Granularity = Literal["finegrained", "layerwise", "blockwise", "coderwise", "coarsegrained"]
+
+Phase = Literal["full", "z", "mu", "mu-uncollapsed", "random"]
+"""What trains; see `RoutedModel.set_phase`."""
 
 COUNTS: dict[str, tuple[int | None, int]] = {
     "mhr": (8, 8), "poly": (8, 1), "shared": (1, 1), "private": (None, 1),

@@ -7,8 +7,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass
-from numbers import Integral, Real
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
@@ -19,9 +18,10 @@ from torch import Tensor, nn
 
 from polyroute.adapting.memory import Budget, plan
 from polyroute.adapting.row_batches import losses_of
+from polyroute.adapting.settings import AdaptSettings
 from polyroute.adapting.slots import NEAREST, Slots, check_starts
 from polyroute.adapting.starts import nearest_routes
-from polyroute.errors import InputError, did_you_mean
+from polyroute.errors import InputError
 from polyroute.host.files import read_metadata, read_tensors, write_tensors
 from polyroute.host.interrupts import deferred
 from polyroute.host.progress import progress
@@ -29,140 +29,15 @@ from polyroute.kinds.batches import Row
 from polyroute.kinds.choose import ModelKind
 from polyroute.kinds.objectives import Objective
 from polyroute.model import Phase, RoutedModel
-from polyroute.optimizers import check_optimizer, make_optimizer, summary
+from polyroute.optimizers import make_optimizer
 
-__all__ = ["AdaptSettings", "Slot", "SlotTraining", "train_slots"]
+__all__ = ["Slot", "SlotTraining", "train_slots"]
 
-CHOOSE_BY = ("loss", "score", "score_normalised", "test_score", "test_score_normalised")
 SECONDS_BETWEEN_SAVES = 60.0
 LONGEST_NAME = 120
-LARGEST = 1e37
-"""Of a rate or decay: AdamW multiplies by up to ten, and single precision ends at 3e38."""
 CLEARLY = 1e-5
 """By which share a validation loss must be lower to be better; less is rounding, and would let the
 best step depend on which other slots share the batches."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class AdaptSettings:
-    """How to adapt one slot.
-
-    Raises:
-        InputError: a number is out of range.
-    """
-
-    phase: Phase = "mu"
-    shots: int | None = None
-    """Training examples of the new task; None for all there are."""
-    steps: int = 100
-    batch_size: int = 16
-    optimizer: str = "adamw"
-    """`adamw`, `adafactor` or `sgd`; see `polyroute.optimizers`."""
-    scale_parameter: bool = True
-    """Of `adafactor`: steps in proportion to the size of what they change."""
-    lr: float = 1e-3
-    """Of the skills."""
-    route_lr: float | None = None
-    """Of the routing logits; by default 1 in phase `z`, where nothing else trains, and 0.1
-    elsewhere."""
-    weight_decay: float = 0.0
-    """Of the skills."""
-    route_weight_decay: float = 0.0
-    """Of the routing logits: it pulls them to the uniform mixture."""
-    warmup: float = 0.06
-    """Share of the steps in which the rates rise from 0; they then fall linearly to 0."""
-    max_grad_norm: float = 1.0
-    """Over all that the slot trains."""
-    init: str = "uniform"
-    """Where the new task starts: `"uniform"`, the average of the skills; `"nearest"`, the mixture
-    of the training tasks that answer its examples best; or the name of one task. Phase `mu` then
-    tunes that mixture as one adapter."""
-    validation_shots: int = 0
-    """More examples, drawn after the training ones, whose loss chooses the best step; 0 takes the
-    last step, whatever its loss."""
-    eval_steps: int = 10
-    """Steps between two looks at the examples that choose the best step."""
-    patience: int | None = None
-    """Looks without a better loss after which the slot stops early; None never stops early."""
-    choose_by: str = "loss"
-    """What chooses the best step: the `loss` or the `score` of the validation examples, or
-    `test_score`, the score on the very split that the result is scored on, as some published runs
-    did; such results look better than they are. `score_normalised` and `test_score_normalised` rank
-    choices by log-probability per token. All but `loss` need a suite."""
-
-    def __post_init__(self) -> None:
-        """Check the values."""
-        if self.route_lr is None:
-            object.__setattr__(self, "route_lr", 1.0 if self.phase == "z" else 0.1)
-        for name in ("shots", "steps", "batch_size", "validation_shots", "eval_steps", "patience"):
-            value = getattr(self, name)
-            if value is None and name in ("shots", "patience"):
-                continue
-            if isinstance(value, bool) or not isinstance(value, Integral):
-                raise InputError(f"{name} must be a whole number, not {value!r}")
-            object.__setattr__(self, name, int(value))
-        for name in (
-            "lr", "route_lr", "weight_decay", "route_weight_decay", "warmup", "max_grad_norm",
-        ):  # fmt: skip
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, Real):
-                raise InputError(f"{name} must be a number, not {value!r}")
-            try:
-                number = float(value)
-            except OverflowError:
-                number = math.inf
-            if LARGEST < number < math.inf:
-                raise InputError(f"{name} must be at most {LARGEST:g}, not {number:g}")
-            object.__setattr__(self, name, number)
-        for name in ("phase", "optimizer", "init", "choose_by"):
-            if not isinstance(getattr(self, name), str):
-                raise InputError(f"{name} must be a name, not {getattr(self, name)!r}")
-        for name in ("steps", "batch_size", "lr", "route_lr", "max_grad_norm", "eval_steps"):
-            # Written so that NaN is refused too.
-            if not 0 < getattr(self, name) < math.inf:
-                raise InputError(f"{name} must be positive and finite, not {getattr(self, name)}")
-        for name in ("shots", "patience"):
-            if getattr(self, name) is not None and not 0 < getattr(self, name) < math.inf:
-                raise InputError(f"{name} must be positive and finite, not {getattr(self, name)}")
-        for name in ("weight_decay", "route_weight_decay", "validation_shots"):
-            if not 0 <= getattr(self, name) < math.inf:
-                raise InputError(
-                    f"{name} must be finite and not negative, got {getattr(self, name)}"
-                )
-        if not 0 <= self.warmup < 1:
-            raise InputError(f"warmup must be in [0, 1), not {self.warmup}")
-        check_optimizer(self.optimizer, scale_parameter=self.scale_parameter)
-        if self.choose_by not in CHOOSE_BY:
-            raise InputError(
-                f"unknown choose_by {self.choose_by!r}: {did_you_mean(self.choose_by, CHOOSE_BY)}"
-            )
-        if self.choose_by in ("score", "score_normalised") and not self.validation_shots:
-            raise InputError(
-                f"choose_by {self.choose_by!r} looks at validation examples: set validation_shots"
-            )
-        if self.patience is not None and not self.validation_shots and not self.looks_at_test:
-            raise InputError(
-                "patience stops by the loss of validation examples: set validation_shots too"
-            )
-        if self.init != "uniform" and self.phase in ("mu-uncollapsed", "random"):
-            raise InputError(
-                f"phase {self.phase!r} does not use a route, so init {self.init!r} would be "
-                "ignored; use phase 'full', 'z' or 'mu', or init 'uniform'"
-            )
-
-    @property
-    def looks_at_test(self) -> bool:
-        """Whether the split that the result is scored on chooses the best step."""
-        return self.choose_by.startswith("test_")
-
-    @property
-    def optimization(self) -> str:
-        """The optimizer and all that it was given, in one line."""
-        return summary({**asdict(self), "schedule": "linear"})
-
-    def to_dict(self) -> dict[str, Any]:
-        """The settings as JSON values."""
-        return asdict(self)
 
 
 @dataclass(frozen=True)
