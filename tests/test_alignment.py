@@ -19,7 +19,7 @@ from polyroute import InputError, RoutedModel
 from polyroute.adapting.slots import Slots
 from polyroute.kinds.base import ModelKind
 from polyroute.layer.factors import LoRAFactors
-from polyroute.program.cli import main
+from polyroute.program.cli.app import main
 from polyroute.saved.runs import read_run
 from polyroute.study.alignment import AlignmentCallback, alignment
 from polyroute.trainer import MultiTaskTrainer, MultiTaskTrainingArguments

@@ -24,11 +24,12 @@ from tiny_runs import train_arguments
 import polyroute.adapting.loop as slot_training
 import polyroute.demo.main as demo
 import polyroute.host.progress as progress
-import polyroute.program.commands as commands
+import polyroute.program.commands.inspect as inspecting
+import polyroute.program.commands.training as training
 from polyroute.adapting.memory import bytes_in_training
 from polyroute.exchange import READ, WRITTEN
 from polyroute.host.interrupts import deferred
-from polyroute.program.cli import main
+from polyroute.program.cli.app import main
 from polyroute.study.evaluate import TaskScore
 
 
@@ -92,7 +93,8 @@ def program(code: str, **environment: str) -> "subprocess.CompletedProcess[str]"
 
 def test_help_loads_neither_torch_nor_transformers() -> None:
     code = (
-        "import sys; from polyroute.program.cli import main; main(['train', '--help']); "
+        "import sys; from polyroute.program.cli.app import main; "
+        "main(['train', '--help']); main(['adapt', '--help']); main(['--help']); "
         "heavy = {'torch', 'transformers', 'datasets', 'peft', 'matplotlib', 'tqdm'}; "
         "print(heavy & set(sys.modules), file=sys.stderr)"
     )
@@ -102,7 +104,9 @@ def test_help_loads_neither_torch_nor_transformers() -> None:
         assert word in " ".join(done.stdout.split())
 
 
-COMPLETE = "import sys; sys.argv[0] = 'polyroute'; from polyroute.program.cli import main; main()"
+COMPLETE = (
+    "import sys; sys.argv[0] = 'polyroute'; from polyroute.program.cli.app import main; main()"
+)
 
 
 @pytest.mark.parametrize(
@@ -214,7 +218,7 @@ def test_what_nobody_expected_is_one_sentence_and_code_1(
     def broken(*_: Any) -> None:
         raise RuntimeError("a thing\nbroke.")
 
-    monkeypatch.setattr(commands, "describe_checkpoint", broken)
+    monkeypatch.setattr(inspecting, "describe_checkpoint", broken)
     assert ended(["inspect", str(run)]) == 1
     expected = "polyroute: failed: RuntimeError (a thing broke); --verbose shows where\n"
     assert capsys.readouterr().err == expected
@@ -309,7 +313,7 @@ def test_the_estimate_of_memory_is_what_training_then_holds(
         assert estimate["gradients"] == held["gradients"]
         assert estimate["optimizer_state"] == pytest.approx(held["optimizer_state"], rel=0.1)
 
-    monkeypatch.setattr(commands._ShowProgress, "on_step_end", look)
+    monkeypatch.setattr(training._ShowProgress, "on_step_end", look)
     main(train_arguments(place, f"held-{optimizer}", "--optimizer", optimizer, "--steps", "1"))
     assert held
 
@@ -348,7 +352,7 @@ def at_step(number: int, action: Callable[[], None], monkeypatch: pytest.MonkeyP
         if state.global_step == number:
             action()
 
-    monkeypatch.setattr(commands._ShowProgress, "on_step_end", act)
+    monkeypatch.setattr(training._ShowProgress, "on_step_end", act)
 
 
 def at_slot_step(number: int, action: Callable[[], None], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -22,7 +22,7 @@ from polyroute import InputError, RoutedModel, from_pretrained
 from polyroute.exchange import read_inventory
 from polyroute.exchange.mttl import from_mttl
 from polyroute.exchange.mttl_export import write_mttl
-from polyroute.program.cli import main
+from polyroute.program.cli.app import main
 
 MODULES = ".*SelfAttention|.*EncDecAttention|.*DenseReluDense"
 LAYERS = "q|k|v|o|wi_0|wi_1|wo"

@@ -20,7 +20,7 @@ from polyroute.adapt import AdaptSettings
 from polyroute.adapting.slots import Slots
 from polyroute.kinds.base import ModelKind
 from polyroute.optimizers import LayerAdafactor, make_optimizer
-from polyroute.program.cli import main
+from polyroute.program.cli.app import main
 from polyroute.trainer import MultiTaskTrainer, MultiTaskTrainingArguments
 
 RATES: dict[str, Any] = {
@@ -325,8 +325,8 @@ def test_what_decides_the_result_is_printed_and_kept(
         (["--no-scale-parameter"], "--no-scale-parameter is for adafactor"),
         (["--optimizer", "adafactor", "--rowwise"], "--rowwise is an AdamW; leave it out"),
         (["--schedule", "cosine"], "unknown schedule 'cosine'; use linear or constant"),
-        (["--max-grad-norm", "0"], "--max-grad-norm must be positive and finite, not 0"),
-        (["--route-weight-decay", "-1"], "--route-weight-decay must be finite and not negative"),
+        (["--max-grad-norm", "0"], "--max-grad-norm must be positive, not 0"),
+        (["--route-weight-decay", "-1"], "--route-weight-decay must not be negative"),
         (["--anneal-steps", "5"], "--anneal-steps 5 is more than the 4 of --steps"),
         (["--anneal-steps", "-1"], "anneal_steps must not be negative"),
         (["--logit-dropout", "1"], "logit_dropout must be in"),

@@ -11,7 +11,7 @@ from tiny_runs import write_base, write_suite, write_task
 from polyroute.adapt import AdaptSettings
 from polyroute.errors import InputError
 from polyroute.host.files import write_json
-from polyroute.program.cli import main
+from polyroute.program.cli.app import main
 from polyroute.saved.runs import held, open_run, read_run, record
 
 
@@ -366,10 +366,11 @@ def test_the_base_model_is_left_as_it_was_when_an_adaptation_fails(
     place: Path, run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from polyroute.layer.routed_layer import RoutedLayer
-    from polyroute.program import commands
+    from polyroute.program.commands import adapt as adapting
+    from polyroute.program.commands import runs
 
     bases = []
-    original = commands.load_base
+    original = runs.load_base
 
     def load(*args: str, **kwargs: str) -> object:
         bases.append(original(*args, **kwargs))
@@ -378,8 +379,8 @@ def test_the_base_model_is_left_as_it_was_when_an_adaptation_fails(
     def fail(*args: object, **kwargs: object) -> None:
         raise InputError("stop")
 
-    monkeypatch.setattr(commands, "load_base", load)
-    monkeypatch.setattr(commands, "adapt_suite", fail)
+    monkeypatch.setattr(runs, "load_base", load)
+    monkeypatch.setattr(adapting, "adapt_suite", fail)
     with pytest.raises(SystemExit):
         main(adapt(place, run, tmp_path / "x"))
     assert not any(isinstance(m, RoutedLayer) for m in bases[0][0].modules())
@@ -420,7 +421,7 @@ def test_a_setting_that_diverges_is_left_out_and_reported(
         (["--grid", "lr"], "must be a setting and values"),
         (["--grid", "lr=0.1", "--grid", "lr=0.2"], "names 'lr' twice"),
         (["--grid", "lr=abc"], "lr must be a finite number"),
-        (["--grid", "steps=1e2"], "steps must be a whole number"),
+        (["--grid", "steps=1e2"], "steps must be a positive whole number"),
         (["--grid", "phase=z,mu"], "phase cannot vary"),
         (["--memory", "lots"], "no size"),
         (["--memory", "1KB"], "too small"),
