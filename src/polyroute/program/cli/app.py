@@ -11,7 +11,7 @@ from polyroute.errors import InputError
 from polyroute.host import output
 from polyroute.host.interrupts import terminable
 from polyroute.program.cli.adapt import adapt
-from polyroute.program.cli.command import EXIT_CODES, Command, Stopped, no_options
+from polyroute.program.cli.command import EXIT_CODES, Command, Stopped, output_flags
 from polyroute.program.cli.demo import demo
 from polyroute.program.cli.evaluate import evaluate
 from polyroute.program.cli.export import export
@@ -38,7 +38,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode="markdown",
 )
-app.callback()(no_options)
+app.callback()(output_flags)
 for each in COMMANDS:
     each.add_to(app)
 

@@ -2,7 +2,7 @@
 
 import inspect
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import MISSING, dataclass
 from typing import Annotated, Any, Generic, TypeVar
 
 import typer
@@ -14,7 +14,7 @@ from polyroute.program.cli.parameters import parameter_of
 from polyroute.program.options.flags import Flag, flags_of, made
 from polyroute.program.options.shared import Given, Options
 
-__all__ = ["EXIT_CODES", "INTERRUPTED", "Command", "Stopped", "command", "no_options"]
+__all__ = ["EXIT_CODES", "Command", "Stopped", "command", "output_flags"]
 
 INTERRUPTED, TERMINATED = 130, 143
 EXIT_CODES = """Exit codes: 0 done; 1 it failed; 2 something given cannot be used, as one sentence
@@ -24,7 +24,7 @@ O = TypeVar("O", bound=Options)  # noqa: E741 - options
 
 
 class Stopped(Exception):  # noqa: N818 - nothing went wrong
-    """A command was interrupted; as an error that passes through typer."""
+    """A command was interrupted; unlike `KeyboardInterrupt` it passes through typer as it is."""
 
     def __init__(self, stop: KeyboardInterrupt) -> None:
         super().__init__("; ".join(["interrupted", *map(str, stop.args)]))
@@ -56,7 +56,7 @@ class Command(Generic[O]):
         def run(context: typer.Context, **_: Any) -> None:
             self._run(lambda: self.read(context))
 
-        switches = inspect.signature(no_options).parameters.values()
+        switches = inspect.signature(output_flags).parameters.values()
         context = inspect.Parameter(
             "context", inspect.Parameter.POSITIONAL_OR_KEYWORD, annotation=typer.Context
         )
@@ -77,7 +77,11 @@ class Command(Generic[O]):
         kept = [flag for flag in self.flags if flag.marks.get("recorded", True)]
         given = Given(
             recorded={flag.name: flag.recorded(values[flag.name]) for flag in kept},
-            defaults={flag.name: flag.recorded(flag.default) for flag in kept},
+            defaults={
+                flag.name: flag.recorded(flag.read(flag.typed_default))
+                for flag in kept
+                if flag.default is not MISSING
+            },
             places=places_of(context),
         )
         return made(self.options, values, given=given)
@@ -115,7 +119,7 @@ class Command(Generic[O]):
 def command(
     options: type[O], name: str | None = None
 ) -> Callable[[Callable[[O], output.Result]], Command[O]]:
-    """Make a function a command with these options; it has the function's name if none is given."""
+    """Make a function a command with these options, by default of the same name."""
     return lambda work: Command(name or work.__name__, options, work)
 
 
@@ -149,5 +153,5 @@ Verbose = Annotated[
 ]
 
 
-def no_options(json: Json = False, quiet: Quiet = False, verbose: Verbose = False) -> None:
-    """Stand before the name of a command: the flags that say how any command prints."""
+def output_flags(json: Json = False, quiet: Quiet = False, verbose: Verbose = False) -> None:
+    """Flags that say how a command prints; they stand before its name or after it."""

@@ -35,7 +35,7 @@ def parameter_of(flag: Flag) -> inspect.Parameter:
     return inspect.Parameter(
         flag.name,
         inspect.Parameter.KEYWORD_ONLY,
-        default=_default(flag),
+        default=inspect.Parameter.empty if flag.default is MISSING else flag.typed_default,
         annotation=Annotated[_typed(flag), declared],
     )
 
@@ -49,12 +49,6 @@ def _names(flag: Flag) -> str:
 def _typed(flag: Flag) -> Any:
     typed = flag.marks.get("typed") or next((kind for kind in TYPED if kind in flag.types), str)
     return typed | None if flag.default is None else typed
-
-
-def _default(flag: Flag) -> Any:
-    if flag.default is MISSING:
-        return inspect.Parameter.empty
-    return ",".join(map(str, flag.default)) if isinstance(flag.default, tuple) else flag.default
 
 
 def _completion(

@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from polyroute.adapt import adapt_suite, check_learned, check_new, variants
+from polyroute.adapt import adapt_suite, check_learned, check_new
 from polyroute.adapting.memory import plan
-from polyroute.adapting.settings import AdaptSettings
+from polyroute.adapting.settings import AdaptSettings, variants
 from polyroute.adapting.slots import check_starts
 from polyroute.build import loaded
 from polyroute.data.sampling import draw_few_shot

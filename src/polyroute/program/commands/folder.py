@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from polyroute.errors import InputError
 from polyroute.host.processes import is_first
 from polyroute.program.options.shared import Given, Options
 from polyroute.saved.runs import check_run, open_run, read_run, record
@@ -65,8 +66,11 @@ class RunFolder:
         if not is_first():
             return dict(config)
         before = read_run(self.path)["config"]
-        return {
-            name: value
-            for name, value in config.items()
-            if name in before or name not in given.defaults or value != given.defaults[name]
-        }
+        newer = [name for name in config if name in given.defaults and name not in before]
+        for name in newer:
+            if config[name] != given.defaults[name]:
+                raise InputError(
+                    f"the run in {self.path} is older than the option {name}, whose value was "
+                    f"always {given.defaults[name]!r}; resume it without that option"
+                )
+        return {name: value for name, value in config.items() if name not in newer}

@@ -99,7 +99,7 @@ def _continued(options: TrainOptions, start: Start) -> TrainOptions:
     """The options with what the run says that training goes on from."""
     base = BaseModel.of(start.run)
     saved = start.checkpoint.description["config"]
-    flags = {one.name: option_of(one) for one in fields(MHRConfig)}
+    flags = {one.name: option_of(one) for one in fields(options.adapter)}
     adapter = {flags.get(name, name): value for name, value in saved.items()}
     recorded = {**options.given.recorded, **base.to_dict(), **adapter}
     given = replace(options.given, recorded=recorded)

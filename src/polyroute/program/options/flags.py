@@ -33,6 +33,11 @@ class Flag:
         """What a user types, with hyphens."""
         return f"--{self.name.replace('_', '-')}"
 
+    @property
+    def typed_default(self) -> Any:
+        """The default as a user would type it."""
+        return ",".join(map(str, self.default)) if isinstance(self.default, tuple) else self.default
+
     def read(self, typed: Any) -> Any:
         """The value of what was typed, checked.
 

@@ -34,16 +34,16 @@ class Optimization:
     weight_decay: float = setting(0.0, number(least=0), help="Weight decay of the skills.")
     route_weight_decay: float = setting(
         0.0, number(least=0),
-        help="Weight decay of the routing: it pulls towards the uniform mixture.",
+        help="Weight decay of the routing, which pulls it to the uniform mixture.",
     )  # fmt: skip
     optimizer: str = setting(
         "adamw", named(TRAINING_OPTIMIZERS), values=TRAINING_OPTIMIZERS, help="adamw or adafactor."
     )
     scale_parameter: bool = setting(
-        True, flag(), help="For adafactor: steps in proportion to the size of what they change."
+        True, flag(), help="Adafactor takes steps in proportion to the size of what they change."
     )
     max_grad_norm: float = setting(
-        1.0, number(above=0), help="Norm to which all gradients together are clipped."
+        1.0, number(above=0), help="All gradients together are clipped to this norm."
     )
     warmup: float = setting(0.06, number(least=0, below=1), help="Share of steps that warm up.")
     schedule: str = setting(

@@ -93,9 +93,10 @@ def _run(stage: Stage, commands: Mapping[str, Prepare]) -> None:
     """Run a stage, or what is left of it."""
     if stage.is_done:
         return
-    options = dict(stage.options)
+    options = stage.options
     if stage.command != "evaluate":
-        options["resume"] = (Path(options["out"]) / "run.json").is_file()
+        is_begun = (stage.result.parent / "run.json").is_file()
+        options = {**options, "resume": is_begun}
     commands[stage.command](options)()
 
 
