@@ -369,7 +369,7 @@ def test_a_run_of_the_program_is_measured(
             main([*arguments, *options])
         return capsys.readouterr().err
 
-    assert "--alignment-steps must be positive" in refused("--alignment-steps", "-1")
+    assert "--alignment-steps must not be negative" in refused("--alignment-steps", "-1")
     one = refused("--alignment-steps", "1", "--tasks", "copy")
     assert "only one is trained: leave it off" in one
     assert not (tmp_path / "run").exists()

@@ -23,7 +23,7 @@ from polyroute.trainer import MultiTaskTrainer
 __all__ = ["AdaptationPlan", "plan_of_adapting", "plan_of_training"]
 
 ROWS_SHOWN = 100
-"""The JSON document has all."""
+"""The JSON document has all rows."""
 
 
 def plan_of_training(
@@ -33,9 +33,9 @@ def plan_of_training(
 
     Args:
         trainer: ready to train.
-        options: of the command.
-        tasks: in the order of the trainer's rows.
-        folder: of the run.
+        options: the options of the command.
+        tasks: the tasks, in the order of the trainer's rows.
+        folder: the folder of the run.
     """
     model, args = trainer.model, trainer.args
     optimization = summary(asdict(options.optimization))

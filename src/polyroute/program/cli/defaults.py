@@ -63,7 +63,7 @@ def defaults_from(command: Any, values: Mapping[Any, Any], where: str) -> dict[s
     """What a file says of a command's flags, as defaults for click.
 
     Args:
-        command: whose flags they are.
+        command: the command that has the flags.
         values: by flag, with hyphens or underscores.
         where: begins the sentence of an error; the key goes into its braces.
 

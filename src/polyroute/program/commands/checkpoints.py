@@ -13,7 +13,7 @@ __all__ = ["TRAINER_STATE", "last_checkpoint"]
 TRAINER_STATE = "trainer_state.json"
 TORCH_FILES = ("optimizer.pt", "scheduler.pt")
 RANDOM, RANDOM_OF_SEVERAL = "rng_state.pth", "rng_state_*.pth"
-"""Where the states of random numbers are: of one process, and of several."""
+"""Files with the state of the random numbers: with one process, and with several."""
 
 
 def last_checkpoint(folder: Path) -> Path | None:

@@ -130,7 +130,7 @@ def _prepared(
     trainer = make_trainer(model, kind, options, rows)
     if options.alignment_steps is not None:
         if trainer.is_fsdp_enabled:
-            raise InputError("--alignment needs a whole base model: leave it out under FSDP")
+            raise InputError("--alignment-steps needs a whole base model: leave it out under FSDP")
         steps = options.alignment_steps
         trainer.add_callback(AlignmentCallback(model, kind, rows, folder / ALIGNMENT, steps=steps))
     return trainer, tasks

@@ -1,4 +1,4 @@
-"""Options of the commands that take an inventory that is trained: to score, send or show it."""
+"""Options of the commands that score, exchange, publish or show a trained inventory."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass

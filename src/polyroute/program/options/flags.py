@@ -68,8 +68,8 @@ def group(record: Any, *, defaults: Mapping[str, Any] | None = None, **marks: An
 
     Args:
         record: the class.
-        defaults: of flags, by field, where they differ from those of the class.
-        **marks: hold for all of its fields.
+        defaults: by field, the defaults of flags that differ from those of the class.
+        **marks: marks of all of its fields.
     """
     known = record.__dataclass_fields__.values()
     is_open = any(one.default is MISSING and one.default_factory is MISSING for one in known)

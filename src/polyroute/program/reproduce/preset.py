@@ -179,7 +179,7 @@ def read_preset(name: str, settings: Mapping[str, Any] | None = None) -> Preset:
     """A preset by its name, with some of its values replaced.
 
     Args:
-        name: of the preset.
+        name: the preset's name.
         settings: values by place, such as `shots` or `methods.mhr.train.heads`. What begins with
             `train.` or `adapt.` may be any option of that command.
 

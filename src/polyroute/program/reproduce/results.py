@@ -1,4 +1,4 @@
-"""Results of a preset: what its stages wrote, brought together as published."""
+"""Results of a preset: what its stages wrote, aggregated as in the publication."""
 
 import statistics
 from collections.abc import Mapping, Sequence
@@ -15,14 +15,14 @@ __all__ = ["aggregate", "summarise"]
 def aggregate(results: Sequence[Mapping[str, Any]], score: str = "score") -> dict[str, Any]:
     """The published aggregate: the median over seeds of each task, then the mean over tasks.
 
-    Two things are called standard deviation in publications: `std_over_tasks` is that of the
-    medians, which says how unlike the tasks are; `mean_std_over_seeds` is the mean over tasks of
-    that of the seeds, which says how much a score depends on luck. Both are of samples (n - 1), and
-    None where there is one value.
+    Publications call two numbers a standard deviation. `std_over_tasks` is the deviation of the
+    medians and says how much tasks differ; `mean_std_over_seeds` is the deviation over seeds,
+    averaged over tasks, and says how much a score depends on luck. Both are sample deviations
+    (n - 1), and None where there is one value.
 
     Args:
-        results: with `task`, `seed` and the score; None for what diverged, which is left out and
-            counted.
+        results: each with `task`, `seed` and the score, which is None where training diverged; such
+            results are left out and counted.
         score: the name of the score.
 
     Raises:

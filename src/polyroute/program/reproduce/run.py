@@ -31,7 +31,7 @@ def run_preset(options: ReproduceOptions, commands: Mapping[str, Prepare]) -> Re
     """Run a preset, or what is left of it, and write `results.json` and `results.md`.
 
     Args:
-        options: of `polyroute reproduce`.
+        options: the options of `polyroute reproduce`.
         commands: by name, how `train`, `adapt` and `evaluate` are checked and run.
 
     Returns:

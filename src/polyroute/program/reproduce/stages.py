@@ -65,7 +65,7 @@ class Plan:
 
     Args:
         preset: with all values replaced.
-        folder: of the run; each method has a folder in it.
+        folder: the folder of the run; each method has a folder in it.
         selection: how the best step of an adaptation is chosen.
         tasks: the held-out tasks; None for all that the base model can use.
         given: what was set by hand, by place, which wins over what the preset says of a method or
