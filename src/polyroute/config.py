@@ -15,7 +15,7 @@ from polyroute.settings import (
     whole,
 )
 
-__all__ = ["Granularity", "MHRConfig", "Phase"]
+__all__ = ["Granularity", "MHRConfig"]
 
 Method = Literal["mhr", "poly", "shared", "private"]
 Adapter = Literal["lora", "ia3"]

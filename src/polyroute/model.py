@@ -5,12 +5,12 @@ import tempfile
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
-from typing import Any, get_args
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
 
-from polyroute.config import MHRConfig, Phase
+from polyroute.config import MHRConfig
 from polyroute.counts import count_parameters, describe
 from polyroute.errors import InputError, did_you_mean
 from polyroute.layer.factors import Factors
@@ -37,6 +37,7 @@ from polyroute.settings import number
 
 __all__ = ["Phase", "RoutedModel", "Tasks"]
 
+Phase = Literal["full", "z", "mu", "mu-uncollapsed", "random"]
 FUNCTION_SETTINGS = (
     "method", "adapter", "alpha", "rank", "gate", "normalization", "logit_dropout", "shared_skill",
 )  # fmt: skip
