@@ -32,7 +32,7 @@ from polyroute.demo.suite import TASKS, write_suite
 from polyroute.host.files import write_json
 from polyroute.kinds.choose import ModelKind, kind_of
 from polyroute.loading import load_base
-from polyroute.program.commands import base_of
+from polyroute.program.commands.runs import base_of
 from polyroute.saved.checkpoint import read_checkpoint
 from polyroute.saved.runs import machine
 from polyroute.study.examples import encoded

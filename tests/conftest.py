@@ -11,7 +11,7 @@ import torch
 from hypothesis import settings
 from tiny_runs import train_arguments, write_base, write_suite
 
-from polyroute.program.cli import main
+from polyroute.program.cli.app import main
 
 settings.register_profile("polyroute", derandomize=True, deadline=None, max_examples=25)
 settings.load_profile("polyroute")

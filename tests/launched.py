@@ -70,7 +70,9 @@ def losses(made_here: MultiTaskTrainer) -> list[float]:
 def launch(function: Callable[..., Any], *arguments: Any, processes: int = 2) -> None:
     """Call a function in several connected processes; an error in one is an error here."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["polyroute.program.commands", "launched"])
+    context.set_forkserver_preload(
+        ["polyroute.program.commands.train", "polyroute.program.commands.adapt", "launched"]
+    )
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]

@@ -5,7 +5,7 @@ import shlex
 from pathlib import Path
 from typing import Any
 
-from polyroute.program.cli import main
+from polyroute.program.cli.app import main
 
 DOCS = Path(__file__).parents[1] / "docs"
 BLOCK = re.compile(r"^```(\w*)(?: title=\"([^\"]+)\")?\n(.*?)^```$", flags=re.DOTALL | re.MULTILINE)

@@ -19,7 +19,7 @@ from polyroute import InputError, RoutedModel
 from polyroute.adapting.slots import Slots
 from polyroute.kinds.base import ModelKind
 from polyroute.layer.factors import LoRAFactors
-from polyroute.program.cli import main
+from polyroute.program.cli.app import main
 from polyroute.saved.runs import read_run
 from polyroute.study.alignment import alignment
 from polyroute.study.alignment_callback import AlignmentCallback
@@ -370,7 +370,7 @@ def test_a_run_of_the_program_is_measured(
             main([*arguments, *options])
         return capsys.readouterr().err
 
-    assert "--alignment-steps must be positive" in refused("--alignment-steps", "-1")
+    assert "--alignment-steps must not be negative" in refused("--alignment-steps", "-1")
     one = refused("--alignment-steps", "1", "--tasks", "copy")
     assert "only one is trained: leave it off" in one
     assert not (tmp_path / "run").exists()

@@ -13,7 +13,7 @@ from models import TASKS, routed, stack
 from torch import Tensor
 
 from polyroute import InputError
-from polyroute.program.cli import main
+from polyroute.program.cli.app import main
 from polyroute.saved.checkpoint import read_checkpoint
 from polyroute.study.analysis import analyse, saved_weights
 from polyroute.study.categories import relate_to_categories

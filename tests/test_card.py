@@ -15,7 +15,7 @@ from transformers import T5ForConditionalGeneration
 import polyroute
 from polyroute import InputError
 from polyroute.host.files import read_json, write_json
-from polyroute.program.cli import main
+from polyroute.program.cli.app import main
 from polyroute.saved.card import write_card
 
 NAME = "user/inventory"

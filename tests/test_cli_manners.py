@@ -1,4 +1,4 @@
-"""How the command line behaves towards people, programs, shells, logs and signals."""
+"""How the command line behaves towards people, programs, shells and logs."""
 
 import io
 import json
@@ -6,78 +6,25 @@ import os
 import re
 import shlex
 import shutil
-import signal
 import subprocess
 import sys
-import time
-from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
+from commands_run import Capture, adapt, document, ended, read, refused, reproduction
 from reproduce_data import write_base as write_gated_base
 from reproduce_data import write_suite as write_small_suite
-from safetensors.torch import load_file
 from tiny_runs import train_arguments
 
-import polyroute.adapting.loop as slot_training
-import polyroute.demo.main as demo
 import polyroute.host.progress as progress
-import polyroute.program.commands as commands
+import polyroute.program.commands.inspect as inspecting
+import polyroute.program.commands.training as training
 from polyroute.adapting.memory import bytes_in_training
 from polyroute.exchange import READ, WRITTEN
-from polyroute.host.interrupts import deferred
-from polyroute.program.cli import main
-from polyroute.study.evaluate import TaskScore
+from polyroute.program.cli.app import main
 
-
-@pytest.fixture(autouse=True)
-def interruptible() -> Iterator[None]:
-    """Ctrl-C works here and in children, also where a shell runs the tests in the background."""
-    former = signal.signal(signal.SIGINT, signal.default_int_handler)
-    yield
-    signal.signal(signal.SIGINT, former)
-
-
-Capture = pytest.CaptureFixture[str]
 PAGE = Path(__file__).parents[1] / "docs" / "cli.md"
-FILES = ("inventory.safetensors", "routes-00000-of-00001.safetensors")
-
-
-def read(path: Path) -> Any:
-    return json.loads(path.read_text())
-
-
-def document(arguments: list[str], capsys: Capture) -> Any:
-    capsys.readouterr()
-    main([*arguments, "--json"])
-    return json.loads(capsys.readouterr().out)
-
-
-def ended(arguments: list[str]) -> int:
-    with pytest.raises(SystemExit) as stop:
-        main(arguments)
-    return int(str(stop.value.code))
-
-
-def refused(arguments: list[str], capsys: Capture) -> str:
-    """The one sentence that a command ends with."""
-    capsys.readouterr()
-    assert ended(arguments) == 2
-    out, error = capsys.readouterr()
-    assert out == ""
-    assert error.startswith("polyroute: error: ")
-    assert error.count("\n") == 1
-    return error
-
-
-def adapt(place: Path, run: Path, out: str, *extra: str) -> list[str]:
-    return [
-        "adapt", str(run), "--data", str(place / "suite"), "--tasks", "first,pick", "--shots", "8",
-        "--phase", "full", "--seeds", "0,1", "--steps", "12", "--batch-size", "4",
-        "--optimizer", "sgd", "--lr", "0.05", "--out", str(place / out), *extra,
-    ]  # fmt: skip
 
 
 def program(code: str, **environment: str) -> "subprocess.CompletedProcess[str]":
@@ -92,7 +39,8 @@ def program(code: str, **environment: str) -> "subprocess.CompletedProcess[str]"
 
 def test_help_loads_neither_torch_nor_transformers() -> None:
     code = (
-        "import sys; from polyroute.program.cli import main; main(['train', '--help']); "
+        "import sys; from polyroute.program.cli.app import main; "
+        "main(['train', '--help']); main(['adapt', '--help']); main(['--help']); "
         "heavy = {'torch', 'transformers', 'datasets', 'peft', 'matplotlib', 'tqdm'}; "
         "print(heavy & set(sys.modules), file=sys.stderr)"
     )
@@ -102,7 +50,9 @@ def test_help_loads_neither_torch_nor_transformers() -> None:
         assert word in " ".join(done.stdout.split())
 
 
-COMPLETE = "import sys; sys.argv[0] = 'polyroute'; from polyroute.program.cli import main; main()"
+COMPLETE = (
+    "import sys; sys.argv[0] = 'polyroute'; from polyroute.program.cli.app import main; main()"
+)
 
 
 @pytest.mark.parametrize(
@@ -214,7 +164,7 @@ def test_what_nobody_expected_is_one_sentence_and_code_1(
     def broken(*_: Any) -> None:
         raise RuntimeError("a thing\nbroke.")
 
-    monkeypatch.setattr(commands, "describe_checkpoint", broken)
+    monkeypatch.setattr(inspecting, "describe_checkpoint", broken)
     assert ended(["inspect", str(run)]) == 1
     expected = "polyroute: failed: RuntimeError (a thing broke); --verbose shows where\n"
     assert capsys.readouterr().err == expected
@@ -309,7 +259,7 @@ def test_the_estimate_of_memory_is_what_training_then_holds(
         assert estimate["gradients"] == held["gradients"]
         assert estimate["optimizer_state"] == pytest.approx(held["optimizer_state"], rel=0.1)
 
-    monkeypatch.setattr(commands._ShowProgress, "on_step_end", look)
+    monkeypatch.setattr(training._ShowProgress, "on_step_end", look)
     main(train_arguments(place, f"held-{optimizer}", "--optimizer", optimizer, "--steps", "1"))
     assert held
 
@@ -338,226 +288,6 @@ def test_a_dry_run_finds_what_the_run_would_find(place: Path, run: Path, capsys:
     assert "holds a run already" in refused(train_arguments(place, "run", "--dry-run"), capsys)
 
 
-# Interruptions.
-
-
-def at_step(number: int, action: Callable[[], None], monkeypatch: pytest.MonkeyPatch) -> None:
-    """Do something in the middle of training, after a step."""
-
-    def act(self: Any, args: Any, state: Any, control: Any, **_: Any) -> None:
-        if state.global_step == number:
-            action()
-
-    monkeypatch.setattr(commands._ShowProgress, "on_step_end", act)
-
-
-def at_slot_step(number: int, action: Callable[[], None], monkeypatch: pytest.MonkeyPatch) -> None:
-    take_step, count = slot_training._take_step, iter(range(1, 10_000))
-
-    def act(*given: Any) -> None:
-        take_step(*given)
-        if next(count) == number:
-            action()
-
-    monkeypatch.setattr(slot_training, "_take_step", act)
-
-
-def equal(one: Path, other: Path, *names: str) -> None:
-    for name in names or FILES:
-        ours, expected = load_file(one / name), load_file(other / name)
-        assert ours.keys() == expected.keys()
-        for key, tensor in expected.items():
-            torch.testing.assert_close(ours[key], tensor, atol=1e-5, rtol=1e-5)
-
-
-def send(number: int) -> Callable[[], None]:
-    return lambda: os.kill(os.getpid(), number)
-
-
-def killed(arguments: list[str]) -> None:
-    """Run a command in a process of its own, which has to end by SIGKILL."""
-    child = os.fork()
-    if child == 0:
-        try:
-            main(arguments)
-        finally:
-            os._exit(0)
-    _, status = os.waitpid(child, 0)
-    assert os.WIFSIGNALED(status)
-    assert os.WTERMSIG(status) == signal.SIGKILL
-
-
-def test_an_interrupted_training_goes_on_to_the_same_end(
-    place: Path, run: Path, monkeypatch: pytest.MonkeyPatch, capsys: Capture
-) -> None:
-    before = [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)]
-    out = place / "interrupted"
-    with monkeypatch.context() as patch:
-        at_step(7, send(signal.SIGINT), patch)
-        assert ended(train_arguments(place, out.name)) == 130
-    assert [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)] == before
-    sentence = f"polyroute: interrupted; --resume goes on with the run in {out}"
-    assert capsys.readouterr().err.splitlines()[-1] == sentence
-    assert (out / "checkpoint-7").is_dir()
-    assert not (out / "metrics.json").exists()
-    main(train_arguments(place, out.name, "--resume"))
-    equal(out, run)
-    resumed, whole = (read(folder / "metrics.json") for folder in (out, run))
-    # Of the last part alone; the mean loss would be that sum over the steps of all parts.
-    alone = {"train_loss", "train_runtime", "train_samples_per_second", "train_steps_per_second"}
-    assert whole.keys() - resumed.keys() == alone
-    assert not any(entry.keys() & alone for entry in resumed["log"])
-
-
-def test_interrupted_adaptations_are_saved_and_go_on_to_the_same_end(
-    place: Path, run: Path, monkeypatch: pytest.MonkeyPatch, capsys: Capture
-) -> None:
-    main(adapt(place, run, "adapt-whole"))
-    with monkeypatch.context() as patch:
-        at_slot_step(5, send(signal.SIGTERM), patch)
-        assert ended(adapt(place, run, "adapt-stopped")) == 143
-    assert "--resume goes on with the run in" in capsys.readouterr().err
-    assert len(list((place / "adapt-stopped" / ".running").iterdir())) == 4
-    steps: list[int] = []
-    with monkeypatch.context() as patch:
-        at_slot_step(7, lambda: steps.append(7), patch)
-        main(adapt(place, run, "adapt-stopped", "--resume"))
-    assert steps == [7]  # of twelve, five had been taken
-    for task in ("first", "pick"):
-        inside = f"{task}/seed-1/adapter_model.safetensors"
-        equal(place / "adapt-stopped", place / "adapt-whole", inside)
-
-
-def test_a_signal_to_the_program_leaves_a_run_that_goes_on(place: Path, run: Path) -> None:
-    longer = ["--steps", "4000", "--save-steps", "10"]
-    command = [sys.executable, "-m", "polyroute", *train_arguments(place, "signalled", *longer)]
-    checkpoint = place / "signalled" / "checkpoint-10" / "trainer_state.json"
-    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
-        limit = time.monotonic() + 120
-        while not checkpoint.exists():
-            assert process.poll() is None
-            assert time.monotonic() < limit
-            time.sleep(0.005)
-        process.send_signal(signal.SIGINT)
-        _, error = process.communicate(timeout=60)
-    assert process.returncode == 130
-    assert "Traceback" not in error
-    assert error.splitlines()[-1].startswith("polyroute: interrupted; --resume goes on")
-
-
-def test_a_killed_continuation_goes_on_to_the_same_end(
-    place: Path, run: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def onward(out: str, *extra: str) -> list[str]:
-        return [
-            "train", "--start", str(run), "--data", str(place / "suite"), "--phase", "full",
-            "--steps", "9", "--batch-size", "8", "--save-steps", "3", "--out", str(place / out),
-            *extra,
-        ]  # fmt: skip
-
-    main(onward("onward"))
-    with monkeypatch.context() as patch:
-        at_step(7, send(signal.SIGKILL), patch)
-        killed(onward("onward-killed"))
-    assert not (place / "onward-killed" / "metrics.json").exists()
-    main(onward("onward-killed", "--resume"))
-    equal(place / "onward-killed", place / "onward")
-
-
-def reproduction(place: Path, out: str, *extra: str) -> list[str]:
-    settings = {
-        "train.steps": 6, "train.bf16": False, "train.max-input": 32, "train.max-target": 4,
-        "train.save-steps": 2, "adapt.steps": 4, "adapt.validation-shots": 2, "shots": 4,
-        "seeds": [0], "methods.mhr.train.heads": 4, "methods.mhr.phases": ["z"],
-    }  # fmt: skip
-    pairs = [part for k, v in settings.items() for part in ("--set", f"{k}={json.dumps(v)}")]
-    return [
-        "reproduce", "suite", "--model", str(place / "gated"), "--data", str(place / "small"),
-        "--methods", "mhr", "--out", str(place / out), *pairs, *extra,
-    ]  # fmt: skip
-
-
-@pytest.fixture(scope="module")
-def small(place: Path) -> Path:
-    write_gated_base(place / "gated")
-    write_small_suite(place / "small")
-    return place
-
-
-def test_a_reproduction_killed_and_interrupted_comes_to_the_same_end(
-    small: Path, monkeypatch: pytest.MonkeyPatch, capsys: Capture
-) -> None:
-    plan = document(reproduction(small, "whole", "--dry-run"), capsys)
-    assert not (small / "whole").exists()
-    assert [stage["command"] for stage in plan["stages"]] == ["train", "evaluate", "adapt"]
-    whole = document(reproduction(small, "whole"), capsys)
-    assert whole == {"out": str(small / "whole"), **read(small / "whole" / "results.json")}
-    with monkeypatch.context() as patch:
-        at_step(3, send(signal.SIGKILL), patch)
-        killed(reproduction(small, "stopped"))
-    with monkeypatch.context() as patch:
-        at_slot_step(2, send(signal.SIGINT), patch)
-        assert ended(reproduction(small, "stopped", "--resume")) == 130
-    sentence = f"polyroute: interrupted; --resume goes on with the run in {small / 'stopped'}"
-    assert capsys.readouterr().err.splitlines()[-1] == sentence
-    plan = document(reproduction(small, "stopped", "--resume", "--dry-run"), capsys)
-    assert [stage["is_done"] for stage in plan["stages"]] == [True, True, False]
-    stopped = document(reproduction(small, "stopped", "--resume"), capsys)
-    assert stopped["results"] == whole["results"]
-    equal(small / "stopped" / "mhr", small / "whole" / "mhr")
-
-
-def test_an_interrupted_demo_goes_on_after_the_methods_that_are_done(
-    place: Path, monkeypatch: pytest.MonkeyPatch, capsys: Capture
-) -> None:
-    done: list[str] = []
-
-    def train(model: Any, *_: Any, **__: Any) -> float:
-        done.append(model.adapter_config.method)
-        if done == ["shared", "poly"]:
-            signal.raise_signal(signal.SIGINT)
-        return 1.0
-
-    def adapt_all(*given: Any, quick: bool) -> list[dict[str, Any]]:
-        method = given[4]
-        return [
-            {"method": method, "phase": phase, "task": task, "seed": 0, "score": 0.5,
-             "trained_parameters": 1, "seconds": 1.0}
-            for phase in demo.PHASES[method] for task in ("one", "two")
-        ]  # fmt: skip
-
-    monkeypatch.setattr(demo, "_train", train)
-    monkeypatch.setattr(demo, "_adapt_all", adapt_all)
-    monkeypatch.setattr(
-        demo, "evaluate", lambda *_, **__: [TaskScore("t", "m", 1.0, *[None] * 3, 1)]
-    )
-    arguments = ["demo", "--quick", "--out", str(place / "demo")]
-    assert ended(arguments) == 130
-    assert "--resume goes on with the run in" in capsys.readouterr().err
-    found = document([*arguments, "--resume"], capsys)
-    assert done == ["shared", "poly", "poly", "mhr"]
-    assert list(found["multi_task"]) == ["shared", "poly", "mhr"]
-    assert len(found["adaptations"]) == 2 * 7
-    assert found["summary"][0]["accuracy"] == 0.5
-
-
-def test_signals_wait_for_the_end_of_a_block_and_then_take_effect() -> None:
-    seen = []
-
-    def interrupted(times: int) -> None:
-        with deferred() as is_stopped:
-            for _ in range(times):
-                signal.raise_signal(signal.SIGINT)
-                seen.append(is_stopped())
-
-    with pytest.raises(KeyboardInterrupt):
-        interrupted(1)
-    assert seen == [True]
-    with pytest.raises(KeyboardInterrupt):
-        interrupted(2)  # the second does not wait
-    assert seen == [True, True]
-
-
 # The page.
 
 
@@ -580,6 +310,13 @@ def test_the_commands_of_the_page_run(
 
 
 # What used to end later, or badly.
+
+
+@pytest.fixture(scope="module")
+def small(place: Path) -> Path:
+    write_gated_base(place / "gated")
+    write_small_suite(place / "small")
+    return place
 
 
 def test_a_score_that_tasks_lack_is_refused_before_anything_runs(

@@ -9,7 +9,7 @@ from tiny_runs import train_arguments
 from transformers import AutoModelForSeq2SeqLM
 
 import polyroute as pr
-from polyroute.program.cli import main
+from polyroute.program.cli.app import main
 
 
 def go_on(place: Path, out: str, *extra: str) -> list[str]:

@@ -15,7 +15,7 @@ from torch.distributed.tensor import DTensor
 from polyroute import InputError
 from polyroute.host.processes import index
 from polyroute.model import RoutedModel
-from polyroute.program.cli import main
+from polyroute.program.cli.app import main
 
 SHARDED = {"fsdp": True, "fsdp_config": {"version": 2}}
 

@@ -9,7 +9,7 @@ import torch
 import typer
 from base_models import t5
 
-from polyroute.program.cli import app
+from polyroute.program.cli.app import app
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()

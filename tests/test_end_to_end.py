@@ -17,7 +17,7 @@ from tiny_runs import train_arguments
 from transformers import AutoModelForSeq2SeqLM
 
 import polyroute as pr
-from polyroute.program.cli import main
+from polyroute.program.cli.app import main
 
 
 def read(path: Path) -> dict:
@@ -163,7 +163,7 @@ def test_adapting_resumes_where_it_stopped(run: Path, place: Path) -> None:
 SAVING_ALWAYS = """
 import sys
 import polyroute.adapting.loop as training
-from polyroute.program.cli import main
+from polyroute.program.cli.app import main
 training.SECONDS_BETWEEN_SAVES = 0.0
 main(sys.argv[1:])
 """
@@ -237,7 +237,7 @@ def broken(path: Path, line: int, text: str) -> None:
         (["--tasks", "coppy"], "did you mean 'copy'"),
         (["--heads", "5"], "does not divide"),
         (["--target", "nothing"], "matches no layer"),
-        (["--steps", "0"], "--steps must be positive"),
+        (["--steps", "0"], "--steps must be a positive whole number"),
         (["--lr", "-1"], "--lr must be positive"),
         (["--rank", "0"], "rank must be a positive"),
         (["--method", "best"], "is not one of"),

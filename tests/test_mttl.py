@@ -22,7 +22,7 @@ from polyroute import InputError, RoutedModel, from_pretrained
 from polyroute.exchange import read_inventory
 from polyroute.exchange.mttl import from_mttl
 from polyroute.exchange.mttl_export import write_mttl
-from polyroute.program.cli import main
+from polyroute.program.cli.app import main
 
 MODULES = ".*SelfAttention|.*EncDecAttention|.*DenseReluDense"
 LAYERS = "q|k|v|o|wi_0|wi_1|wo"
@@ -563,7 +563,7 @@ def loaded_base(place: Path) -> nn.Module:
     (["--tasks-file", "few.txt"], "2 task names were given for the 4 routing rows"),
     (["--tasks-file", "none.txt"], "names no task"),
     (["--tasks-file", "twice.txt"], "is given twice"),
-    (["--max-input", "0"], "--max-input must be positive"),
+    (["--max-input", "0"], "--max-input must be a positive whole number"),
 ])  # fmt: skip
 def test_bad_input_to_import_is_one_sentence_and_leaves_nothing(
     place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,

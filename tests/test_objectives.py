@@ -37,7 +37,7 @@ from polyroute.kinds.objectives import (
     term_weights,
     unlikely_constant,
 )
-from polyroute.program.cli import main
+from polyroute.program.cli.app import main
 from polyroute.study.examples import encoded_records
 
 ODD = Objective(

@@ -20,7 +20,7 @@ from polyroute.adapting.settings import AdaptSettings
 from polyroute.adapting.slots import Slots
 from polyroute.kinds.base import ModelKind
 from polyroute.optimizers import LayerAdafactor, make_optimizer
-from polyroute.program.cli import main
+from polyroute.program.cli.app import main
 from polyroute.trainer import MultiTaskTrainer, MultiTaskTrainingArguments
 
 RATES: dict[str, Any] = {
@@ -321,15 +321,15 @@ def test_what_decides_the_result_is_printed_and_kept(
 @pytest.mark.parametrize(
     ("options", "sentence"),
     [
-        (["--optimizer", "sgd"], "unknown optimizer 'sgd' of training; use adamw or adafactor"),
+        (["--optimizer", "sgd"], "unknown --optimizer 'sgd': known: 'adafactor', 'adamw'"),
         (["--no-scale-parameter"], "--no-scale-parameter is for adafactor"),
         (["--optimizer", "adafactor", "--rowwise"], "--rowwise is an AdamW; leave it out"),
-        (["--schedule", "cosine"], "unknown schedule 'cosine'; use linear or constant"),
-        (["--max-grad-norm", "0"], "--max-grad-norm must be positive and finite, not 0"),
-        (["--route-weight-decay", "-1"], "--route-weight-decay must be finite and not negative"),
+        (["--schedule", "cosine"], "unknown --schedule 'cosine'"),
+        (["--max-grad-norm", "0"], "--max-grad-norm must be positive, not 0"),
+        (["--route-weight-decay", "-1"], "--route-weight-decay must not be negative"),
         (["--anneal-steps", "5"], "--anneal-steps 5 is more than the 4 of --steps"),
-        (["--anneal-steps", "-1"], "anneal_steps must not be negative"),
-        (["--logit-dropout", "1"], "logit_dropout must be in"),
+        (["--anneal-steps", "-1"], "--anneal-steps must not be negative"),
+        (["--logit-dropout", "1"], "--logit-dropout must be in"),
     ],
 )
 def test_options_that_cannot_be_used_are_refused(

@@ -80,7 +80,7 @@ def test_the_wheel_names_its_command_licence_and_extras(wheel: Path) -> None:
     names = archive.namelist()
     info = f"polyroute-{polyroute.__version__}.dist-info"
     assert (
-        "polyroute = polyroute.program.cli:main"
+        "polyroute = polyroute.program.cli.app:main"
         in archive.read(f"{info}/entry_points.txt").decode()
     )
     assert f"{info}/licenses/LICENSE" in names

@@ -8,8 +8,9 @@ from polyroute.adapting.settings import AdaptSettings
 from polyroute.config import MHRConfig
 from polyroute.errors import InputError
 from polyroute.kinds.objectives import objective_of
-from polyroute.program.cli import app
+from polyroute.program.cli.app import app
 from polyroute.program.recipes import SECTIONS, read_recipe, recipe_names
+from polyroute.program.texts import reader
 
 GIVEN = {
     "train": ["--model", "m", "--data", "d", "--out", "o"],
@@ -42,7 +43,7 @@ def test_every_recipe_can_be_used_by_both_commands(name: str) -> None:
 def test_what_a_recipe_says_is_of_options_it_gives(name: str) -> None:
     import polyroute
 
-    folder = Path(polyroute.__file__).parent / "recipes"
+    folder = Path(polyroute.__file__).parent / "program" / "recipes"
     lines = (folder / f"{name}.yaml").read_text().splitlines()
     says = [line.partition(":")[0].strip() for line in lines[lines.index("says:") + 1 :]]
     recipe = read_recipe(name)
@@ -138,9 +139,10 @@ def test_a_recipe_that_is_not_there() -> None:
 
 
 def test_options_of_the_reader_reach_the_suite_by_name() -> None:
-    from polyroute.program.cli import _reader
-
-    assert _reader(["seed=1024", "all-templates=true"]) == {"seed": 1024, "all_templates": True}
-    assert _reader([]) is None
+    assert reader(["seed=1024", "all-templates=true"], "--reader") == {
+        "seed": 1024,
+        "all_templates": True,
+    }
+    assert reader([], "--reader") is None
     with pytest.raises(InputError, match="--reader 'seed' must be an option and its value"):
-        _reader(["seed"])
+        reader(["seed"], "--reader")

@@ -15,7 +15,7 @@ import torch
 from report_runs import HELD_OUT, adapted, save_inventory, write, write_run, write_suite
 
 from polyroute.errors import InputError
-from polyroute.program.cli import main
+from polyroute.program.cli.app import main
 from polyroute.report_page import figures, tables, write_report
 from polyroute.report_page import routing as routing_module
 from polyroute.report_page.contents import Contents, collect

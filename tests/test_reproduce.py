@@ -12,8 +12,15 @@ from polyroute.adapting.settings import AdaptSettings
 from polyroute.data.open import open_suite
 from polyroute.data.sampling import draw_few_shot
 from polyroute.errors import InputError
-from polyroute.program.cli import _checked, main
-from polyroute.program.reproduce import aggregate, preset_names, read_preset, reproduce
+from polyroute.program.cli.adapt import adapt
+from polyroute.program.cli.app import main
+from polyroute.program.cli.command import Command
+from polyroute.program.cli.evaluate import evaluate
+from polyroute.program.cli.train import train
+from polyroute.program.options.experiments import ReproduceOptions
+from polyroute.program.reproduce.preset import preset_names, read_preset
+from polyroute.program.reproduce.results import aggregate
+from polyroute.program.reproduce.run import run_preset
 from polyroute.study.evaluate import Questions
 
 TINY = {
@@ -153,13 +160,19 @@ def planned(
     """The stages of a preset, checked by the commands but not run."""
     stages = []
 
-    def command(name: str, given: Mapping[str, Any]) -> Callable[[], None]:
-        _checked(name, given)
-        stages.append((name, dict(given)))
-        return lambda: None
+    def checked(command: Command[Any]) -> Callable[[Mapping[str, Any]], Callable[[], None]]:
+        def check(given: Mapping[str, Any]) -> Callable[[], None]:
+            command.prepare(given)
+            stages.append((command.name, dict(given)))
+            return lambda: None
+
+        return check
 
     given = {"model": str(place / "base"), "data": str(place / preset), **options}
-    reproduce(preset, out, command, **given)
+    run_preset(
+        ReproduceOptions(preset=preset, out=out, **given),
+        {command.name: checked(command) for command in (train, adapt, evaluate)},
+    )
     return stages[: len(stages) // 2]  # each is checked once more when it runs
 
 
@@ -221,7 +234,7 @@ def test_each_number_of_shots_is_adapted_apart_and_looked_at_every_fifty_epochs(
         ([], {"sedes": [3]}, "the preset t0 has no 'sedes' to set; did you mean 'seeds'"),
         ([], {"methods.mrh.phases": []}, "has no 'methods.mrh.phases' to set"),
         ([], {"methods.mhr.phases": "z"}, "phases of the method 'mhr' must be a list of some of"),
-        ([], {"adapt.lr": -1}, "lr must be positive, not -1"),
+        ([], {"adapt.lr": -1}, "--lr must be positive, not -1"),
         ([], {"seeds": "42"}, "seeds must be a list of whole numbers"),
         ([], {"tasks": ["rte", "new"]}, "shots has no number for the task 'new'"),
         ([], {"tasks": ["cb"]}, "has no task 'cb'.*the preset t0 needs a folder with a copy of"),
@@ -234,7 +247,7 @@ def test_each_number_of_shots_is_adapted_apart_and_looked_at_every_fifty_epochs(
 def test_what_is_wrong_is_found_before_anything_starts(
     place: Path, extra: Sequence[str], settings: dict[str, Any], message: str, tmp_path: Path
 ) -> None:
-    from polyroute.program.cli import app
+    from polyroute.program.cli.app import app
 
     given = arguments(place, "t0", *extra, out="none", **settings)
     for name in ("model", "data"):  # set by --set instead

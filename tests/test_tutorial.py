@@ -13,7 +13,7 @@ from models import routed, t5
 from pages import BLOCK, DOCS, run_page
 
 import polyroute
-from polyroute.program.cli import main
+from polyroute.program.cli.app import main
 
 TUTORIAL = DOCS / "tutorial.md"
 CONTRIBUTING = DOCS.parent / "CONTRIBUTING.md"

@@ -1,5 +1,5 @@
 """`python -m polyroute` is the command line."""
 
-from polyroute.program.cli import main
+from polyroute.program.cli.app import main
 
 main()

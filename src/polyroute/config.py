@@ -25,6 +25,9 @@ Normalization = Literal["sum", "l2", "average_correction"]
 Init = Literal["mttl", "peft"]
 Granularity = Literal["finegrained", "layerwise", "blockwise", "coderwise", "coarsegrained"]
 
+Phase = Literal["full", "z", "mu", "mu-uncollapsed", "random"]
+"""What trains; see `RoutedModel.set_phase`."""
+
 COUNTS: dict[str, tuple[int | None, int]] = {
     "mhr": (8, 8), "poly": (8, 1), "shared": (1, 1), "private": (None, 1),
 }  # fmt: skip

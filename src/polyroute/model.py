@@ -8,11 +8,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from polyroute.config import Phase
 from polyroute.counts import count_parameters, describe
 from polyroute.errors import InputError
 from polyroute.forward import RoutedForward
 from polyroute.layer.merging import check_mergeable, fold, restore
-from polyroute.routes.phases import Phase, check_phase, param_groups, row_optimizer, start_phase
+from polyroute.routes.phases import check_phase, param_groups, row_optimizer, start_phase
 from polyroute.routes.table import MU
 from polyroute.routes.tasks import Tasks
 from polyroute.saved.card import write_card

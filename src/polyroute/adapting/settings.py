@@ -1,18 +1,21 @@
-"""The settings of an adaptation, and grids that try several values of them."""
+"""The settings of an adaptation, and grids that try several values of them.
+
+The flags of `polyroute adapt` are made from them, so nothing here loads torch.
+"""
 
 import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from typing import Any, get_args
 
+from polyroute.config import Phase
 from polyroute.errors import InputError, did_you_mean
-from polyroute.model import Phase
-from polyroute.optimizers import OPTIMIZERS, check_optimizer, summary
 from polyroute.settings import check_settings, flag, named, number, setting, text, whole
 
 __all__ = ["AdaptSettings", "check_names", "variants"]
 
 CHOOSE_BY = ("loss", "score", "score_normalised", "test_score", "test_score_normalised")
+OPTIMIZERS = ("adamw", "adafactor", "sgd")
 WITHOUT_ROUTE = ("mu-uncollapsed", "random")
 """Phases whose result does not depend on where a route starts."""
 
@@ -97,6 +100,8 @@ class AdaptSettings:
 
     def __post_init__(self) -> None:
         """Check the values, and fill in the learning rate of the routes."""
+        from polyroute.optimizers import check_optimizer
+
         check_settings(self)
         if self.route_lr is None:
             object.__setattr__(self, "route_lr", 1.0 if self.phase == "z" else 0.1)
@@ -129,6 +134,8 @@ class AdaptSettings:
     @property
     def optimization(self) -> str:
         """The optimizer and all that it was given, in one line."""
+        from polyroute.optimizers import summary
+
         return summary({**asdict(self), "schedule": "linear"})
 
     def to_dict(self) -> dict[str, Any]:
@@ -145,7 +152,7 @@ def variants(
         InputError: the grid names no setting, repeats or lacks values, or varies the phase.
     """
     grid = grid or {}
-    check_names(grid)
+    check_names(grid, settings)
     if "phase" in grid:
         raise InputError("the phase cannot vary within a run: adapt once for each phase")
     for name, values in grid.items():
@@ -162,13 +169,15 @@ def variants(
     return found
 
 
-def check_names(given: Mapping[str, Any]) -> None:
+def check_names(
+    given: Mapping[str, Any], settings: AdaptSettings | type[AdaptSettings] = AdaptSettings
+) -> None:
     """Make sure that every name is a setting of an adaptation.
 
     Raises:
         InputError: one is not; the message offers the nearest.
     """
-    names = [field.name for field in fields(AdaptSettings)]
+    names = [field.name for field in fields(settings)]
     for name in given:
         if name not in names:
             raise InputError(f"there is no setting {name!r}: {did_you_mean(name, names)}")

@@ -1,6 +1,7 @@
 """Plans: what a command would do, as `--dry-run` shows it before anything long starts."""
 
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -14,28 +15,30 @@ from polyroute.data.suite import Suite
 from polyroute.host.output import Result
 from polyroute.model import RoutedModel
 from polyroute.optimizers import summary
+from polyroute.program.options.train import TrainOptions
 from polyroute.saved.hub import DESCRIPTION, SKILLS
 from polyroute.study.examples import task_sizes
 from polyroute.trainer import MultiTaskTrainer
 
-__all__ = ["plan_of_adapting", "plan_of_training"]
+__all__ = ["AdaptationPlan", "plan_of_adapting", "plan_of_training"]
 
 ROWS_SHOWN = 100
-"""The JSON document has all."""
+"""The JSON document has all rows."""
 
 
 def plan_of_training(
-    trainer: MultiTaskTrainer, options: Mapping[str, Any], tasks: Sequence[str], folder: Path
+    trainer: MultiTaskTrainer, options: TrainOptions, tasks: Sequence[str], folder: Path
 ) -> Result:
     """What `polyroute train` would do.
 
     Args:
         trainer: ready to train.
-        options: of the command, by name.
-        tasks: in the order of the trainer's rows.
-        folder: of the run.
+        options: the options of the command.
+        tasks: the tasks, in the order of the trainer's rows.
+        folder: the folder of the run.
     """
     model, args = trainer.model, trainer.args
+    optimization = summary(asdict(options.optimization))
     batch = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
     seen = batch * args.max_steps
     sizes = task_sizes(trainer.train_dataset)
@@ -49,16 +52,17 @@ def plan_of_training(
     written = ["run.json", "metrics.json", DESCRIPTION, SKILLS, checkpoints]
     if model.routes.shape is not None:
         written.append("routes-*.safetensors")
-    if options["alignment_steps"] is not None:
+    if options.alignment_steps is not None:
         written.append("alignment.json")
     document = {
         "out": folder,
+        "adapter": model.adapter_config.to_dict(),
         "sites": len(model.sites),
         "routers": 0 if model.routes.shape is None else model.routes.shape[0],
         "parameters": model.counts(),
         "trained_parameters": model.num_trainable(),
         "memory_bytes": {**memory, "total": sum(memory.values())},
-        "optimization": summary(options),
+        "optimization": optimization,
         "steps": args.max_steps,
         "examples_per_step": batch,
         "examples": seen,
@@ -74,7 +78,7 @@ def plan_of_training(
         model.describe(),
         f"phase {args.phase} trains {model.num_trainable():,} parameters",
         f"memory on each device: {_sizes(memory)}; activations come on top",
-        summary(options),
+        optimization,
         f"{args.max_steps:,} steps of {batch:,} examples: {seen:,} examples of {len(rows)} tasks",
         _table(columns, cells, len(rows)),
         f"would write to {folder}: {', '.join(written)}",
@@ -83,14 +87,43 @@ def plan_of_training(
     return Result(document, shown)
 
 
+@dataclass(frozen=True)
+class AdaptationPlan:
+    """What is to be adapted to, as far as a plan shows it."""
+
+    tasks: Sequence[str]
+    choices: Mapping[str, AdaptSettings]
+    """Settings by label, all of one phase."""
+    seeds: Sequence[int]
+    split: str
+    """What results are scored on."""
+    folder: Path
+    """Where results go."""
+
+    def rows(self, suite: Suite) -> list[dict[str, Any]]:
+        """For each task and setting, how many examples there are and how many are used."""
+        rows: list[dict[str, Any]] = []
+        for task in self.tasks:
+            examples = len(suite.split(task, "train"))
+            for label, choice in self.choices.items():
+                shots = examples - choice.validation_shots if choice.shots is None else choice.shots
+                rows.append(
+                    {
+                        "task": task,
+                        "label": label,
+                        "examples": examples,
+                        "shots": shots,
+                        "validation_shots": choice.validation_shots,
+                        "steps": choice.steps,
+                        "seen": choice.steps * min(choice.batch_size, shots),
+                        "scored_on": len(suite.split(task, self.split)),
+                    }
+                )
+        return rows
+
+
 def plan_of_adapting(
-    model: RoutedModel,
-    suite: Suite,
-    budget: Budget,
-    options: Mapping[str, Any],
-    tasks: Sequence[str],
-    choices: Mapping[str, AdaptSettings],
-    folder: Path,
+    model: RoutedModel, suite: Suite, budget: Budget, planned: AdaptationPlan
 ) -> Result:
     """What `polyroute adapt` would do.
 
@@ -98,36 +131,17 @@ def plan_of_adapting(
         model: the inventory.
         suite: where the tasks are.
         budget: what fits into memory.
-        options: of the command, by name.
-        tasks: to adapt to.
-        choices: settings by label.
-        folder: of the results.
+        planned: what is to be done.
     """
-    counts, seeds = model.counts(), options["seeds"]
+    counts, seeds, tasks = model.counts(), planned.seeds, planned.tasks
+    choices, folder = planned.choices, planned.folder
     phase = next(iter(choices.values())).phase
     trained = {"z": "new_task_z", "mu": "one_adapter", "mu-uncollapsed": "inventory"}
     parameters = counts[trained.get(phase, "new_task_full")]
     slots = len(tasks) * len(seeds) * len(choices)
     at_a_time = min(slots, budget.slots)
     steps = len(tasks) * len(seeds) * sum(choice.steps for choice in choices.values())
-    split = options["split"]
-    rows: list[dict[str, Any]] = []
-    for task in tasks:
-        examples = len(suite.split(task, "train"))
-        for label, choice in choices.items():
-            shots = examples - choice.validation_shots if choice.shots is None else choice.shots
-            rows.append(
-                {
-                    "task": task,
-                    "label": label,
-                    "examples": examples,
-                    "shots": shots,
-                    "validation_shots": choice.validation_shots,
-                    "steps": choice.steps,
-                    "seen": choice.steps * min(choice.batch_size, shots),
-                    "scored_on": len(suite.split(task, split)),
-                }
-            )
+    rows = planned.rows(suite)
     written = [
         "run.json", "results.json", "TASK/seed-SEED/adapter_model.safetensors",
         "TASK/seed-SEED/adapter_config.json",

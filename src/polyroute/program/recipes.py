@@ -30,10 +30,10 @@ def shipped(folder: str) -> tuple[str, ...]:
 
 
 def read_recipe(name: str) -> dict[str, Mapping[str, Any]]:
-    """The options of each section; whether a command has them is for the command to say.
+    """The options of each section; the command checks whether it has them.
 
     Args:
-        name: of a recipe that polyroute brings, or a file that ends in `.yaml`.
+        name: the name of a recipe that polyroute brings, or a file that ends in `.yaml`.
 
     Raises:
         InputError: there is no such recipe, or it has another form.

@@ -2,20 +2,19 @@
 
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
-from typing import Any, Literal, get_args
+from typing import Any, get_args
 
 import torch
 from torch import Tensor, nn
 
+from polyroute.config import Phase
 from polyroute.errors import InputError
 from polyroute.routes.mixer import Mixer
 from polyroute.routes.row_optimizer import RowAdamW
 from polyroute.routes.table_rules import SharedRule
 from polyroute.settings import named, number
 
-__all__ = ["Phase", "check_phase", "param_groups", "row_optimizer", "start_phase"]
-
-Phase = Literal["full", "z", "mu", "mu-uncollapsed", "random"]
+__all__ = ["check_phase", "param_groups", "row_optimizer", "start_phase"]
 
 
 def check_phase(mixer: Mixer, phase: Phase) -> None:

@@ -1,0 +1,1 @@
+"""What the commands do: from options to a finished folder and a result."""

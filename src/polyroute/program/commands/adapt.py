@@ -1,0 +1,168 @@
+"""`polyroute adapt`: from an inventory to adapters for new tasks, and what they score."""
+
+import itertools
+import shutil
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from polyroute.adapt import SuiteSlots, adapt_suite, check_learned, check_new
+from polyroute.adapting.memory import plan
+from polyroute.adapting.settings import AdaptSettings, variants
+from polyroute.adapting.slots import check_starts
+from polyroute.build import loaded
+from polyroute.data.sampling import draw_few_shot
+from polyroute.data.suite import Suite, held_out_tasks, validate
+from polyroute.host.files import make_folder, write_json, write_tensors
+from polyroute.host.interrupts import resumable
+from polyroute.host.output import Result, say
+from polyroute.host.processes import count, index, is_first, wait
+from polyroute.kinds.choose import ModelKind
+from polyroute.loading import load_suite
+from polyroute.model import RoutedModel
+from polyroute.program.commands.adapted import ResultFiles, tables_of
+from polyroute.program.commands.folder import RunFolder
+from polyroute.program.commands.runs import base_of, beside, inventory_of
+from polyroute.program.commands.tasks import chosen_tasks
+from polyroute.program.options.adapt import AdaptOptions
+from polyroute.program.plans import AdaptationPlan, plan_of_adapting
+from polyroute.saved.hub import locate
+from polyroute.saved.runs import DIGEST, RUNNING, digest, held
+
+__all__ = ["adapt_run"]
+
+
+@dataclass(frozen=True)
+class Work:
+    """What is to be adapted to, and by what."""
+
+    suite: Suite
+    kind: ModelKind
+    tasks: tuple[str, ...]
+    choices: Mapping[str, AdaptSettings]
+    """Settings by label, all of one phase."""
+    options: AdaptOptions
+
+    @property
+    def optimizations(self) -> list[str]:
+        """In words, each of the ways to optimise once."""
+        return list(dict.fromkeys(choice.optimization for choice in self.choices.values()))
+
+
+def adapt_run(options: AdaptOptions) -> Result:
+    """Adapt a run's inventory to every task, once per seed and setting, and score each result.
+
+    All adaptations run side by side. Results are written as they come and running slots about once
+    a minute, so `--resume` goes on where it stopped. Each of several processes adapts a share.
+
+    Returns:
+        All results or, of a dry run, the plan.
+
+    Raises:
+        InputError: an option or the data cannot be used; nothing was trained.
+    """
+    choices = variants(options.settings, options.grid)
+    phase, shots = options.settings.phase, options.settings.shots
+    out = options.out or beside(options.run) / f"adapt-{phase}-{shots}"
+    run = Path(locate(options.run))
+    folder = RunFolder("adapt", out, options, (run, options.source.data))
+    checkpoint = inventory_of(run)
+    suite = load_suite(options.source.data, options.source.reader)
+    base, kind = base_of(run, objective=options.objective)
+    tasks = chosen_tasks(
+        suite, options.tasks, held_out_tasks(suite), kind,
+        none=f"{options.source.data} holds no task out",
+    )  # fmt: skip
+    work = Work(suite, kind, tasks, choices, options)
+    _check_examples(work)
+    with loaded(base, checkpoint, run) as model:
+        _check_model(model, work)
+        budget = plan(model, kind, phase, options.memory)
+        config = {
+            **options.given.recorded,
+            "tasks": list(tasks),
+            DIGEST: digest(run),
+            "optimization": work.optimizations,
+        }
+        if options.dry_run:
+            folder.compare(config, options.given)
+            planned = AdaptationPlan(tasks, choices, options.seeds, options.split, folder.path)
+            return plan_of_adapting(model, suite, budget, planned)
+        folder.open(config, options.given)
+        results = _adapt(model, work, folder.path)
+    return _result(results, work, folder.path)
+
+
+def _check_examples(work: Work) -> None:
+    """Make sure that the data are complete, and enough for all shots."""
+    validate(work.suite, work.tasks, needs=["train", work.options.split])
+    for task, variant in itertools.product(work.tasks, work.choices.values()):
+        shots = (variant.shots or 0) + variant.validation_shots
+        draw_few_shot(len(work.suite.split(task, "train")), shots, 0)
+
+
+def _check_model(model: RoutedModel, work: Work) -> None:
+    """Find out, before any work could be lost, whether every task can begin."""
+    for task in work.tasks:
+        check_new(model, task)
+    inits = [each.init for each in work.choices.values()]
+    check_starts(model, work.options.settings.phase, inits)
+
+
+def _adapt(model: RoutedModel, work: Work, folder: Path) -> list[dict[str, Any]]:
+    """Do what is left to do in the folder of a run; all results of all processes."""
+    options = work.options
+    with held(folder), resumable(folder):
+        say("\n".join(work.optimizations))
+        running = folder / RUNNING
+        wait()  # for the first process, which makes the folder of the run
+        make_folder(running)
+        order = list(itertools.product(work.tasks, work.choices, options.seeds))
+        files = ResultFiles(folder / "results.json", running, order)
+        done = files.gather()
+        results = list(done) if is_first() else []
+        wanted = SuiteSlots(
+            suite=work.suite, tasks=work.tasks, choices=work.choices, seeds=options.seeds,
+            split=options.split, done=done,
+            part=slice(index(), None, count()) if count() > 1 else None,
+        )  # fmt: skip
+        adapted = adapt_suite(
+            model, work.kind, wanted, memory=options.memory, folder=running,
+            each=_saving(model, folder, files, results),
+        )  # fmt: skip
+        results += [result for result in adapted if result["score"] is None]
+        write_json(files.own, results)
+        results = files.gather()
+        check_learned(results)
+    if is_first():
+        shutil.rmtree(running)  # a killed process may have left half a file there
+    return results
+
+
+def _saving(
+    model: RoutedModel, folder: Path, files: ResultFiles, results: list[dict[str, Any]]
+) -> Callable[[dict[str, Any], str], None]:
+    """A function that writes one result and its adapter, and adds it to `results` in place."""
+
+    def save(result: dict[str, Any], route: str) -> None:
+        place = folder / result["task"] / f"seed-{result['seed']}" / result["label"]
+        model.export_peft(route, place)
+        if model.routes.logits is not None:
+            write_tensors(place / "route.safetensors", {"route": model.routes[route]})
+        results.append(result)
+        write_json(files.own, results)
+
+    return save
+
+
+def _result(results: Sequence[Mapping[str, Any]], work: Work, folder: Path) -> Result:
+    tables, means = tables_of(results, work.tasks, work.choices)
+    diverged = [result for result in results if result["score"] is None]
+    if diverged:
+        names = ", ".join(f"{r['task']} with seed {r['seed']} {r['label']}" for r in diverged[:3])
+        say(f"diverged and left out: {len(diverged)} of {len(results)} ({names}); lower --lr")
+    return Result(
+        {"out": folder, "means": means, "results": results},
+        (*tables, f"results and adapters are in {folder}"),
+    )

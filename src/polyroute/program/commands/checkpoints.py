@@ -1,0 +1,61 @@
+"""Checkpoints of the trainer in the folder of a run: which is the newest that is whole."""
+
+import zipfile
+from pathlib import Path
+
+from polyroute.errors import InputError
+from polyroute.host.files import read_json
+from polyroute.host.output import say
+from polyroute.saved.checkpoint import read_checkpoint
+
+__all__ = ["TRAINER_STATE", "last_checkpoint"]
+
+TRAINER_STATE = "trainer_state.json"
+TORCH_FILES = ("optimizer.pt", "scheduler.pt")
+RANDOM, RANDOM_OF_SEVERAL = "rng_state.pth", "rng_state_*.pth"
+"""Files with the state of the random numbers: with one process, and with several."""
+
+
+def last_checkpoint(folder: Path) -> Path | None:
+    """The newest checkpoint that is whole; None before the first.
+
+    Raises:
+        InputError: every checkpoint is damaged.
+    """
+    found = [p for p in folder.glob("checkpoint-*") if p.name.rpartition("-")[2].isdecimal()]
+    damages: list[str] = []
+    for path in sorted(found, key=lambda p: int(p.name.rpartition("-")[2]), reverse=True):
+        if not (path / TRAINER_STATE).is_file():
+            continue  # it is written last: the run was interrupted while it wrote the checkpoint
+        damage = _damage(path)
+        if damage is None:
+            for sentence in damages:
+                say(f"{sentence}; resuming from {path.name}")
+            return path
+        damages.append(damage)
+    if damages:
+        raise InputError(f"{damages[0]}; delete that checkpoint to start from the beginning")
+    return None
+
+
+def _damage(checkpoint: Path) -> str | None:
+    """What is wrong with a checkpoint of the trainer, if anything."""
+    random = sorted(checkpoint.glob(RANDOM_OF_SEVERAL)) or [checkpoint / RANDOM]
+    for path in (*(checkpoint / name for name in TORCH_FILES), *random):
+        if not path.is_file():
+            return f"{path} is missing"
+        if not zipfile.is_zipfile(path):
+            return f"{path} is damaged"
+    path = checkpoint / TRAINER_STATE
+    try:
+        state = read_json(path)
+        _ = read_checkpoint(checkpoint).tasks  # which reads every file of the routing table
+    except InputError as error:
+        return str(error)
+    if not (
+        isinstance(state, dict)
+        and isinstance(state.get("global_step"), int)
+        and isinstance(state.get("log_history"), list)
+    ):
+        return f"{path} is damaged"
+    return None

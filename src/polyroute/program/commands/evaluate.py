@@ -1,0 +1,99 @@
+"""`polyroute evaluate`: what a run scores on tasks of a suite."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from rich.markup import escape
+from rich.table import Table
+
+from polyroute.build import loaded
+from polyroute.data.suite import held_out_tasks, validate
+from polyroute.errors import InputError
+from polyroute.host.files import check_place, make_folder, read_json, write_json
+from polyroute.host.output import Result
+from polyroute.loading import load_suite
+from polyroute.program.commands.adapted import number
+from polyroute.program.commands.runs import base_of, beside, inventory_of
+from polyroute.program.commands.tasks import chosen_tasks
+from polyroute.program.options.finished import EvaluateOptions
+from polyroute.saved.hub import locate
+from polyroute.study.evaluate import TaskScore, evaluate, macro_average
+
+__all__ = ["evaluate_run"]
+
+
+def evaluate_run(options: EvaluateOptions) -> Result:
+    """Score a run and write the scores beside it.
+
+    Raises:
+        InputError: the run, the data or a name cannot be used.
+    """
+    data, split, zero_shot = options.source.data, options.split, options.zero_shot
+    name = f"evaluate-{'zero-shot-' if zero_shot else ''}{split}.json"
+    path = options.out or beside(options.run) / name
+    run = Path(locate(options.run))
+    checkpoint = inventory_of(run)
+    _check_place(path)
+    suite = load_suite(data, options.source.reader)
+    base, kind = base_of(run)
+    trained = tuple(t for t in checkpoint.tasks if t in suite.tasks)
+    tasks = chosen_tasks(
+        suite, options.source.tasks, held_out_tasks(suite) if zero_shot else trained, kind,
+        none=f"{data} holds no task out" if zero_shot else f"{data} has none of the tasks of {run}",
+    )  # fmt: skip
+    validate(suite, tasks, needs=["train", split])
+    route = "mu" if zero_shot else None
+    with loaded(base, checkpoint, run) as model:
+        for task in tasks:
+            if route is None and task not in model.routes:
+                raise InputError(
+                    f"task {task!r} has no route in {run}: add --zero-shot to route it as the "
+                    "average of the skills, or adapt to it with `polyroute adapt`"
+                )
+        model.eval()
+        scores = evaluate(
+            model, kind, suite, tasks, route=route, split=split, batch_size=options.batch_size
+        )
+    make_folder(path.parent)
+    content = {
+        "run": str(options.run),
+        "data": data,
+        "split": split,
+        "zero_shot": zero_shot,
+        "macro_average": macro_average(scores),
+        "tasks": [score.to_dict() for score in scores],
+    }
+    write_json(path, content)
+    return Result({"out": path, **content}, (_table_of(scores), f"scores are in {path}"))
+
+
+def _check_place(path: Path) -> None:
+    """Make sure, before anything is scored, that scores can be written and replace only scores."""
+    if path.is_dir():
+        raise InputError(f"{path} is a folder; name a JSON file as --out")
+    check_place(path.parent)
+    if not path.exists():
+        return
+    try:
+        former = read_json(path)
+    except InputError:
+        former = None
+    if not isinstance(former, dict) or not former.keys() >= {"macro_average", "split", "tasks"}:
+        raise InputError(
+            f"{path} is there and is no result of `polyroute evaluate`; name another --out file"
+        )
+
+
+def _table_of(scores: Sequence[TaskScore]) -> Table:
+    table = Table("task", "metric", "score", "per token", "majority", "chance", "examples")
+    for s in scores:
+        table.add_row(
+            escape(s.task), s.metric, f"{s.score:.3f}", number(s.score_normalised),
+            number(s.majority), number(s.chance), str(s.num_examples),
+        )  # fmt: skip
+    average = macro_average(scores)
+    table.add_row(
+        "mean over tasks", "", number(average["score"]), "", number(average["majority"]),
+        number(average["chance"]), "",
+    )  # fmt: skip
+    return table

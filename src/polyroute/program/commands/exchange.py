@@ -1,0 +1,53 @@
+"""`polyroute export` and `polyroute import`: inventories to and from other programs."""
+
+from pathlib import Path
+
+from polyroute.build import loaded
+from polyroute.exchange import check_export, read_inventory, write_inventory
+from polyroute.exchange.foreign import read_names
+from polyroute.host.output import Result
+from polyroute.program.commands.folder import RunFolder
+from polyroute.program.commands.runs import BaseModel, base_of, inventory_of, load
+from polyroute.program.options.finished import ExportOptions, ImportOptions
+from polyroute.saved.hub import locate
+from polyroute.saved.runs import held
+
+__all__ = ["export_run", "import_run"]
+
+
+def export_run(options: ExportOptions) -> Result:
+    """Write one task of a run as a PEFT adapter, or all of it for another program.
+
+    Raises:
+        InputError: the run or the task cannot be used, or the place cannot be written.
+    """
+    run, out, task = Path(locate(options.run)), options.out, options.task
+    checkpoint = inventory_of(run)
+    check_export(out, options.format, task)
+    base, _ = base_of(run)
+    with loaded(base, checkpoint, run) as model:
+        write_inventory(model, out, options.format, task)
+    what = f"the inventory as {options.format}" if task is None else f"{task!r} as a PEFT adapter"
+    return Result({"out": out, "format": options.format, "task": task}, (f"wrote {what} to {out}",))
+
+
+def import_run(options: ImportOptions) -> Result:
+    """Make a run of an inventory that another program trained.
+
+    Raises:
+        InputError: an option, the checkpoint or the base model cannot be used.
+    """
+    folder = RunFolder("import", options.out, options, (options.source, options.model))
+    tasks = None if options.tasks_file is None else read_names(options.tasks_file)
+    base, _ = load(BaseModel(options.model, options.reading))
+    model = read_inventory(
+        base, options.source, form=options.format, tasks=tasks, allow_pickle=options.allow_pickle
+    )
+    config = {**options.given.recorded, "method": model.adapter_config.method}
+    place = folder.open(config, options.given)
+    with held(place):
+        model.save_pretrained(place)
+    return Result(
+        {"out": place, "tasks": model.tasks, "parameters": model.counts()},
+        (model.describe(), f"imported {len(model.tasks)} tasks; the inventory is in {place}"),
+    )

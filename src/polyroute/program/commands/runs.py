@@ -1,0 +1,104 @@
+"""Runs that commands read: their inventory, and the base model it was trained on."""
+
+import os
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+from polyroute.errors import InputError
+from polyroute.kinds.choose import ModelKind, kind_of
+from polyroute.kinds.objectives import Objective
+from polyroute.loading import load_base
+from polyroute.program.options.shared import Reading
+from polyroute.saved.checkpoint import Checkpoint, read_checkpoint
+from polyroute.saved.hub import DESCRIPTION, Snapshot, locate
+from polyroute.saved.runs import read_run
+
+__all__ = ["BaseModel", "base_of", "beside", "inventory_of", "load"]
+
+
+@dataclass(frozen=True)
+class BaseModel:
+    """A base model by its name, and how it is loaded and reads."""
+
+    name: str
+    reading: Reading
+
+    @classmethod
+    def of(cls, run: str | os.PathLike[str]) -> "BaseModel":
+        """What a run of `polyroute train` or `import` says of its base model.
+
+        Raises:
+            InputError: the folder is no run's, or the run says nothing of a base model.
+        """
+        config = {"dtype": "float32", **read_run(run)["config"]}
+        kinds = {"model": str, **{one.name: one.type for one in fields(Reading)}}
+        for name, kind in kinds.items():
+            if name not in config:
+                raise InputError(f"{run} was not written by `polyroute train`")
+            if type(config[name]) is not kind:
+                raise InputError(f"{Path(run) / 'run.json'} is damaged: {name} is {config[name]!r}")
+        return cls(
+            config["model"], Reading(**{one.name: config[one.name] for one in fields(Reading)})
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        """The options of `polyroute train` that it stands for."""
+        return {"model": self.name, **asdict(self.reading)}
+
+
+def load(base: BaseModel, *, objective: str | Objective = "lm") -> tuple[Any, ModelKind]:
+    """Load a base model, and find its kind.
+
+    Args:
+        base: which.
+        objective: what it is to learn by.
+
+    Raises:
+        InputError: it cannot be loaded, or cannot learn by this objective.
+    """
+    reading = base.reading
+    model, tokenizer = load_base(base.name, dtype=reading.dtype)
+    kind = kind_of(
+        model, tokenizer, max_input=reading.max_input, max_target=reading.max_target,
+        objective=objective,
+    )  # fmt: skip
+    return model, kind
+
+
+def base_of(
+    run: str | os.PathLike[str], *, objective: str | Objective = "lm"
+) -> tuple[Any, ModelKind]:
+    """The base model that a run was trained on, and its kind, to learn by an objective.
+
+    Raises:
+        InputError: the run says nothing of a base model, or see `load`.
+    """
+    return load(BaseModel.of(run), objective=objective)
+
+
+def inventory_of(run: Path) -> Checkpoint:
+    """The inventory of a run that is finished.
+
+    Raises:
+        InputError: the run is not finished, or its command leaves no inventory.
+    """
+    if (run / "run.json").is_file() and not (run / DESCRIPTION).exists():
+        command = read_run(run)["command"]
+        if command == "import":
+            raise InputError(f"the import to {run} was interrupted; repeat it with --overwrite")
+        if command != "train":
+            raise InputError(f"{run} was written by `polyroute {command}`, not `polyroute train`")
+        raise InputError(f"the run in {run} is unfinished; continue it with --resume")
+    return read_checkpoint(run)
+
+
+def beside(run: Path) -> Path:
+    """The folder of a run, if results can go into it.
+
+    Raises:
+        InputError: the run is on the hub.
+    """
+    if isinstance(locate(run), Snapshot):
+        raise InputError(f"{run} is on the hub: say with --out where the results go")
+    return run

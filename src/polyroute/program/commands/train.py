@@ -1,0 +1,198 @@
+"""`polyroute train`: from options to a run folder with a trained inventory."""
+
+from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass, fields, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from polyroute.build import attach, from_checkpoint
+from polyroute.config import MHRConfig
+from polyroute.data.suite import training_tasks, validate
+from polyroute.errors import InputError
+from polyroute.host.files import finite, read_json, write_json
+from polyroute.host.interrupts import deferred, resumable
+from polyroute.host.output import Result, say
+from polyroute.host.processes import is_first, wait
+from polyroute.loading import load_suite
+from polyroute.model import RoutedModel
+from polyroute.optimizers import summary
+from polyroute.program.commands.checkpoints import TRAINER_STATE, last_checkpoint
+from polyroute.program.commands.folder import RunFolder
+from polyroute.program.commands.runs import BaseModel, inventory_of, load
+from polyroute.program.commands.tasks import chosen_tasks
+from polyroute.program.commands.training import SaveWhenStopped, diverged, make_trainer
+from polyroute.program.options.train import TrainOptions
+from polyroute.program.plans import plan_of_training
+from polyroute.saved.checkpoint import Checkpoint
+from polyroute.saved.hub import locate
+from polyroute.saved.runs import held
+from polyroute.settings import option_of
+from polyroute.study.alignment_callback import AlignmentCallback
+from polyroute.study.examples import encoded_mixture
+from polyroute.trainer import MultiTaskTrainer
+
+__all__ = ["train_run"]
+
+METRICS = "metrics.json"
+ALIGNMENT = "alignment.json"
+OF_ONE_PIECE = {
+    "train_loss", "train_runtime", "train_samples_per_second", "train_steps_per_second"
+}  # fmt: skip
+"""What the trainer measures only since it was last started; a resumed run leaves this out."""
+
+
+@dataclass(frozen=True)
+class Start:
+    """The run that training goes on from."""
+
+    run: Path
+    checkpoint: Checkpoint
+
+
+def train_run(options: TrainOptions) -> Result:
+    """Train an inventory; the run folder can then be given to `polyroute.from_pretrained`.
+
+    Returns:
+        The metrics or, of a dry run, the plan.
+
+    Raises:
+        InputError: an option, the data or the base model cannot be used; nothing was trained.
+    """
+    inputs = (options.model, options.start, options.source.data)
+    start = _start(options)
+    if start is not None:
+        options = _continued(options, start)
+    folder = RunFolder("train", options.out, options, inputs)
+    trainer, tasks = _prepared(options, start, folder.path)
+    optimization = summary(asdict(options.optimization))
+    config = {**options.given.recorded, "tasks": list(tasks), "optimization": optimization}
+    if options.dry_run:
+        folder.compare(config, options.given)
+        return plan_of_training(trainer, options, tasks, folder.path)
+    folder.open(config, options.given)
+    with held(folder.path), resumable(folder.path):
+        if options.resume and (folder.path / METRICS).is_file():
+            say(f"the run in {folder.path} is finished; there is nothing to resume")
+        else:
+            say(trainer.model.describe())
+            say(optimization)
+            last = last_checkpoint(folder.path) if options.resume else None
+            _train_to_the_end(trainer, folder.path, last)
+        metrics = read_json(folder.path / METRICS)
+    return Result(
+        {"out": folder.path, "tasks": tasks, **{k: v for k, v in metrics.items() if k != "log"}},
+        (f"trained {len(tasks)} tasks; the inventory is in {folder.path}",),
+    )
+
+
+def _start(options: TrainOptions) -> Start | None:
+    if options.start is None:
+        return None
+    run = Path(locate(options.start))
+    return Start(run, inventory_of(run))
+
+
+def _continued(options: TrainOptions, start: Start) -> TrainOptions:
+    """The options with what the run says that training goes on from."""
+    base = BaseModel.of(start.run)
+    saved = start.checkpoint.description["config"]
+    flags = {one.name: option_of(one) for one in fields(options.adapter)}
+    adapter = {flags.get(name, name): value for name, value in saved.items()}
+    recorded = {**options.given.recorded, **base.to_dict(), **adapter}
+    given = replace(options.given, recorded=recorded)
+    return replace(options, model=base.name, reading=base.reading, given=given)
+
+
+def _prepared(
+    options: TrainOptions, start: Start | None, folder: Path
+) -> tuple[MultiTaskTrainer, tuple[str, ...]]:
+    """Everything up to the first step: the trainer, and the tasks in the order of its rows."""
+    suite = load_suite(options.source.data, options.source.reader)
+    assert options.model is not None
+    base, kind = load(BaseModel(options.model, options.reading), objective=options.objective)
+    tasks = chosen_tasks(
+        suite, options.source.tasks, training_tasks(suite), kind,
+        none=f"every task of {options.source.data} is held out",
+    )  # fmt: skip
+    validate(suite, tasks, needs=["train"])
+    torch.manual_seed(options.seed)
+    if start is None:
+        model = _attached(base, options.adapter, tasks)
+    else:
+        model = from_checkpoint(base, start.checkpoint, str(start.run))
+        model.check_phase(options.phase)
+        model.add_tasks([task for task in tasks if task not in model.routes])
+    model.set_phase(options.phase)
+    rows = encoded_mixture(suite, tasks, "train", kind)
+    trainer = make_trainer(model, kind, options, rows)
+    if options.alignment_steps is not None:
+        if trainer.is_fsdp_enabled:
+            raise InputError("--alignment-steps needs a whole base model: leave it out under FSDP")
+        steps = options.alignment_steps
+        trainer.add_callback(AlignmentCallback(model, kind, rows, folder / ALIGNMENT, steps=steps))
+    return trainer, tasks
+
+
+def _attached(base: Any, adapter: MHRConfig, tasks: Sequence[str]) -> RoutedModel:
+    """A fresh inventory on a base model.
+
+    Raises:
+        InputError: it cannot be made, or is too large.
+    """
+    try:
+        return attach(base, adapter, tasks)
+    except (MemoryError, OverflowError, RuntimeError, TypeError) as error:
+        reason = str(error).strip().partition("\n")[0]
+        about_size = ("memory", "alloc", "overflow", "too large", "storage size", "dimension")
+        if isinstance(error, RuntimeError | TypeError) and not any(
+            w in reason.lower() for w in about_size
+        ):
+            raise
+        raise InputError(
+            f"the inventory cannot be made: lower --skills or --rank ({reason})"
+        ) from error
+
+
+def _train_to_the_end(trainer: MultiTaskTrainer, folder: Path, last: Path | None) -> None:
+    """Train, from a checkpoint if there is one, and write the inventory and the metrics."""
+    model = trainer.model
+    found: Mapping[str, Any] = {}
+    trainer.args.output_dir = str(folder)
+    state: dict[str, Any] = {"global_step": -1} if last is None else read_json(last / TRAINER_STATE)
+    if last is not None and state["global_step"] >= trainer.args.max_steps:
+        model.load_adapter(last)  # it was interrupted between the last step and the end
+        steps, log = state["global_step"], state["log_history"]
+    else:
+        # Of several processes only one would notice the signal, and the others would wait for it.
+        alone = trainer.args.world_size == 1
+        with deferred() if alone else nullcontext(bool) as is_stopped:
+            trainer.add_callback(SaveWhenStopped(is_stopped))
+            checkpoint = None if last is None else str(last)
+            found = trainer.train(resume_from_checkpoint=checkpoint).metrics
+        steps, log = trainer.state.global_step, trainer.state.log_history
+    if last is not None:
+        found, *log = (
+            {key: value for key, value in entry.items() if key not in OF_ONE_PIECE}
+            for entry in (found, *log)
+        )
+    if not all(bool(torch.isfinite(p).all()) for p in model.learned()):
+        raise diverged("a weight is not finite", steps)
+    model.save_pretrained(folder, is_main_process=is_first())
+    if is_first():
+        metrics = {
+            **_finite(found),
+            "steps": steps,
+            "parameters": model.counts(),
+            "trained_parameters": model.num_trainable(),
+            "log": [_finite(entry) for entry in log],
+        }
+        write_json(folder / METRICS, metrics)
+    wait()
+
+
+def _finite(entry: Mapping[str, Any]) -> dict[str, Any]:
+    """An entry of a log as JSON values; a gradient norm can be infinite where the loss is not."""
+    return {key: finite(value) for key, value in entry.items()}

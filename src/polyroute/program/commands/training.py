@@ -1,0 +1,136 @@
+"""The trainer of `polyroute train`: its arguments, and what it does at each step."""
+
+import math
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import datasets
+import torch
+from transformers import PrinterCallback, TrainerCallback
+
+from polyroute.errors import InputError
+from polyroute.host.processes import count
+from polyroute.host.progress import progress
+from polyroute.kinds.choose import ModelKind
+from polyroute.model import RoutedModel
+from polyroute.program.options.train import TrainOptions
+from polyroute.trainer import MultiTaskTrainer, MultiTaskTrainingArguments
+
+__all__ = ["SaveWhenStopped", "diverged", "make_trainer"]
+
+OPTIMS = {"adamw": "adamw_torch_fused", "adafactor": "adafactor"}
+SCHEDULERS = {"linear": "linear", "constant": "constant_with_warmup"}
+"""What transformers calls the values of --optimizer and --schedule."""
+
+
+def make_trainer(
+    model: RoutedModel, kind: ModelKind, options: TrainOptions, rows: datasets.Dataset
+) -> MultiTaskTrainer:
+    """The trainer, checked as far as that can be done before training; it makes no folder."""
+    with tempfile.TemporaryDirectory() as elsewhere:  # a trainer makes its folder at once
+        try:
+            arguments = _arguments(options, Path(elsewhere))
+            trainer = MultiTaskTrainer(model, kind, arguments, rows)
+            trainer._get_train_sampler()
+        except InputError:
+            raise
+        except (ValueError, TypeError, RuntimeError, ImportError, OverflowError) as error:
+            reason = " ".join(str(error).split()).rstrip(".") or type(error).__name__
+            raise InputError(f"the training options cannot be used: {reason}") from error
+    trainer.remove_callback(PrinterCallback)
+    trainer.add_callback(_ShowProgress())
+    trainer.add_callback(_StopWhenDiverged())
+    return trainer
+
+
+def _arguments(options: TrainOptions, folder: Path) -> MultiTaskTrainingArguments:
+    steps, optimization = options.steps, options.optimization
+    if options.batch_size % count():
+        raise InputError(
+            f"--batch-size {options.batch_size} cannot be shared by {count()} processes: make "
+            "it a multiple"
+        )
+    return MultiTaskTrainingArguments(
+        output_dir=str(folder),
+        max_steps=steps,
+        per_device_train_batch_size=options.batch_size // count(),
+        gradient_accumulation_steps=options.accumulation,
+        learning_rate=optimization.lr,
+        route_lr=optimization.route_lr,
+        weight_decay=optimization.weight_decay,
+        route_weight_decay=optimization.route_weight_decay,
+        optim=OPTIMS[optimization.optimizer],
+        scale_parameter=optimization.scale_parameter,
+        max_grad_norm=optimization.max_grad_norm,
+        lr_scheduler_type=SCHEDULERS[optimization.schedule],
+        rowwise_routes=options.rowwise,
+        warmup_steps=round(optimization.warmup * steps),
+        temperature=options.temperature,
+        cap=options.cap,
+        phase=options.phase,
+        seed=options.seed,
+        bf16=options.bf16,
+        use_cpu=not torch.accelerator.is_available(),  # else bf16 is refused there
+        logging_nan_inf_filter=False,  # a loss that is no number must be seen
+        save_steps=options.save_steps,
+        save_total_limit=2,
+        logging_steps=max(1, min(50, steps // 20)),
+        report_to=options.report_to,
+        disable_tqdm=True,  # its bar prints what is logged to standard output
+        dataloader_pin_memory=torch.cuda.is_available(),
+        # None is transformers' own default; False would count as given.
+        activation_checkpointing=True if options.checkpointing else None,
+    )
+
+
+def diverged(what: str, step: int) -> InputError:
+    """The error of training that came to no numbers."""
+    return InputError(
+        f"training diverged: {what} at step {step}; lower --lr and start again with --overwrite"
+    )
+
+
+class _StopWhenDiverged(TrainerCallback):
+    """Ends training with an error once the loss is no finite number."""
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **_: Any) -> None:
+        loss = (logs or {}).get("loss", (logs or {}).get("train_loss", 0.0))
+        if not math.isfinite(loss):
+            raise diverged(f"the loss is {loss}", state.global_step)
+
+
+class SaveWhenStopped(TrainerCallback):
+    """Ends training with a checkpoint, after the step in which Ctrl-C was pressed."""
+
+    def __init__(self, is_stopped: Callable[[], bool]) -> None:
+        self.is_stopped = is_stopped
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """Save and end, if it was pressed."""
+        if self.is_stopped():
+            control.should_save = control.should_training_stop = True
+
+
+class _ShowProgress(TrainerCallback):
+    """Shows how far training is, with the last loss."""
+
+    bar: Any = None
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        if state.is_world_process_zero:
+            steps = {"total": state.max_steps, "initial": state.global_step}
+            self.bar = progress(what="training", unit="step", **steps)
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        if self.bar is not None:
+            self.bar.update()
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **_: Any) -> None:
+        if self.bar is not None and "loss" in (logs or {}):
+            self.bar.set_postfix_str(f"loss {logs['loss']:.4g}", refresh=False)
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        if self.bar is not None:
+            self.bar.close()

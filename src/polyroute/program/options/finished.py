@@ -1,0 +1,118 @@
+"""Options of the commands that score, exchange, publish or show a trained inventory."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from polyroute.program.options.flags import group
+from polyroute.program.options.shared import (
+    CONFIG,
+    READER,
+    REQUIRED,
+    RUN_HELP,
+    Options,
+    Reading,
+    Source,
+)
+from polyroute.settings import flag, setting, text, whole
+
+__all__ = [
+    "EvaluateOptions",
+    "ExportOptions",
+    "ImportOptions",
+    "InspectOptions",
+    "PushOptions",
+    "ReportOptions",
+]
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluateOptions(Options):
+    """Options of `polyroute evaluate`."""
+
+    run: Path = setting(REQUIRED, argument=True, help=RUN_HELP)
+    source: Source = group(Source)
+    zero_shot: bool = setting(False, flag(), help="Route every task as the average of the skills.")
+    split: str = setting("test", text(), help="train, validation or test.")
+    batch_size: int = setting(32, whole(), help="Examples in a forward.")
+    out: Path | None = setting(None, help="JSON file [RUN/evaluate-SPLIT.json].")
+    config: Path | None = setting(None, **CONFIG)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExportOptions(Options):
+    """Options of `polyroute export`."""
+
+    run: Path = setting(REQUIRED, argument=True, help=RUN_HELP)
+    out: Path = setting(REQUIRED, help="Folder to write to; for mttl also a name.ckpt.")
+    task: str | None = setting(
+        None, help="Task name, or `mu` for the average of the skills; for peft alone."
+    )
+    format: str = setting(
+        "peft", values=("peft", "mttl", "peft-mhr", "peft-poly"),
+        help="peft: one task as a LoRA. mttl, peft-mhr or peft-poly: skills and all routes.",
+    )  # fmt: skip
+
+
+@dataclass(frozen=True, kw_only=True)
+class PushOptions(Options):
+    """Options of `polyroute push`."""
+
+    run: Path = setting(REQUIRED, argument=True, help="Folder that `polyroute train` wrote.")
+    repository: str = setting(
+        REQUIRED, argument=True, help="On the hub, user/inventory; made if it is missing."
+    )
+    private: bool = setting(False, flag(), help="Make a new one private.")
+    revision: str | None = setting(None, help="Branch, made if it is missing [main].")
+    message: str | None = setting(None, help="Message of the commit.")
+    license: str | None = setting(
+        None, help="Licence of the inventory, as the hub names it: apache-2.0."
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class ImportOptions(Options):
+    """Options of `polyroute import`."""
+
+    source: Path = setting(
+        REQUIRED, argument=True, help="Checkpoint of mttl (.ckpt), or folder of PEFT."
+    )
+    model: str = setting(REQUIRED, help="The base model that it was trained on, as in train.")
+    out: Path = setting(REQUIRED, recorded=False, help="Folder of the run.")
+    format: str | None = setting(
+        None, values=("mttl", "mttl-main", "peft", "peft-mhr", "peft-poly"),
+        help="mttl, mttl-main, peft (a LoRA), peft-mhr or peft-poly [by what is there].",
+    )  # fmt: skip
+    tasks_file: Path | None = setting(
+        None, help="Names of the routing rows: one a line, or a JSON list [numbers]."
+    )
+    allow_pickle: bool = setting(
+        False, flag(), help="Read .ckpt, .pt and .bin; runs no code in them."
+    )
+    reading: Reading = group(Reading)
+    overwrite: bool = setting(False, flag(), recorded=False, help="Replace the run in --out.")
+    config: Path | None = setting(None, **CONFIG)
+
+
+@dataclass(frozen=True, kw_only=True)
+class InspectOptions(Options):
+    """Options of `polyroute inspect`."""
+
+    run: Path = setting(REQUIRED, argument=True, help=RUN_HELP)
+    data: str | None = setting(
+        None, help="Suite: compares routes with the categories of its tasks."
+    )
+    reader: Mapping[str, Any] | None = setting(None, **READER)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReportOptions(Options):
+    """Options of `polyroute report`."""
+
+    runs: Sequence[Path] = setting(
+        REQUIRED, argument=True, typed=list[Path], help="Folders that train, adapt or demo wrote."
+    )
+    out: Path = setting(Path("report.html"), help="The page; an older report is replaced.")
+    data: str | None = setting(None, help="Suite with the categories of tasks [that of the runs].")
+    reader: Mapping[str, Any] | None = setting(None, **READER)
