@@ -1,4 +1,4 @@
-"""What version 0.1.0 saved loads bit for bit; `fixtures/saved-0.1.0` holds its files and outputs."""
+"""Files of version 0.1.0 load bit for bit; `fixtures/saved-0.1.0` holds them and their outputs."""
 
 from pathlib import Path
 
