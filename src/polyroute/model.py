@@ -31,7 +31,7 @@ from polyroute.routes.table import MU, MU_ROW, Routes
 from polyroute.routes.tasks import Route, Tasks, check_batch, find_route
 from polyroute.saved.card import write_card
 from polyroute.saved.checkpoint import Checkpoint, read_checkpoint, write_checkpoint
-from polyroute.saved.hub import push
+from polyroute.saved.hub import Repository, push
 from polyroute.saved.peft_export import write_peft_adapter
 from polyroute.settings import number
 
@@ -715,9 +715,12 @@ class RoutedModel(nn.Module):
         with tempfile.TemporaryDirectory() as folder:
             self.save_pretrained(folder)
             return push(
-                folder, repo_id, write_card(folder, name=repo_id, license=license),
-                private=private, token=token, revision=revision, message=commit_message,
-            )  # fmt: skip
+                folder,
+                Repository(repo_id, revision, token),
+                write_card(folder, name=repo_id, license=license),
+                private=private,
+                message=commit_message,
+            )
 
     def load_adapter(self, folder: str | os.PathLike[str]) -> None:
         """Overwrite skills and routes, in place, by those of a checkpoint of this very model.

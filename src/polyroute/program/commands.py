@@ -49,7 +49,7 @@ from polyroute.optimizers import summary
 from polyroute.program.plans import plan_of_adapting, plan_of_training
 from polyroute.saved.card import write_card
 from polyroute.saved.checkpoint import Checkpoint, read_checkpoint
-from polyroute.saved.hub import DESCRIPTION, locate, push
+from polyroute.saved.hub import DESCRIPTION, Repository, locate, push
 from polyroute.saved.runs import (
     DIGEST,
     RUNNING,
@@ -747,7 +747,8 @@ def push_run(
     """
     _ = _inventory(run).tasks  # every file of the routing table is read
     card = write_card(run, name=repository, license=license)
-    url = push(run, repository, card, private=private or None, revision=revision, message=message)
+    place = Repository(repository, revision)
+    url = push(run, place, card, private=private or None, message=message)
     return Result({"repository": repository, "url": url}, (f"the inventory is on the hub: {url}",))
 
 
