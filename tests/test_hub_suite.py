@@ -202,7 +202,7 @@ def test_data_that_does_not_fit_is_refused(
         ("a: 1", "there is no key 'a'"),
         ("", "the key 'tasks' is missing"),
         ("- a", "must hold `option: value` lines"),
-        ("tasks:\n  a: 1\n  a: 2\n", "the key 'a' in line 3 is there twice"),
+        ("tasks:\n  a: 1\n  a: 2\n", "the key 'a' in line 3 occurs twice"),
         ("tasks: {1: {}}", "the task name 1 must be a string"),
         ("tasks: {mu: {}}", "the name kept for the average"),
         ("tasks: !!python/object/apply:os.getcwd []", "is not valid YAML"),
