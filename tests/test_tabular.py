@@ -128,7 +128,7 @@ def test_a_wrong_table_is_refused(folder: Path, text: str, message: str) -> None
     assert len(str(caught.value).splitlines()) == 1
 
 
-def test_a_wrong_row_of_any_kind_of_file_is_named(folder: Path) -> None:
+def test_a_wrong_row_of_any_file_is_named(folder: Path) -> None:
     table: Any = pa.table({"input": ["p", "q"], "target": [1, 2]})
     pq.write_table(table, folder / "a.parquet")
     (folder / "b.parquet").write_bytes(b"PAR1 not really")
