@@ -21,11 +21,11 @@ import plots  # noqa: E402
 import step_time  # noqa: E402
 
 ALL = {case.name: case for device in ("cpu", "cuda") for case in cases.all_cases(device)}
-KINDS: dict[object, str] = {}
-"""A name for each kind of case, once made small; compiling takes longest, so once."""
+DISTINCT: dict[object, str] = {}
+"""One name for each case that differs when made small; compiling is slow, so it occurs once."""
 for name, case in ALL.items():
     small = replace(cases.shrink(case), name="", group="")
-    KINDS.setdefault("compiled" if small.compiled else small, name)
+    DISTINCT.setdefault("compiled" if small.compiled else small, name)
 
 
 def test_the_page_is_that_of_the_results() -> None:
@@ -50,7 +50,7 @@ def test_case_names_are_unique_and_every_default_group_has_cases(device: str) ->
     assert set(cases.DEFAULT_GROUPS[device]) <= groups
 
 
-@pytest.mark.parametrize("name", KINDS.values())
+@pytest.mark.parametrize("name", DISTINCT.values())
 def test_every_case_builds_and_runs(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(contenders, "BACKEND", "aot_eager")
     torch._dynamo.reset()

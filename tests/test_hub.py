@@ -15,7 +15,7 @@ from huggingface_hub import ModelCard, constants
 from models import TASKS, routed, stack
 
 from polyroute import InputError, RoutedModel, SavedRoutes, from_pretrained
-from polyroute.saved import rows as saved_routes
+from polyroute.saved import shards
 from polyroute.saved.hub import locate, public
 from polyroute.trainer import MultiTaskTrainer, MultiTaskTrainingArguments
 
@@ -139,7 +139,7 @@ def test_a_folder_wins_over_the_hub(hub: Hub, model: RoutedModel, tmp_path: Path
     model.save_pretrained(tmp_path / NAME)
     assert same(from_pretrained(stack(), NAME), model)
     assert hub.tokens == []
-    with pytest.raises(InputError, match=r"revision='v1' is for the hub, and .* is a folder here"):
+    with pytest.raises(InputError, match=r"revision='v1' is for the hub, but .* is a local folder"):
         from_pretrained(stack(), NAME, revision="v1")
 
 
@@ -149,7 +149,7 @@ def test_a_folder_wins_over_the_hub(hub: Hub, model: RoutedModel, tmp_path: Path
 @pytest.fixture
 def many(hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> RoutedModel:
     """A hundred tasks in 32 parts."""
-    monkeypatch.setattr(saved_routes, "ROWS_PER_SHARD", 4)
+    monkeypatch.setattr(shards, "ROWS_PER_SHARD", 4)
     model = routed(stack(), tuple(f"user-{i}" for i in range(100)))
     published(hub, model, tmp_path / "out")
     return model
@@ -214,7 +214,7 @@ def test_an_unknown_repository(hub: Hub) -> None:
 
 def test_a_private_repository_needs_a_token(hub: Hub, model: RoutedModel, tmp_path: Path) -> None:
     published(hub, model, tmp_path / "out").private = True
-    refused("if it is private log in with `hf auth login`, or set HF_TOKEN")
+    refused("if it is private, log in with `hf auth login`, or set HF_TOKEN")
     assert same(from_pretrained(stack(), NAME, token="hf_secret"), model)
     assert hub.tokens[-1] == "Bearer hf_secret"
 

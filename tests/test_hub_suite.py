@@ -167,7 +167,7 @@ def test_a_wrong_description_is_refused_at_once(
         (task({**USUAL, "input": "{premis}"}), "needs the column 'premis'.*'premise'"),
         (task({**USUAL, "input": "{premise"}), "write {{ for a brace"),
         (task({**USUAL, "input": "{premise.__class__}"}), r"needs the column 'premise.__class__'"),
-        (task({**USUAL, "input": "{premise!r}"}), "name a column alone between braces"),
+        (task({**USUAL, "input": "{premise!r}"}), "put only the name of a column between braces"),
         (task({**USUAL, "labels": [True, False]}), "True must be a text; put it in quotes"),
         (
             task({**USUAL, "labels": ["y", "n"], "target": "answer"}),
@@ -181,7 +181,7 @@ def test_a_wrong_description_is_refused_at_once(
         (task(data_files="gone.csv"), r"task 'x': csv cannot be loaded .*gone\.csv"),
         (task(data_files=None), "the path 'csv' is a format; add 'data_files'"),
         (local(USUAL, split={"test": "dev"}), "cannot be loaded"),
-        (task(data_files={"dev": "nli.csv"}), "has the splits dev; say which are ours"),
+        (task(data_files={"dev": "nli.csv"}), "has the splits dev; say which of them to use"),
     ],
 )
 def test_data_that_does_not_fit_is_refused(
@@ -202,7 +202,7 @@ def test_data_that_does_not_fit_is_refused(
         ("a: 1", "there is no key 'a'"),
         ("", "the key 'tasks' is missing"),
         ("- a", "must hold `option: value` lines"),
-        ("tasks:\n  a: 1\n  a: 2\n", "the key 'a' in line 3 is there twice"),
+        ("tasks:\n  a: 1\n  a: 2\n", "the key 'a' in line 3 occurs twice"),
         ("tasks: {1: {}}", "the task name 1 must be a string"),
         ("tasks: {mu: {}}", "the name kept for the average"),
         ("tasks: !!python/object/apply:os.getcwd []", "is not valid YAML"),

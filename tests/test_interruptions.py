@@ -193,22 +193,21 @@ def test_an_interrupted_demo_goes_on_after_the_methods_that_are_done(
 ) -> None:
     done: list[str] = []
 
-    def train(model: Any, *_: Any, **__: Any) -> float:
+    def train(_: Any, model: Any) -> float:
         done.append(model.adapter_config.method)
         if done == ["shared", "poly"]:
             signal.raise_signal(signal.SIGINT)
         return 1.0
 
-    def adapt_all(*given: Any, quick: bool) -> list[dict[str, Any]]:
-        method = given[4]
+    def adapt_all(_: Any, base: Any, method: str) -> list[dict[str, Any]]:
         return [
             {"method": method, "phase": phase, "task": task, "seed": 0, "score": 0.5,
              "trained_parameters": 1, "seconds": 1.0}
             for phase in demo.PHASES[method] for task in ("one", "two")
         ]  # fmt: skip
 
-    monkeypatch.setattr(demo, "_train", train)
-    monkeypatch.setattr(demo, "_adapt_all", adapt_all)
+    monkeypatch.setattr(demo._Demo, "train", train)
+    monkeypatch.setattr(demo._Demo, "adapt", adapt_all)
     monkeypatch.setattr(
         demo, "evaluate", lambda *_, **__: [TaskScore("t", "m", 1.0, *[None] * 3, 1)]
     )

@@ -96,7 +96,7 @@ def test_what_is_more_than_a_low_rank_update_is_refused(
 
 
 @pytest.mark.parametrize(("change", "message"), [
-    ({"peft_type": "IA3"}, "PEFT type 'IA3', where 'LORA' is needed"),
+    ({"peft_type": "IA3"}, "PEFT type 'IA3', but 'LORA' is needed"),
     ({"r": 2}, "should have rank 2, and its matrices have 3 and 3"),
     ({"lora_alpha": "four"}, "lora_alpha='four' is not a number"),
     ({"target_modules": ["q_proj", "lm_head"]}, "has no adapter for layer 'lm_head'"),

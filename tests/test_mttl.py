@@ -322,8 +322,8 @@ def test_rows_are_written_in_the_order_in_which_mttl_numbers_tasks(tmp_path: Pat
 
 @pytest.mark.parametrize(("config", "sentence"), [
     ({"method": "private"}, "private adapters"),
-    ({"adapter": "ia3", "num_heads": 4}, "routes LoRAs alone"),
-    ({"granularity": lambda name: name[:9]}, "which layers share a router"),
+    ({"adapter": "ia3", "num_heads": 4}, "routes only LoRAs"),
+    ({"granularity": lambda name: name[:9]}, "the same layers share a router"),
     ({"target_modules": r".*block\.0.*\.q|.*block\.1.*\.k"}, "cannot be written for mttl"),
 ])  # fmt: skip
 def test_what_mttl_does_not_have_is_not_written(
@@ -342,7 +342,7 @@ def test_routing_halfway_to_the_average_is_not_written(tmp_path: Path) -> None:
 
 
 def test_groups_that_mttl_would_form_in_another_way_are_not_written(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match="which layers share a router"):
+    with pytest.raises(InputError, match="the same layers share a router"):
         write_mttl(routed(llama(), granularity="blockwise"), tmp_path)
 
 
@@ -421,10 +421,10 @@ def put(part: str, value: Any) -> Edit:
     (lambda _, state: state.update({7: torch.ones(1)}), "holds 7, which is no part"),
     (without("lora_a", "lora_b", "selector.module_logits"), "no adapter for layer"),
     (without("selector.module_logits"), "lacks the routing logits of"),
-    (put("lora_a", torch.ones(4, K, 9, R)), "'encoder.*q.lora_a' is .* where .* is needed"),
+    (put("lora_a", torch.ones(4, K, 9, R)), "'encoder.*q.lora_a' has shape .* but .* is needed"),
     (put("lora_a", torch.ones(4, K, 8)), "which is of no layout"),
     (put("selector.module_logits", torch.ones(T, 5)), "12 for each task are needed"),
-    (put("selector.module_logits", torch.ones(T - 1, 12)), "where .* is needed"),
+    (put("selector.module_logits", torch.ones(T - 1, 12)), "but .* is needed"),
     (put("lora_b", torch.full((4, K, R, 8), torch.nan)), "not finite fractional numbers"),
     (put("lora_b", torch.ones(4, K, R, 8, dtype=torch.long)), "not finite fractional numbers"),
     (put("lora_c", torch.ones(2)), "no part of a LoRA, Poly, MHR"),

@@ -430,13 +430,13 @@ def test_the_program_names_what_an_objective_cannot_use(
 @pytest.mark.parametrize(
     ("values", "sentence"),
     [
-        ({"mc_weight": -1}, "mc_weight must be finite and not negative, not -1"),
-        ({"unlikely_weight": float("nan")}, "unlikely_weight must be finite"),
-        ({"length_norm": float("inf")}, "length_norm must be finite"),
-        ({"label_smoothing": 1.0}, "label_smoothing must be below 1"),
-        ({"label_smoothing": "0.1"}, "label_smoothing must be a number, not '0.1'"),
-        ({"mc_weight": True}, "mc_weight must be a number"),
-        ({"per": "batch"}, "per must be 'token' or 'example', not 'batch'"),
+        ({"mc_weight": -1}, "mc_weight must not be negative, not -1"),
+        ({"unlikely_weight": float("nan")}, "unlikely_weight must be a finite number"),
+        ({"length_norm": float("inf")}, "length_norm must be a finite number"),
+        ({"label_smoothing": 1.0}, r"label_smoothing must be in \[0, 1\), not 1.0"),
+        ({"label_smoothing": "0.1"}, "label_smoothing must be a finite number, not '0.1'"),
+        ({"mc_weight": True}, "mc_weight must be a finite number"),
+        ({"per": "batch"}, "per='batch' is not one of 'token', 'example'"),
     ],
 )
 def test_values_out_of_range_are_named(values: dict[str, Any], sentence: str) -> None:
@@ -452,7 +452,7 @@ def test_an_unknown_objective_is_named(name: Any) -> None:
 
 @pytest.mark.parametrize("objective", ["t-few", "superni"])
 def test_an_encoder_has_no_other_objective(objective: str) -> None:
-    with pytest.raises(InputError, match=f"already learns by comparing .* out '{objective}'"):
+    with pytest.raises(InputError, match=f"always learns by comparing .* objective '{objective}'"):
         with_objective(bert, objective)
 
 

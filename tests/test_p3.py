@@ -13,6 +13,7 @@ from polyroute.data.open import open_suite
 from polyroute.data.readers import p3
 from polyroute.data.readers.p3 import P3Suite
 from polyroute.data.readers.p3_held_out import HeldOut, _templates
+from polyroute.data.readers.p3_settings import P3Settings
 from polyroute.data.suite import Suite, TaskInfo, held_out_tasks, training_tasks
 from polyroute.errors import InputError
 
@@ -132,7 +133,9 @@ def test_an_empty_text_is_marked(
     row = {"source": given[0], "target": given[1]}
     kept = {"source": "q", "target": "a"}
     (folder / "imdb_x.jsonl").write_text(f"{json.dumps(kept)}\n{json.dumps(row)}\n")
-    rows = P3Suite(folder, validation=0, cache_dir=folder / "cache").split("imdb/None/x", "train")
+    rows = P3Suite(folder, P3Settings(validation=0), cache_dir=folder / "cache").split(
+        "imdb/None/x", "train"
+    )
     assert (rows[1]["input"], rows[1]["target"]) == expected
 
 
@@ -321,6 +324,6 @@ def test_copa_is_shown_in_the_first_eight_templates(folder: Path) -> None:
     template = "  {0}: !Template\n    jinja: x ||| y\n    metadata: {{original_task: true}}\n"
     entries = [template.format(name) + f"    name: {name}\n" for name in "ihgfedcba"]
     place.write_text("templates:\n" + "".join(entries))
-    settings = HeldOut(None, folder, None, 0, False, False, None)
+    settings = HeldOut(None, folder, None, P3Settings(seed=0), None)
     shown = _templates("super_glue", "copa", p3._table().held_out["copa"], settings)
     assert "".join(each.name for each in shown) == "abcdefgh"

@@ -172,8 +172,8 @@ ROUTER = "poly_router.module_logits"
     (without("poly_lora_A"), "lacks the tensor 'model.layers.0.self_attn.q_proj.lora_a'"),
     (without(ROUTER), "lacks the routing logits of"),
     (without("poly_lora_A", "poly_lora_B", ROUTER), "no adapter for layer 'model.layers.0"),
-    (put(f"{KEY}.poly_lora_B", torch.ones(8, 5, 3, 5)), "where .* is needed"),
-    (put(f"{KEY}.{ROUTER}", torch.ones(4, 39)), "where .* is needed"),
+    (put(f"{KEY}.poly_lora_B", torch.ones(8, 5, 3, 5)), "but .* is needed"),
+    (put(f"{KEY}.{ROUTER}", torch.ones(4, 39)), "but .* is needed"),
     (put(f"{KEY}.{ROUTER}", torch.ones(3, 40)), "n_tasks=4 but another number"),
     (put(f"{KEY}.poly_lora_A", torch.full((8, 5, 4, 3), torch.inf)), "not finite"),
     (put("base_model.model.lm_head.weight", torch.ones(2)), "modules_to_save"),
@@ -192,9 +192,9 @@ def test_a_damaged_checkpoint_is_one_sentence(
 
 
 @pytest.mark.parametrize(("fields", "sentence"), [
-    ({"peft_type": "LORA"}, "PEFT type 'LORA', where 'POLY' is needed"),
-    ({"n_skills": "5"}, "n_skills='5' is not a positive whole number"),
-    ({"n_skills": 6}, "where .* is needed"),
+    ({"peft_type": "LORA"}, "PEFT type 'LORA', but 'POLY' is needed"),
+    ({"n_skills": "5"}, "n_skills must be a positive whole number, not '5'"),
+    ({"n_skills": 6}, "but .* is needed"),
     ({"n_splits": 3}, "does not divide"),
     ({"target_modules": ["q_proj", "nonsense"]}, "another base model: target module 'nonsense'"),
 ])  # fmt: skip

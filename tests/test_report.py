@@ -163,7 +163,7 @@ def test_only_tasks_that_both_have_are_compared(tmp_path: Path) -> None:
     assert gained[full] is None
 
 
-def test_adaptations_of_one_kind_in_two_folders_are_told_apart(tmp_path: Path) -> None:
+def test_similar_adaptations_in_two_folders_are_told_apart(tmp_path: Path) -> None:
     for name, score in (("slow", 0.2), ("fast", 0.4)):
         write_adapted(tmp_path / name, tmp_path / "r", [adapted("a", 0, "mu", 8, 10, score)])
     report = collect([tmp_path / "slow", tmp_path / "fast"])

@@ -23,7 +23,7 @@ NAMES = tuple(f"task {i}" for i in range(60))
 
 @pytest.fixture(autouse=True)
 def small_shards(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("polyroute.saved.rows.ROWS_PER_SHARD", 8)
+    monkeypatch.setattr("polyroute.saved.shards.ROWS_PER_SHARD", 8)
 
 
 def model_of(tasks: tuple[str, ...] = NAMES, seed: int = 1) -> RoutedModel:
@@ -258,8 +258,8 @@ def test_a_table_without_tasks_can_be_saved_and_added_to(tmp_path: Path) -> None
 
 
 def test_shards_are_chosen_by_bytes_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("polyroute.saved.rows.ROWS_PER_SHARD", 10**6)
-    monkeypatch.setattr("polyroute.saved.rows.BYTES_PER_SHARD", 60 * 18 * 4 // 3)
+    monkeypatch.setattr("polyroute.saved.shards.ROWS_PER_SHARD", 10**6)
+    monkeypatch.setattr("polyroute.saved.shards.BYTES_PER_SHARD", 60 * 18 * 4 // 3)
     model_of().save_pretrained(tmp_path)
     assert len(shards(tmp_path)) == 4
 

@@ -119,7 +119,7 @@ def test_what_cannot_be_routed_is_refused(folder: Path, tmp_path: Path) -> None:
     ):
         model.encode(TEXTS)
     other = encoder(folder)
-    with pytest.raises(InputError, match="not that of this encoder"):
+    with pytest.raises(InputError, match="does not wrap the model of this encoder"):
         RoutedTransformer(model[0].transformer, other[0].model)
     with pytest.raises(InputError, match="has no folder 'inventory'"):
         RoutedTransformer.load(str(folder))

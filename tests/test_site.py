@@ -98,26 +98,6 @@ def test_the_pictures_of_the_concepts_are_what_their_script_draws(
         assert path.read_text() == (folder / path.name).read_text(), path.name
 
 
-def test_the_citation_is_of_this_version_and_names_the_paper() -> None:
+def test_the_citation_is_of_this_version() -> None:
     citation = yaml.safe_load((ROOT / "CITATION.cff").read_text())
     assert citation["version"] == polyroute.__version__
-    assert citation["cff-version"] == "1.2.0"
-    for entry in citation["references"]:
-        assert entry["title"]
-        assert entry["authors"]
-    assert "arXiv:2211.03831" in str(citation["references"])
-
-
-@pytest.mark.parametrize("name", ["bug", "feature", "question"])
-def test_the_issue_form_is_whole(name: str) -> None:
-    form = yaml.safe_load((ROOT / ".github" / "ISSUE_TEMPLATE" / f"{name}.yml").read_text())
-    assert form.keys() == {"name", "description", "labels", "body"}
-    ids = [field["id"] for field in form["body"]]
-    assert len(set(ids)) == len(ids)
-    assert all(field["type"] in ("textarea", "dropdown", "checkboxes") for field in form["body"])
-
-
-def test_every_page_of_the_documentation_is_in_the_navigation() -> None:
-    text = (ROOT / "mkdocs.yml").read_text()
-    pages = {str(p.relative_to(ROOT / "docs")) for p in (ROOT / "docs").rglob("*.md")}
-    assert pages == set(re.findall(r"[\w/]+\.md", text)) - {"index.md"}

@@ -248,7 +248,7 @@ SURROGATE = lines(record(input="x")).replace('"x"', '"\\ud83d"')
         (lines(record(), record(target="yess")), "line 2: the target 'yess' .* did you mean 'yes'"),
         (lines(record(), record(choices=None)), "line 2: the field 'choices' is null but"),
         (lines(record(choices=None), record()), "line 2: the field 'choices' is a list but"),
-        (lines(record(task="b")), "the field 'task' is \"b\" but the file is that of 'a'"),
+        (lines(record(task="b")), "the field 'task' is \"b\" but the file is for 'a'"),
         (lines(record(task=None)), "the field 'task' is null but"),
         (lines(record(instruction="", input="")), "'instruction' and 'input' are both empty"),
         (SURROGATE, "line 1: the field 'input' has half a surrogate pair"),
@@ -338,7 +338,7 @@ def test_names_that_differ_in_case_alone_are_refused(folder: Path, names: tuple[
         (folder / f"{name}.jsonl").touch()
     if len(list(folder.iterdir())) == 1:
         pytest.skip("this file system ignores case")
-    with pytest.raises(InputError, match="the same task but for upper and lower case"):
+    with pytest.raises(InputError, match="differ only in upper and lower case"):
         JsonlSuite(folder)
 
 
@@ -438,8 +438,8 @@ def test_tasks_of_the_shared_suite_are_read_as_their_files_say(cache: Path) -> N
     [
         ({"validation": "x"}, "validation must be a whole number, not 'x'"),
         ({"seed": True}, "seed must be a whole number, not True"),
-        ({"resample": "no"}, "resample must be true or false, not 'no'"),
-        ({"shots": "anli"}, "shots must be names with their values, not 'anli'"),
+        ({"resample": "no"}, "resample must be True or False, not 'no'"),
+        ({"shots": "anli"}, "shots must be numbers by task, .* not 'anli'"),
         ({"sead": 1}, "has no option 'sead'"),
     ],
 )

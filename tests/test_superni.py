@@ -207,9 +207,9 @@ def test_tk_instruct_draws_among_five_encodings(folder: Path) -> None:
         (t.startswith("Task definition"), t.count("Positive"), t.count("Negative"), "Expl" in t)
         for t in rows["input"]
     ]
-    kinds = [(e.definition, e.positive, e.negative, e.explanations) for e in TK_INSTRUCT]
-    assert set(found) == set(kinds)
-    assert all(8 < found.count(kind) < 35 for kind in kinds)
+    expected = [(e.definition, e.positive, e.negative, e.explanations) for e in TK_INSTRUCT]
+    assert set(found) == set(expected)
+    assert all(8 < found.count(each) < 35 for each in expected)
 
 
 class Writer:

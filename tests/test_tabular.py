@@ -128,7 +128,7 @@ def test_a_wrong_table_is_refused(folder: Path, text: str, message: str) -> None
     assert len(str(caught.value).splitlines()) == 1
 
 
-def test_a_wrong_row_of_any_kind_of_file_is_named(folder: Path) -> None:
+def test_a_wrong_row_of_any_file_is_named(folder: Path) -> None:
     table: Any = pa.table({"input": ["p", "q"], "target": [1, 2]})
     pq.write_table(table, folder / "a.parquet")
     (folder / "b.parquet").write_bytes(b"PAR1 not really")
@@ -141,7 +141,7 @@ def test_a_wrong_row_of_any_kind_of_file_is_named(folder: Path) -> None:
         "b": r"b\.parquet is not a readable Parquet file",
         "c": r"c\.train\.jsonl, line 1: the field 'target' is missing",
         "d": r"d\.csv is not UTF-8",
-        "e": r"e\.train\.csv, line 2: the column 'split' is 'test' but the file is that of 'train'",
+        "e": r"e\.train\.csv, line 2: the column 'split' is 'test' but the file is for 'train'",
     }.items():
         with pytest.raises(InputError, match=message):
             suite.splits(task)
@@ -153,7 +153,7 @@ def test_a_wrong_row_of_any_kind_of_file_is_named(folder: Path) -> None:
         (("a_csv", "a_parquet"), r"a\.csv and a\.parquet both give rows of the task 'a'"),
         (("a_csv", "a_test_csv"), r"both give rows of the task 'a'; .* such as a\.train\.csv"),
         (("a_test_csv", "a_test_jsonl"), r"both give rows of the task 'a'"),
-        (("a_csv", "A_csv"), "the same task but for upper and lower case"),
+        (("a_csv", "A_csv"), "differ only in upper and lower case"),
         (("mu_csv",), "the name kept for the average"),
     ],
 )

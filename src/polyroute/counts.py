@@ -1,4 +1,4 @@
-"""What a routed model is made of, in numbers and as text."""
+"""The parts of a routed model, counted and described."""
 
 from collections.abc import Sequence
 
@@ -15,17 +15,17 @@ __all__ = ["count_parameters", "describe"]
 def count_parameters(
     base_model: nn.Module, sites: Sequence[Site], inventory: Inventory, routes: RoutingTable
 ) -> dict[str, int]:
-    """Parameters by purpose.
+    """Count parameters by purpose.
 
-    With P the sum of `d_in + d_out` over sites ((IA)^3: of `d_out`, at rank 1), r the rank, K the
-    skills, H the heads, N the routers and T the tasks:
+    Let P be the sum of `d_in + d_out` over sites (for (IA)^3, of `d_out`, at rank 1), r the rank, K
+    the number of skills, H of heads, N of routers and T of tasks. The counts are
 
-    - `base`: the frozen rest;
-    - `inventory`: K r P;
-    - `routing_table`: T N H K;
-    - `one_adapter`: r P, a task's LoRA when exported, and what phase `mu` trains;
-    - `new_task_z`: N H K;
-    - `new_task_full`: K r P + N H K.
+    - `base`: the frozen base model;
+    - `inventory`: all skills, K r P;
+    - `routing_table`: all routes, T N H K;
+    - `one_adapter`: an exported LoRA, which is also what phase `mu` trains, r P;
+    - `new_task_z`: what phase `z` trains, N H K;
+    - `new_task_full`: what phase `full` trains, K r P + N H K.
     """
     width = sum((s.d_in if inventory.adapter == "lora" else 0) + s.d_out for s in sites)
     one = width * inventory.rank
@@ -47,7 +47,7 @@ def describe(
     inventory: Inventory,
     routes: RoutingTable,
 ) -> str:
-    """Sites, routers and parameter counts, as text."""
+    """Describe sites, routers and parameter counts as text."""
     shapes: dict[tuple[str, int, int], int] = {}
     for site in sites:
         key = (site.name.rsplit(".", 1)[-1], site.d_in, site.d_out)

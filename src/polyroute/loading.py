@@ -1,4 +1,4 @@
-"""Loading a base model and its tokenizer, from wherever they are, and suites that need one."""
+"""Loading a base model and its tokenizer by name, and suites that need a tokenizer."""
 
 import importlib.util
 from collections.abc import Mapping
@@ -31,8 +31,8 @@ def load_base(
         dtype: `"float32"`, `"bfloat16"` or `"float16"`.
 
     Raises:
-        InputError: there is no such model or tokenizer, it cannot be read, some of its weights
-            are missing, or it is of no known kind.
+        InputError: the model or its tokenizer is missing or cannot be read, some of its weights
+            are missing, or its kind is unknown.
     """
     if dtype not in DTYPES:
         raise InputError(f"dtype {dtype!r} is not supported: {did_you_mean(dtype, DTYPES)}")
@@ -43,14 +43,14 @@ def load_base(
             source, dtype=DTYPES[dtype], output_loading_info=True
         )
         if dtype == "bfloat16" and not torch.accelerator.is_available():
-            # The backward of torch's fused attention takes half of a bf16 step on a CPU.
+            # The backward of torch's fused attention takes half the time of a bf16 step on a CPU.
             model.set_attn_implementation("eager")
         tokenizer = AutoTokenizer.from_pretrained(source)
     except InputError:
         raise
     except Exception as error:  # a damaged file can make transformers raise anything
         raise _not_loaded(path, error) from error
-    # transformers fills gaps with random numbers. Poolers are exempt: no kind looks at them.
+    # transformers initialises missing weights at random. Poolers are exempt: no kind uses them.
     missing = sorted(key for key in info["missing_keys"] if "pooler" not in key)
     if missing:
         raise InputError(
@@ -61,10 +61,10 @@ def load_base(
 
 
 def check_base(path: str) -> None:
-    """Find out whether there is such a base model, without loading its weights.
+    """Check that a base model exists, without loading its weights.
 
     Raises:
-        InputError: there is not, or it is of no known kind.
+        InputError: there is no such model, or its kind is unknown.
     """
     source = _located(path)
     try:
@@ -76,7 +76,7 @@ def check_base(path: str) -> None:
 
 
 def load_suite(path: str, options: Mapping[str, Any] | None = None) -> Suite:
-    """Open a suite with options of its reader, of which `tokenizer` names a base model's.
+    """Open a suite with options of its reader; `tokenizer` may name a base model.
 
     Raises:
         InputError: there is no such suite or base model, or the reader has no such option.
@@ -107,7 +107,7 @@ def _located(path: str) -> str:
     folder = Path(__file__).parent / "demo" / "base" if path == "demo" else Path(path).expanduser()
     if folder.is_dir():
         for prefixes in (("config.json",), TOKENIZER_FILES):
-            # Without its files transformers may well build an empty tokenizer and say nothing.
+            # Without these files transformers can build an empty tokenizer without an error.
             if not any(file.name.startswith(prefixes) for file in folder.iterdir()):
                 raise InputError(
                     f"base model folder {path!r} has no {prefixes[0]}: write model and tokenizer "

@@ -17,7 +17,7 @@ from polyroute.routes.phases import check_phase, param_groups, row_optimizer, st
 from polyroute.routes.table import MU
 from polyroute.routes.tasks import Tasks
 from polyroute.saved.card import write_card
-from polyroute.saved.hub import push
+from polyroute.saved.hub import Repository, push
 from polyroute.saved.inventory import load_checkpoint, save_inventory
 from polyroute.saved.peft_export import peft_target
 
@@ -362,9 +362,12 @@ class RoutedModel(RoutedForward):
         with tempfile.TemporaryDirectory() as folder:
             self.save_pretrained(folder)
             return push(
-                folder, repo_id, write_card(folder, name=repo_id, license=license),
-                private=private, token=token, revision=revision, message=commit_message,
-            )  # fmt: skip
+                folder,
+                Repository(repo_id, revision, token),
+                write_card(folder, name=repo_id, license=license),
+                private=private,
+                message=commit_message,
+            )
 
     def load_adapter(self, folder: str | os.PathLike[str]) -> None:
         """Overwrite skills and routes, in place, by those of a checkpoint of this very model.

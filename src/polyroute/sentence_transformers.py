@@ -1,4 +1,4 @@
-"""A routed encoder inside sentence-transformers: texts are embedded as their task.
+"""A routed encoder inside sentence-transformers: each text is embedded with the skills of its task.
 
     encoder = SentenceTransformer("sentence-transformers/all-MiniLM-L6-v2")
     model = polyroute.from_pretrained(encoder[0].model, "runs/mhr")
@@ -8,7 +8,7 @@
     encoder.save_pretrained("out")
     encoder = SentenceTransformer("out", trust_remote_code=True)
 
-`trust_remote_code` lets sentence-transformers import a module of another package, here this one.
+`trust_remote_code` lets sentence-transformers import a module of another package, here polyroute.
 """
 
 from collections.abc import Mapping, Sequence
@@ -35,18 +35,18 @@ FOLDER = "inventory"
 class RoutedTransformer(InputModule):  # type: ignore[misc, unused-ignore]
     """The first module of a `SentenceTransformer`, with an inventory on its transformer.
 
-    `encode(texts, task="banking")` embeds all texts as one task. A list of
-    `{"text": ..., "task": ...}` has a task for each; `encode` sorts texts by length, so a task must
-    travel with its text. Without either, an open `model.route` block that names one task holds.
-
+    `encode(texts, task="banking")` embeds all texts with one task. A list of
+    `{"text": ..., "task": ...}` gives each text its task; `encode` sorts texts by length, so a task
+    must travel with its text. Without either, the task of an open `model.route` block applies, if
+    it names one task.
     """
 
-    forward_kwargs = {"task"}  # noqa: RUF012 - the type that the base class has
+    forward_kwargs = {"task"}  # noqa: RUF012 - the type in the base class
 
     def __init__(self, transformer: Transformer, model: RoutedModel) -> None:
         if model.base_model is not transformer.model:
             raise InputError(
-                "the routed model is not that of this encoder: attach the inventory to "
+                "the routed model does not wrap the model of this encoder: attach the inventory to "
                 "encoder[0].model, then give encoder[0] and the routed model"
             )
         super().__init__()  # type: ignore[no-untyped-call, unused-ignore]
@@ -63,7 +63,7 @@ class RoutedTransformer(InputModule):  # type: ignore[misc, unused-ignore]
 
     @property
     def max_seq_length(self) -> int | None:
-        """Most tokens of a text."""
+        """The most tokens of a text."""
         return self.transformer.max_seq_length  # type: ignore[no-any-return, unused-ignore]
 
     @max_seq_length.setter
@@ -73,12 +73,12 @@ class RoutedTransformer(InputModule):  # type: ignore[misc, unused-ignore]
     def preprocess(
         self, inputs: Sequence[Any], prompt: str | None = None, **kwargs: Any
     ) -> dict[str, Any]:
-        """Tokenise; the tasks that texts bring along are kept as `tasks`.
+        """Tokenise texts; tasks that come with the texts are returned as `tasks`.
 
         Raises:
             InputError: some texts of a batch have a task and others have none.
         """
-        kwargs.pop("task", None)  # sentence-transformers has tasks of its own, such as "query"
+        kwargs.pop("task", None)  # sentence-transformers has its own tasks, such as "query"
         tasks = [text["task"] for text in inputs if isinstance(text, Mapping) and "task" in text]
         texts = [text["text"] for text in inputs] if len(tasks) == len(inputs) else inputs
         if 0 < len(tasks) < len(inputs):
@@ -89,28 +89,28 @@ class RoutedTransformer(InputModule):  # type: ignore[misc, unused-ignore]
     def forward(
         self, features: dict[str, Any], task: str | int | None = None, **kwargs: Any
     ) -> dict[str, Any]:
-        """Embed tokens by task.
+        """Embed tokens with their tasks.
 
         Raises:
-            InputError: no task is given, or two for a text, or an unknown one; or a route block
-                with one task per example is open.
+            InputError: a text has no task, two tasks or an unknown task, or a route block with one
+                task per example is open.
         """
         tasks = features.pop("tasks", None)
         if tasks is not None and task is not None:
-            raise InputError(f"these texts have a task of their own: leave out task={task!r}")
+            raise InputError(f"these texts have their own tasks: leave out task={task!r}")
         block = self.model.open_routes.now()
         route = None if block is None else block.value[0]
         if tasks is None and task is None and route is not None and route.per_example:
             raise InputError(
-                "encode() sorts texts by length, and the tasks of the open route block would meet "
-                "other texts: give {'text': ..., 'task': ...} for each"
+                "encode() sorts texts by length, so the tasks of the open route block would go to "
+                "other texts: give {'text': ..., 'task': ...} for each text"
             )
         chosen = task if tasks is None else tasks
         with nullcontext() if chosen is None else self.model.route(chosen):
             return dict(self.transformer(features, **kwargs))
 
     def save(self, output_path: str, *args: Any, **kwargs: Any) -> None:
-        """Write the transformer, and the inventory in a folder inside its own."""
+        """Write the transformer, and the inventory into a folder inside it."""
         self.transformer.save(output_path, *args, **kwargs)
         self.model.save_pretrained(Path(output_path) / FOLDER)
 
@@ -121,7 +121,7 @@ class RoutedTransformer(InputModule):  # type: ignore[misc, unused-ignore]
         """Read what `save` wrote.
 
         Raises:
-            InputError: there is no inventory, or it does not fit.
+            InputError: there is no inventory, or it does not fit the transformer.
         """
         transformer = Transformer.load(model_name_or_path, subfolder=subfolder, **kwargs)
         names = {"token", "cache_folder", "revision", "local_files_only"} & kwargs.keys()

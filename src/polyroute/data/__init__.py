@@ -1,1 +1,1 @@
-"""Tasks: suites, their readers, sampling and metrics."""
+"""Suites of tasks, their readers, sampling and metrics."""

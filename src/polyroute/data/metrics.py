@@ -1,4 +1,4 @@
-"""Metrics: how one prediction is scored, what trivial answers score, and means with errors."""
+"""Metrics: scores of predictions, scores of trivial answers, and means with their errors."""
 
 import statistics
 import string
@@ -31,12 +31,12 @@ _NO_PUNCTUATION = str.maketrans("", "", string.punctuation)
 
 @dataclass(frozen=True)
 class Baselines:
-    """What answers that do not look at the example score on a test split.
+    """Scores on a test split of answers that do not look at the example.
 
     Attributes:
         majority: the mean score, 0 to 1, of answering every test example with the most frequent
             training target; None without a training split.
-        chance: the expected share, 0 to 1, answered by a choice at random; None for free text.
+        chance: the expected score, 0 to 1, of a random choice; None for free text.
     """
 
     majority: float | None
@@ -44,16 +44,16 @@ class Baselines:
 
 
 def normalise_answer(text: str) -> str:
-    """Lower the case, delete ASCII punctuation and collapse white space; articles stay."""
+    """Convert to lower case, delete ASCII punctuation and collapse white space; keep articles."""
     return " ".join(text.lower().translate(_NO_PUNCTUATION).split())
 
 
 def exact_match(prediction: str, reference: str) -> float:
-    """Score 1 if two answers are equal once normalised, else 0.
+    """Score 1 if two answers are equal after normalisation, else 0.
 
-    Punctuation does not count, so "-5" matches "5" and "3.5" matches "35"; that is the published
-    practice. A reference made of punctuation alone, such as "+", is compared as it is: all such
-    references would otherwise match each other and the empty answer.
+    Punctuation does not count, so "-5" matches "5" and "3.5" matches "35"; this is the published
+    practice. A reference that consists of punctuation, such as "+", is compared unchanged, because
+    normalised it would match every such reference and the empty answer.
     """
     normalised = normalise_answer(reference)
     if not normalised:
@@ -62,22 +62,22 @@ def exact_match(prediction: str, reference: str) -> float:
 
 
 def strict_match(prediction: str, reference: str) -> float:
-    """Score 1 if two answers are equal but for white space around them, else 0."""
+    """Score 1 if two answers are equal apart from white space around them, else 0."""
     return float(prediction.strip() == reference.strip())
 
 
 def rouge_l(prediction: str, reference: str) -> float:
     """F-measure of ROUGE-L, 0 to 1: the longest common subsequence of stemmed words.
 
-    Only ASCII letters and digits make words; a pair without any scores 0.
+    Words consist of ASCII letters and digits; a pair without words scores 0.
     """
     return float(_rouge_scorer().score(reference, prediction)["rougeL"].fmeasure)
 
 
 def chrf(prediction: str, reference: str) -> float:
-    """chrF, 0 to 1: the F-measure, with recall twice as important, of sequences of 1 to 6 letters.
+    """chrF, 0 to 1: the F-measure of sequences of 1 to 6 characters, with recall weighted double.
 
-    Of one answer, as all scores here; that of a whole corpus is another number.
+    It is the score of a single answer, which differs from the chrF of a whole corpus.
 
     Raises:
         InputError: sacrebleu is not installed.
@@ -88,23 +88,23 @@ def chrf(prediction: str, reference: str) -> float:
 def best_match(
     metric: Callable[[str, str], float], prediction: str, answers: str | Iterable[str]
 ) -> float:
-    """The score of a prediction against the answer it is nearest to, where several may be given."""
+    """The best score of a prediction against one answer, or against several."""
     several = [answers] if isinstance(answers, str) else answers
     return max(metric(prediction, answer) for answer in several)
 
 
 def acceptable_answers(rows: datasets.Dataset) -> Sequence[str | list[str]]:
-    """Every acceptable answer of each example of a split: its references, or else its target."""
+    """The acceptable answers of each example of a split: its references, or else its target."""
     several = "references" in rows.column_names
     answers: Sequence[str | list[str]] = rows["references" if several else "target"]
     return answers
 
 
 def text_metric(name: str) -> Callable[[str, str], float]:
-    """The function of prediction and reference that a suite calls by this name.
+    """Look up a metric of free text, a function of prediction and reference.
 
     Raises:
-        InputError: no metric of free text has the name.
+        InputError: no metric of free text has this name.
     """
     if name not in _TEXT_METRICS:
         raise InputError(
@@ -116,18 +116,19 @@ def text_metric(name: str) -> Callable[[str, str], float]:
 def baselines(
     train: datasets.Dataset | None, test: datasets.Dataset, *, metric: str = "exact_match"
 ) -> Baselines:
-    """Score the most frequent training target and, where there are choices, chance.
+    """Score the most frequent training target and, if there are choices, a random choice.
 
-    With choices an answer counts if it is the target; free text is compared by `metric`. Of targets
-    that are equally frequent the first in `train` is taken.
+    With choices an answer scores 1 if it is the target; free text is scored by `metric`. If several
+    targets are equally frequent, the one that comes first in `train` is taken.
 
     Args:
-        train: column `target`; None where a task has no training split.
-        test: columns `target`, `choices` and, where several answers are acceptable, `references`.
-        metric: a name that `text_metric` knows; where there are choices it is not looked at.
+        train: a split with the column `target`; None for a task without a training split.
+        test: a split with the columns `target`, `choices` and, if several answers are acceptable,
+            `references`.
+        metric: a name that `text_metric` knows; ignored if there are choices.
 
     Raises:
-        InputError: one of them has no examples, or free text has no such metric.
+        InputError: a split has no examples, or there is no such metric of free text.
     """
     for name, examples in (("train", train), ("test", test)):
         if examples is not None and len(examples) == 0:
@@ -154,8 +155,8 @@ def mean_and_error(values: Iterable[float]) -> tuple[float, float | None]:
     """Mean and standard error of the mean.
 
     Returns:
-        The mean, and the sample standard deviation (n - 1) over the square root of n; None for
-        a single value, which says nothing of its error.
+        The mean, and the sample standard deviation (n - 1) divided by the square root of n; None
+        for a single value, from which no error can be estimated.
 
     Raises:
         InputError: there are no values.
@@ -177,7 +178,7 @@ _TEXT_METRICS: dict[str, Callable[[str, str], float]] = {
 
 @cache
 def _rouge_scorer() -> Any:
-    # Imported at first use: it brings NLTK, which takes longer to load than all else here.
+    # Imported at first use, because it imports NLTK, which is slow to load.
     from rouge_score import rouge_scorer  # type: ignore[import-untyped, unused-ignore]
 
     return rouge_scorer.RougeScorer(["rougeL"], use_stemmer=True)

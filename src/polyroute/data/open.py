@@ -1,32 +1,25 @@
-"""The readers of suites there are, and which of them a suite needs."""
+"""Opening a suite: the content of its path selects the reader."""
 
 import os
-from collections.abc import Mapping, Sequence
+from dataclasses import fields
 from pathlib import Path
-from types import NoneType
-from typing import Any, get_args, get_origin, get_type_hints
+from typing import Any
 
 from polyroute.data.readers.hub import HubSuite
 from polyroute.data.readers.jsonl import JsonlSuite
-from polyroute.data.readers.p3 import HUB, P3Suite, is_p3
-from polyroute.data.readers.superni import SuperNiSuite
+from polyroute.data.readers.p3 import P3Suite, is_p3
+from polyroute.data.readers.p3_settings import P3Settings
+from polyroute.data.readers.p3_training import P3
+from polyroute.data.readers.superni import SuperNiSettings, SuperNiSuite
 from polyroute.data.readers.tabular import TabularSuite, is_tabular
 from polyroute.data.suite import Suite
 from polyroute.errors import InputError
 
 __all__ = ["open_suite"]
 
-PLAIN = {
-    bool: "true or false",
-    int: "a whole number",
-    Mapping: "names with their values",
-    Sequence: "a list",
-}
-"""Types of readers' options that can be checked, in words."""
-
 
 def open_suite(path: str | Path, *, cache_dir: str | Path | None = None, **options: Any) -> Suite:
-    """Open a suite with the reader that fits what lies at its path.
+    """Open a suite with the reader that its path calls for.
 
     - a folder with one JSONL file of records per task: `JsonlSuite`
     - a folder with CSV or Parquet files, or JSONL files of one split each: `TabularSuite`
@@ -36,42 +29,38 @@ def open_suite(path: str | Path, *, cache_dir: str | Path | None = None, **optio
 
     Args:
         path: the folder or file; `~` is expanded.
-        cache_dir: where tables go; None for the usual cache of `datasets`.
-        **options: of the reader, such as `seed`.
+        cache_dir: where tables are cached; None for the usual cache of `datasets`.
+        **options: settings of the reader, such as `seed`; see `SuperNiSettings` and `P3Settings`.
 
     Raises:
-        InputError: there is no readable suite at the path, or its reader has no such option.
+        InputError: there is no readable suite at the path, or its reader has no such option or
+            does not allow the value.
     """
-    reader = _reader(path)
-    hints = get_type_hints(reader.__init__)
-    for name, value in options.items():
-        if name not in hints:
+    reader, settings = _reader(path)
+    known = [field.name for field in fields(settings)] if settings else []
+    for name in options:
+        if name not in known:
             raise InputError(f"{reader.__name__}, which reads {path}, has no option {name!r}")
-        kinds = set(get_args(hints[name])) or {hints[name]}
-        _check_option(name, value, {get_origin(kind) or kind for kind in kinds})
-    suite: Suite = reader(path, cache_dir=cache_dir, **options)
+    try:
+        chosen = [settings(**options)] if settings else []
+    except InputError as error:
+        raise InputError(f"the reader's option {error}") from None
+    suite: Suite = reader(path, *chosen, cache_dir=cache_dir)
     return suite
 
 
-def _check_option(name: str, value: Any, kinds: set[Any]) -> None:
-    """Compare a value with the types that a reader's option takes, where that is one plain type."""
-    for kind, words in PLAIN.items():
-        if value is not None and kinds <= {kind, NoneType}:
-            is_text = isinstance(value, str)
-            is_bool = isinstance(value, bool) and kind is not bool
-            if not isinstance(value, kind) or is_text or is_bool:
-                raise InputError(f"the reader's option {name} must be {words}, not {value!r}")
-
-
-def _reader(path: str | Path) -> Any:
+def _reader(path: str | Path) -> tuple[Any, Any]:
+    """The class of the suite, and that of its settings, if it has any."""
     place = Path(path).expanduser()
     if place.suffix in (".yaml", ".yml"):
-        return HubSuite
-    # False, not an error, for a name that cannot be.
+        return HubSuite, None
+    # Unlike Path.is_dir, this is False for a name that no file system allows.
     if not os.path.isdir(place):  # noqa: PTH112
-        return P3Suite if str(path) == HUB else JsonlSuite  # whose errors say what is wrong
+        if str(path) == P3:
+            return P3Suite, P3Settings
+        return JsonlSuite, None  # its errors say what is wrong with the path
     if (place / "tasks").is_dir() and (place / "splits" / "default").is_dir():
-        return SuperNiSuite
+        return SuperNiSuite, SuperNiSettings
     if is_p3(place):
-        return P3Suite
-    return TabularSuite if is_tabular(place) else JsonlSuite
+        return P3Suite, P3Settings
+    return (TabularSuite if is_tabular(place) else JsonlSuite), None

@@ -1,12 +1,12 @@
 """Records: the lines of a task file, checked one by one while they are read.
 
-A line is one record:
+Each line is one record:
 
     {"instruction": str, "input": str, "target": str, "choices": [str, ...] or null,
      "split": "train", "validation" or "test"}
 
-`references` may be there where several answers are acceptable, a list with the target among them.
-`task` may be there too and must then be the file's name; any other key is ignored.
+A record may also have `references`, a list of all acceptable answers with the target among them,
+and `task`, which must then be the name of the file. Any other key is ignored.
 """
 
 import json
@@ -24,7 +24,7 @@ __all__ = [
     "cannot_read",
     "check_record",
     "checked",
-    "json_kind",
+    "json_type",
     "read_objects",
     "read_records",
 ]
@@ -52,15 +52,16 @@ def read_records(path: Path) -> Iterator[dict[str, Any]]:
 def checked(
     records: Iterable[tuple[str, Mapping[str, Any]]], task: str, place: str
 ) -> Iterator[dict[str, Any]]:
-    """The records of one task, one by one, with the fields of `FEATURES`.
+    """Check the records of one task, one by one; yields them with the fields of `FEATURES`.
 
     Args:
-        records: each with the words that say where it is.
-        task: whose they are.
-        place: where they come from, in words.
+        records: the records, each with a description of where it comes from.
+        task: the name of the task.
+        place: a description of where all records come from.
 
     Raises:
-        InputError: there is no record, or one of them is malformed or unlike the first.
+        InputError: there is no record, or one of them is malformed or has other fields than the
+            first.
     """
     first: dict[str, bool] | None = None
     for where, record in records:
@@ -70,7 +71,7 @@ def checked(
         for name, there in lists.items():
             if there != first[name]:
                 raise InputError(
-                    f"{where}: the field {name!r} is {json_kind(record.get(name))} but the first "
+                    f"{where}: the field {name!r} is {json_type(record.get(name))} but the first "
                     f"record differs; give {name} to every record of a task or to none"
                 )
         yield {**{name: record.get(name) for name in FEATURES}, "task": task}
@@ -79,7 +80,7 @@ def checked(
 
 
 def read_objects(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    """The JSON objects of a JSONL file, each with the words that say where it is.
+    """The JSON objects of a JSONL file, each with a description of where it is.
 
     Raises:
         InputError: the file cannot be read, is not UTF-8, or a line is not a JSON object.
@@ -89,9 +90,9 @@ def read_objects(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
 
 
 def _lines(path: Path) -> Iterator[tuple[str, str]]:
-    """The lines of a file that are not blank, each with the words that say where it is."""
+    """The lines of a file that are not blank, each with a description of where it is."""
     try:
-        # Lines end at "\n" alone, which only bytes do: JSON text may hold U+2028 and "\r".
+        # Read as bytes, whose lines end only at "\n": JSON text may hold U+2028 and "\r".
         with path.open("rb") as file:
             for number, line in enumerate(file, start=1):
                 where = f"{path}, line {number}"
@@ -115,15 +116,15 @@ def _parse(line: str, where: str) -> dict[str, Any]:
             f"{where}: not valid JSON ({error}); write one JSON object per line"
         ) from error
     if not isinstance(record, dict):
-        raise InputError(f"{where}: a record must be a JSON object, not {json_kind(record)}")
+        raise InputError(f"{where}: a record must be a JSON object, not {json_type(record)}")
     return record
 
 
 def check_record(record: Mapping[str, Any], task: str, where: str) -> None:
-    """Make sure that a record has every field, of its type.
+    """Make sure that a record has every field, and that each has its type.
 
     Raises:
-        InputError: it has not; `where` begins the sentence.
+        InputError: a field is missing or wrong; the message begins with `where`.
     """
     for name in (*_TEXT_FIELDS, "choices"):
         if name not in record:
@@ -137,7 +138,7 @@ def check_record(record: Mapping[str, Any], task: str, where: str) -> None:
         )
     if record.get("task", task) != task:
         raise InputError(
-            f"{where}: the field 'task' is {json.dumps(record['task'])} but the file is that of "
+            f"{where}: the field 'task' is {json.dumps(record['task'])} but the file is for "
             f"{task!r}; move the record or rename the file"
         )
     if not prompt(record["instruction"], record["input"]):
@@ -165,7 +166,7 @@ def _check_list(values: Any, name: str, where: str) -> None:
     if not isinstance(values, list):
         raise InputError(
             f"{where}: the field {name!r} must be a list of strings or null, not "
-            f"{json_kind(values)}"
+            f"{json_type(values)}"
         )
     for value in values:
         _check_text(value, f"{where}: each entry of the field {name!r}")
@@ -181,25 +182,25 @@ def _check_among(target: str, values: list[str], name: str, where: str) -> None:
 
 def _check_text(value: Any, what: str) -> None:
     if not isinstance(value, str):
-        raise InputError(f"{what} must be a string, not {json_kind(value)}")
+        raise InputError(f"{what} must be a string, not {json_type(value)}")
     try:
         value.encode()
     except UnicodeEncodeError:  # JSON can escape half of a surrogate pair
         raise InputError(
-            f"{what} has half a surrogate pair (\\ud800 to \\udfff); mend it"
+            f"{what} has half a surrogate pair (\\ud800 to \\udfff); correct it"
         ) from None
 
 
-def json_kind(value: Any) -> str:
-    """What JSON calls a value."""
+def json_type(value: Any) -> str:
+    """The name of a value's type in JSON."""
     if value is None:
         return "null"
-    kinds = {str: "a string", bool: "a boolean", list: "a list", dict: "an object"}
-    return kinds.get(type(value), "a number")
+    names = {str: "a string", bool: "a boolean", list: "a list", dict: "an object"}
+    return names.get(type(value), "a number")
 
 
 def cannot_read(path: Path, error: OSError) -> InputError:
-    """The error to raise where the system refuses to read a file or folder."""
+    """The error to raise when the system cannot read a file or folder."""
     return InputError(
         f"cannot read {path} ({error.strerror}); check that it exists and that you may read it"
     )

@@ -1,4 +1,4 @@
-"""Sampling: which examples an epoch of many tasks visits, and which a few-shot draw takes.
+"""Sampling: the examples that an epoch over many tasks visits, and few-shot draws.
 
 Letters: T tasks, N draws in an epoch; n_t examples of task t, m_t = min(n_t, cap).
 """
@@ -19,33 +19,34 @@ Indices = npt.NDArray[np.int64]
 class TaskSampler(Sampler[int]):
     """Draws examples from the concatenation of several tasks, by temperature.
 
-    Every draw of an epoch is of task t with probability
+    Each draw of an epoch takes task t with probability
 
         p_t = m_t ** (1 / temperature) / sum_u m_u ** (1 / temperature),  m_t = min(n_t, cap)
 
-    as in T5 (arXiv:1910.10683). The draws share their luck: over an epoch, each run of
-    neighbouring tasks gets its expected number of draws, rounded up or down at random, and the
-    order is shuffled. So with `temperature=1` and the default `num_samples` an epoch has exactly
+    as in T5 (arXiv:1910.10683). The draws are not independent: over an epoch, every group of
+    consecutive tasks gets its expected number of draws, rounded up or down at random, and the order
+    is shuffled. With `temperature=1` and the default `num_samples`, an epoch therefore has exactly
     m_t draws of task t, and without a cap it visits every example once.
 
-    The examples of a task come in shuffled order, anew each time all of them have been drawn. A
-    cap limits how often a task is drawn, not which of its examples: each epoch may draw others.
+    The examples of a task come in shuffled order and are shuffled again once all of them have been
+    drawn. A cap limits how often a task is drawn, but not which of its examples are drawn: each
+    epoch may draw others.
 
-    An epoch depends on `seed` and the number given to `set_epoch`, and on nothing else.
+    An epoch depends only on `seed` and on the number given to `set_epoch`.
 
     Args:
-        sizes: number of examples of each task, in the order of concatenation.
+        sizes: the number of examples of each task, in the order of concatenation.
         temperature: above 0; 1 draws in proportion to size, `float("inf")` draws all tasks
             equally often.
-        cap: the size above which a task counts no more; None for no cap.
-        num_samples: number of draws in an epoch; None for the sum of m_t.
+        cap: a larger task counts as if it had this size; None for no cap.
+        num_samples: the number of draws in an epoch; None for the sum of m_t.
         seed: 0 or above.
 
     Attributes:
         probabilities: p_t for each task; they sum to 1.
 
     Raises:
-        InputError: no task, an empty task, or a number outside its range.
+        InputError: there is no task, a task is empty, or a number is outside its range.
     """
 
     def __init__(
@@ -74,7 +75,7 @@ class TaskSampler(Sampler[int]):
         self._epoch = 0
 
     def set_epoch(self, epoch: int) -> None:
-        """Choose, in place, the epoch that the next iteration draws; the first is 0.
+        """Choose the epoch that the next iteration draws; the first is 0.
 
         Raises:
             InputError: `epoch` is negative.
@@ -87,11 +88,11 @@ class TaskSampler(Sampler[int]):
         return self._num_samples
 
     def __iter__(self) -> Iterator[int]:
-        # `map` makes one Python integer at a time, `tolist` would make all of them at once.
+        # `map` makes one Python integer at a time; `tolist` would make all of them at once.
         return map(int, self._draw())
 
     def _draw(self) -> Indices:
-        """The indices of the epoch, shape N."""
+        """The indices of the epoch, `[N]`."""
         sequence = np.random.SeedSequence(self._seed, spawn_key=(self._epoch,))
         rng = np.random.Generator(np.random.PCG64(sequence))
         counts = _share_out(self._num_samples, self.probabilities, rng)
@@ -110,12 +111,13 @@ class TaskSampler(Sampler[int]):
 def draw_few_shot(num_examples: int, shots: int, seed: int) -> list[int]:
     """Draw a few training examples at random, without replacement.
 
-    Shuffles all examples with the seed and takes the first, whatever their targets; more shots
-    with the same seed add to the draw. The same on every platform.
+    The seed shuffles all examples, whatever their targets, and the first ones are taken. A larger
+    number of shots with the same seed therefore extends the draw. The draw is the same on every
+    platform.
 
     Args:
-        num_examples: size of the training split.
-        shots: how many to draw, from 1 to `num_examples`.
+        num_examples: the size of the training split.
+        shots: the number of examples to draw, from 1 to `num_examples`.
         seed: 0 or above.
 
     Returns:
@@ -149,7 +151,7 @@ def _check_sizes(sizes: Sequence[int]) -> None:
 
 
 def _probabilities(counted: Indices, temperature: float) -> npt.NDArray[np.float64]:
-    """Scale sizes by temperature, in log space: a power of a size can be too large for a float."""
+    """Scale sizes by temperature; in log space, because a power of a size can overflow."""
     logs = np.log(counted)
     shares = np.exp((logs - logs.max()) / temperature)
     scaled: npt.NDArray[np.float64] = shares / shares.sum()
@@ -159,15 +161,15 @@ def _probabilities(counted: Indices, temperature: float) -> npt.NDArray[np.float
 def _share_out(
     num_samples: int, probabilities: npt.NDArray[np.float64], rng: np.random.Generator
 ) -> Indices:
-    """Split a number of draws over tasks: expected shares, rounded at random, with that sum.
+    """Distribute a number of draws over tasks: their expected shares, rounded at random.
 
-    Systematic sampling: the tasks lie one after the other on a line of length N, and a comb with
-    unit spacing and a random offset counts the teeth on each.
+    This is systematic sampling: the tasks lie one after another on a line of length N, and each
+    gets as many draws as a comb with unit spacing and a random offset has teeth on it.
     """
     line = np.cumsum(probabilities)
     ends = num_samples * (line / line[-1])
-    # Half a step away from 0 and 1, so that an end which is a whole number but for its last bits
-    # is not rounded at random.
+    # The offset stays half a step away from 0 and 1, so that an end that is a whole number except
+    # for its last bits is not rounded at random.
     offset = (rng.integers(1 << 20) + 0.5) / (1 << 20)
     teeth: Indices = np.floor(ends + offset).astype(np.int64)
     teeth[1:] -= teeth[:-1].copy()
@@ -175,9 +177,9 @@ def _share_out(
 
 
 def _draw_within(size: int, count: int, rng: np.random.Generator) -> Indices:
-    """Draw `count` of `size` examples in shuffled order, again and again without a repeat."""
+    """Draw `count` of `size` examples: as many shuffled rounds over all examples as it takes."""
     rounds, rest = divmod(int(count), int(size))
-    # Neither line needs memory for a task of which only a small part is drawn.
+    # If only a small part of a task is drawn, neither line needs memory for the whole task.
     repeated = np.arange(rounds * size, dtype=np.int64).reshape(rounds, size) % size
     whole = rng.permuted(repeated, axis=1).reshape(-1)
     return np.concatenate([whole, rng.choice(size, rest, replace=False)])

@@ -1,6 +1,6 @@
-"""What a suite of tasks is, whatever its format: the protocol every reader of one fulfils.
+"""What a suite of tasks is, whatever its format: the protocol that every reader fulfils.
 
-An example is a row with the columns `COLUMNS`; it lies in one of the `SPLITS` of its task.
+An example is a row with the columns `COLUMNS` in one of the `SPLITS` of its task.
 """
 
 from collections.abc import Iterable, Iterator
@@ -39,19 +39,19 @@ ROLES: tuple[str, ...] = get_args(Role)
 SPLITS = ("train", "validation", "test")
 COLUMNS = ("task", "instruction", "input", "target", "choices")
 
-# Stands for the average of the inventory wherever a task can be named. Its twin is
-# `polyroute.routes.table.MU`, which modules of data do not import; a test holds the two equal.
+# Stands for the average of the inventory wherever a task can be named. It equals
+# `polyroute.routes.table.MU`; a test holds the two equal, so that data need not import routes.
 RESERVED_TASK = "mu"
 
 
 @dataclass(frozen=True)
 class TaskInfo:
-    """What a suite says of a task as a whole.
+    """What a suite says about a task as a whole.
 
     Attributes:
-        category: a group of related tasks; empty where the suite names none.
+        category: a group of related tasks; empty if the suite names none.
         metric: how predictions are scored; "accuracy" ranks the choices of an example.
-        role: whether the task is for training or held out; None where the suite does not say.
+        role: whether the task is for training or held out; None if the suite does not say.
         has_choices: whether its examples list the answers to choose from.
     """
 
@@ -62,7 +62,7 @@ class TaskInfo:
 
 
 class Suite(Protocol):
-    """Named tasks with their examples; what every reader of a suite offers."""
+    """Named tasks with their examples; every reader of a suite offers these members."""
 
     @property
     def name(self) -> str:
@@ -73,10 +73,10 @@ class Suite(Protocol):
         """The names of all tasks, sorted."""
 
     def info(self, task: str) -> TaskInfo:
-        """What the suite says of a task.
+        """What the suite says about a task.
 
         Raises:
-            InputError: the suite has no such task, or what it says of it is malformed.
+            InputError: the suite has no such task, or its description is malformed.
         """
 
     def splits(self, task: str) -> tuple[str, ...]:
@@ -90,18 +90,18 @@ class Suite(Protocol):
         """The examples of one split of a task, in the suite's order.
 
         Returns:
-            At least one row; columns task, instruction, input, target (strings) and choices
-            (list of strings, or None for free text); and references (list of strings, the target
-            among them) where several answers are acceptable.
+            At least one row, with the columns task, instruction, input, target (strings) and
+            choices (a list of strings, or None for free text). If several answers are acceptable,
+            there is a column references (a list of strings, the target among them).
 
         Raises:
-            InputError: the suite has no such task or the task no such split, or its data is
+            InputError: the suite has no such task, the task has no such split, or its data is
                 malformed.
         """
 
 
 def training_tasks(suite: Suite) -> tuple[str, ...]:
-    """The tasks to train on: all that the suite does not hold out, sorted."""
+    """The tasks to train on: all tasks that the suite does not hold out, sorted."""
     return tuple(task for task in suite.tasks if suite.info(task).role != "held-out")
 
 
@@ -111,10 +111,11 @@ def held_out_tasks(suite: Suite) -> tuple[str, ...]:
 
 
 def check_tasks(suite: Suite, names: Iterable[str]) -> tuple[str, ...]:
-    """Check that a selection of tasks can be used; it keeps its order.
+    """Check a selection of tasks; the result keeps its order.
 
     Raises:
-        InputError: the selection is empty, names a task twice, or names one the suite lacks.
+        InputError: the selection is empty, names a task twice, or names a task that the suite does
+            not have.
     """
     chosen = tuple(names)
     if not chosen:
@@ -132,15 +133,15 @@ def check_tasks(suite: Suite, names: Iterable[str]) -> tuple[str, ...]:
 def validate(suite: Suite, tasks: Iterable[str], *, needs: Iterable[str] = ()) -> None:
     """Read and check all data of some tasks, so that a long run fails before any work is lost.
 
-    Shows a progress bar when it takes more than a second. Once read, the data comes from a cache.
+    Shows a progress bar if this takes more than a second. Later reads use the cache.
 
     Args:
         suite: the suite.
-        tasks: names of its tasks.
-        needs: the splits that every one of the tasks must have.
+        tasks: the names of some of its tasks.
+        needs: the splits that each of the tasks must have.
 
     Raises:
-        InputError: the first thing found that is wrong.
+        InputError: the data is wrong or lacks a split; the message names the first problem.
     """
     wanted = tuple(needs)
     for task in progress(check_tasks(suite, tasks), "checking tasks"):
@@ -150,15 +151,15 @@ def validate(suite: Suite, tasks: Iterable[str], *, needs: Iterable[str] = ()) -
 
 
 def prompt(instruction: str, text: str) -> str:
-    """What a model reads of an example: instruction and input, a line each, or the one there is."""
+    """The prompt of an example: instruction and input on a line each; an empty one is left out."""
     return "\n".join(part for part in (instruction, text) if part)
 
 
 @contextmanager
 def quiet_datasets() -> Iterator[None]:
-    """Keep the progress bars and warnings of `datasets` away, and put its settings back after."""
+    """Silence the progress bars and warnings of `datasets` within the block."""
     verbosity = datasets.logging.get_verbosity()
-    # HF_DATASETS_DISABLE_PROGRESS_BARS outranks us, and fighting it would only raise a warning.
+    # HF_DATASETS_DISABLE_PROGRESS_BARS takes precedence; changing the bars would raise a warning.
     shown = (
         datasets.config.HF_DATASETS_DISABLE_PROGRESS_BARS is None
         and not datasets.are_progress_bars_disabled()

@@ -1,4 +1,4 @@
-"""The demo's pictures."""
+"""The plots of the demo."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -18,7 +18,7 @@ COLOURS = {"shared": "#777777", "poly": "#3b7dd8", "mhr": "#d8572a"}
 
 
 def draw_accuracy(path: Path, summary: Sequence[dict[str, Any]]) -> None:
-    """Accuracy on held-out tasks against the parameters that each way trains."""
+    """Plot accuracy on held-out tasks over the parameters that each way trains."""
     figure, axes = plt.subplots(figsize=(7, 4.2), layout="constrained")
     for entry in summary:
         axes.errorbar(
@@ -49,7 +49,7 @@ def draw_accuracy(path: Path, summary: Sequence[dict[str, Any]]) -> None:
 
 
 def draw_routes(path: Path, routes: RouteReport) -> None:
-    """Route similarity of the training tasks, sorted by skill, beside their shared skills."""
+    """Plot route similarity of the training tasks, sorted by skill, beside their shared skills."""
     order = skill_order(routes.tasks)
     names = [routes.tasks[i] for i in order]
     parts = np.array([name.split("-") for name in names])

@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -40,31 +41,32 @@ CONFIGS = {
 }
 # A shared LoRA is one adapter already, so `full` and `mu` are the same there.
 PHASES = {"shared": ("full",), "poly": ("z", "mu", "full"), "mhr": ("z", "mu", "full")}
-# Equal for all. The rates were chosen on compositions that are neither trained nor held out.
+# The same for all methods. The rates were chosen on compositions that are neither trained on nor
+# held out.
 TRAIN = {"steps": 250, "batch_size": 32, "lr": 5e-3, "route_lr": 0.1}
 ADAPT = {"shots": 8, "batch_size": 8, "steps": 20, "lr": 5e-3, "route_lr": 1.0}
 SEEDS = (42, 1024, 0)
 TEST_EXAMPLES = 60
 DONE = "done.json"
-"""What came out of the methods that are done."""
+"""The file with the results of finished methods."""
 
 
 def run_demo(
     out: Path, *, quick: bool = False, resume: bool = False, overwrite: bool = False
 ) -> Result:
-    """Train, adapt, compare, and write what came out.
+    """Train, adapt, compare, and write the results.
 
     Args:
-        out: folder for the suite, results (`results.json`, `results.md`), plots and adapters.
-        quick: a tenth of the steps, one seed and two held-out tasks.
-        resume: go on with the demo that is there, after the methods that are done.
-        overwrite: replace it.
+        out: the folder for the suite, results (`results.json`, `results.md`), plots and adapters.
+        quick: use a tenth of the steps, one seed and two held-out tasks.
+        resume: continue the demo in the folder after its finished methods.
+        overwrite: delete the demo in the folder.
 
     Returns:
-        What `results.json` holds.
+        The content of `results.json`.
 
     Raises:
-        InputError: the folder holds something already, or cannot be written.
+        InputError: the folder is not empty, or cannot be written.
     """
     started = time.perf_counter()
     folder = open_run(out, "demo", resume=resume, overwrite=overwrite)
@@ -74,42 +76,112 @@ def run_demo(
         return _run(folder, quick=quick, started=started)
 
 
+@dataclass(frozen=True)
+class _Demo:
+    """What all methods of one demo share."""
+
+    folder: Path
+    suite: Suite
+    kind: ModelKind
+    training: Sequence[str]
+    held_out: Sequence[str]
+    quick: bool
+
+    def train(self, model: RoutedModel) -> float:
+        """Train on all training tasks; returns the seconds that it took."""
+        steps = TRAIN["steps"] // (10 if self.quick else 1)
+        arguments = MultiTaskTrainingArguments(
+            output_dir=str(self.folder / model.adapter_config.method),
+            max_steps=int(steps),
+            per_device_train_batch_size=int(TRAIN["batch_size"]),
+            learning_rate=TRAIN["lr"],
+            route_lr=TRAIN["route_lr"],
+            warmup_steps=int(steps // 20),
+            seed=0,
+            save_strategy="no",
+            logging_steps=int(max(1, steps // 10)),
+            report_to="none",
+            use_cpu=True,
+            disable_tqdm=True,
+            log_level="warning",
+        )
+        mixture = encoded_mixture(self.suite, self.training, "train", self.kind)
+        trainer = MultiTaskTrainer(model, self.kind, arguments, mixture)
+        trainer.remove_callback(_printer())
+        started = time.perf_counter()
+        say(f"training {model.adapter_config.method} on {len(self.training)} tasks")
+        trainer.train()
+        return time.perf_counter() - started
+
+    def adapt(self, base: Any, method: str) -> list[dict[str, Any]]:
+        """Adapt to every held-out task in every phase and seed; export one of the results."""
+        results: list[dict[str, Any]] = []
+        place = self.folder / method
+        with loaded(base, read_checkpoint(place), place) as model:
+            for phase in PHASES[method]:
+
+                def each(result: dict[str, Any], route: str) -> None:
+                    results.append({"method": method, **result})
+                    first = self.held_out[0]
+                    is_first = (result["task"], result["seed"]) == (first, SEEDS[0])
+                    if (method, result["phase"]) == ("mhr", "z") and is_first:
+                        model.export_peft(route, self.folder / "lora" / first)
+
+                settings = {"": AdaptSettings(phase=phase, **ADAPT)}  # type: ignore[arg-type]
+                seeds = SEEDS[:1] if self.quick else SEEDS
+                wanted = SuiteSlots(
+                    suite=self.suite, tasks=self.held_out, choices=settings, seeds=seeds
+                )
+                adapt_suite(model, self.kind, wanted, each=each)
+        return results
+
+
 def _run(folder: Path, *, quick: bool, started: float) -> Result:
     write_suite(folder / "suite", train=200, validation=20, test=TEST_EXAMPLES)
-    suite = open_suite(folder / "suite")
     base, tokenizer = load_base("demo")
-    kind = kind_of(base, tokenizer, max_input=96, max_target=20)
-    training = [task.name for task in TASKS if task.role == "train"]
     held_out = [task.name for task in TASKS if task.role == "held-out"]
-    # Two of three, which keeps the skills in balance and the demo under five minutes.
-    held_out = held_out[:2] if quick else [t for i, t in enumerate(held_out) if i % 3 != 2]
-    results: list[dict[str, Any]] = []
-    multi_task: dict[str, Any] = {}
+    demo = _Demo(
+        folder,
+        open_suite(folder / "suite"),
+        kind_of(base, tokenizer, max_input=96, max_target=20),
+        [task.name for task in TASKS if task.role == "train"],
+        # Two of three, which keeps the skills in balance and the demo under five minutes.
+        held_out[:2] if quick else [t for i, t in enumerate(held_out) if i % 3 != 2],
+        quick,
+    )
+    done: dict[str, Any] = {"results": [], "multi_task": {}, "seconds": 0.0}
     if (folder / DONE).is_file():
         done = read_json(folder / DONE)
-        results, multi_task, started = (
-            done["results"],
-            done["multi_task"],
-            started - done["seconds"],
-        )
+    started -= done["seconds"]
     for method, config in CONFIGS.items():
-        if method in multi_task:
+        if method in done["multi_task"]:
             continue
         torch.manual_seed(0)
-        model = attach(base, config, training)
-        seconds = _train(model, kind, suite, training, folder / method, quick=quick)
+        model = attach(base, config, demo.training)
+        seconds = demo.train(model)
         model.save_pretrained(folder / method)
-        scores = evaluate(model, kind, suite, training, split="validation", batch_size=100)
-        multi_task[method] = {
+        scores = evaluate(
+            model, demo.kind, demo.suite, demo.training, split="validation", batch_size=100
+        )
+        done["multi_task"][method] = {
             **macro_average(scores),
             "seconds": seconds,
             "trained_parameters": model.num_trainable(),
         }
         base = model.unload()  # type: ignore[assignment]
-        results += _adapt_all(base, kind, suite, folder, method, held_out, quick=quick)
-        seconds = time.perf_counter() - started
-        done = {"results": results, "multi_task": multi_task, "seconds": seconds}
+        done["results"] += demo.adapt(base, method)
+        done["seconds"] = time.perf_counter() - started
         write_json(folder / DONE, done)
+    return _reported(folder, done["results"], done["multi_task"], started)
+
+
+def _reported(
+    folder: Path,
+    results: list[dict[str, Any]],
+    multi_task: dict[str, Any],
+    started: float,
+) -> Result:
+    """Write the results and plots of all methods."""
     routes = relate_routes_to_skills(read_checkpoint(folder / "mhr"))
     report: dict[str, Any] = {
         "multi_task": multi_task,
@@ -129,76 +201,14 @@ def _run(folder: Path, *, quick: bool, started: float) -> Result:
     )
 
 
-def _train(
-    model: RoutedModel,
-    kind: ModelKind,
-    suite: Suite,
-    tasks: Sequence[str],
-    folder: Path,
-    *,
-    quick: bool,
-) -> float:
-    """Multi-task training; returns its seconds."""
-    steps = TRAIN["steps"] // (10 if quick else 1)
-    arguments = MultiTaskTrainingArguments(
-        output_dir=str(folder),
-        max_steps=int(steps),
-        per_device_train_batch_size=int(TRAIN["batch_size"]),
-        learning_rate=TRAIN["lr"],
-        route_lr=TRAIN["route_lr"],
-        warmup_steps=int(steps // 20),
-        seed=0,
-        save_strategy="no",
-        logging_steps=int(max(1, steps // 10)),
-        report_to="none",
-        use_cpu=True,
-        disable_tqdm=True,
-        log_level="warning",
-    )
-    trainer = MultiTaskTrainer(model, kind, arguments, encoded_mixture(suite, tasks, "train", kind))
-    trainer.remove_callback(_printer())
-    started = time.perf_counter()
-    say(f"training {model.adapter_config.method} on {len(tasks)} tasks")
-    trainer.train()
-    return time.perf_counter() - started
-
-
 def _printer() -> Any:
     from transformers.trainer_callback import PrinterCallback
 
     return PrinterCallback
 
 
-def _adapt_all(
-    base: Any,
-    kind: ModelKind,
-    suite: Suite,
-    folder: Path,
-    method: str,
-    tasks: Sequence[str],
-    *,
-    quick: bool,
-) -> list[dict[str, Any]]:
-    """Every phase, task and seed, side by side within a phase; one result is also exported."""
-    results: list[dict[str, Any]] = []
-    with loaded(base, read_checkpoint(folder / method), folder / method) as model:
-        for phase in PHASES[method]:
-
-            def each(result: dict[str, Any], route: str) -> None:
-                results.append({"method": method, **result})
-                is_first = (result["task"], result["seed"]) == (tasks[0], SEEDS[0])
-                if (method, result["phase"]) == ("mhr", "z") and is_first:
-                    model.export_peft(route, folder / "lora" / tasks[0])
-
-            settings = {"": AdaptSettings(phase=phase, **ADAPT)}  # type: ignore[arg-type]
-            seeds = SEEDS[:1] if quick else SEEDS
-            wanted = SuiteSlots(suite=suite, tasks=tasks, choices=settings, seeds=seeds)
-            adapt_suite(model, kind, wanted, each=each)
-    return results
-
-
 def _summarise(results: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """One entry per method and phase; the error is that of the mean over tasks and seeds."""
+    """One entry per method and phase, with the mean over tasks and seeds and its error."""
     entries = []
     for method, phases in PHASES.items():
         for phase in phases:
@@ -221,7 +231,7 @@ def _summarise(results: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
 def _difference(
     results: Sequence[dict[str, Any]], one: tuple[str, str], other: tuple[str, str]
 ) -> tuple[float, float]:
-    """Mean paired difference of two ways over tasks and seeds, and its standard error."""
+    """The mean difference of two ways, paired by task and seed, and its standard error."""
     score = {(r["method"], r["phase"], r["task"], r["seed"]): r["score"] for r in results}
     slots = [key[2:] for key in score if key[:2] == one]
     mean, error = mean_and_error([score[(*one, *s)] - score[(*other, *s)] for s in slots])
@@ -234,7 +244,7 @@ def _in_words(
     multi_task: dict[str, Any],
     routes: RouteReport,
 ) -> list[str]:
-    """What was found, computed from the numbers."""
+    """The findings as sentences, computed from the results."""
     best = max(summary, key=lambda entry: entry["accuracy"])
     lines = [
         "On the training tasks (validation split) the accuracies are "
@@ -272,7 +282,7 @@ def _shown(
     folder: Path,
     seconds: float,
 ) -> tuple[Any, ...]:
-    """Writes `results.md`; the same for the terminal."""
+    """Write `results.md`; returns the same content for the terminal."""
     table = Table("method", "phase", "accuracy", "standard error", "trained parameters", "seconds")
     lines = [
         "| method | phase | accuracy | standard error | trained parameters | seconds a task |",

@@ -1,4 +1,4 @@
-"""How far the routes that were learned follow the skills that the tasks were made of."""
+"""How well the learned routes follow the skills that the tasks are composed of."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -19,18 +19,18 @@ STAGES = tuple(dict.fromkeys(SKILLS.values()))
 
 @dataclass(frozen=True)
 class RouteReport:
-    """Learned routes against true skills."""
+    """A comparison of learned routes with true skills."""
 
     tasks: tuple[str, ...]
     similarity: npt.NDArray[np.float64]
-    """`[T, T]`, cosine between centred routes."""
+    """The cosine between centred routes, `[T, T]`."""
     rank_correlation: float
-    """Spearman correlation, over pairs of tasks, of route similarity and number of shared
+    """The Spearman correlation, over pairs of tasks, of route similarity and number of shared
     skills."""
     p_value: float
-    """Share of random relabellings of the tasks with a correlation at least as high."""
+    """The share of random relabellings of the tasks with a correlation at least as high."""
     same_skill: dict[str, tuple[float, float]]
-    """By stage: how often the nearest task by route has the same skill, and chance."""
+    """By stage: how often the task with the nearest route has the same skill, and chance."""
 
     def to_dict(self) -> dict[str, Any]:
         """The report as JSON values."""
@@ -60,11 +60,11 @@ class RouteReport:
 
 
 def relate_routes_to_skills(checkpoint: Checkpoint, permutations: int = 999) -> RouteReport:
-    """Compare the routes of the training tasks with the compositions that they are.
+    """Compare the routes of the training tasks with their compositions of skills.
 
     Args:
         checkpoint: an inventory trained on the demo suite.
-        permutations: relabellings for the p-value.
+        permutations: the number of relabellings for the p-value.
     """
     skills = {task.name: task.skills for task in TASKS}
     tasks = checkpoint.tasks
@@ -105,7 +105,7 @@ def _spearman(a: npt.NDArray[np.float64], b: npt.NDArray[np.int64]) -> float:
 
 
 def _ranks(values: npt.NDArray[Any]) -> npt.NDArray[np.float64]:
-    """Ranks from 0; equal values share the mean of theirs."""
+    """The ranks of values, from 0; equal values get the mean of their ranks."""
     _, inverse, counts = np.unique(values, return_inverse=True, return_counts=True)
     means = np.cumsum(counts) - (counts + 1) / 2
     ranks: npt.NDArray[np.float64] = means[inverse]

@@ -1,4 +1,4 @@
-"""The formats in which inventories are exchanged with other programs, by name."""
+"""Reading inventories of other programs, and writing inventories for them, by name of format."""
 
 import os
 from collections.abc import Sequence
@@ -32,26 +32,27 @@ def read_inventory(
     tasks: Sequence[str] | None = None,
     allow_pickle: bool = False,
 ) -> RoutedModel:
-    """Attach to a base model the inventory that another program wrote.
+    """Attach an inventory that another program wrote to its base model.
 
     Args:
-        base_model: the one it was trained on.
-        path: a file, or a folder.
-        form: `"mttl"`, `"mttl-main"`, `"peft"` (one LoRA), `"peft-mhr"` or `"peft-poly"`; default
-            by what is there.
-        tasks: names of the routing rows, in their order; default those that are there, or numbers.
+        base_model: the model that the inventory was trained on.
+        path: a file or a folder.
+        form: the format: `"mttl"`, `"mttl-main"`, `"peft"` (one LoRA), `"peft-mhr"` or
+            `"peft-poly"`; None to tell it from the files.
+        tasks: the names of the routing rows, in their order; None for the names in the files, or
+            numbers if there are none.
         allow_pickle: see `polyroute.exchange.foreign.read_pickle`.
 
     Raises:
-        InputError: no such form, or see its reader.
+        InputError: there is no such format, or the files cannot be read in it.
     """
     if form is not None and form not in READ:
         raise InputError(f"no format {form!r} can be imported: {did_you_mean(form, READ)}")
     place = Path(path)
     if not place.exists():
         raise InputError(f"{place} does not exist; name a checkpoint to import")
-    if form is None and (kind := peft_type_of(place)) is not None:
-        form = {"MHR": "peft-mhr", "POLY": "peft-poly"}.get(kind, "peft")
+    if form is None and (peft_type := peft_type_of(place)) is not None:
+        form = {"MHR": "peft-mhr", "POLY": "peft-poly"}.get(peft_type, "peft")
     if form in PEFT_READERS:
         read = PEFT_READERS[form]
         return read(base_model, place, tasks=tasks, allow_pickle=allow_pickle)
@@ -60,11 +61,11 @@ def read_inventory(
 
 
 def check_export(out: Path, form: str, task: str | None) -> None:
-    """Find out, before a base model is loaded, whether an export could be written.
+    """Check, before a base model is loaded, that an export can be written.
 
     Raises:
-        InputError: no such form, a task that the form needs or has no use for, or a place that
-            holds something else.
+        InputError: there is no such format, a task is missing or given in vain, or the place to
+            write to holds something else.
     """
     if form not in WRITTEN:
         raise InputError(f"no format {form!r} can be written: {did_you_mean(form, WRITTEN)}")
@@ -85,10 +86,10 @@ def check_export(out: Path, form: str, task: str | None) -> None:
 
 
 def write_inventory(model: RoutedModel, out: Path, form: str, task: str | None) -> None:
-    """Write a task, or a whole inventory, in a form that `check_export` let through.
+    """Write a task or a whole inventory, after `check_export` has passed.
 
     Raises:
-        InputError: the inventory, or the task, cannot be written in this form.
+        InputError: the format cannot hold the inventory or the task.
     """
     if form == "mttl":
         write_mttl(model, out)

@@ -1,4 +1,4 @@
-"""Inventories that another program wrote: reading them safely, and making them ours.
+"""Inventories of other programs: reading them safely, and attaching them to a base model.
 
 Shape letters: T tasks, H heads, K skills, r rank.
 """
@@ -33,30 +33,30 @@ __all__ = [
 ]
 
 NAMES = "tasks.json"
-"""Where an export keeps the names of tasks, which the foreign formats themselves do not hold."""
+"""The file of an export for the names of tasks, which the other formats do not hold."""
 HARMLESS: list[Callable[..., Any] | tuple[Callable[..., Any], str]] = [
     argparse.Namespace,
     (pathlib.PurePosixPath, "pathlib.PosixPath"),
 ]
-"""What a pickle may hold beside tensors, plain values and their containers."""
+"""The types that a pickle may hold besides tensors, plain values and their containers."""
 
 
 @dataclass(frozen=True)
 class ForeignInventory:
-    """What a reader found, in the layout of our own checkpoints."""
+    """An inventory from a reader, in the layout of our own checkpoints."""
 
     source: str
-    """Where it was read from, for messages."""
+    """The path that it was read from, for error messages."""
     config: MHRConfig
-    """All but the layers."""
+    """All settings except `target_modules`."""
     skills: Mapping[str, Tensor]
     """`<layer>.lora_a` `[H, K, d_in/H, r]` and `<layer>.lora_b` `[H, K, r, d_out/H]`, or
     `<layer>.ia3` `[H, K, 1, d_out/H]`."""
     logits: Mapping[str, Tensor]
-    """`[T, H * K]` by layer, at least one layer of each router; empty where tasks are not routed
+    """By layer, `[T, H * K]`, for at least one layer of each router; empty if tasks are not routed
     or all take the average."""
     num_tasks: int = 1
-    """The number of tasks where there are no logits to tell it."""
+    """The number of tasks, if there are no logits."""
 
     @property
     def layers(self) -> set[str]:
@@ -67,17 +67,17 @@ class ForeignInventory:
 def routed_model(
     base_model: nn.Module, found: ForeignInventory, tasks: Sequence[str] | None = None
 ) -> RoutedModel:
-    """Attach what a reader found to its base model.
+    """Attach an inventory from a reader to its base model.
 
     Args:
-        base_model: the one it was trained on, which the formats do not identify: names and widths
-            of layers are all that can be compared.
-        found: from a reader.
-        tasks: names, in row order; by default `task-0000`, `task-0001` and so on.
+        base_model: the model that it was trained on. The formats do not identify it, so only names
+            and widths of layers can be compared.
+        found: the inventory.
+        tasks: names of the tasks, in row order; by default `task-0000`, `task-0001` and so on.
 
     Raises:
-        InputError: it does not fit the base model, its tensors do not fit together, or the number
-            of names is not that of the rows.
+        InputError: the inventory does not fit the base model, its tensors do not fit together, or
+            the number of names is not the number of rows.
     """
     order = [name for name, _ in base_model.named_modules(remove_duplicate=False)]
     layers = [name for name in order if name in found.layers]
@@ -107,8 +107,8 @@ def routed_model(
 @torch.no_grad()
 def _fill(model: RoutedModel, found: ForeignInventory) -> None:
     for i, site in enumerate(model.sites):
-        for kind, tensor in model.inventory.site_tensors(i).items():
-            name = f"{site.name}.{kind}"
+        for factor, tensor in model.inventory.site_tensors(i).items():
+            name = f"{site.name}.{factor}"
             if name not in found.skills:
                 raise InputError(f"{found.source} lacks the tensor {name!r}; it is not whole")
             _copy(tensor, found.skills[name], name, found.source)
@@ -131,7 +131,7 @@ def _fill(model: RoutedModel, found: ForeignInventory) -> None:
             if any(not torch.equal(first, logits) for logits in others):
                 raise InputError(
                     f"{found.source} has different routing logits for {layers[0]!r} and another "
-                    f"layer of {name!r}, which share a router; its granularity is another one"
+                    f"layer of {name!r}, which share a router; its granularity must be different"
                 )
             _copy(by_router[:, router], first, f"{layers[0]}, routing logits", found.source)
 
@@ -139,7 +139,7 @@ def _fill(model: RoutedModel, found: ForeignInventory) -> None:
 def _copy(to: Tensor, values: Tensor, name: str, source: str) -> None:
     if values.shape != to.shape:
         raise InputError(
-            f"{source} does not fit: {name!r} is {list(values.shape)} there, where "
+            f"{source} does not fit: {name!r} has shape {list(values.shape)}, but "
             f"{list(to.shape)} is needed; check the base model and the format"
         )
     if not values.is_floating_point() or not values.isfinite().all():
@@ -166,10 +166,10 @@ def _task_names(found: ForeignInventory, tasks: Sequence[str] | None) -> list[st
 
 
 def check_exportable(model: RoutedModel, program: str) -> None:
-    """Make sure that an inventory is what any other program could hold.
+    """Make sure that an inventory has no property that the other programs lack.
 
     Raises:
-        InputError: it is not; the message names the program.
+        InputError: it has one; the message names the program.
     """
     model.check_unmerged()
     if model.adapter_config.method == "private":
@@ -184,13 +184,13 @@ def check_exportable(model: RoutedModel, program: str) -> None:
     for site in model.sites:
         if not isinstance(site.layer, nn.Linear):
             raise InputError(
-                f"{program} adapts ordinary linear layers alone, and {site.name!r} is a "
+                f"{program} adapts only ordinary linear layers, and {site.name!r} is a "
                 f"{type(site.layer).__name__}; write each task with --format peft"
             )
 
 
 def read_names(path: str | os.PathLike[str]) -> list[str]:
-    """Read names of tasks: a JSON list, or one name a line.
+    """Read the names of tasks from a JSON list or from a text with one name per line.
 
     Raises:
         InputError: the file cannot be read, or holds no names.
@@ -206,7 +206,7 @@ def read_names(path: str | os.PathLike[str]) -> list[str]:
         except OSError as error:
             raise InputError(f"cannot read {file}: {error.strerror}") from error
         except UnicodeDecodeError as error:
-            raise InputError(f"{file} is not UTF-8 text; give one task name a line") from error
+            raise InputError(f"{file} is not UTF-8 text; give one task name per line") from error
         names = [line.strip() for line in lines if line.strip()]
     if not names:
         raise InputError(f"{file} names no task; give one name for each routing row")
@@ -214,23 +214,24 @@ def read_names(path: str | os.PathLike[str]) -> list[str]:
 
 
 def read_pickle(path: Path, *, allowed: bool) -> dict[str, Any]:
-    """Read what `torch.save` wrote, without running any code that is in it.
+    """Read a file of `torch.save` without running any code in it.
 
-    Tensors, plain values, and the few types in `HARMLESS` are built; anything else is refused.
+    Only tensors, plain values and the types in `HARMLESS` are built; anything else is refused.
 
     Args:
         path: the file.
-        allowed: whether the user asked for pickles to be read.
+        allowed: whether the user has allowed pickles to be read.
 
     Raises:
-        InputError: the user did not, or the file is missing, damaged or holds another type.
+        InputError: pickles are not allowed, or the file is missing or damaged or holds another
+            type.
     """
     if not path.is_file():
         raise InputError(f"{path} does not exist")
     if not allowed:
         raise InputError(
-            f"{path} is a pickle, which is read only where you say so: add --allow-pickle "
-            "(allow_pickle=True in Python), and no code in it will be run"
+            f"{path} is a pickle, which is read only if you allow it: add --allow-pickle "
+            "(allow_pickle=True in Python); no code in it will be run"
         )
     try:
         with torch.serialization.safe_globals(HARMLESS):
@@ -239,8 +240,8 @@ def read_pickle(path: Path, *, allowed: bool) -> dict[str, Any]:
         global_ = re.search(r"GLOBAL (\S+)", str(error))
         if isinstance(error, UnpicklingError) and global_:
             raise InputError(
-                f"{path} is not loaded, and nothing in it was run: it holds {global_[1]}, which "
-                "may be code; save its tensors and plain values alone"
+                f"{path} was not loaded, and nothing in it was run: it holds {global_[1]}, which "
+                "may be code; save only its tensors and plain values"
             ) from error
         raise InputError(f"{path} is not a whole file of torch.save") from error
     if not isinstance(value, dict):

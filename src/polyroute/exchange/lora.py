@@ -3,10 +3,9 @@
     base_model.model.<layer>.lora_A.weight    [r, d_in]
     base_model.model.<layer>.lora_B.weight    [d_out, r]
 
-`polyroute.saved.peft_export` writes them. The scale, `lora_alpha / r` or what rsLoRA and the
-patterns of single layers make of it, is folded into B; layers of a smaller rank are filled up with
-zeros.
-Layers that store their weight transposed (GPT-2) have the same two matrices.
+`polyroute.saved.peft_export` writes such folders. The scale is folded into B: `lora_alpha / r`, or
+what rsLoRA and the patterns for single layers make of it. Layers of a smaller rank are padded with
+zeros. Layers that store their weight transposed (GPT-2) have the same two matrices.
 """
 
 import math
@@ -30,12 +29,12 @@ __all__ = ["from_lora"]
 
 KEY = re.compile(rf"{re.escape(ROOT)}(?P<layer>.+)\.lora_(?P<part>A|B)\.weight")
 CHANGED_BASE = ("modules_to_save", "trainable_token_indices", "lora_bias")
-"""Settings of adapters that hold weights of the base model, or a bias, too."""
+"""Settings of adapters that also hold weights of the base model or biases."""
 OTHER_FUNCTION = (
     "use_dora", "alora_invocation_tokens", "layer_replication", "use_qalora", "use_bdlora",
     "arrow_config", "kasa_config", "monteclora_config", "target_parameters", "megatron_config",
 )  # fmt: skip
-"""Settings with which an adapter computes something else than base(x) + scale B A x."""
+"""Settings with which an adapter does not compute base(x) + scale B A x."""
 CHANGING_INITS = ("pissa", "olora", "corda", "loftq", "lora_ga")
 """Initialisations that also change the weights of the base model."""
 
@@ -47,21 +46,21 @@ def from_lora(
     tasks: Sequence[str] | None = None,
     allow_pickle: bool = False,
 ) -> RoutedModel:
-    """Attach a LoRA that PEFT, or `RoutedModel.export_peft`, wrote, as a shared adapter.
+    """Attach a LoRA that PEFT or `RoutedModel.export_peft` wrote, as a shared adapter.
 
-    Its rank is the largest of all layers; what a smaller one is filled up with stays zero in
+    Its rank is the largest of all layers. The padding of layers with a smaller rank stays zero in
     training.
 
     Args:
-        base_model: the one it was trained on.
-        folder: with `adapter_config.json` and `adapter_model.safetensors`.
-        tasks: names of the tasks that use it; default the name of the folder.
-        allow_pickle: read `adapter_model.bin` where there are no safetensors.
+        base_model: the model that the LoRA was trained on.
+        folder: a folder with `adapter_config.json` and `adapter_model.safetensors`.
+        tasks: the names of the tasks that use it; by default the name of the folder.
+        allow_pickle: read `adapter_model.bin` if there are no safetensors.
 
     Raises:
-        InputError: the folder holds no LoRA, one that computes more than a low-rank update (DoRA,
-            biases, trained weights of the base model), is not whole, or does not fit the base
-            model.
+        InputError: the folder holds no LoRA, or the LoRA computes more than a low-rank update
+            (DoRA, biases, trained weights of the base model), is not whole, or does not fit the
+            base model.
     """
     path, source = Path(folder), os.fspath(folder)
     fields, tensors = read_peft_folder(path, "LORA", allow_pickle=allow_pickle)
@@ -106,7 +105,7 @@ def _check_plain(fields: Mapping[str, Any], source: str) -> None:
 
 
 def _of_layer(patterns: object, layer: str, default: Any, source: str) -> Any:
-    """A layer's entry of `rank_pattern` or `alpha_pattern`: the first whose name it ends in."""
+    """A layer's entry of `rank_pattern` or `alpha_pattern`: the first that matches its ending."""
     if isinstance(patterns, Mapping):
         for pattern, value in patterns.items():
             try:

@@ -1,4 +1,4 @@
-"""Checkpoints of mttl, the code of the MHR paper (arXiv:2211.03831), read and written.
+"""Reading checkpoints of mttl, the code of the MHR paper (arXiv:2211.03831).
 
 A checkpoint holds `hyper_parameters` and a `state_dict`, whose keys are the layer names of the
 base model after a leading `model.`:
@@ -6,11 +6,11 @@ base model after a leading `model.`:
     <layer>.lora_a, .lora_b            [H, K, d_in/H, r], [H, K, r, d_out/H]; or a plain LoRA's
                                        [d_in, r], [r, d_out]
     <layer>.multi_lora_b               [d_out], an (IA)^3 scale
-    <layer>.selector.module_logits     [T, H * K], of the first layer of each router; none: average
+    <layer>.selector.module_logits     [T, H * K], for the first layer of each router
 
-The later `main` branch has `<layer>.experts.lora_a` `[K, H, d_in/H, r]`, `.lora_b`
-`[K, r, H, d_out/H]`, and a last row of logits for unknown tasks. Rows are in the order of the task
-names as sorted strings; the names themselves are not in the file.
+Without logits every task takes the average. The later `main` branch has `<layer>.experts.lora_a`
+`[K, H, d_in/H, r]`, `.lora_b` `[K, r, H, d_out/H]`, and a last row of logits for unknown tasks.
+Rows are in the order of the sorted task names; the names themselves are not in the file.
 """
 
 import argparse
@@ -40,7 +40,7 @@ __all__ = ["HYPER_PARAMETERS", "STATE", "Layout", "from_mttl"]
 Layout = Literal["mttl", "mttl-main"]
 HYPER_PARAMETERS = "hyper_parameters.json"
 STATE = "state_dict.safetensors"
-"""The files of a checkpoint as `polyroute.exchange.mttl_export` writes it: without a pickle."""
+"""The files of a checkpoint that `polyroute.exchange.mttl_export` writes without a pickle."""
 
 OLDER_NAMES = {
     "lora_modules": "modify_modules",
@@ -66,19 +66,21 @@ def from_mttl(
 ) -> RoutedModel:
     """Attach the inventory of an mttl checkpoint to its base model.
 
-    Poly and MHR checkpoints keep their routing, settings of the gates included; those without
-    logits take the average for every task. A LoRA or (IA)^3 becomes a shared adapter.
+    Poly and MHR checkpoints keep their routing, including the settings of the gates; if they have
+    no logits, every task takes the average. A LoRA or (IA)^3 becomes a shared adapter.
 
     Args:
-        base_model: the one it was trained on.
+        base_model: the model that the checkpoint was trained on.
         path: a Lightning checkpoint, or a folder that `polyroute.exchange.mttl_export` wrote.
-        tasks: names of the routing rows, in their order; default those in the folder, else numbers.
-        layout: `"mttl"`, of the paper's code and before, or `"mttl-main"`; default by the keys.
-        allow_pickle: Lightning checkpoints are pickles. Only tensors and plain values are read
-            from them, and no code in them is run.
+        tasks: the names of the routing rows, in their order; None for the names in the folder, or
+            numbers if there are none.
+        layout: `"mttl"` for the paper's code and older versions, or `"mttl-main"`; None to tell it
+            from the keys.
+        allow_pickle: read Lightning checkpoints, which are pickles. Only tensors and plain values
+            are read from them, and no code in them is run.
 
     Raises:
-        InputError: the checkpoint cannot be read, is not whole, is of a method that polyroute does
+        InputError: the checkpoint cannot be read, is not whole, uses a method that polyroute does
             not have, or does not fit the base model.
     """
     source, place = os.fspath(path), Path(path)
@@ -111,12 +113,12 @@ def _read(path: Path, allow_pickle: bool) -> tuple[dict[str, Any], dict[str, Any
 
 
 def _layers(state: Mapping[str, Any], source: str) -> tuple[Layers, bool]:
-    """The tensors by layer and part, and whether the keys are those of the main branch."""
+    """The tensors by layer and part, and whether the keys are those of the `main` branch."""
     layers: dict[str, dict[str, Tensor]] = {}
     is_main = False
     for key, tensor in state.items():
         name = str(key).removeprefix("expert_model.").removeprefix("model.")
-        if name.endswith((".weight", ".bias")):  # of the base model, which the layers wrap
+        if name.endswith((".weight", ".bias")):  # belongs to the wrapped layer of the base model
             continue
         match = KEY.fullmatch(name)
         if match is None or not isinstance(tensor, Tensor):
@@ -144,7 +146,7 @@ def _check_method(hyper: Mapping[str, Any], source: str) -> None:
 def _check_layers(
     base_model: nn.Module, layers: Layers, hyper: Mapping[str, Any], source: str
 ) -> None:
-    """Make sure that no layer is missing that the settings of the checkpoint name."""
+    """Make sure that every layer that the settings of the checkpoint choose has an adapter."""
     modules, own = hyper.get("modify_modules"), hyper.get("modify_layers")
     if not isinstance(modules, str) or not isinstance(own, str):
         return
@@ -160,12 +162,7 @@ def _check_layers(
 def _inventory(
     layers: Layers, hyper: Mapping[str, Any], source: str, *, is_main: bool
 ) -> ForeignInventory:
-    skills: dict[str, Tensor] = {}
-    for layer, parts in layers.items():
-        for part, tensor in parts.items():
-            if part != LOGITS:
-                kind = "ia3" if part == "multi_lora_b" else part
-                skills[f"{layer}.{kind}"] = _as_ours(tensor, part, f"{source}: {layer}", is_main)
+    skills = _skills(layers, source, is_main=is_main)
     first = next((n for n in skills if not n.endswith(".lora_b")), None)
     if first is None:
         raise InputError(f"{source} holds no skills: no key of it ends in .lora_a")
@@ -177,30 +174,49 @@ def _inventory(
         return ForeignInventory(source, config, skills, {}, count)
     is_routed = layers[first.removesuffix(".lora_a")]["lora_a"].ndim == 4
     said = {"n_skills": num_skills, "n_splits": heads} if is_routed and not is_main else {}
-    for setting, value in {"lora_rank": rank, **said}.items():
-        if hyper.get(setting) not in (None, value):
-            raise InputError(
-                f"{source} has {setting}={hyper[setting]} but tensors for {value}; it is damaged, "
-                "or of the other layout (--format mttl or mttl-main)"
-            )
-    alpha = hyper.get("lora_alpha")
-    if alpha is None and is_main:  # older code has none and means 1, this one has other defaults
-        raise InputError(f"{source} lacks the setting lora_alpha, by which the update is scaled")
-    common: dict[str, Any] = {"rank": rank, "alpha": 1.0 if alpha is None else alpha}
+    _check_sizes(hyper, {"lora_rank": rank, **said}, source)
+    common: dict[str, Any] = {"rank": rank, "alpha": _alpha(hyper, source, is_main=is_main)}
     if not is_routed:
         return ForeignInventory(source, MHRConfig(method="shared", **common), skills, {}, count)
     tables = _tables(layers, heads, num_skills, source, is_main=is_main)
-    if is_main:  # its granularity is a pattern of its own, its gates are always plain sigmoids
-        common["granularity"] = "coarsegrained" if len(tables) == 1 else "finegrained"
-    else:
-        granularity = our_granularity(
-            list(layers), hyper.get("router_granularity") or "finegrained"
-        )
-        common |= {"granularity": granularity, **_router(hyper)}
+    routing = _main_router(tables) if is_main else _router(hyper, layers)
     config = MHRConfig(
-        method="mhr" if heads > 1 else "poly", num_heads=heads, num_skills=num_skills, **common
+        method="mhr" if heads > 1 else "poly",
+        num_heads=heads,
+        num_skills=num_skills,
+        **common,
+        **routing,
     )
     return ForeignInventory(source, config, skills, tables, count)
+
+
+def _skills(layers: Layers, source: str, *, is_main: bool) -> dict[str, Tensor]:
+    """The skills by layer and factor, in our layout."""
+    return {
+        f"{layer}.{'ia3' if part == 'multi_lora_b' else part}": _as_ours(
+            tensor, part, f"{source}: {layer}", is_main
+        )
+        for layer, parts in layers.items()
+        for part, tensor in parts.items()
+        if part != LOGITS
+    }
+
+
+def _check_sizes(hyper: Mapping[str, Any], sizes: Mapping[str, int], source: str) -> None:
+    for setting, size in sizes.items():
+        if hyper.get(setting) not in (None, size):
+            raise InputError(
+                f"{source} has {setting}={hyper[setting]} but tensors for {size}; it is damaged, "
+                "or of the other layout (--format mttl or mttl-main)"
+            )
+
+
+def _alpha(hyper: Mapping[str, Any], source: str, *, is_main: bool) -> float:
+    """The alpha of a LoRA; older versions have no such setting and mean 1."""
+    alpha = hyper.get("lora_alpha")
+    if alpha is None and is_main:  # its default is not 1
+        raise InputError(f"{source} lacks the setting lora_alpha, by which the update is scaled")
+    return 1.0 if alpha is None else alpha
 
 
 def _as_ours(tensor: Tensor, part: str, where: str, is_main: bool) -> Tensor:
@@ -217,10 +233,10 @@ def _as_ours(tensor: Tensor, part: str, where: str, is_main: bool) -> Tensor:
 def _tables(
     layers: Layers, heads: int, num_skills: int, source: str, *, is_main: bool
 ) -> dict[str, Tensor]:
-    """The routing logits `[T, H * K]` by layer; empty where all routes are the average."""
+    """The routing logits `[T, H * K]` by layer; empty if all routes are the average."""
     tables = {layer: parts[LOGITS] for layer, parts in layers.items() if LOGITS in parts}
     width, constant = heads * num_skills, (heads, num_skills)
-    # Older code saved a constant for an average router.
+    # Older versions saved a constant for an average router.
     if all(t.shape == constant and not (t - 1 / num_skills).round(decimals=6).any()
            for t in tables.values()):  # fmt: skip
         return {}
@@ -231,16 +247,27 @@ def _tables(
                 f"{width} for each task are needed"
             )
     if is_main and all(len(t) > 1 and not t[-1].any() for t in tables.values()):
-        return {layer: table[:-1] for layer, table in tables.items()}  # the last is no task's
+        return {
+            layer: table[:-1] for layer, table in tables.items()
+        }  # the last row is for unknown tasks
     return tables
 
 
-def _router(hyper: Mapping[str, Any]) -> dict[str, Any]:
-    if hyper.get("module_logits_l2_norm"):  # mttl looks at no other setting then
-        return {"normalization": "l2"}
+def _main_router(tables: Mapping[str, Tensor]) -> dict[str, Any]:
+    """The settings of routing in the `main` branch, whose gates are always plain sigmoids."""
+    # Its granularity is a pattern of its own, so the number of tables has to tell.
+    return {"granularity": "coarsegrained" if len(tables) == 1 else "finegrained"}
+
+
+def _router(hyper: Mapping[str, Any], layers: Layers) -> dict[str, Any]:
+    """The settings of routing in the paper's code and older versions."""
+    granularity = our_granularity(list(layers), hyper.get("router_granularity") or "finegrained")
+    if hyper.get("module_logits_l2_norm"):  # mttl ignores the other settings then
+        return {"granularity": granularity, "normalization": "l2"}
     gate = "relaxed_bernoulli" if hyper.get("module_logits_relaxed_bernoulli") else "sigmoid"
     corrected = hyper.get("poly_average_correction")
     return {
+        "granularity": granularity,
         "gate": "straight_through" if hyper.get("module_logits_straight_through") else gate,
         "normalization": "average_correction" if corrected else "sum",
         "shared_skill": bool(hyper.get("poly_use_shared_skill")),

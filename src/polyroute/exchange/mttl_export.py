@@ -21,16 +21,16 @@ __all__ = ["write_mttl"]
 def write_mttl(model: RoutedModel, path: str | os.PathLike[str]) -> None:
     """Write all skills and routes as a checkpoint of mttl, in the layout of the paper's code.
 
-    Routing rows are sorted by the names of their tasks, as mttl numbers them; the names go to
-    `tasks.json` beside them.
+    Routing rows are sorted by the names of their tasks, as mttl numbers them; the names are written
+    to `tasks.json` beside them.
 
     Args:
-        model: of method `mhr`, `poly` or `shared`.
-        path: a folder for `state_dict.safetensors` and `hyper_parameters.json`; or a name that
+        model: a model with method `mhr`, `poly` or `shared`.
+        path: a folder for `state_dict.safetensors` and `hyper_parameters.json`; or a file name that
             ends in `.ckpt`, for the pickle that mttl itself reads.
 
     Raises:
-        InputError: mttl has no such method or grouping of layers, or the place cannot be written.
+        InputError: mttl has no such method or grouping of layers, or the path cannot be written.
     """
     check_exportable(model, "mttl")
     place = Path(path)
@@ -80,12 +80,12 @@ def _router(config: MHRConfig, model: RoutedModel, layers: list[str]) -> dict[st
     granularity = config.granularity
     if config.adapter == "ia3":
         raise InputError(
-            "mttl routes LoRAs alone, and this is an inventory of (IA)^3; write each task with "
+            "mttl routes only LoRAs, and this is an inventory of (IA)^3; write each task with "
             "--format peft"
         )
     if callable(granularity) or our_granularity(layers, granularity) != granularity:
         raise InputError(
-            "mttl has other rules of which layers share a router than this inventory; write each "
+            "mttl cannot let the same layers share a router as this inventory does; write each "
             "task with --format peft"
         )
     return {
@@ -103,7 +103,7 @@ def _router(config: MHRConfig, model: RoutedModel, layers: list[str]) -> dict[st
 
 
 def _state(model: RoutedModel) -> dict[str, Tensor]:
-    """The tensors by key; the logits of a router are those of its first layer."""
+    """The tensors by key; the logits of a router are stored at its first layer."""
     rows = sorted(range(len(model.tasks)), key=model.tasks.__getitem__)
     logits = model.routes.logits
     shape = (len(rows), len(model.routers), -1)
@@ -111,10 +111,10 @@ def _state(model: RoutedModel) -> dict[str, Tensor]:
     state: dict[str, Tensor] = {}
     written: set[int] = set()
     for i, site in enumerate(model.sites):
-        for kind, skills in model.inventory.site_tensors(i).items():
-            part = "multi_lora_b" if kind == "ia3" else kind
+        for factor, skills in model.inventory.site_tensors(i).items():
+            part = "multi_lora_b" if factor == "ia3" else factor
             whole = skills if model.adapter_config.has_router else skills[0, 0]
-            flat = whole[0] if kind == "ia3" else whole
+            flat = whole[0] if factor == "ia3" else whole
             state[f"model.{site.name}.{part}"] = flat.detach().cpu().contiguous().clone()
         router = model.mixer.router_of_site[i]
         if table is not None and router not in written:

@@ -1,4 +1,4 @@
-"""Which layers mttl adapts, and which of them share a router, by its own rules on names."""
+"""mttl's rules for names: which layers it adapts, and which of them share a router."""
 
 import re
 from collections.abc import Callable, Iterable, Sequence
@@ -21,12 +21,12 @@ def chosen_layers(linear: Iterable[str], modules: str, layers: str) -> set[str]:
     """The linear layers that mttl would adapt.
 
     Args:
-        linear: names of all linear layers of the base model.
-        modules: `modify_modules`, a regular expression for the full name of the parent.
-        layers: `modify_layers`, one for the layer's own name in it.
+        linear: the names of all linear layers of the base model.
+        modules: `modify_modules`, a regular expression for the full name of a layer's parent.
+        layers: `modify_layers`, a regular expression for a layer's name in its parent.
 
     Raises:
-        InputError: one is no regular expression.
+        InputError: one of them is not a regular expression.
     """
     try:
         parted = [(name, *name.rpartition(".")[::2]) for name in linear]
@@ -45,7 +45,7 @@ def patterns_of(chosen: Iterable[str], linear: Sequence[str]) -> tuple[str, str]
     """The inverse of `chosen_layers`: patterns of parents and layers that choose exactly these.
 
     Raises:
-        InputError: none do, because a layer is adapted in one module and not in its likes.
+        InputError: there are none, because a layer is adapted in one module and not in another.
     """
     names = set(chosen)
     parents = {name.rpartition(".")[0] for name in names}
@@ -55,13 +55,13 @@ def patterns_of(chosen: Iterable[str], linear: Sequence[str]) -> tuple[str, str]
         if chosen_layers(linear, modules, layers) == names:
             return modules, layers
     raise InputError(
-        "mttl adapts layers of the same names in every module that it adapts, which is not so in "
-        "this inventory; it cannot be written for mttl"
+        "mttl adapts layers of the same names in every module that it adapts, but this inventory "
+        "does not; it cannot be written for mttl"
     )
 
 
 def router_prefix(layer: str, granularity: str) -> str:
-    """The router of a layer in mttl: the name up to a mark in it, one for all where it has none."""
+    """The router of a layer in mttl: its name up to a mark, or `model` if it has no mark."""
     if granularity == "finegrained":
         return layer
     mark = re.match(PREFIXES.get(granularity, r"(?!)"), layer)
@@ -71,7 +71,7 @@ def router_prefix(layer: str, granularity: str) -> str:
 def our_granularity(
     layers: Sequence[str], granularity: Granularity
 ) -> Granularity | Callable[[str], str]:
-    """What groups these layers as mttl does: the same name where that does, or else a function.
+    """The granularity that groups these layers as mttl does: a name if one fits, or a function.
 
     Raises:
         InputError: mttl has no such granularity.
@@ -84,6 +84,6 @@ def our_granularity(
         try:
             if routers_of(layers, name)[1] == theirs:
                 return name
-        except InputError:  # our rule, unlike theirs, refuses names without its mark
+        except InputError:  # unlike mttl's rule, ours refuses names without a mark
             continue
     return rule

@@ -1,4 +1,4 @@
-"""The folders that PEFT's `save_pretrained` writes, whatever the method."""
+"""Reading the folders that PEFT's `save_pretrained` writes, for any method."""
 
 import os
 from collections.abc import Mapping
@@ -20,10 +20,10 @@ PICKLE = "adapter_model.bin"
 
 
 def peft_type_of(folder: str | os.PathLike[str]) -> str | None:
-    """The method of an adapter, as PEFT spells it; None where there is no adapter.
+    """The method of the adapter in a folder, as PEFT spells it; None if there is no adapter.
 
     Raises:
-        InputError: its settings are damaged.
+        InputError: the settings of the adapter are damaged.
     """
     path = Path(folder) / CONFIG
     if not path.is_file():
@@ -37,12 +37,12 @@ def peft_type_of(folder: str | os.PathLike[str]) -> str | None:
 def read_peft_folder(
     folder: str | os.PathLike[str], peft_type: str, *, allow_pickle: bool
 ) -> tuple[dict[str, Any], Mapping[str, Any]]:
-    """The settings and the tensors of an adapter.
+    """Read the settings and the tensors of an adapter.
 
     Args:
-        folder: what PEFT wrote.
-        peft_type: the method that it must be of.
-        allow_pickle: read `adapter_model.bin` where there are no safetensors; see `read_pickle`.
+        folder: a folder that PEFT wrote.
+        peft_type: the method that the adapter must have.
+        allow_pickle: read `adapter_model.bin` if there are no safetensors; see `read_pickle`.
 
     Raises:
         InputError: the folder holds no adapter of this method, or its files are damaged.
@@ -53,7 +53,7 @@ def read_peft_folder(
         raise InputError(f"{source} is no PEFT checkpoint: there is no {CONFIG} in it")
     if found != peft_type:
         raise InputError(
-            f"{source} holds an adapter of PEFT type {found!r}, where {peft_type!r} is needed"
+            f"{source} holds an adapter of PEFT type {found!r}, but {peft_type!r} is needed"
         )
     if (path / TENSORS).is_file() or not (path / PICKLE).is_file():
         tensors: Mapping[str, Any] = read_tensors(path / TENSORS)
@@ -63,10 +63,10 @@ def read_peft_folder(
 
 
 def check_whole(base_model: nn.Module, found: ForeignInventory, fields: Mapping[str, Any]) -> None:
-    """Make sure that every layer is there that the settings of the checkpoint choose.
+    """Make sure that every layer that the settings of an adapter choose has tensors.
 
     Raises:
-        InputError: one is not, or the settings do not fit the base model.
+        InputError: one has none, or the settings do not fit the base model.
     """
     target = fields.get("target_modules")
     if not target or fields.get("exclude_modules") or fields.get("layers_to_transform") is not None:

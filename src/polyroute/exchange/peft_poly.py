@@ -1,12 +1,12 @@
-"""Checkpoints of PEFT's Poly tuner, read and written.
+"""Reading and writing checkpoints of PEFT's Poly tuner.
 
-A folder with `adapter_config.json` and a safetensors file:
+A checkpoint is a folder with `adapter_config.json` and a safetensors file:
 
     base_model.model.<layer>.poly_lora_A                    [H, K, d_in/H, r]
     base_model.model.<layer>.poly_lora_B                    [H, K, r, d_out/H]
     base_model.model.<layer>.poly_router.module_logits      [T, H * K]
 
-The update is always scaled by 1/r, which is an alpha of 1, and every layer has its own router.
+The update is always scaled by 1/r, which means an alpha of 1, and every layer has its own router.
 """
 
 import os
@@ -50,15 +50,15 @@ def from_peft_poly(
 ) -> RoutedModel:
     """Attach the inventory of a PEFT Poly checkpoint to its base model.
 
-    In training PEFT draws its gates (`gate="relaxed_bernoulli"`); in evaluation they are sigmoids.
+    PEFT draws its gates in training (`gate="relaxed_bernoulli"`); in evaluation they are sigmoids.
 
     Args:
-        base_model: the one it was trained on.
-        folder: what PEFT's `save_pretrained` wrote.
-        tasks: names of the tasks, by `task_ids`; default those that `write_peft_poly` left there,
-            else numbers.
-        allow_pickle: read `adapter_model.bin` where there are no safetensors. Only tensors are
-            read from it, and no code in it is run.
+        base_model: the model that the checkpoint was trained on.
+        folder: a folder that PEFT's `save_pretrained` wrote.
+        tasks: the names of the tasks, in the order of `task_ids`; None for the names that
+            `write_peft_poly` wrote, or numbers if there are none.
+        allow_pickle: read `adapter_model.bin` if there are no safetensors. Only tensors are read
+            from it, and no code in it is run.
 
     Raises:
         InputError: the folder holds no Poly checkpoint, it is not whole, or it does not fit the
@@ -81,11 +81,11 @@ def from_peft_poly(
 
 def _config(fields: Mapping[str, Any], source: str) -> MHRConfig:
     if fields.get("poly_type", "poly") != "poly":
-        raise InputError(f"{source} has poly_type={fields['poly_type']!r}, where 'poly' is needed")
+        raise InputError(f"{source} has poly_type={fields['poly_type']!r}, but 'poly' is needed")
     for name in COUNTS:
         value = fields.get(name)
         if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-            raise InputError(f"{source}: {name}={value!r} is not a positive whole number")
+            raise InputError(f"{source}: {name} must be a positive whole number, not {value!r}")
     return MHRConfig(
         method="mhr" if fields["n_splits"] > 1 else "poly",
         num_heads=fields["n_splits"],
@@ -110,8 +110,8 @@ def _inventory(tensors: Mapping[str, Any], config: MHRConfig, source: str) -> Fo
         if match["part"] == ROUTER:
             logits[match["layer"]] = tensor
         else:
-            kind = match["part"].removeprefix("poly_").lower()
-            skills[f"{match['layer']}.{kind}"] = tensor
+            factor = match["part"].removeprefix("poly_").lower()
+            skills[f"{match['layer']}.{factor}"] = tensor
     if not skills or not logits:
         raise InputError(f"{source} lacks the skills or the routing of Poly; it is not whole")
     return ForeignInventory(source, config, skills, logits)
@@ -120,12 +120,12 @@ def _inventory(tensors: Mapping[str, Any], config: MHRConfig, source: str) -> Fo
 def write_peft_poly(model: RoutedModel, folder: str | os.PathLike[str]) -> None:
     """Write all skills and routes as a checkpoint that PEFT loads as `PolyConfig`.
 
-    The rows are in the order of `model.tasks`, which also goes to `tasks.json`. Scaling is folded
-    into B. Tasks of an inventory without logits get a uniform route.
+    The rows are in the order of `model.tasks`, whose names are also written to `tasks.json`. The
+    scale is folded into B. Without logits every task gets a uniform route.
 
     Args:
-        model: of method `mhr` or `poly`, with one router for each layer.
-        folder: where to; made if missing.
+        model: a model with method `mhr` or `poly` and one router for each layer.
+        folder: the folder to write to; created if missing.
 
     Raises:
         InputError: PEFT's Poly has no such method or gate, or the folder cannot be written.
@@ -158,10 +158,10 @@ def write_peft_poly(model: RoutedModel, folder: str | os.PathLike[str]) -> None:
 
 
 def _check_plain(config: MHRConfig, model: RoutedModel) -> None:
-    """Make sure that PEFT's Poly would compute the same.
+    """Make sure that PEFT's Poly computes the same as the model.
 
     Raises:
-        InputError: it would not; the message names the setting.
+        InputError: it does not; the message names the setting.
     """
     finegrained = len(model.routers) == len(model.sites)
     for holds, what in (
@@ -171,7 +171,7 @@ def _check_plain(config: MHRConfig, model: RoutedModel) -> None:
         (config.normalization == "sum", f"no normalization {config.normalization!r}"),
         (not config.shared_skill, "no shared skill"),
         (not config.logit_dropout, "no dropout of gates"),
-        (finegrained, "a router for each layer, and layers of this inventory share routers"),
+        (finegrained, "a router for each layer, but layers of this inventory share routers"),
         (bool(model.tasks), "no inventory without tasks"),
     ):
         if not holds:

@@ -1,1 +1,1 @@
-"""What surrounds a run: files, printing, progress, interrupts and processes."""
+"""What a run needs from its machine: files, printing, progress, interrupts and processes."""

@@ -1,4 +1,4 @@
-"""Files of JSON and safetensors, written whole or not at all, and the folders they go to."""
+"""Folders, and files of JSON and safetensors that are written whole or not at all."""
 
 import json
 import math
@@ -28,10 +28,10 @@ __all__ = [
 
 
 def check_place(folder: str | os.PathLike[str]) -> None:
-    """Find out whether `make_folder` would work, without making anything.
+    """Check that `make_folder` would work, without creating anything.
 
     Raises:
-        InputError: a file is in the way, or the place cannot be written.
+        InputError: a file is in the way, or the folder cannot be written to.
     """
     path = Path(folder)
     if path.exists() and not path.is_dir():
@@ -47,7 +47,7 @@ def make_folder(folder: str | os.PathLike[str]) -> Path:
     """Create the folder and its parents.
 
     Raises:
-        InputError: a file is in the way, or the place cannot be written.
+        InputError: a file is in the way, or the folder cannot be written to.
     """
     path = Path(folder)
     if path.exists() and not path.is_dir():
@@ -62,12 +62,12 @@ def make_folder(folder: str | os.PathLike[str]) -> Path:
 
 
 def finite(value: Any) -> Any:
-    """The value; None in place of a number that JSON does not have."""
+    """The value, with None in place of NaN and infinity, which JSON does not have."""
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def write_json(path: Path, value: object) -> None:
-    """Write readable JSON, whole or not at all.
+    """Write indented JSON, whole or not at all.
 
     Raises:
         InputError: a number is NaN or infinite, which JSON does not have.
@@ -105,17 +105,17 @@ def read_json(path: Path) -> Any:
 def write_tensors(
     path: Path, tensors: Mapping[str, Tensor], *, metadata: Mapping[str, str] | None = None
 ) -> None:
-    """Write a safetensors file, whole or not at all; a text may go along as metadata.
+    """Write a safetensors file, whole or not at all.
 
-    With several texts safetensors writes them in any order, so equal content would not be equal
-    files.
+    The metadata should have one entry: safetensors writes several in any order, so that equal
+    content would not give equal files.
     """
     contiguous = {name: t.detach().contiguous().cpu() for name, t in tensors.items()}
     temporary = _temporary_beside(path)
     try:
         save_file(contiguous, temporary, metadata=dict(metadata or {"format": "pt"}))
         os.replace(temporary, path)
-    except SafetensorError as error:  # a full disk, for one
+    except SafetensorError as error:  # for example a full disk
         temporary.unlink(missing_ok=True)
         raise InputError(f"cannot write {path}: {error}") from error
     except BaseException:
@@ -127,7 +127,7 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
     """Read a safetensors file.
 
     Raises:
-        InputError: the file is missing, truncated or of another kind.
+        InputError: the file is missing, truncated or in another format.
     """
     if not path.is_file():
         raise InputError(f"{path} does not exist")
@@ -138,10 +138,10 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
 
 
 def read_metadata(path: Path) -> dict[str, str]:
-    """The texts that a safetensors file holds beside its tensors.
+    """The metadata of a safetensors file.
 
     Raises:
-        InputError: the file is missing, truncated or of another kind.
+        InputError: the file is missing, truncated or in another format.
     """
     if not path.is_file():
         raise InputError(f"{path} does not exist")
@@ -167,5 +167,5 @@ def _temporary_beside(path: Path) -> Path:
     os.close(handle)
     umask = os.umask(0)
     os.umask(umask)
-    Path(name).chmod(0o666 & ~umask)  # mkstemp makes files that only their owner can read
+    Path(name).chmod(0o666 & ~umask)  # mkstemp lets only the owner read the file
     return Path(name)

@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM: work stops where it can go on later."""
+"""Ctrl-C and SIGTERM: work stops at a point from which it can be resumed."""
 
 import signal
 import sys
@@ -14,7 +14,7 @@ SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
 class Terminated(KeyboardInterrupt):
-    """SIGTERM, by which a system or a scheduler asks a process to end."""
+    """SIGTERM, with which a system or a scheduler asks a process to end."""
 
 
 @contextmanager
@@ -24,7 +24,9 @@ def terminable() -> Iterator[None]:
     def terminate(*_: Any) -> None:
         raise Terminated
 
-    if threading.current_thread() is not threading.main_thread():  # which alone gets signals
+    if (
+        threading.current_thread() is not threading.main_thread()
+    ):  # only the main thread gets signals
         yield
         return
     former = signal.signal(signal.SIGTERM, terminate)
@@ -36,10 +38,10 @@ def terminable() -> Iterator[None]:
 
 @contextmanager
 def deferred() -> Iterator[Callable[[], bool]]:
-    """Within the block, Ctrl-C and SIGTERM wait for its end; a second one takes effect at once.
+    """Within the block, Ctrl-C and SIGTERM are deferred to its end; a second one acts at once.
 
     Yields:
-        Whether one is waiting: the block then saves what it has and ends.
+        A function that says whether a signal is waiting; the block should then save and end.
     """
     waiting: list[int] = []
     former: dict[int, Any] = {}
@@ -47,7 +49,9 @@ def deferred() -> Iterator[Callable[[], bool]]:
     def wait(number: int, _: Any) -> None:
         waiting.append(number)
         restore()
-        print("polyroute: stopping after this step; once more stops at once", file=sys.stderr)
+        print(
+            "polyroute: stopping after this step; interrupt again to stop at once", file=sys.stderr
+        )
 
     def restore() -> None:
         for number, handler in former.items():
@@ -55,7 +59,8 @@ def deferred() -> Iterator[Callable[[], bool]]:
 
     if threading.current_thread() is threading.main_thread():
         for number in SIGNALS:
-            # What is ignored, as nohup does, stays so; None is a handler that Python did not set.
+            # A signal that is ignored, as under nohup, stays ignored. None means a handler that
+            # Python did not set.
             if signal.getsignal(number) not in (signal.SIG_IGN, None):
                 former[number] = signal.signal(number, wait)
     try:
@@ -68,7 +73,7 @@ def deferred() -> Iterator[Callable[[], bool]]:
 
 @contextmanager
 def resumable(folder: Path) -> Iterator[None]:
-    """Say, of what is interrupted within the block, that `--resume` goes on with it."""
+    """An interrupt within the block says that `--resume` continues the run in the folder."""
     try:
         yield
     except KeyboardInterrupt as stop:

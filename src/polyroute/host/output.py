@@ -1,4 +1,4 @@
-"""What the command line prints: results for people or for programs, notes, and nothing else."""
+"""Printing on the command line: results for people or for programs, and notes."""
 
 import json
 import logging
@@ -25,7 +25,7 @@ NOISY = (
     "torchao",
     "transformers",
 )
-"""Loggers of libraries."""
+"""The loggers of libraries that are silenced."""
 
 
 @dataclass
@@ -36,7 +36,7 @@ class Mode:
     quiet: bool = False
     verbose: bool = False
     depth: int = 0
-    """Commands that run inside each other."""
+    """How many commands are running inside each other."""
 
 
 mode = Mode()
@@ -44,27 +44,27 @@ mode = Mode()
 
 @dataclass(frozen=True)
 class Result:
-    """What a command came to."""
+    """The result of a command."""
 
     document: Mapping[str, Any]
-    """For programs, as JSON values; numbers are not rounded."""
+    """The result for programs, as JSON values; numbers are not rounded."""
     shown: tuple[Any, ...]
-    """For people: sentences, and tables of rich."""
+    """The result for people: sentences, and tables of rich."""
 
 
 def reset() -> None:
-    """Forget how an earlier command of this process was to print."""
+    """Restore the default mode, which an earlier command of this process may have changed."""
     vars(mode).update(vars(Mode()))
 
 
 def say(text: str) -> None:
-    """Print a note: on standard output or, where that is for JSON, on standard error."""
+    """Print a note on standard output; with `--json`, on standard error."""
     if not mode.quiet:
         _print(text)
 
 
 def show(result: Result) -> None:
-    """Print the result of a command; that of a command inside another is a note."""
+    """Print the result of a command; a command inside another prints it as a note."""
     if mode.depth == 0 and mode.json and is_first():
         _print(json.dumps(_plain(result.document), indent=1, allow_nan=False))
     elif mode.depth == 0 or not mode.quiet:
@@ -73,16 +73,16 @@ def show(result: Result) -> None:
 
 
 def _print(part: Any) -> None:
-    if not is_first():  # of several processes one speaks
+    if not is_first():  # only one of several processes prints
         return
     if isinstance(part, str):
-        print(part)  # as it is: paths are not wrapped
+        print(part)  # not through rich, which would wrap paths
         return
     from rich.console import Console
 
-    # Nothing says how wide a file or a pipe is; at the usual 80 columns tables would be cut up.
-    is_free = not sys.stdout.isatty() and "COLUMNS" not in os.environ
-    Console(width=160 if is_free else None).print(part)
+    # Files and pipes have no width; tables would break at the default of 80 columns.
+    has_width = sys.stdout.isatty() or "COLUMNS" in os.environ
+    Console(width=None if has_width else 160).print(part)
 
 
 def _plain(value: Any) -> Any:
@@ -91,15 +91,16 @@ def _plain(value: Any) -> Any:
     if isinstance(value, list | tuple):
         return [_plain(entry) for entry in value]
     if isinstance(value, float) and not math.isfinite(value):
-        return None  # JSON has no such numbers
+        return None  # JSON has neither NaN nor infinity
     return str(value) if isinstance(value, Path) else value
 
 
 @contextmanager
 def running() -> Iterator[None]:
-    """Run a command: what it prints goes where the mode says, and libraries keep quiet.
+    """Run a command within the block: its output follows the mode, and libraries are silenced.
 
-    With `--verbose` libraries say what they do. With `--json` all goes to standard error.
+    With `--verbose` libraries log as usual. With `--json` everything but the result goes to
+    standard error.
     """
     if mode.depth:
         with _deeper():
@@ -126,11 +127,11 @@ def _deeper() -> Iterator[None]:
 
 @contextmanager
 def _libraries() -> Iterator[None]:
-    """Libraries say what went wrong or, with `--verbose`, all; their settings come back."""
-    import torch  # noqa: F401 - which sets the level of its logger
+    """Within the block, libraries log only errors, unless `--verbose` is given."""
+    import torch  # noqa: F401 - its import sets the level of its logger
 
     levels = {name: logging.getLogger(name).level for name in NOISY}
-    if not mode.verbose:  # before they are imported, which some do loudly
+    if not mode.verbose:  # before the imports, because some libraries log while they are imported
         for name in NOISY:
             logging.getLogger(name).setLevel(logging.ERROR)
     with warnings.catch_warnings():
@@ -146,7 +147,7 @@ def _libraries() -> Iterator[None]:
         verbosity, bars = library.get_verbosity(), library.is_progress_bar_enabled()
         library.set_verbosity(logging.INFO if mode.verbose else logging.ERROR)
         if not mode.verbose:
-            library.disable_progress_bar()  # of reading weights, and of downloads, which take long
+            library.disable_progress_bar()  # it also disables the bars of downloads
             if sys.stderr.isatty():
                 downloads.enable_progress_bars()
         try:

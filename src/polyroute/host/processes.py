@@ -1,7 +1,6 @@
-"""The processes of one launch: `torchrun` and `accelerate launch` start several of a command.
+"""The processes of one launch: `torchrun` and `accelerate launch` start a command several times.
 
-The launcher says in the environment which of them a process is; nothing here needs them to be
-connected, except `wait`.
+The launcher numbers the processes in the environment. Only `wait` needs them to be connected.
 """
 
 import os
@@ -10,34 +9,36 @@ from datetime import timedelta
 __all__ = ["count", "count_here", "index", "is_first", "wait"]
 
 LONGEST_WAIT = timedelta(days=7)
-"""Shares of a work may take any time."""
+"""Processes may take very different times for their shares of the work."""
 
 
 def index() -> int:
-    """Which of the processes this is, from 0."""
+    """The number of this process, from 0."""
     return int(os.environ.get("RANK", "0"))
 
 
 def count() -> int:
-    """How many there are."""
+    """The number of processes."""
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
 def count_here() -> int:
-    """How many of them are on this machine."""
+    """The number of processes on this machine."""
     return int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
 
 
 def is_first() -> bool:
-    """Whether this is the one that writes the common files and prints."""
+    """Whether this process is the one that prints and writes the common files."""
     return index() == 0
 
 
 def wait() -> None:
-    """Go on when all processes have come here; connects them where nothing has yet."""
+    """Wait until all processes have called this; connects them if they are not connected yet."""
     if count() > 1:
         import torch
         from accelerate import PartialState  # type: ignore[import-untyped]
 
-        cpu = not torch.accelerator.is_available()  # else accelerate connects nothing there
+        cpu = (
+            not torch.accelerator.is_available()
+        )  # without it accelerate connects nothing on a CPU
         PartialState(cpu=cpu, timeout=LONGEST_WAIT).wait_for_everyone()

@@ -1,4 +1,4 @@
-"""Progress on standard error: a bar on a terminal, a line now and then in a log."""
+"""Progress on standard error: a bar on a terminal, an occasional line in a log."""
 
 import sys
 from typing import Any, TextIO
@@ -11,20 +11,20 @@ __all__ = ["progress"]
 SECONDS_BETWEEN_LINES = 30.0
 LINE = "{desc}: {n_fmt} of {total_fmt} {unit}s, {rate_fmt}, {remaining} left{postfix}"
 hidden = False
-"""Whether to show none."""
+"""Whether progress is hidden."""
 
 
 def progress(over: Any = None, what: str = "", *, unit: str = "task", **options: Any) -> Any:
-    """A bar or, where standard error is no terminal, one whole line about every 30 seconds.
+    """A progress bar; if standard error is no terminal, one line about every 30 seconds.
 
-    Nothing is shown of what takes less than a second (in a log: 30 seconds), and nothing is left of
-    a bar when it is done.
+    Nothing is shown for work that takes less than a second (in a log: 30 seconds), and a bar
+    disappears when the work is done.
 
     Args:
-        over: what to go over; None where `update` counts.
-        what: is going on.
-        unit: what is counted.
-        **options: of `tqdm.tqdm`, such as `total`.
+        over: the items to iterate over; None if the caller calls `update`.
+        what: a description of the work.
+        unit: the name of one item.
+        **options: options of `tqdm.tqdm`, such as `total`.
     """
     options |= {"desc": what, "unit": unit, "leave": False, "disable": hidden}
     if "ipykernel" in sys.modules or sys.stderr.isatty():
@@ -32,10 +32,10 @@ def progress(over: Any = None, what: str = "", *, unit: str = "task", **options:
     return _Lines(over, **options)
 
 
-class _Lines(TextBar):  # type: ignore[type-arg]  # which its stubs have, and it has not
-    """Writes lines, not bars: no carriage returns, nothing that moves the cursor."""
+class _Lines(TextBar):  # type: ignore[type-arg]  # generic in the stubs only
+    """Writes whole lines, without carriage returns or other control characters."""
 
-    monitor_interval = 0  # no thread that prints more often
+    monitor_interval = 0  # starts no thread, which would print more often
 
     def __init__(self, over: Any = None, **options: Any) -> None:
         seconds = SECONDS_BETWEEN_LINES

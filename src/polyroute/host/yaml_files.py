@@ -1,4 +1,4 @@
-"""Reading YAML files: plain values only, a mapping at the top, no key twice."""
+"""Reading YAML files: a mapping of plain values, without duplicate keys."""
 
 from collections.abc import Hashable
 from typing import Any
@@ -11,14 +11,14 @@ __all__ = ["read_yaml"]
 
 
 def read_yaml(path: Any, what: str) -> dict[str, Any]:
-    """A YAML file that holds a mapping; an empty one is an empty mapping.
+    """Read a YAML file that holds a mapping; an empty file is an empty mapping.
 
     Args:
-        path: of the file, also within the package.
-        what: begins the sentence of an error.
+        path: the file, which may be a resource of the package.
+        what: the beginning of error messages.
 
     Raises:
-        InputError: the file cannot be read, says a key twice, or holds something else.
+        InputError: the file cannot be read, has a duplicate key, or does not hold a mapping.
     """
     try:
         content = yaml.load(path.read_text(encoding="utf-8-sig"), Loader=_Loader) or {}
@@ -37,7 +37,7 @@ def read_yaml(path: Any, what: str) -> dict[str, Any]:
 
 
 class _Loader(yaml.SafeLoader):
-    """Plain values only, and no key twice: YAML's own rule, which its library does not check."""
+    """Reads plain values and refuses duplicate keys, which YAML forbids but its library allows."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
         seen = set()
@@ -45,6 +45,8 @@ class _Loader(yaml.SafeLoader):
             key = key_node.value
             if key in seen:
                 line = key_node.start_mark.line + 1
-                raise InputError(f"the key {key!r} in line {line} is there twice; name each once")
+                raise InputError(
+                    f"the key {key!r} in line {line} occurs twice; write each key once"
+                )
             seen.add(key)
         return super().construct_mapping(node, deep)

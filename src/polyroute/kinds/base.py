@@ -1,9 +1,9 @@
-"""What training and evaluation need to know about a base model, and no more.
+"""What training and evaluation need to know about a base model.
 
 A kind turns texts into token ids, ids into batches, and a batch into a loss, scores or text. It
-knows nothing of adapters: it calls `model(**batch)` and `model.generate(**inputs)` with `tasks`,
-the name of the task of each row of that forward. Each kind has a file of its own;
-`polyroute.kinds.choose` tells which of them a model is.
+knows nothing about adapters: it calls `model(**batch)` and `model.generate(**inputs)` with `tasks`,
+the name of the task of each row of that forward. Each kind has its own file;
+`polyroute.kinds.choose` finds the kind of a model.
 
 Shape letters: B rows, C choices, N rows x their choices, U unique choices, L tokens, V vocabulary,
 D embedding, T terms of a loss.
@@ -45,9 +45,9 @@ class ModelKind(ABC):
             "label": Value("int64"),
         }
     )
-    """The columns of `encode`. Give them to `Dataset.map(..., features=kind.features)`: where the
-    first thousand rows have no choices, datasets would otherwise infer a column of nulls and fail
-    on the first row that has some."""
+    """The columns of `encode`, for `Dataset.map(..., features=kind.features)`. Without them, if the
+    first thousand rows have no choices, datasets infers a column of nulls and fails on the first
+    row that has some."""
 
     def __init__(
         self,
@@ -62,14 +62,14 @@ class ModelKind(ABC):
 
         Args:
             tokenizer: the base model's tokenizer.
-            max_input: most tokens of a prompt, at least 2.
-            max_target: most tokens of a target or choice with its end token, at least 2.
-            max_positions: longest sequence the model accepts; None where it has no bound.
-            objective: what the loss is, by name or value; see `polyroute.kinds.objectives`.
+            max_input: the most tokens of a prompt, at least 2.
+            max_target: the most tokens of a target or choice with its end token, at least 2.
+            max_positions: the longest sequence that the model accepts; None for no limit.
+            objective: the loss, by name or value; see `polyroute.kinds.objectives`.
 
         Raises:
-            InputError: a length is below 2, the kind writes text and the tokenizer has no end
-                token, or the kind cannot learn by the objective.
+            InputError: a length is below 2, the kind writes text but the tokenizer has no end
+                token, or the kind does not support the objective.
         """
         if self.supports_generation and tokenizer.eos_token_id is None:
             raise InputError("the tokenizer has no end token: set tokenizer.eos_token")
@@ -83,9 +83,9 @@ class ModelKind(ABC):
         self.max_target = min(max_target, self.max_positions)
 
     def encode(self, examples: Mapping[str, list[Any]]) -> dict[str, list[Any]]:
-        """Turn a batch of texts into token ids; the function to give to `datasets.Dataset.map`.
+        """Turn a batch of texts into token ids, as a function for `datasets.Dataset.map`.
 
-        Equal tokenizers, lengths and objectives have equal fingerprints, so a second `map` reads
+        Equal tokenizers, lengths and objectives have equal fingerprints, so a second `map` uses
         the cache.
 
         Args:
@@ -94,7 +94,7 @@ class ModelKind(ABC):
 
         Returns:
             The columns of `features`. `choice_ids` is empty for a row without choices; `label` is
-            the place of the target among the choices, or -1.
+            the index of the target among the choices, or -1.
         """
         choices = [row or [] for row in examples["choices"]]
         prompts = list(
@@ -115,18 +115,18 @@ class ModelKind(ABC):
 
     @abstractmethod
     def _prompt_ids(self, texts: list[str]) -> list[Ids]:
-        """The prompts as the model wants them, cut to length."""
+        """The token ids of prompts, cut to length."""
 
     @abstractmethod
     def _target_ids(self, texts: list[str]) -> list[Ids]:
-        """The targets or choices as the model wants them, cut to length."""
+        """The token ids of targets or choices, cut to length."""
 
     @abstractmethod
     def collate(self, rows: Sequence[Row]) -> dict[str, Any]:
         """Make a training batch of encoded rows, on the CPU.
 
         Returns:
-            Tensors, and in `tasks` the task name of each row. Each kind documents its own.
+            Tensors, and in `tasks` the task name of each row. Each kind documents its tensors.
 
         Raises:
             InputError: the loss compares choices, and a row has none or its target is not one of
@@ -135,27 +135,27 @@ class ModelKind(ABC):
 
     @abstractmethod
     def loss(self, model: nn.Module, batch: Mapping[str, Any]) -> Tensor:
-        """The training loss of a batch of `collate`, a scalar on the model's device."""
+        """The training loss of a batch from `collate`: a scalar on the model's device."""
 
     @abstractmethod
     def row_losses(self, model: nn.Module, batch: Mapping[str, Any]) -> Tensor:
-        """The terms of the loss of each row of a batch of `collate`: `[B, T]`, at least float32.
+        """The terms of the loss of each row of a batch from `collate`: `[B, T]`, at least float32.
 
-        Each is summed over what the row counts. The loss of a batch is their sum over rows, times
-        `polyroute.kinds.objectives.term_weights` of `row_counts`; so rows of a batch may be
-        computed apart, in any company.
+        Each term is a sum over the predictions that `row_counts` counts. The loss of a batch is the
+        sum over its rows, weighted by `polyroute.kinds.objectives.term_weights` of `row_counts`; so
+        the rows of a batch may be computed in any grouping.
         """
 
     @abstractmethod
     def row_counts(self, rows: Sequence[Row]) -> list[list[int]]:
-        """How many predictions each row is scored on, in each of T terms."""
+        """The number of predictions that each row is scored on, in each of T terms."""
 
     def row_shape(self, row: Row) -> tuple[int, tuple[int, ...], Mapping[Any, int]]:
         """What one row adds to a batch.
 
         Returns:
-            How many times its sequences are there; their lengths, each padded to the longest of its
-            kind; and the lengths, by key, of sequences that rows of one batch share.
+            The number of copies of its sequences; their lengths, each of which is padded to the
+            longest in the batch; and the lengths, by key, of sequences that rows of a batch share.
         """
         return 1, (len(row["prompt_ids"]), len(row["target_ids"])), {}
 
@@ -168,11 +168,11 @@ class ModelKind(ABC):
     def scores(self, model: nn.Module, rows: Sequence[Row]) -> list[Tensor]:
         """Score every choice of every row; higher is better.
 
-        Runs in evaluation mode without gradients, all rows in one batch.
+        Runs all rows in one batch, in evaluation mode without gradients.
 
         Returns:
             One float32 tensor `[C, 2]` per row: the log-probability of the choice, its end token
-            included, and the same per token. Encoders give the scaled cosine in both columns.
+            included, and the same per token. Encoders return the scaled cosine in both columns.
 
         Raises:
             InputError: a row has no choices.
@@ -192,30 +192,30 @@ class ModelKind(ABC):
         Args:
             model: the routed model.
             rows: encoded rows, all in one batch.
-            max_new_tokens: most tokens of an answer; None for `max_target`.
+            max_new_tokens: the most tokens of an answer; None for `max_target`.
             num_beams: 1 for greedy search.
 
         Returns:
             One text per row, stripped and without special tokens.
 
         Raises:
-            InputError: this kind has no generation, or no room for a prompt is left.
+            InputError: this kind cannot generate text, or no room is left for a prompt.
         """
 
     @property
     def _pad(self) -> int:
-        """What fills a batch; the mask hides it, so any id will do where there is no pad token."""
+        """The padding id. The mask hides it, so any id will do if there is no pad token."""
         ids = (self.tokenizer.pad_token_id, self.tokenizer.eos_token_id, 0)
         return next(i for i in ids if isinstance(i, int))
 
     def _tokens(self, texts: list[str], *, special: bool) -> list[Ids]:
-        # Cut by slices here: asking the tokenizer to truncate would change its state.
+        # Not truncated here, because truncation would change the state of the tokenizer.
         encoded = self.tokenizer(texts, add_special_tokens=special, verbose=False)
         ids: list[Ids] = encoded["input_ids"]
         return ids
 
     def _cut(self, ids: Ids, length: int) -> Ids:
-        """At most `length` ids: the end goes, except for a final special token."""
+        """The first `length` ids; a special token at the end is kept."""
         if len(ids) <= length:
             return ids
         last = [i for i in ids[-1:] if i in self.tokenizer.all_special_ids]

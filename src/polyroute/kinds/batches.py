@@ -1,4 +1,4 @@
-"""Batches: encoded rows as tensors, and what a model says of them.
+"""Batches: encoded rows as tensors, and the losses of a model on them.
 
 Shape letters are those of `polyroute.kinds.base`.
 """
@@ -34,29 +34,29 @@ __all__ = [
 
 Ids = list[int]
 Row = Mapping[str, Any]
-"""One row of `ModelKind.encode`."""
+"""One row from `ModelKind.encode`."""
 
-IGNORED = -100  # the label that transformers' losses leave out
+IGNORED = -100  # losses of transformers ignore this label
 
 
 def padded(
     sequences: Sequence[Sequence[int]], value: int, *, side: Literal["left", "right"] = "right"
 ) -> Tensor:
-    """An integer tensor `[B, L]`, L the longest."""
+    """Pad sequences to an integer tensor `[B, L]`; L is the length of the longest."""
     tensors = [torch.tensor(sequence, dtype=torch.long) for sequence in sequences]
     return pad_sequence(tensors, batch_first=True, padding_value=value, padding_side=side)
 
 
 def tasks_of(rows: Sequence[Row]) -> list[str]:
-    """The task of each of B."""
+    """The task of each of the B rows."""
     return [row["task"] for row in rows]
 
 
 def choice_counts(rows: Sequence[Row]) -> list[int]:
-    """How many choices each row has, at least 1.
+    """The number of choices of each row, at least 1.
 
     Raises:
-        InputError: a row has none.
+        InputError: a row has no choices.
     """
     for row in rows:
         if not row["choice_ids"]:
@@ -68,20 +68,20 @@ def choice_counts(rows: Sequence[Row]) -> list[int]:
 
 
 def choice_index(rows: Sequence[Row]) -> Tensor:
-    """Which of N each row's choices are: `[B, C]`, -1 where a row has fewer than C.
+    """The indices, among all N, of each row's choices: `[B, C]`, -1 if a row has fewer than C.
 
     Raises:
-        InputError: a row has none.
+        InputError: a row has no choices.
     """
     places = iter(range(sum(choice_counts(rows))))
     return padded([[next(places) for _ in row["choice_ids"]] for row in rows], -1)
 
 
 def choice_labels(rows: Sequence[Row]) -> Tensor:
-    """Which of a row's choices is right: `[B]`.
+    """The index of the right choice of each row: `[B]`.
 
     Raises:
-        InputError: a target is not one of them.
+        InputError: a target is not one of the choices.
     """
     for row in rows:
         if row["label"] < 0:
@@ -92,12 +92,12 @@ def choice_labels(rows: Sequence[Row]) -> Tensor:
 
 
 def flat_choices(rows: Sequence[Row]) -> Tensor:
-    """Labels `[N, L]`, in order of row, then choice."""
+    """Labels of all choices, `[N, L]`, ordered by row, then choice."""
     return padded([choice for row in rows for choice in row["choice_ids"]], IGNORED)
 
 
 def flat_tasks(rows: Sequence[Row]) -> list[str]:
-    """The task of each of N."""
+    """The task of each of the N choices."""
     return [row["task"] for row in rows for _ in row["choice_ids"]]
 
 
@@ -108,11 +108,12 @@ def token_loss(model: nn.Module, batch: Mapping[str, Any]) -> Tensor:
 
 
 def token_losses(logits_NLV: Tensor, labels_NL: Tensor, label_smoothing: float = 0.0) -> Tensor:
-    """Cross-entropy of every label, and 0 where there is none: `[N, L]`, at least float32."""
+    """Cross-entropy of every label, 0 for ignored labels: `[N, L]`, at least float32."""
     taken_NL = labels_NL != IGNORED
     dtype = torch.promote_types(logits_NLV.dtype, torch.float32)
     loss_NL = torch.zeros(labels_NL.shape, dtype=dtype, device=labels_NL.device)
-    # Only the labelled places in float32, and no sum by index: both small and deterministic.
+    # Only labelled places are computed in float32, which saves memory; there is no sum by index,
+    # which keeps it deterministic.
     loss_NL[taken_NL] = F.cross_entropy(
         logits_NLV[taken_NL].to(dtype),
         labels_NL[taken_NL],
@@ -123,25 +124,25 @@ def token_losses(logits_NLV: Tensor, labels_NL: Tensor, label_smoothing: float =
 
 
 def log_probs(logits_NLV: Tensor, labels_NL: Tensor) -> Tensor:
-    """Log-probability of each row's labels, and the same per token: float32 `[N, 2]`."""
+    """Log-probability of each row's labels, and the same per token: `[N, 2]`, float32."""
     sum_N = -token_losses(logits_NLV, labels_NL).float().sum(1)
     return torch.stack([sum_N, sum_N / (labels_NL != IGNORED).sum(1)], dim=1)
 
 
 def on_device_of(model: nn.Module, batch: Mapping[str, Any]) -> dict[str, Any]:
-    """The batch with its tensors where the model is."""
+    """The batch with its tensors on the model's device."""
     device = next(model.parameters()).device
     return {key: v.to(device) if isinstance(v, Tensor) else v for key, v in batch.items()}
 
 
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """In place for the time of the block: evaluation mode, without gradients."""
+    """Within the block, the model is in evaluation mode and computes no gradients."""
     training = [module for module in model.modules() if module.training]
     model.eval()
     try:
         with torch.no_grad():
             yield
     finally:
-        for module in training:  # one by one: a frozen part may have been in evaluation mode
+        for module in training:  # one by one: frozen parts may have been in evaluation mode
             module.training = True

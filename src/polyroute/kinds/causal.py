@@ -24,12 +24,12 @@ __all__ = ["CausalKind"]
 class CausalKind(TextKind):
     """Decoder-only models, such as Llama: one sequence of prompt, newline, target and end token.
 
-    Where a sequence is longer than `max_input + max_target` or the model's positions, the
-    beginning of its prompt goes (after the first token, where that is a BOS), never its target.
-    A batch is `input_ids`, `attention_mask`, `labels` `[B, L]` and `tasks`; `labels` are -100 on
-    prompt and padding. Where choices are compared, each is a row of its own, after its prompt: B is
-    then N. Padding is on the right, so that positions count from 0 in every
-    architecture, and on the left for generation, where `generate` derives them from the mask.
+    If a sequence is longer than `max_input + max_target` or than the model's positions, the
+    beginning of its prompt is cut (a BOS token stays), never its target. A batch has `input_ids`,
+    `attention_mask`, `labels` `[B, L]` and `tasks`; `labels` are -100 on prompt and padding. If
+    choices are compared, each choice is a separate row with its own copy of the prompt, so B is
+    N. Padding is on the right, so that positions count from 0 in every architecture; for generation
+    it is on the left, because `generate` derives positions from the mask.
     """
 
     name = "causal"
@@ -44,7 +44,7 @@ class CausalKind(TextKind):
         max_positions: int | None = None,
         objective: str | Objective = "lm",
     ) -> None:
-        """Set the lengths, in tokens, and the objective, as `ModelKind` does."""
+        """Set the lengths, in tokens, and the objective; see `ModelKind`."""
         super().__init__(
             tokenizer,
             max_input=max_input,
@@ -53,26 +53,25 @@ class CausalKind(TextKind):
             objective=objective,
         )
         self.limit = min(max_input + max_target, self.max_positions)
-        self.max_target = min(max_target, self.limit - 1)  # a token needs one before it
+        self.max_target = min(max_target, self.limit - 1)  # a prompt token must precede it
 
     def _prompt_ids(self, texts: list[str]) -> list[Ids]:
         prompts = self._tokens([text + "\n" for text in texts], special=True)
         return [self._fitted(self._open(ids), self.limit) for ids in prompts]
 
     def _open(self, ids: Ids) -> Ids:
-        """Without the end token that some tokenizers add, and never empty."""
-        if ids[-1:] == [self.tokenizer.eos_token_id]:
+        """The ids without the end token that some tokenizers add; never empty."""
+        eos = self.tokenizer.eos_token_id
+        if ids[-1:] == [eos]:
             ids = ids[:-1]
-        return ids or [
-            self.tokenizer.eos_token_id
-        ]  # as GPT-2, whose texts follow one another after an end token
+        return ids or [eos]  # GPT-2 was trained on texts that follow an end token
 
     def _target_ids(self, texts: list[str]) -> list[Ids]:
         targets = self._tokens(texts, special=False)
         return [self._cut([*ids, self.tokenizer.eos_token_id], self.max_target) for ids in targets]
 
     def _fitted(self, prompt: Ids, room: int) -> Ids:
-        """The last `room` ids of a prompt, its BOS kept."""
+        """The last `room` ids of a prompt; its BOS token is kept."""
         if len(prompt) <= room:
             return prompt
         bos = [i for i in prompt[:1] if i == self.tokenizer.bos_token_id]
@@ -97,7 +96,7 @@ class CausalKind(TextKind):
         return self._batch(prompts, targets, tasks_of(rows))
 
     def _choices(self, rows: Sequence[Row]) -> dict[str, Any]:
-        # All choices of a row see the same prompt, the one that leaves room for the longest.
+        # All choices of a row get the same prompt, which leaves room for the longest choice.
         prompts = [
             self._fitted(row["prompt_ids"], self.limit - max(map(len, row["choice_ids"])))
             for row in rows
@@ -107,7 +106,7 @@ class CausalKind(TextKind):
         return self._batch(prompts, choices, flat_tasks(rows))
 
     def _target_logits(self, model: nn.Module, batch: dict[str, Any]) -> tuple[Tensor, Tensor]:
-        labels_BL = batch.pop("labels")  # without them the model computes no loss
+        labels_BL = batch.pop("labels")  # without labels the model computes no loss
         logits_BLV = model(**batch, use_cache=False).logits
         return logits_BLV[:, :-1], labels_BL[:, 1:]
 
@@ -122,7 +121,7 @@ class CausalKind(TextKind):
         max_new_tokens: int | None = None,
         num_beams: int = 1,
     ) -> list[str]:
-        """As `ModelKind.generate`."""
+        """See `ModelKind.generate`."""
         new = self.max_target if max_new_tokens is None else max_new_tokens
         room = min(self.limit - min(new, self.max_target), self.max_positions - new)
         if room < 1:

@@ -1,4 +1,4 @@
-"""The kinds there are, and which of them a base model is."""
+"""Finding the kind of a base model."""
 
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
@@ -25,19 +25,19 @@ def kind_of(
     max_target: int = 64,
     objective: str | Objective = "lm",
 ) -> ModelKind:
-    """The kind of a base model, by its own config.
+    """Make the kind of a base model, as its config says.
 
     Args:
         model_or_config: a transformers model, its config, or a wrapper with the model as its
             `base_model`.
         tokenizer: the model's tokenizer.
-        max_input: most tokens of a prompt.
-        max_target: most tokens of a target or choice.
-        objective: what it learns by: `"lm"`, `"t-few"`, `"superni"`, or an `Objective`.
+        max_input: the most tokens of a prompt.
+        max_target: the most tokens of a target or choice.
+        objective: the loss: `"lm"`, `"t-few"`, `"superni"`, or an `Objective`.
 
     Raises:
-        InputError: it is no transformers model or of no known architecture, or the tokenizer has
-            no end token where one is needed, or the kind cannot learn by the objective.
+        InputError: the model is no transformers model or has an unknown architecture, the tokenizer
+            lacks an end token that is needed, or the kind does not support the objective.
     """
     config, architecture = _described(model_or_config)
     positions = getattr(config, "max_position_embeddings", None)
@@ -51,19 +51,19 @@ def kind_of(
 
 
 def kind_class(model_or_config: nn.Module | PreTrainedConfig) -> type[ModelKind]:
-    """The class of the kind of a base model, by its own config.
+    """The class of a base model's kind, as its config says.
 
     Raises:
-        InputError: it is no transformers model or of no known architecture.
+        InputError: the model is no transformers model or has an unknown architecture.
     """
     return _class_of(*_described(model_or_config))
 
 
 def _described(model_or_config: nn.Module | PreTrainedConfig) -> tuple[PreTrainedConfig, str]:
-    """The config, and the class name of the model where that is known."""
+    """The config, and the class name of the model if it is known."""
     if isinstance(model_or_config, PreTrainedConfig):
         return model_or_config, next(iter(model_or_config.architectures or []), "")
-    # A transformers model has a `base_model` too: itself without its head.
+    # A transformers model has a `base_model` too: the model without its head.
     is_model = isinstance(model_or_config, PreTrainedModel)
     model = model_or_config if is_model else getattr(model_or_config, "base_model", None)
     if not isinstance(model, PreTrainedModel):

@@ -26,13 +26,13 @@ __all__ = ["EncoderKind"]
 
 
 class EncoderKind(ModelKind):
-    """Sentence encoders, such as BERT: the choice whose embedding is nearest to the prompt's.
+    """Sentence encoders, such as BERT: the answer is the choice that embeds nearest to the prompt.
 
-    An embedding is the mean of the last hidden states over the attention mask, of length 1. A
-    batch holds two forwards: `inputs` with `tasks` `[B]`, and `choices` with `choice_tasks` `[U]`,
-    each (task, choice) of the batch once, so that a label set is embedded once per batch.
-    `choice_index` `[B, C]` says which of U is a row's choice, -1 where it has fewer than C;
-    `labels` is `[B]`.
+    An embedding is the mean of the last hidden states over the attention mask, scaled to length 1.
+    A batch holds two forwards: `inputs` with `tasks` `[B]`, and `choices` with `choice_tasks`
+    `[U]`. Each pair of task and choice occurs once, so a label set is embedded once per batch.
+    `choice_index` `[B, C]` holds the indices, among the U, of a row's choices, -1 if it has fewer
+    than C; `labels` is `[B]`.
     """
 
     name = "encoder"
@@ -53,14 +53,14 @@ class EncoderKind(ModelKind):
 
         Args:
             tokenizer: the base model's tokenizer; its `model_max_length` bounds the lengths too.
-            max_input: most tokens of a prompt, at least 2.
-            max_target: most tokens of a choice, at least 2.
-            max_positions: longest sequence the model accepts; None where it has no bound.
-            objective: must be left at its default; the loss is that of `loss`.
-            scale: what cosines are multiplied with, an inverse temperature.
+            max_input: the most tokens of a prompt, at least 2.
+            max_target: the most tokens of a choice, at least 2.
+            max_positions: the longest sequence that the model accepts; None for no limit.
+            objective: must keep its default; see `loss`.
+            scale: the factor on cosines, an inverse temperature.
 
         Raises:
-            InputError: there is another objective, or a length is below 2.
+            InputError: another objective is given, or a length is below 2.
         """
         longest = min(tokenizer.model_max_length, max_positions or UNBOUNDED)
         super().__init__(
@@ -72,8 +72,8 @@ class EncoderKind(ModelKind):
         )
         if self.objective != LM:
             raise InputError(
-                "an encoder base model already learns by comparing choices, and has no other "
-                f"objective: leave out {objective!r}"
+                "an encoder base model always learns by comparing choices: leave out the objective "
+                f"{objective!r}"
             )
         self.scale = scale
 
@@ -101,11 +101,11 @@ class EncoderKind(ModelKind):
 
     @property
     def needs_choices(self) -> bool:
-        """Always."""
+        """Always true."""
         return True
 
     def collate(self, rows: Sequence[Row]) -> dict[str, Any]:
-        """As `ModelKind.collate`.
+        """See `ModelKind.collate`.
 
         Raises:
             InputError: a row has no choices, or its target is not one of them.
@@ -118,22 +118,22 @@ class EncoderKind(ModelKind):
         return F.cross_entropy(scores_BC, batch["labels"].to(scores_BC.device))
 
     def row_losses(self, model: nn.Module, batch: Mapping[str, Any]) -> Tensor:
-        """As `ModelKind.row_losses`: cross-entropy of the right choice."""
+        """See `ModelKind.row_losses`; the only term is the cross-entropy of the right choice."""
         scores_BC = self._scores(model, batch)
         labels_B = batch["labels"].to(scores_BC.device)
         return F.cross_entropy(scores_BC, labels_B, reduction="none")[:, None]
 
     def row_shape(self, row: Row) -> tuple[int, tuple[int, ...], Mapping[Any, int]]:
-        """As `ModelKind.row_shape`: a task's choices are embedded once in a batch."""
+        """See `ModelKind.row_shape`; rows share choices, each embedded once per task and batch."""
         choices = {(row["task"], tuple(ids)): len(ids) for ids in row["choice_ids"]}
         return 1, (len(row["prompt_ids"]),), choices
 
     def row_counts(self, rows: Sequence[Row]) -> list[list[int]]:
-        """One choice each."""
+        """One prediction for each row."""
         return [[1]] * len(rows)
 
     def scores(self, model: nn.Module, rows: Sequence[Row]) -> list[Tensor]:
-        """As `ModelKind.scores`: both columns hold the scaled cosine."""
+        """See `ModelKind.scores`; both columns hold the scaled cosine."""
         counts = choice_counts(rows)
         with evaluating(model):
             scores_BC = self._scores(model, self._pairs(rows))
@@ -143,13 +143,14 @@ class EncoderKind(ModelKind):
         ]
 
     def _scores(self, model: nn.Module, batch: Mapping[str, Any]) -> Tensor:
-        """Scaled cosines `[B, C]`, -inf where a row has no such choice."""
+        """Scaled cosines `[B, C]`, -inf if a row has fewer choices."""
         input_BD = self._embedded(model, batch["inputs"], batch["tasks"])
         choice_UD = self._embedded(model, batch["choices"], batch["choice_tasks"])
         index_BC = batch["choice_index"].to(choice_UD.device)
         is_choice = index_BC >= 0
-        # Row by row, not all inputs by all choices: what is not finite in one task's embeddings
-        # would spread to all gradients, as zero times infinity. A row fills up with its own first.
+        # Each row is compared only with its own choices, and padded with its own first choice: if
+        # one task's embeddings were not finite, products over all choices would spread NaN, as zero
+        # times infinity, to all gradients.
         index_BC = torch.where(is_choice, index_BC, index_BC[:, :1])
         cosine_BC = torch.einsum("bd,bcd->bc", input_BD, choice_UD[index_BC])
         return (self.scale * cosine_BC).masked_fill(~is_choice, -torch.inf)
@@ -168,7 +169,7 @@ class EncoderKind(ModelKind):
         max_new_tokens: int | None = None,
         num_beams: int = 1,
     ) -> list[str]:
-        """Not for encoders.
+        """Not available for encoders.
 
         Raises:
             InputError: always.

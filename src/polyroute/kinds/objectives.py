@@ -1,7 +1,7 @@
-"""Objectives: what a text-generating base model learns to make small.
+"""Objectives: the losses that a text-generating base model can minimise.
 
-A loss is a sum of terms. Each term of a batch is its sum over the rows, divided by the sum of what
-the rows count for it (tokens, or examples); so rows may be computed apart, in any company.
+A loss is a sum of terms. Each term of a batch is its sum over the rows, divided by the number of
+tokens or examples that the rows count for it; so the rows may be computed in any grouping.
 
 Shape letters are those of `polyroute.kinds.base`.
 """
@@ -9,7 +9,6 @@ Shape letters are those of `polyroute.kinds.base`.
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from numbers import Real
 from typing import Literal, get_args
 
 import torch
@@ -18,6 +17,7 @@ from torch.nn import functional as F  # noqa: N812 - torch's own name for it
 
 from polyroute.errors import InputError, did_you_mean
 from polyroute.kinds.batches import IGNORED, Row, token_losses
+from polyroute.settings import check_settings, number, one_of, setting
 
 __all__ = [
     "LM",
@@ -32,58 +32,47 @@ __all__ = [
 Per = Literal["token", "example"]
 
 OFFSET = 0.01
-"""Added to the probability that a wrong token is not said, so that its logarithm stays finite."""
+"""Added to one minus the probability of a wrong token, so that its logarithm stays finite."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Objective:
-    """What the loss of a batch is made of.
+    """The terms of the loss of a batch, and their weights.
 
-    With n the negative log-probability of a token, p its probability, y the right choice of a row
-    and |c| the tokens of choice c, its end token included, the terms are
+    Let n be the negative log-probability of a token, p its probability, y the right choice of a row
+    and |c| the number of tokens of choice c, its end token included. The terms are
 
-    - of targets: the mean of n over all tokens of the targets;
-    - multiple-choice: the mean over rows of `-log softmax(-s)_y`, where `s_c = sum(n) / |c| **
-      length_norm`;
-    - unlikelihood: the mean of `-log(1 - p + 0.01)` over all tokens of the wrong choices.
+    - the target term: the mean of n over all tokens of the targets;
+    - the multiple-choice term: the mean over rows of `-log softmax(-s)_y`, where
+      `s_c = sum(n) / |c| ** length_norm`;
+    - the unlikelihood term: the mean of `-log(1 - p + 0.01)` over all tokens of wrong choices.
 
     Raises:
         InputError: a value is out of range.
     """
 
-    mc_weight: float = 0.0
-    """Of the multiple-choice term."""
-    unlikely_weight: float = 0.0
-    """Of the unlikelihood term."""
-    length_norm: float = 1.0
-    """Exponent of the length of a choice, in the multiple-choice term."""
-    label_smoothing: float = 0.0
-    """Share of the term of targets that is spread evenly over the whole vocabulary."""
-    per: Per = "token"
-    """What the term of targets is divided by: the `token`s or the `example`s of a batch."""
+    mc_weight: float = setting(0.0, number(least=0))
+    """The weight of the multiple-choice term."""
+    unlikely_weight: float = setting(0.0, number(least=0))
+    """The weight of the unlikelihood term."""
+    length_norm: float = setting(1.0, number(least=0))
+    """The exponent of the length of a choice in the multiple-choice term."""
+    label_smoothing: float = setting(0.0, number(least=0, below=1))
+    """The share of the target term that is spread evenly over the whole vocabulary."""
+    per: Per = setting("token", one_of(*get_args(Per)))
+    """Whether the target term is divided by the tokens or by the examples of a batch."""
 
     def __post_init__(self) -> None:
         """Check the values."""
-        for name in ("mc_weight", "unlikely_weight", "length_norm", "label_smoothing"):
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, Real):
-                raise InputError(f"{name} must be a number, not {value!r}")
-            number = float(value)
-            if not 0 <= number < math.inf:
-                raise InputError(f"{name} must be finite and not negative, not {number}")
-            object.__setattr__(self, name, number)
-        if self.label_smoothing >= 1:
-            raise InputError(f"label_smoothing must be below 1, not {self.label_smoothing}")
-        if self.per not in get_args(Per):
-            raise InputError(f"per must be 'token' or 'example', not {self.per!r}")
+        check_settings(self)
 
     @property
     def uses_choices(self) -> bool:
-        """Whether it compares the choices of a row, so that every row must have some."""
+        """Whether the choices of a row are compared, so that every row must have some."""
         return self.mc_weight > 0 or self.unlikely_weight > 0
 
     def row_counts(self, row: Row) -> list[int]:
-        """What a row counts for each of T terms."""
+        """The number of tokens or examples that a row counts for each of T terms."""
         if not self.uses_choices:
             return [1 if self.per == "example" else len(row["target_ids"])]
         lengths = [len(ids) for ids in row["choice_ids"]]
@@ -91,7 +80,7 @@ class Objective:
         return [1 if self.per == "example" else right, 1, sum(lengths)]
 
     def target_losses(self, logits_BLV: Tensor, labels_BL: Tensor) -> Tensor:
-        """The one term of an objective without choices, summed over each row: `[B, 1]`."""
+        """The only term of an objective without choices, summed over each row: `[B, 1]`."""
         return token_losses(logits_BLV, labels_BL, self.label_smoothing).sum(1, keepdim=True)
 
     def choice_losses(
@@ -100,18 +89,17 @@ class Objective:
         """The terms of an objective with choices, weighted and summed over each row: `[B, 3]`.
 
         Args:
-            logits_NLV: of every choice of every row.
-            labels_NL: the tokens of the choices; -100 is none.
-            index_BC: which of N a row's choices are, -1 where it has fewer than C.
-            gold_B: which of C is right.
+            logits_NLV: the logits of every choice of every row.
+            labels_NL: the tokens of the choices; -100 is ignored.
+            index_BC: the indices, among the N, of a row's choices; -1 if it has fewer than C.
+            gold_B: the index of the right choice.
 
         Returns:
-            Of targets, multiple-choice, unlikelihood: the terms of the class, before division by
-            what `row_counts` counts.
+            The target, multiple-choice and unlikelihood terms, before division by `row_counts`.
         """
         is_choice_BC = index_BC >= 0
         is_gold_BC = torch.arange(index_BC.shape[1], device=gold_B.device) == gold_B[:, None]
-        index_BC = index_BC.clamp_min(0)  # any will do where there is no choice: it is masked below
+        index_BC = index_BC.clamp_min(0)  # -1 may become any index: it is masked below
         gold_N = index_BC[is_gold_BC]
         taken_NL = labels_NL != IGNORED
         loss_NL = token_losses(logits_NLV, labels_NL)
@@ -131,19 +119,19 @@ class Objective:
 
 
 LM = Objective()
-"""Mean cross-entropy over target tokens."""
+"""The mean cross-entropy over target tokens."""
 
 OBJECTIVES = {
     "lm": LM,
     "t-few": Objective(mc_weight=1.0, unlikely_weight=1.0),
     "superni": Objective(label_smoothing=0.1, per="example"),
 }
-"""The objectives that have names: plain cross-entropy, that of few-shot training in T-Few
-(arXiv 2205.05638), and that of training on Super-NaturalInstructions."""
+"""The objectives by name: plain cross-entropy, that of few-shot training in T-Few (arXiv
+2205.05638), and that of training on Super-NaturalInstructions."""
 
 
 def objective_of(name: str | Objective) -> Objective:
-    """An objective by its name.
+    """Look up an objective by its name; an objective is returned as it is.
 
     Raises:
         InputError: there is no such objective.
@@ -156,20 +144,20 @@ def objective_of(name: str | Objective) -> Objective:
 
 
 def term_weights(counts: Sequence[Sequence[int]]) -> list[float]:
-    """What the sum of each of T terms over a batch is multiplied with.
+    """The factor on the sum of each of T terms over a batch.
 
     Args:
-        counts: of every row, as `Objective.row_counts`. A term that no row counts for is 0 anyway.
+        counts: for every row, `Objective.row_counts`. A term that no row counts for is 0 anyway.
     """
     return [1 / max(1, sum(term)) for term in zip(*counts, strict=True)]
 
 
 def unlikely_constant(rows: Sequence[Row]) -> float:
-    """What the public code of T-Few adds to the unlikelihood term of a batch.
+    """The constant by which T-Few's public code exceeds our unlikelihood term of a batch.
 
-    It depends on the padding alone and has no gradient, so our loss leaves it out; add it to
-    compare values of the loss. Every place of the padded choices that is no token of a wrong one
-    counts `-log(1.01)` there.
+    There, every place of the padded choices that is not a token of a wrong choice counts
+    `-log(1.01)`. That depends only on the padding and has no gradient, so our loss leaves it out;
+    add it to compare values of the loss.
     """
     lengths = [[len(ids) for ids in row["choice_ids"]] for row in rows]
     flat = [length for row in lengths for length in row]

@@ -25,8 +25,8 @@ __all__ = ["Seq2SeqKind"]
 class Seq2SeqKind(TextKind):
     """Encoder-decoder models, such as T5: the prompt is encoded, the target decoded.
 
-    A batch is `input_ids`, `attention_mask` `[B, L]`, `labels` `[B, L']` and `tasks`. Where choices
-    are compared, each prompt is encoded once: `labels` are then `[N, L']`, with `choice_tasks`, and
+    A batch has `input_ids`, `attention_mask` `[B, L]`, `labels` `[B, L']` and `tasks`. If choices
+    are compared, each prompt is encoded once: `labels` are then `[N, L']`, with `choice_tasks` and
     `owners` `[N]`, the row of each choice.
     """
 
@@ -65,11 +65,10 @@ class Seq2SeqKind(TextKind):
     def _choice_logits(self, model: nn.Module, batch: dict[str, Any]) -> tuple[Tensor, Tensor]:
         labels_NL, owners_N = batch.pop("labels"), batch.pop("owners")
         tasks = batch.pop("choice_tasks")
-        # The first call is there for its encoder states. It goes through `model` itself, with a
-        # decoder input of one arbitrary token, because then the encoder is routed like in any other
-        # call and the only thing asked of a routed model is that it takes `tasks`. The second call
-        # has one row and one task name for each choice: ragged choices need neither groups nor
-        # dummies.
+        # The first call computes the encoder states. It calls `model` itself, with one arbitrary
+        # token as decoder input, so that the encoder is routed as in any other call and a routed
+        # model only needs to accept `tasks`. The second call has one row and one task name for each
+        # choice, so rows with different numbers of choices need no grouping or padding.
         one_token = batch["input_ids"][:, :1]
         encoded = model(**batch, decoder_input_ids=one_token, use_cache=False)
         states_NLD = encoded.encoder_last_hidden_state[owners_N]
@@ -90,7 +89,7 @@ class Seq2SeqKind(TextKind):
         max_new_tokens: int | None = None,
         num_beams: int = 1,
     ) -> list[str]:
-        """As `ModelKind.generate`."""
+        """See `ModelKind.generate`."""
         new = self.max_target if max_new_tokens is None else max_new_tokens
         inputs = self._inputs([row["prompt_ids"] for row in rows])
         return self._texts(

@@ -1,4 +1,4 @@
-"""What the kinds that write text share: they learn by an objective over log-probabilities.
+"""What kinds that write text share: learning by an objective over log-probabilities.
 
 Shape letters are those of `polyroute.kinds.base`.
 """
@@ -29,17 +29,17 @@ __all__ = ["TextKind"]
 class TextKind(ModelKind):
     """A kind that writes text.
 
-    A batch is that of targets, which each kind documents. Where the objective compares choices,
-    its labels are those of all N choices, and it has `choice_index` `[B, C]` (which of N a row's
-    choices are, -1 where it has fewer than C) and `gold` `[B]`, which of C is right. Every
-    objective but `lm` adds `term_weights` `[T]`.
+    A batch holds the targets, as each kind documents. If the objective compares choices, its labels
+    are those of all N choices; `choice_index` `[B, C]` holds the indices, among the N, of a row's
+    choices, -1 if it has fewer than C, and `gold` `[B]` the index of the right one. Every objective
+    except `lm` adds `term_weights` `[T]`.
     """
 
     supports_generation = True
 
     @property
     def needs_choices(self) -> bool:
-        """Whether the objective compares them."""
+        """Whether the objective compares choices."""
         return self.objective.uses_choices
 
     @abstractmethod
@@ -48,18 +48,18 @@ class TextKind(ModelKind):
 
     @abstractmethod
     def _choices(self, rows: Sequence[Row]) -> dict[str, Any]:
-        """A batch for all choices of rows, in order of row, then choice, on the CPU."""
+        """A batch for all choices of rows, ordered by row, then choice, on the CPU."""
 
     @abstractmethod
     def _target_logits(self, model: nn.Module, batch: dict[str, Any]) -> tuple[Tensor, Tensor]:
-        """Logits `[B, L, V]` and labels `[B, L]` of a batch of `_targets`."""
+        """Logits `[B, L, V]` and labels `[B, L]` of a batch from `_targets`."""
 
     @abstractmethod
     def _choice_logits(self, model: nn.Module, batch: dict[str, Any]) -> tuple[Tensor, Tensor]:
-        """Logits `[N, L, V]` and labels `[N, L]` of a batch of `_choices`."""
+        """Logits `[N, L, V]` and labels `[N, L]` of a batch from `_choices`."""
 
     def collate(self, rows: Sequence[Row]) -> dict[str, Any]:
-        """As `ModelKind.collate`.
+        """See `ModelKind.collate`.
 
         Raises:
             InputError: the objective compares choices, and a row has none or its target is not one
@@ -75,7 +75,7 @@ class TextKind(ModelKind):
         return batch
 
     def loss(self, model: nn.Module, batch: Mapping[str, Any]) -> Tensor:
-        """The objective of the batch; that of `lm` is the base model's own loss."""
+        """The objective on the batch; for `lm`, the base model's own loss."""
         if self.objective == LM:
             return token_loss(model, batch)
         sums_T = self.row_losses(model, batch).sum(0)
@@ -83,7 +83,7 @@ class TextKind(ModelKind):
         return sums_T @ weights_T
 
     def row_losses(self, model: nn.Module, batch: Mapping[str, Any]) -> Tensor:
-        """As `ModelKind.row_losses`: the terms of the objective."""
+        """See `ModelKind.row_losses`; the terms are those of the objective."""
         batch = on_device_of(model, batch)
         batch.pop("term_weights", None)
         if not self.needs_choices:
@@ -92,18 +92,18 @@ class TextKind(ModelKind):
         return self.objective.choice_losses(*self._choice_logits(model, batch), index_BC, gold_B)
 
     def row_counts(self, rows: Sequence[Row]) -> list[list[int]]:
-        """As `ModelKind.row_counts`: tokens or examples, as the objective has it."""
+        """See `ModelKind.row_counts`; the objective says whether tokens or examples count."""
         return [self.objective.row_counts(row) for row in rows]
 
     def row_shape(self, row: Row) -> tuple[int, tuple[int, ...], Mapping[Any, int]]:
-        """As `ModelKind.row_shape`; where choices are compared, the prompt is there for each."""
+        """See `ModelKind.row_shape`; if choices are compared, each has a copy of the prompt."""
         if not self.needs_choices:
             return super().row_shape(row)
         choices = row["choice_ids"]
         return len(choices), (len(row["prompt_ids"]), max(map(len, choices))), {}
 
     def scores(self, model: nn.Module, rows: Sequence[Row]) -> list[Tensor]:
-        """As `ModelKind.scores`."""
+        """See `ModelKind.scores`."""
         counts = choice_counts(rows)
         batch = on_device_of(model, self._choices(rows))
         with evaluating(model):

@@ -1,4 +1,4 @@
-"""One page that shows what runs came to: tables, curves, alignment and routing."""
+"""A page with the results of runs: tables, curves, alignment and routing."""
 
 from polyroute.report_page.write import write_report
 

@@ -1,4 +1,4 @@
-"""Charts of the alignment of gradients, from what a run measured while it trained."""
+"""Charts of the alignment of gradients that runs measured during training."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -17,13 +17,13 @@ MEASURES = {
     "inventory": ("Alignment of the inventory's gradients", "cosine"),
     "overlap": ("Overlap of routes", "overlap"),
 }
-"""What was measured, and its unit, by its name in `alignment.json`."""
+"""Title and unit of each measure, by its name in `alignment.json`."""
 
 
 def alignment_charts(
     runs: Sequence[Run], colours: Mapping[str, int], notes: list[str]
 ) -> list[Chart]:
-    """Alignment of gradients over steps, layers and pairs of tasks, by each of the measures."""
+    """Charts over steps, layers and pairs of tasks, for each measure."""
     charts: list[Chart | None] = []
     measured = {run.name: _values(run, notes) for run in runs if run.alignment is not None}
     for measure, (what, unit) in MEASURES.items():
@@ -57,7 +57,7 @@ class _Alignment(NamedTuple):
     sites: Sequence[str]
     pairs: Sequence[str]
     measures: Mapping[str, npt.NDArray[np.float64]]
-    """Each `[M, S, P]`: measurements, sites, pairs; NaN where nothing was measured."""
+    """By name, `[M, S, P]`: measurements, sites, pairs; NaN where nothing was measured."""
 
 
 def _values(run: Run, notes: list[str]) -> _Alignment | None:
@@ -86,7 +86,7 @@ def _alignment(content: Mapping[str, Any]) -> _Alignment | None:
 def _by_pair(
     found: Mapping[str, tuple[Sequence[str], npt.NDArray[np.float64]]],
 ) -> dict[str, list[Point]]:
-    """A point for each pair and run; pairs stand in one order, by their mean over the runs."""
+    """A point for each pair and run; all runs list the pairs by their mean over the runs."""
     values: dict[str, list[float]] = {}
     for pairs, numbers in found.values():
         for pair, number in zip(pairs, numbers, strict=True):
@@ -107,7 +107,7 @@ def _by_pair(
 
 
 def _mean(values: npt.NDArray[np.float64], axes: tuple[int, ...]) -> npt.NDArray[np.float64]:
-    """The mean of what was measured, NaN where nothing was."""
+    """The mean of the finite values; NaN where there are none."""
     number = np.isfinite(values).sum(axes)
     total = np.where(np.isfinite(values), values, 0.0).sum(axes)
     mean: npt.NDArray[np.float64] = np.where(number > 0, total / np.maximum(number, 1), np.nan)

@@ -1,4 +1,4 @@
-"""The charts of a report as data; `figures` and the page's script draw the same ones."""
+"""The charts of a report as data, for `figures` and for the page's script to draw."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -20,13 +20,13 @@ __all__ = [
 ]
 
 MOST_POINTS = 500
-"""Of a series; more than a screen is wide would only make the page large."""
+"""The most points of a series: more than the pixels of a screen would only enlarge the page."""
 NEUTRAL = -1
-"""The colour of what belongs to no run."""
+"""The colour of a series that belongs to no run."""
 
 
 class Point(NamedTuple):
-    """One point of a series; its interval and label may be missing."""
+    """One point of a series; it may lack an interval and a label."""
 
     x: float
     y: float
@@ -43,7 +43,7 @@ class Series:
     colour: int
     points: Sequence[Point]
     marker: int | None = None
-    """None for a line alone."""
+    """None for a line without markers."""
     line: bool = True
 
 
@@ -52,13 +52,13 @@ class Chart:
     """One pair of axes."""
 
     key: str
-    """Its name as a file and in the page."""
+    """Its name in the page, and that of its files."""
     title: str
     x: str
     y: str
     series: Sequence[Series]
     log: bool = False
-    """Whether x is logarithmic."""
+    """Whether the x axis is logarithmic."""
 
     def to_dict(self) -> dict[str, Any]:
         """The chart as JSON values."""
@@ -66,7 +66,7 @@ class Chart:
 
 
 def learning(runs: Sequence[Run], colours: Mapping[str, int]) -> Chart | None:
-    """Training loss over steps, for each run."""
+    """The training loss of each run over steps."""
     series = [
         Series(run.name, colours[run.name], thin([Point(*pair) for pair in run.losses]))
         for run in runs
@@ -76,7 +76,7 @@ def learning(runs: Sequence[Run], colours: Mapping[str, int]) -> Chart | None:
 
 
 def shots(rows: Sequence[Row], colours: Mapping[str, int]) -> Chart | None:
-    """Mean score over shots, for each way that was measured at several."""
+    """The mean score over shots, for each way that was measured at several numbers of shots."""
     series = [
         Series(name, colour, _along([_point(row, row.shots or 0) for row in members]), marker)
         for name, colour, marker, members in _ways(
@@ -88,10 +88,10 @@ def shots(rows: Sequence[Row], colours: Mapping[str, int]) -> Chart | None:
 
 
 def parameters(rows: Sequence[Row], colours: Mapping[str, int]) -> Chart | None:
-    """Mean score over the parameters that a new task trains.
+    """The mean score over the parameters that are trained for a new task.
 
-    A phase of poly and mhr that was measured at three sizes or more, as z is at several numbers of
-    heads, is a curve.
+    A phase of poly and mhr becomes a curve if it was measured at three or more sizes, as phase z is
+    with several numbers of heads.
     """
     rows = [row for row in rows if row.parameters]
     ways = list(_ways(rows, colours, by_shots=True))
@@ -118,7 +118,7 @@ def parameters(rows: Sequence[Row], colours: Mapping[str, int]) -> Chart | None:
 def _ways(
     rows: Sequence[Row], colours: Mapping[str, int], *, by_shots: bool
 ) -> Iterator[tuple[str, int, int, list[Row]]]:
-    """Adapted rows that belong together, with a name, the colour of the run and a marker."""
+    """Groups of adapted rows, each with a name, the colour of its run and a marker."""
     rows = [row for row in rows if row.stage == "adapted"]
     phases = list(dict.fromkeys(row.phase for row in rows))
     ways: dict[tuple[Any, ...], list[Row]] = {}
@@ -142,7 +142,7 @@ def _along(points: Sequence[Point]) -> list[Point]:
 
 
 def thin(points: Sequence[Point]) -> list[Point]:
-    """Every so many points and the last one, if there are too many."""
+    """The points, or evenly spaced ones and the last if there are too many."""
     step = -(-len(points) // MOST_POINTS) or 1
     return [*points[::step], *([] if (len(points) - 1) % step == 0 else points[-1:])]
 
@@ -150,5 +150,5 @@ def thin(points: Sequence[Point]) -> list[Point]:
 def chart_of(
     key: str, title: str, x: str, y: str, series: Sequence[Series], *, log: bool = False
 ) -> Chart | None:
-    """A chart; None without series."""
+    """Make a chart; None without series."""
     return Chart(key, title, x, y, series, log) if series else None

@@ -1,4 +1,4 @@
-"""All that a report shows, gathered from the folders of runs."""
+"""The contents of a report, collected from the folders of runs."""
 
 import os
 from collections.abc import Mapping, Sequence
@@ -16,17 +16,17 @@ __all__ = ["Contents", "collect"]
 
 @dataclass(frozen=True)
 class Contents:
-    """All that a report shows."""
+    """Everything that a report shows."""
 
     runs: Sequence[Run]
     rows: Sequence[Row]
     references: Sequence[Reference]
-    """What the rows can be compared with; at first with the first."""
+    """What the rows can be compared with; the page opens with the first."""
     categories: Mapping[str, str]
     charts: Sequence[Chart]
     routing: Sequence[Routing]
     notes: Sequence[str]
-    """A sentence for each thing that was left out."""
+    """One sentence for each part that was left out."""
 
 
 def collect(
@@ -34,11 +34,11 @@ def collect(
     data: str | None = None,
     reader: Mapping[str, Any] | None = None,
 ) -> Contents:
-    """Read runs and compute what a report shows.
+    """Read runs and compute the contents of a report.
 
     Args:
-        folders: of `polyroute train`, `adapt` or `demo`.
-        data: a suite that tells the categories of tasks; by default those of the runs.
+        folders: folders of `polyroute train`, `import`, `adapt` or `demo`.
+        data: a suite with the categories of tasks; by default the suites of the runs.
         reader: options of its reader.
 
     Raises:

@@ -1,4 +1,4 @@
-"""What the folders of runs hold, as far as a report needs it."""
+"""Reading the folders of runs, as far as a report needs them."""
 
 import math
 import os
@@ -23,24 +23,24 @@ class Result:
     """One score of one task."""
 
     stage: str
-    """`adapted`, `zero-shot` or `trained`: what the model knew of the task."""
+    """`adapted`, `zero-shot` or `trained`: how the model learned the task, if at all."""
     phase: str
     shots: int | None
     setting: str
-    """What else tells it from other results of the run; mostly empty."""
+    """What else distinguishes it from other results of the run; usually empty."""
     split: str
     task: str
     metric: str
     seed: int | None
     score: float
     parameters: int | None
-    """Trained for the task."""
+    """The number of parameters trained for the task."""
     seconds: float | None
 
 
 @dataclass
 class Run:
-    """One trained inventory and all that was measured on it."""
+    """One trained inventory and everything that was measured on it."""
 
     name: str
     folder: Path
@@ -48,22 +48,22 @@ class Run:
     config: Mapping[str, Any]
     results: list[Result] = field(default_factory=list)
     losses: list[tuple[float, float]] = field(default_factory=list)
-    """(step, loss)."""
+    """Pairs of step and loss."""
     alignment: Mapping[str, Any] | None = None
     inventory: Path | None = None
-    """Where its inventory is."""
+    """The folder of its inventory."""
     data: str | None = None
-    """Its suite."""
+    """The path of its suite."""
 
 
 def read_runs(folders: Sequence[str | os.PathLike[str]]) -> tuple[list[Run], list[str]]:
-    """Read folders of `polyroute train`, `adapt` and `demo`.
+    """Read folders of `polyroute train`, `import`, `adapt` and `demo`.
 
     Returns:
-        The runs, and a sentence for each thing that is missing or damaged and was left out.
+        The runs, and one sentence for each missing or damaged part that was left out.
 
     Raises:
-        InputError: a folder is no run's, or of a command that a report does not know.
+        InputError: a folder holds no run, or a run of a command that a report does not show.
     """
     runs: dict[Path, Run] = {}
     notes: list[str] = []
@@ -93,7 +93,7 @@ def read_runs(folders: Sequence[str | os.PathLike[str]]) -> tuple[list[Run], lis
             continue
         source = Path(str(config.get("run", folder))).expanduser().resolve()
         if folder.parent in runs and not source.is_dir():
-            source = folder.parent  # it was moved since
+            source = folder.parent  # the run was moved after the adaptation
         if source not in runs:
             runs[source] = _known_by_name(source)
         runs[source].results += _told_apart(runs[source].results, results, folder.name)
@@ -104,12 +104,12 @@ def read_runs(folders: Sequence[str | os.PathLike[str]]) -> tuple[list[Run], lis
 
 
 def clean(text: object) -> str:
-    """Text without characters that no file format shows."""
+    """Replace characters that cannot be shown in a page or a figure."""
     return UNPRINTABLE.sub("\ufffd", str(text))
 
 
 def is_number(value: object) -> bool:
-    """Whether a value of JSON is a finite number."""
+    """Whether a JSON value is a finite number."""
     return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
@@ -160,7 +160,7 @@ def _demo(folder: Path, notes: list[str]) -> Iterator[Run]:
 
 
 def _known_by_name(source: Path) -> Run:
-    """The run that an adaptation started from, of which no more than its method is shown."""
+    """The run that an adaptation started from; only its method is shown."""
     try:
         config = read_run(source)["config"]
     except InputError:
@@ -210,18 +210,18 @@ def _spent(parameters: Any, seconds: Any) -> tuple[int | None, float | None]:
 
 
 def _told_apart(before: Sequence[Result], new: Sequence[Result], origin: str) -> Sequence[Result]:
-    """Results of another file, marked by its name where the run has such results already."""
+    """Results of another file, marked with its name if the run already has results like them."""
 
-    def kinds(results: Sequence[Result]) -> set[tuple[Any, ...]]:
+    def ways(results: Sequence[Result]) -> set[tuple[Any, ...]]:
         return {(r.stage, r.phase, r.shots, r.setting, r.split) for r in results}
 
-    if not kinds(before) & kinds(new):
+    if not ways(before) & ways(new):
         return new
     return [replace(r, setting=" ".join(filter(None, (clean(origin), r.setting)))) for r in new]
 
 
-def _optional(path: Path, kind: type, notes: list[str]) -> Any:
-    """The JSON of a file that may be missing; what is damaged is noted and left out."""
+def _optional(path: Path, type_: type, notes: list[str]) -> Any:
+    """The JSON of a file that may be missing; a damaged file is noted and left out."""
     if not path.exists():
         return None
     try:
@@ -229,11 +229,11 @@ def _optional(path: Path, kind: type, notes: list[str]) -> Any:
     except InputError as error:
         notes.append(f"Left out: {error}.")
         return None
-    return value if isinstance(value, kind) else None
+    return value if isinstance(value, type_) else None
 
 
 def _names(folders: Sequence[Path]) -> list[str]:
-    """The last parts of each path, as many as tell it from the others."""
+    """The last parts of each path, as many as distinguish it from the others."""
     depths = [1] * len(folders)
     while True:
         names = ["/".join(p.parts[-d:]) for p, d in zip(folders, depths, strict=True)]

@@ -1,6 +1,6 @@
-// The routing explorer: a heat map of tasks and skills, and a map of tasks, for one run at a time.
+// The routing explorer: a heat map of tasks and skills and a map of tasks, for one run at a time.
 
-const READABLE = 16; // skills; with more the cells have no room for numbers
+const READABLE = 16; // most skills for which the cells have room for numbers
 
 function decoded(routing) {
   const bytes = Uint8Array.from(atob(routing.weights), (character) => character.charCodeAt(0));
@@ -43,18 +43,18 @@ function showExplorer(root, all) {
   const find = (id) => root.querySelector(`#${id}`);
   const [table, readout, scroll] = [find("heat"), find("readout"), find("heat-scroll")];
   const controls = { run: find("run"), router: find("router"), head: find("head"), order: find("order") };
-  let routing, weights, shares, order, kinds, map;
+  let routing, weights, shares, order, categories, map;
 
   function chooseRun() {
     routing = all[controls.run.value];
     weights = decoded(routing);
-    kinds = [...new Set(routing.categories)].sort((a, b) => (a === "") - (b === "") || (a < b ? -1 : 1));
+    categories = [...new Set(routing.categories)].sort((a, b) => (a === "") - (b === "") || (a < b ? -1 : 1));
     options(controls.router, routing.routers, "mean of all routers");
     options(controls.head, [...Array(routing.heads).keys()].map((h) => `head ${h + 1}`), "mean of all heads");
-    controls.order.querySelector('[value="category"]').disabled = !kinds.length;
-    if (!kinds.length && controls.order.value === "category") controls.order.value = "alike";
+    controls.order.querySelector('[value="category"]').disabled = !categories.length;
+    if (!categories.length && controls.order.value === "category") controls.order.value = "alike";
     find("about-run").textContent = `${routing.run}: ${routing.about}`;
-    map = showMap(find("map"), routing, kinds, (task) => readTask(task));
+    map = showMap(find("map"), routing, categories, (task) => readTask(task));
     drawHeat();
   }
 
@@ -72,7 +72,7 @@ function showExplorer(root, all) {
     const heads = columns.map((k) => html("th", { scope: "col" }, routing.skills > READABLE && (k + 1) % 8 ? "" : String(k + 1)));
     table.tHead.replaceChildren(html("tr", {}, html("th", { scope: "col" }, "task \\ skill"), ...heads));
     table.tBodies[0].replaceChildren(...order.map((task) => {
-      const sample = kinds.length ? [categoryDot(kinds.indexOf(routing.categories[task])), " "] : [];
+      const sample = categories.length ? [categoryDot(categories.indexOf(routing.categories[task])), " "] : [];
       const name = html("th", { scope: "row", class: "name", title: routing.tasks[task] }, ...sample, routing.tasks[task]);
       return html("tr", { "data-task": task }, name, ...cells(shares[task], low, high));
     }));
@@ -86,7 +86,7 @@ function showExplorer(root, all) {
     return Array.from(row, (share) => {
       const level = Math.max(0, Math.min(1, (share - low) / (high - low)));
       const attributes = { style: `--w:${level.toFixed(3)}`, tabindex: "-1" };
-      // Where black and white letters are equally clear, in light and in dark.
+      // Between the thresholds black and white letters are equally clear, in light and in dark.
       if (level > 0.52) attributes.class = level > 0.62 ? "strong" : "middle";
       return html("td", attributes, share.toFixed(2));
     });
@@ -116,7 +116,7 @@ function showExplorer(root, all) {
   function about(task) {
     const near = routing.nearest[task].map(([other, cosine]) => `${routing.tasks[other]} (${cosine.toFixed(2)})`);
     const category = routing.categories[task] ? `Category ${routing.categories[task]}. ` : "";
-    return category + (near.length ? `Routed most alike: ${near.join(", ")}.` : "");
+    return category + (near.length ? `Most similar routes: ${near.join(", ")}.` : "");
   }
 
   function choose(task) {
@@ -161,14 +161,14 @@ function categoryDot(index) {
   return svg("svg", { viewBox: "-6 -6 12 12", "aria-hidden": "true" }, dot);
 }
 
-// The map of tasks; `read` is called with the task that is pointed at. Returns how to mark one.
-function showMap(figure, routing, kinds, read) {
+// The map of tasks; calls `read` with the task under the pointer. Returns a function to mark one.
+function showMap(figure, routing, categories, read) {
   const size = 400;
   const edge = routing.places.flat().reduce((most, value) => Math.max(most, Math.abs(value)), 1e-9) * 1.06;
   const place = (task) => routing.places[task].map((value, i) => size / 2 + ((i ? -1 : 1) * value * size) / (2 * edge));
   const plot = svg("svg", {
     class: "plot", viewBox: `-6 -6 ${size + 12} ${size + 36}`, tabindex: "0", role: "application",
-    "aria-label": "Map of the tasks; the arrow keys move from one to the next in their direction.",
+    "aria-label": "Map of the tasks; the arrow keys move to the next task in their direction.",
   });
   const [first, second] = routing.shares.map((share) => `${Math.round(100 * share)}%`);
   plot.append(
@@ -177,9 +177,8 @@ function showMap(figure, routing, kinds, read) {
   );
   const links = svg("g");
   const dots = routing.tasks.map((name, task) => {
-    const index = kinds.indexOf(routing.categories[task]);
-    const kind = Math.max(0, index);
-    const dot = marker(Math.floor(kind / COLOURS) + (kind % COLOURS), colour(kind));
+    const index = Math.max(0, categories.indexOf(routing.categories[task]));
+    const dot = marker(Math.floor(index / COLOURS) + (index % COLOURS), colour(index));
     dot.setAttribute("transform", `translate(${place(task).join(" ")})`);
     dot.setAttribute("class", "task");
     dot.append(svg("title", {}, name));
@@ -218,14 +217,14 @@ function showMap(figure, routing, kinds, read) {
   });
 
   const legend = html("ul", { class: "legend", "aria-label": "categories" });
-  kinds.forEach((kind, index) => {
+  categories.forEach((category, index) => {
     const dot = categoryDot(index);
     dot.setAttribute("class", "dot");
-    const button = html("button", { type: "button", "aria-pressed": "true", title: "show or fade" }, dot, kind || "no category");
+    const button = html("button", { type: "button", "aria-pressed": "true", title: "show or fade" }, dot, category || "no category");
     button.addEventListener("click", () => {
       const isShown = button.getAttribute("aria-pressed") === "false";
       button.setAttribute("aria-pressed", isShown);
-      dots.forEach((each, task) => routing.categories[task] === kind && each.classList.toggle("faded", !isShown));
+      dots.forEach((each, task) => routing.categories[task] === category && each.classList.toggle("faded", !isShown));
     });
     legend.append(html("li", {}, button));
   });

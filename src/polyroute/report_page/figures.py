@@ -1,4 +1,4 @@
-"""The report's charts, heat maps and task maps as PNG and SVG."""
+"""Drawing the charts, heat maps and task maps of a report as PNG and SVG."""
 
 import math
 import warnings
@@ -19,14 +19,14 @@ from matplotlib.figure import Figure
 
 __all__ = ["draw_chart", "draw_routing"]
 
-# Those of style.css in light: told apart by people who see few colours, and by dash and marker.
+# The light colours of style.css: distinct for colour-blind readers; dashes and markers differ too.
 COLOURS = (
     "#0072b2", "#c44e00", "#007a5a", "#b0478f", "#8a6a00", "#4b3fa7", "#5f6b76", "#8c2d19",
 )  # fmt: skip
 DASHES = ("-", (0, (6, 3)), (0, (2, 2)), (0, (8, 2, 2, 2)))
 MARKERS = "os^DvPXp"
 LONGEST = 40
-# Task names are text: `$` starts no formula, and ids in SVG are the same in each run.
+# Task names are plain text, in which `$` starts no formula; ids in SVG are the same in each run.
 STYLE: Any = {"text.parse_math": False, "svg.hashsalt": "polyroute"}
 
 
@@ -61,7 +61,7 @@ def draw_chart(stem: Path, chart: Chart) -> None:
 
 
 def _aside(chart: Chart, series: Series) -> float:
-    """The factor that puts points with intervals side by side, and not on one another."""
+    """The factor on x that keeps intervals of different series from overlapping."""
     named = [each for each in chart.series if each.name]
     if not chart.log or series not in named:
         return 1.0
@@ -72,7 +72,7 @@ def _aside(chart: Chart, series: Series) -> float:
 
 
 def _name_decades(axes: Any, xs: Sequence[float]) -> None:
-    """Make x logarithmic, with plain numbers at its ticks."""
+    """Make the x axis logarithmic, with plain numbers at its ticks."""
     axes.set_xscale("log")
     measured = sorted(set(xs))
     if len(measured) < 9 and all(b > 1.8 * a for a, b in pairwise(measured)):
@@ -101,33 +101,33 @@ def draw_routing(stem: Path, routing: Routing) -> None:
         left.set_xlabel("skill")
         left.set_title(_short(f"{routing.run}: mean weight over routers and heads"))
         figure.colorbar(image, ax=left, shrink=min(1.0, 4 / height), label="weight")
-        for i, category in enumerate(kinds := _kinds(routing.categories)):
-            chosen = [t for t in range(tasks) if not kinds or routing.categories[t] == category]
+        for i, category in enumerate(found := _distinct(routing.categories)):
+            chosen = [t for t in range(tasks) if not found or routing.categories[t] == category]
             right.scatter(
                 *routing.places[chosen].T, s=28, color=COLOURS[i % len(COLOURS)],
                 marker=MARKERS[(i // len(COLOURS) + i) % len(MARKERS)],
                 label=_short(category) or "without category",
             )  # fmt: skip
-        if not kinds:
+        if not found:
             right.scatter(*routing.places.T, s=28, color=COLOURS[0])
         right.set_title("tasks by likeness of their routes")
         right.set_xlabel(f"first axis ({routing.shares[0]:.0%} of the variance)")
         right.set_ylabel(f"second axis ({routing.shares[1]:.0%})")
         right.set_box_aspect(1)
-        if kinds:
+        if found:
             right.legend(loc="upper left", bbox_to_anchor=(1, 1), fontsize=7, frameon=False)
         _save(figure, stem)
 
 
-def _kinds(categories: Sequence[str]) -> list[str]:
+def _distinct(categories: Sequence[str]) -> list[str]:
     return sorted(set(categories), key=lambda name: (name == "", name))
 
 
 def _save(figure: Figure, stem: Path) -> None:
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="Glyph")  # a script that the font has not
+        warnings.filterwarnings("ignore", message="Glyph")  # the font lacks a script
         figure.savefig(stem.with_name(stem.name + ".png"), dpi=140)
-        figure.set_layout_engine("none")  # the places stay; finding them is most of the time
+        figure.set_layout_engine("none")  # keep the layout, which is slow to compute
         figure.savefig(stem.with_name(stem.name + ".svg"), metadata={"Date": None})
     plt.close(figure)
 

@@ -14,7 +14,7 @@ __all__ = ["write_files"]
 
 
 def write_files(report: Contents, folder: Path) -> None:
-    """Write the figures and the numbers of a report into a folder that is there."""
+    """Write the figures and the numbers of a report into an existing folder."""
     first = report.references[0] if report.references else Reference("", [], [])
     _write_csv(
         folder / "results.csv",
@@ -51,15 +51,15 @@ def write_files(report: Contents, folder: Path) -> None:
     for i, routing in enumerate(report.routing, 1):
         name = re.sub(r"[^\w.-]+", "-", routing.run)[:60]
         draw_routing(folder / f"routing-{i}-{name}", routing)
-        kinds = routing.categories or [""] * len(routing.tasks)
+        categories = routing.categories or [""] * len(routing.tasks)
         weights = routing.weights.mean((1, 2)).tolist()
         _write_csv(
             folder / f"routing-{i}-{name}.csv",
             ("task", "category", "x", "y", *(f"skill {k + 1}" for k in range(len(weights[0])))),
             (
-                (task, kind, *place, *shares)
-                for task, kind, place, shares in zip(
-                    routing.tasks, kinds, routing.places.tolist(), weights, strict=True
+                (task, category, *place, *shares)
+                for task, category, place, shares in zip(
+                    routing.tasks, categories, routing.places.tolist(), weights, strict=True
                 )
             ),
         )

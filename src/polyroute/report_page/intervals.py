@@ -12,11 +12,11 @@ Array = npt.NDArray[np.float64]
 
 RESAMPLES = 10_000
 MOST_DRAWS = 8_000_000
-"""More than 800 tasks are resampled less often: their intervals are narrow anyway."""
+"""More than 800 tasks are resampled less often, since their intervals are narrow anyway."""
 
 
 class Estimate(NamedTuple):
-    """A mean over tasks and its 95% interval; a single task says nothing of an interval."""
+    """A mean over tasks and its 95% interval; a single task has no interval."""
 
     mean: float
     low: float | None
@@ -25,12 +25,12 @@ class Estimate(NamedTuple):
 
 
 def estimates(values: Array) -> list[Estimate]:
-    """Means over tasks, and where 95% of them lie when tasks are drawn anew.
+    """Means over tasks with bootstrap intervals: 95% of the means when tasks are drawn again.
 
     The draws are seeded and the same for all columns, so equal numbers have equal intervals.
 
     Args:
-        values: `[T, n]`, a row for each task; columns do not see one another.
+        values: `[T, n]`, one row for each task; columns are independent.
 
     Returns:
         One estimate for each column.

@@ -1,4 +1,4 @@
-"""The report as one HTML page that needs nothing else."""
+"""The report as one self-contained HTML page."""
 
 import json
 from collections.abc import Iterable
@@ -15,16 +15,16 @@ from polyroute.report_page.tables import results_table, tasks_table
 __all__ = ["GENERATOR", "render"]
 
 GENERATOR = '<meta name="generator" content="polyroute report">'
-"""Stands near the start of every page, so that it is known as one."""
+"""Marks a page as a report; it stands near the start of the file."""
 SCRIPTS = ("chart.js", "explorer.js", "report.js")
 
 
 def render(report: Contents, beside: str) -> str:
-    """The page as text.
+    """Render the page as text.
 
     Args:
-        report: what it shows.
-        beside: the name of the folder of its files.
+        report: the contents of the page.
+        beside: the name of the folder with its files.
     """
     keys = {chart.key for chart in report.charts}
     content = {
@@ -48,7 +48,7 @@ def render(report: Contents, beside: str) -> str:
         shots=_figure(
             "shots",
             keys,
-            "Each run was adapted with one number of shots; a curve takes several.",
+            "Each run was adapted with one number of shots; a curve needs several.",
         ),
         parameters=_figure("parameters", keys, "No run was adapted to new tasks."),
         has_alignment="" if any(key.startswith("alignment-") for key in keys) else "hidden",
@@ -70,6 +70,6 @@ def _asset(name: str) -> str:
 
 
 def _embedded(content: Any) -> str:
-    """JSON that cannot end the script element it stands in: `<` only ever occurs in strings."""
+    """JSON for a script element, which it cannot end: `<`, which occurs in strings, is escaped."""
     text = json.dumps(content, allow_nan=False, separators=(",", ":"))
     return text.replace("<", "\\u003c")

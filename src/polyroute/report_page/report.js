@@ -35,7 +35,7 @@ function sortable(table) {
   return () => current && sort(...current);
 }
 
-// Shows what all rows score above a reference.
+// Shows the differences of all rows to a reference.
 function compare(table, reference) {
   const place = table.querySelector("[data-reference]");
   const { name, others, differences } = content.references[reference];
@@ -93,7 +93,7 @@ for (const figure of document.querySelectorAll("[data-chart]")) {
 const alignment = content.charts.filter((chart) => chart.key.startsWith("alignment-"));
 if (alignment.length) showAlignment(alignment);
 if (content.routing.length) showExplorer(document.getElementById("explorer"), content.routing);
-// Browsers without ::details-content print the tables of tasks only if they are open.
+// Browsers without ::details-content only print tables of tasks that are open.
 addEventListener("beforeprint", () => {
   for (const details of document.querySelectorAll("details.table")) details.open = true;
 });

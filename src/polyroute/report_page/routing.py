@@ -18,11 +18,11 @@ from polyroute.study.analysis import RoutingAnalysis, analyse, saved_weights
 __all__ = ["Routing", "categories_of", "routing_of"]
 
 MOST_CELLS = 30_000
-"""Of a heat map; a page with more is slow to scroll."""
+"""The most cells of a heat map: a page with more is slow to scroll."""
 MOST_NUMBERS = 6_000_000
-"""Of all runs in one page; they take 16 MB of it."""
+"""The most numbers of all runs in one page: they take 16 MB."""
 STEPS = 30_000
-"""Weights are kept as whole numbers up to this one, which is finer than three digits."""
+"""Weights are stored as whole numbers up to this one, which is more precise than three digits."""
 NEIGHBOURS = 3
 
 
@@ -33,23 +33,23 @@ class Routing:
     run: str
     tasks: Sequence[str]
     categories: Sequence[str]
-    """Of the tasks; empty where none are known."""
+    """The category of each task; empty if none are known."""
     routers: Sequence[str]
     weights: npt.NDArray[np.float32]
     """`[T, N, H, K]`."""
     about: str
-    """Its numbers in a few sentences; of all tasks, of which `tasks` may be the first only."""
+    """A few sentences with the numbers of all tasks; `tasks` may hold only the first of them."""
     order: Sequence[int]
-    """Tasks so that neighbours are routed alike, as under a dendrogram."""
+    """An order of the tasks in which neighbours have similar routes, as under a dendrogram."""
     places: npt.NDArray[np.float64]
-    """`[T, 2]`, the task map: as near to one another as the routes are alike."""
+    """The map of tasks, `[T, 2]`: tasks with similar routes are near each other."""
     shares: tuple[float, float]
-    """Of the variance of the routes that each axis of the map shows."""
+    """The share of the routes' variance that each axis of the map shows."""
     nearest: Sequence[Sequence[tuple[int, float]]]
-    """For each task the tasks that are routed most alike, with the cosine."""
+    """For each task, the tasks with the most similar routes, and the cosines."""
 
     def to_dict(self) -> dict[str, Any]:
-        """The table as JSON values; weights are base64 of 16-bit whole numbers, times `unit`."""
+        """The table as JSON values; weights are base64 of 16-bit whole numbers times `unit`."""
         unit = max(float(np.abs(self.weights).max()), 1e-9) / STEPS
         whole = np.round(self.weights / unit).astype("<i2")
         return {
@@ -72,13 +72,13 @@ class Routing:
 def routing_of(
     run: Run, categories: Mapping[str, str], limit: int, notes: list[str]
 ) -> Routing | None:
-    """The routing table of a run; a note says why where there is none.
+    """Read the routing table of a run; if there is none, a note says why.
 
     Args:
-        run: whose inventory is looked at.
-        categories: of tasks, where they are known.
-        limit: numbers that the table may have; tasks beyond are left out.
-        notes: where sentences on what is left out go.
+        run: the run with the inventory.
+        categories: the known categories of tasks.
+        limit: the most numbers that the table may have; further tasks are left out.
+        notes: a list that gets a sentence for each part that is left out.
     """
     if run.inventory is None:
         return None
@@ -128,11 +128,11 @@ def _about(found: RoutingAnalysis, tasks: int, shape: Sequence[int]) -> str:
     routers, heads, skills = shape
     counts = ((tasks, "task"), (routers, "router"), (heads, "head"), (skills, "skill"))
     text = ", ".join(f"{number:,} {name}{'s' * (number != 1)}" for number, name in counts)
-    text += f". Entropy of the mixtures: {np.mean(found.entropy):.2f} of the uniform mixture's."
+    text += f". Entropy of the mixtures: {np.mean(found.entropy):.2f} of that of a uniform mixture."
     relation = found.relation
     if relation is not None:
         text += (
-            f" The task that is routed most alike is of the same category for {relation.purity:.0%}"
+            f" The task with the most similar route has the same category for {relation.purity:.0%}"
             f" of the tasks (chance {relation.chance:.0%}, p = {relation.p:.4f}); the adjusted Rand"
             f" index of clusters by route and categories is {relation.ari:.2f}."
         )
@@ -142,14 +142,14 @@ def _about(found: RoutingAnalysis, tasks: int, shape: Sequence[int]) -> str:
 def _map(
     similarity: npt.NDArray[np.float64],
 ) -> tuple[npt.NDArray[np.float64], tuple[float, float]]:
-    """Classical scaling of the similarities to two dimensions, and the variance each shows."""
+    """Classical scaling of the similarities to two axes, and the share of variance of each."""
     tasks = len(similarity)
     centring = np.eye(tasks) - 1 / tasks
     values, vectors = np.linalg.eigh(centring @ similarity @ centring)
     values = np.maximum(values[::-1], 0.0)
     places = np.zeros((tasks, 2))
     kept = min(2, tasks)
-    # A vector's sign is arbitrary: its largest entry becomes positive, so that runs are repeatable.
+    # The sign of a vector is arbitrary; a positive largest entry makes the map reproducible.
     vectors = vectors[:, ::-1][:, :kept]
     signs = np.sign(vectors[np.abs(vectors).argmax(0), np.arange(kept)])
     places[:, :kept] = vectors * np.where(signs == 0, 1, signs) * np.sqrt(values[:kept])
@@ -171,10 +171,10 @@ def categories_of(
     notes: list[str],
     reader: Mapping[str, Any] | None = None,
 ) -> dict[str, str]:
-    """The categories of tasks, from the suites of the runs, or from one that is given.
+    """The categories of tasks, from the given suite or else from the suites of the runs.
 
     Raises:
-        InputError: the suite that is given cannot be read.
+        InputError: the given suite cannot be read.
     """
     found: dict[str, str] = {}
     if data is not None:

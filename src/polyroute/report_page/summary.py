@@ -1,4 +1,4 @@
-"""The results table: a row for each way of learning a task, and every paired difference."""
+"""The results table: one row for each way of learning tasks, and all paired differences."""
 
 import json
 import os
@@ -14,13 +14,13 @@ from polyroute.report_page.intervals import Estimate, estimates
 __all__ = ["Reference", "Row", "groups", "references", "summarise"]
 
 PHASES = ("full", "mu", "mu-uncollapsed", "z", "random")
-"""In the order in which they are taken as the reference and stand in the table."""
+"""The order of phases in the table."""
 STAGES = ("adapted", "zero-shot", "trained")
 
 
 @dataclass(frozen=True)
 class Row:
-    """One way: of a run (or of runs that differ by their seed), to learn a task."""
+    """One way of learning tasks, measured on a run or on runs that differ only in their seed."""
 
     run: str
     method: str
@@ -30,19 +30,19 @@ class Row:
     setting: str
     split: str
     metric: str
-    """Empty where tasks are scored by several."""
+    """Empty if the tasks have different metrics."""
     scores: Mapping[str, float]
-    """By task, the mean over seeds."""
+    """By task, the mean score over seeds."""
     repeats: int
-    """Scores of a task: runs times seeds."""
+    """The number of scores of a task: runs times seeds."""
     estimate: Estimate
     parameters: int | None
     seconds: float | None
-    """The mean over tasks and seeds."""
+    """The mean time over tasks and seeds."""
 
     @property
     def name(self) -> str:
-        """What tells it from the others, in a few words."""
+        """A few words that distinguish it from the other rows."""
         if self.stage == "trained":
             way = "tasks of training"
         elif self.stage == "zero-shot":
@@ -55,27 +55,27 @@ class Row:
 
 @dataclass(frozen=True)
 class Reference:
-    """What rows are compared with."""
+    """A run or a row that rows are compared with."""
 
     name: str
     others: Sequence[int | None]
-    """For each row the one that it is compared with."""
+    """For each row, the row that it is compared with."""
     differences: Sequence[Estimate | None]
-    """What each row scores above it, paired by task; None where there is nothing to compare."""
+    """For each row, its score minus the other's, paired by task; None if they share no task."""
 
 
 def groups(runs: Sequence[Run]) -> dict[str, list[Run]]:
-    """Runs by what they share: those that were asked for the same with different seeds are one.
+    """Group runs that differ only in their seed.
 
     Returns:
-        The runs of each group, by a name; a run alone keeps its own.
+        The runs of each group, by a name; a single run keeps its own name.
     """
     alike: dict[str, list[Run]] = {}
     for run in runs:
         config = {k: v for k, v in run.config.items() if k != "seed"}
         key = json.dumps(config, sort_keys=True, default=str) if config else str(run.folder)
         seeds = [other.config.get("seed") for other in alike.get(key, [])]
-        if run.config.get("seed") in seeds:  # the same run twice is not another seed
+        if run.config.get("seed") in seeds:  # two runs with one seed are not one group
             key = str(run.folder)
         alike.setdefault(key, []).append(run)
     taken = {run.name for run in runs}
@@ -92,7 +92,7 @@ def groups(runs: Sequence[Run]) -> dict[str, list[Run]]:
 
 
 def summarise(grouped: Mapping[str, Sequence[Run]]) -> list[Row]:
-    """A row for each way that was measured: adapted, then zero-shot, then tasks of training."""
+    """The rows of all ways: adapted, then zero-shot, then tasks of training."""
     rows = [row for name, runs in grouped.items() for row in _rows(name, runs)]
     names = list(grouped)
 
@@ -127,7 +127,7 @@ def _rows(name: str, runs: Sequence[Run]) -> Iterator[Row]:
 
 
 def references(rows: Sequence[Row], grouped: Mapping[str, Sequence[Run]]) -> list[Reference]:
-    """All that rows can be compared with: runs, `shared` first if it is there, and single rows."""
+    """Everything that rows can be compared with: runs, `shared` first, then single rows."""
     shared = [name for name, runs in grouped.items() if runs[0].method == "shared"]
     measured = {row.run for row in rows}
     found = [
@@ -139,7 +139,7 @@ def references(rows: Sequence[Row], grouped: Mapping[str, Sequence[Run]]) -> lis
 
 
 def _counterpart(rows: Sequence[Row], row: Row, run: str) -> int | None:
-    """The row of a run that is most like another: of the same shots, and phase if it has it."""
+    """The row of a run that matches another row: the same shots, and if possible phase."""
     alike = [
         i
         for i, other in enumerate(rows)
@@ -150,7 +150,7 @@ def _counterpart(rows: Sequence[Row], row: Row, run: str) -> int | None:
 
 
 def _reference(rows: Sequence[Row], name: str, others: Sequence[int | None]) -> Reference:
-    """Compare each row with another, over the tasks that both have scores of on the same split."""
+    """Compare each row with another, over the tasks that both have scored on the same split."""
     found: list[Estimate | None] = [None] * len(rows)
     alike: dict[tuple[str, ...], dict[int, list[float]]] = {}
     for i, other in enumerate(others):

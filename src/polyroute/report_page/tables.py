@@ -1,4 +1,4 @@
-"""The report's tables as HTML; a script makes them sortable, and they are whole without it."""
+"""The tables of a report as HTML; a script only makes them sortable."""
 
 from collections.abc import Mapping, Sequence
 from html import escape
@@ -9,16 +9,16 @@ from polyroute.report_page.summary import Reference, Row
 __all__ = ["results_table", "tasks_table"]
 
 MOST_TASKS = 500
-"""In the page; the CSV file has all."""
+"""The most tasks in the page; the CSV file has all."""
 STAGES = {"zero-shot": "zero-shot", "trained": "tasks of training"}
 
 
 def results_table(rows: Sequence[Row], references: Sequence[Reference]) -> str:
-    """The results, a line for each row, with the control that chooses what they are compared with.
+    """The table of results, with a control that chooses the reference of the differences.
 
     Args:
-        rows: of the table.
-        references: what the rows can be compared with; at first with the first.
+        rows: the rows of the table.
+        references: what the rows can be compared with; the page opens with the first.
     """
     if not rows:
         return '<p class="missing">No run has scores; adapt or evaluate one.</p>'
@@ -64,14 +64,14 @@ def results_table(rows: Sequence[Row], references: Sequence[Reference]) -> str:
         f"{''.join(options[runs:])}</optgroup></select></label></p>"
         '<div class="scroll" tabindex="0" role="region" aria-label="results">'
         '<table id="results" class="sortable"><caption>Mean scores over tasks, from 0 to 1, with '
-        "95% intervals. Differences are paired by task; a star: their interval is clear of zero."
+        "95% intervals. Differences are paired by task; a star marks intervals without zero."
         "</caption>"
         f"<thead><tr>{''.join(header)}</tr></thead><tbody>{''.join(body)}</tbody></table></div>"
     )
 
 
 def tasks_table(rows: Sequence[Row], categories: Mapping[str, str]) -> str:
-    """The score of each task in each row, as far as they fit a page."""
+    """The table with the score of each task in each row, up to a limit."""
     tasks = sorted({task for row in rows for task in row.scores})
     if not tasks:
         return ""
@@ -104,8 +104,8 @@ def tasks_table(rows: Sequence[Row], categories: Mapping[str, str]) -> str:
 
 
 def _head(*names: str, number: bool = False, shown: bool = True) -> list[str]:
-    kind = " data-number" if number else ""
-    return [f'<th scope="col"{kind}>{escape(name)}</th>' for name in names if shown]
+    mark = " data-number" if number else ""
+    return [f'<th scope="col"{mark}>{escape(name)}</th>' for name in names if shown]
 
 
 def _text(text: str) -> str:
@@ -119,7 +119,7 @@ def _number(value: float | None, form: str) -> str:
 
 
 def _estimate(estimate: Estimate | None, form: str, *, marked: bool = False) -> str:
-    """A mean with its interval; marked: with a star if that does not contain zero."""
+    """A cell with a mean and its interval; if `marked`, with a star if zero lies outside it."""
     if estimate is None:
         return _number(None, form)
     mean, low, high, _ = estimate
@@ -127,5 +127,5 @@ def _estimate(estimate: Estimate | None, form: str, *, marked: bool = False) -> 
     if low is not None and high is not None:
         interval = f"<small>{low:{form}} to {high:{form}}</small>"
         marked = marked and (low > 0 or high < 0)
-    kind = "number clear" if marked and interval else "number"
-    return f'<td class="{kind}" data-value="{mean}"><b>{mean:{form}}</b>{interval}</td>'
+    style = "number clear" if marked and interval else "number"
+    return f'<td class="{style}" data-value="{mean}"><b>{mean:{form}}</b>{interval}</td>'

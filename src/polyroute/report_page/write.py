@@ -21,20 +21,20 @@ def write_report(
     data: str | None = None,
     reader: Mapping[str, Any] | None = None,
 ) -> Path:
-    """Write what runs came to as one HTML page, with its figures and numbers in a folder beside it.
+    """Write the results of runs as one HTML page, with figures and numbers in a folder beside it.
 
     Args:
-        folders: of `polyroute train`, `adapt` or `demo`; the first is what others are compared
-            with, unless one is of method `shared`.
-        out: the page; the folder is called like it, with `-files` at the end.
-        data: a suite that tells the categories of tasks; by default those of the runs.
+        folders: folders of `polyroute train`, `import`, `adapt` or `demo`. The others are compared
+            with a run of method `shared` or, if there is none, with the first run.
+        out: the page; its name with `-files` at the end is the name of the folder.
+        data: a suite with the categories of tasks; by default the suites of the runs.
         reader: options of its reader.
 
     Returns:
         The folder of files.
 
     Raises:
-        InputError: a folder holds no run, or the page cannot be written there.
+        InputError: a folder holds no run, or the page cannot be written.
     """
     path = Path(out).expanduser()
     beside = path.with_name(f"{path.stem}-files")
@@ -49,7 +49,7 @@ def write_report(
 
 
 def _check_place(path: Path, beside: Path) -> None:
-    """Make sure, before anything is read, that a report can be written and replaces only one."""
+    """Check, before anything is read, that a report can be written and replaces only a report."""
     if path.is_dir():
         raise InputError(f"{path} is a folder; name an HTML file as --out")
     check_place(path.parent)
@@ -58,10 +58,10 @@ def _check_place(path: Path, beside: Path) -> None:
             start = file.read(1000)
         if GENERATOR.encode() not in start:
             raise InputError(
-                f"{path} is there and is no report of polyroute; name another --out file"
+                f"{path} exists and is no report of polyroute; name another --out file"
             )
     elif beside.exists() and (not beside.is_dir() or any(beside.iterdir())):
         raise InputError(
-            f"{beside}, where the figures go, is there and belongs to no report; "
+            f"{beside}, the folder for the figures, exists and belongs to no report; "
             "name another --out file"
         )

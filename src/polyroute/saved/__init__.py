@@ -1,1 +1,1 @@
-"""What is written to disk and to the hub, and read back."""
+"""Inventories and runs on disk and on the hub."""

@@ -3,7 +3,7 @@
     polyroute.json           format, id, config, sites, routers; rows, or where there are none tasks
     inventory.safetensors    <site>.lora_a [H, K, d_in/H, r], <site>.lora_b [H, K, r, d_out/H]
     modules.safetensors      rule.<parameter>, module.<name>: what else trained; if there is any
-    routes-*.safetensors     the tasks and their rows, see `polyroute.saved.rows`
+    routes-*.safetensors     the tasks and their rows, see `polyroute.saved.shards`
 
 The factors are in the layout of the published checkpoints, one tensor per layer, so that other
 programs can read them. Nothing here is ever unpickled.
@@ -27,13 +27,8 @@ from polyroute.errors import InputError
 from polyroute.host.files import make_folder, read_metadata, read_tensors, write_json, write_tensors
 from polyroute.layer.fingerprint import SAMPLED
 from polyroute.saved.hub import DESCRIPTION, MODULES, SHARDS, SKILLS
-from polyroute.saved.rows import (
-    FORMAT,
-    NOTE,
-    SavedRoutes,
-    read_description,
-    write_rows,
-)
+from polyroute.saved.rows import FORMAT, SavedRoutes, read_description
+from polyroute.saved.shards import NOTE, write_rows
 
 __all__ = ["Checkpoint", "Content", "read_checkpoint", "write_checkpoint"]
 

@@ -1,7 +1,7 @@
-"""Inventories on the Hugging Face hub: a name becomes a folder here, a folder a repository there.
+"""Inventories on the Hugging Face hub: finding one by its name, fetching it, sending one.
 
-Only the files of an inventory, and of the run that made it, are fetched or sent: JSON, safetensors,
-and the model card. Nothing here is ever unpickled.
+Only the files of an inventory and of its run are fetched or sent: JSON, safetensors and the model
+card. None of them is ever unpickled.
 """
 
 import json
@@ -22,8 +22,10 @@ __all__ = [
     "FILES",
     "HUB_ID",
     "MODULES",
+    "P3",
     "SHARDS",
     "SKILLS",
+    "Repository",
     "Snapshot",
     "locate",
     "public",
@@ -39,17 +41,19 @@ CARD = "README.md"
 FILES = (DESCRIPTION, SKILLS, MODULES, SHARDS, "run.json", "metrics.json", "evaluate-*.json", CARD)
 """What a repository holds, as patterns."""
 HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*", re.ASCII)
+P3 = "bigscience/P3"
+"""The data set of prompts that T0 was trained on."""
 LOG_IN = "log in with `hf auth login`, or set HF_TOKEN"
 
 
 @dataclass(frozen=True)
 class Snapshot(os.PathLike[str]):
-    """One version of a repository on the hub, in the cache; a path like any folder.
+    """One version of a repository on the hub, in the cache; it can be used as a path.
 
     Attributes:
-        name: of the repository, as it was asked for.
-        folder: where its files are, as far as they were fetched.
-        options: of the hub: `token`, `cache_dir`, `local_files_only`.
+        name: the id of the repository, as the user gave it.
+        folder: the folder in the cache that holds the files fetched so far.
+        options: `token`, `cache_dir` and `local_files_only`, as the hub takes them.
     """
 
     name: str
@@ -63,10 +67,10 @@ class Snapshot(os.PathLike[str]):
         return self.name
 
     def fetch(self, *files: str) -> None:
-        """Bring more files of this very version; what is in the cache needs no network.
+        """Fetch more files of this version; files in the cache need no network.
 
         Raises:
-            InputError: they cannot be had.
+            InputError: they cannot be fetched.
         """
         _download(self.name, files, revision=self.folder.name, **self.options)
 
@@ -80,23 +84,23 @@ def locate(
     cache_dir: str | os.PathLike[str] | None = None,
     local_files_only: bool = False,
 ) -> Path | Snapshot:
-    """The folder that a name stands for: one that is here, else that of a hub id, fetched.
+    """Find the folder that a name stands for: a local folder, or a hub id, which is fetched.
 
     Args:
-        name: a folder; or an id such as `user/inventory`, or `user/inventory@revision`. A snapshot
-            is what it is.
-        files: what is fetched, as patterns; the description always is.
-        revision: a branch, a tag or a commit of the hub; default its main branch.
-        token: for the hub, instead of the one that is logged in; False for none.
-        cache_dir: of the hub, instead of its usual one.
-        local_files_only: take what is in the cache, without network.
+        name: a folder, or an id such as `user/inventory` or `user/inventory@revision`. A snapshot
+            is returned as it is.
+        files: patterns of the files to fetch; the description is always fetched.
+        revision: a branch, a tag or a commit on the hub; by default the main branch.
+        token: a token for the hub, instead of the stored one; False for no token.
+        cache_dir: the cache of the hub, instead of the usual one.
+        local_files_only: use only what is in the cache, without network.
 
     Returns:
-        What is no hub id is a path, whether or not there is something.
+        A snapshot for a hub id. Any other name is returned as a path, whether it exists or not.
 
     Raises:
-        InputError: there is no such folder, and no such repository or revision, or it cannot be
-            read, or holds no inventory; or a revision of a folder is asked for.
+        InputError: there is neither such a folder nor such a repository or revision, the repository
+            cannot be read or holds no inventory, or a revision is given for a local folder.
     """
     if isinstance(name, Snapshot):
         return name
@@ -106,10 +110,10 @@ def locate(
     if path.exists() or not HUB_ID.fullmatch(base):
         if revision is not None:
             raise InputError(
-                f"revision={revision!r} is for the hub, and {path} is no hub id such as "
+                f"revision={revision!r} is for the hub, but {path} is no hub id such as "
                 "user/inventory: leave the revision out"
                 if not path.exists()
-                else f"revision={revision!r} is for the hub, and {path} is a folder here: leave "
+                else f"revision={revision!r} is for the hub, but {path} is a local folder: leave "
                 "the revision out, or work in another directory"
             )
         return path
@@ -138,7 +142,7 @@ def _download(name: str, files: tuple[str, ...], *, revision: str | None, **opti
     except errors.RepositoryNotFoundError as error:
         raise InputError(
             f"there is no folder {name} here, and no repository {name} on the hub that can be "
-            f"read: check the name, or if it is private {LOG_IN}"
+            f"read: check the name; if it is private, {LOG_IN}"
         ) from error
     except errors.RevisionNotFoundError as error:
         raise InputError(
@@ -154,34 +158,42 @@ def _download(name: str, files: tuple[str, ...], *, revision: str | None, **opti
         else:
             fix = "the hub cannot be reached, so check the network"
         raise InputError(f"{missing}: {fix}") from error
-    except Exception as error:  # of the network, the disk, or a wrong token
+    except Exception as error:  # the network, the disk, a wrong token
         raise InputError(f"{name} cannot be fetched from the hub: {_reason(error)}") from error
+
+
+@dataclass(frozen=True)
+class Repository:
+    """Where on the hub an inventory is sent."""
+
+    repo_id: str
+    """The id, such as `user/inventory`."""
+    revision: str | None = None
+    """The branch, created if it is missing; None for the main branch."""
+    token: str | bool | None = field(default=None, repr=False)
+    """A token for the hub; None for the stored one."""
 
 
 def push(
     folder: str | os.PathLike[str],
-    repo_id: str,
+    repository: Repository,
     card: str,
     *,
     private: bool | None = None,
-    token: str | bool | None = None,
-    revision: str | None = None,
     message: str | None = None,
 ) -> str:
     """Send the inventory in a folder to the hub, as one commit.
 
-    The repository is made if it is missing, and then holds these files and no others of the kind:
-    parts of a former, larger table go. In JSON files a path of this machine is cut to its last
-    part, and the command line of the run stays here.
+    The repository is created if it is missing. Shards of an earlier, larger table are deleted
+    there; files that do not belong to an inventory or a run stay. In JSON files, paths of this
+    machine are cut to their last part, and the command line of the run is left out.
 
     Args:
-        folder: of the inventory, or of the run.
-        repo_id: such as `user/inventory`.
+        folder: the folder of the inventory or of the run.
+        repository: where it is sent.
         card: the text of its README.md.
         private: make a new repository private.
-        token: for the hub, instead of the one that is logged in.
-        revision: the branch, made if it is missing; default main.
-        message: of the commit.
+        message: the message of the commit.
 
     Returns:
         The address of the commit.
@@ -191,14 +203,14 @@ def push(
     """
     from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, errors
 
-    path = Path(folder)
+    path, repo_id, revision = Path(folder), repository.repo_id, repository.revision
     if not (path / DESCRIPTION).is_file():
         raise InputError(f"{path} holds no inventory: there is no {DESCRIPTION} in it")
     if not HUB_ID.fullmatch(repo_id):
         raise InputError(f"{repo_id!r} is no hub id: write it as user/inventory")
     contents = {p.name: _content(p) for p in sorted(path.iterdir()) if _is_ours(p.name)}
     contents[CARD] = card.encode()
-    api = HfApi(token=token)
+    api = HfApi(token=repository.token)
     try:
         api.create_repo(repo_id, private=private, exist_ok=True)
         if revision is not None:
@@ -221,7 +233,7 @@ def push(
         raise InputError(
             f"the hub refused {repo_id} (status {status}, {_reason(error)}){fix}"
         ) from error
-    except Exception as error:  # of the network
+    except Exception as error:  # the network
         raise InputError(f"{repo_id} cannot be sent to the hub: {_reason(error)}") from error
     return commit.commit_url
 
@@ -231,7 +243,7 @@ def _is_ours(name: str) -> bool:
 
 
 def _content(path: Path) -> Path | bytes:
-    """What is sent of a file: tensors as they are, JSON without what is of this machine alone."""
+    """What is sent for a file: tensors unchanged, JSON without the paths of this machine."""
     if path.suffix != ".json":
         return path
     value = read_json(path)
@@ -240,13 +252,13 @@ def _content(path: Path) -> Path | bytes:
 
 
 _LOCAL = re.compile(r"(^|=|file://)(/|~|[A-Za-z]:[\\/])")
-"""A path of this machine, also as an option of a reader (`dir=/data`)."""
+"""Matches a path of this machine, also inside an option of a reader (`dir=/data`)."""
 
 
 def public(value: Any) -> Any:
-    """A value of JSON in which paths of this machine are cut to their last part.
+    """A JSON value with paths of this machine cut to their last part.
 
-    The names of tasks stay, and of what the command line was only the options do.
+    Names of tasks are kept. The command line (`argv`) is left out; the options made from it stay.
     """
     if isinstance(value, dict):
         kept = {k: v for k, v in value.items() if k != "argv"}

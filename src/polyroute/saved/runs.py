@@ -1,6 +1,6 @@
-"""The folder of a run: what was asked for, with which versions, and what came out.
+"""The folder of a run: its settings, the versions and hardware it used, and its results.
 
-Of several processes of one launch the first alone checks, makes, describes and holds the folder.
+When one launch starts several processes, only the first checks, creates, describes and locks it.
 """
 
 import hashlib
@@ -42,10 +42,10 @@ __all__ = [
 
 DESCRIPTION = "run.json"
 DIGEST = "inventory_sha256"
-"""Where the config of a run that starts from an inventory keeps the inventory's `digest`."""
+"""Key in the config of a run that starts from an inventory: the inventory's `digest`."""
 PATHS = ("model", "data", "run", "start", "source")
 RUNNING = ".running"
-"""The folder, in a run of `polyroute adapt`, of slots that are not done."""
+"""Folder of unfinished slots inside a run of `polyroute adapt`."""
 NOT_KEPT = ("resume", "overwrite", "config", "out", "memory", "dry_run")
 PACKAGES = ("polyroute", "torch", "transformers", "accelerate", "datasets", "numpy", "peft")
 
@@ -58,14 +58,14 @@ def check_run(
     overwrite: bool,
     inputs: Sequence[str | os.PathLike[str]] = (),
 ) -> Path:
-    """Find out whether `open_run` would work, without changing anything.
+    """Check that `open_run` would work, without changing anything.
 
     Args:
-        folder: where the run is to be.
-        command: what is to run there; None where any run may be taken up.
-        resume: continue the run that is there.
-        overwrite: delete what is there, if it is a run.
-        inputs: files and folders that the command reads; those that do not exist are passed over.
+        folder: the folder of the run.
+        command: the command that is to run there; None to accept a run of any command.
+        resume: continue the run in the folder.
+        overwrite: delete the run in the folder.
+        inputs: files and folders that the command reads; those that do not exist are skipped.
 
     Raises:
         InputError: see `open_run`.
@@ -117,19 +117,18 @@ def open_run(
     overwrite: bool,
     inputs: Sequence[str | os.PathLike[str]] = (),
 ) -> Path:
-    """Make the folder of a run, or take it up again.
+    """Create the folder of a run, or open it again.
 
     Args:
-        folder: where; made if missing.
-        command: what is to run there; None where any run may be taken up.
-        resume: continue the run that is there.
-        overwrite: delete what is there, if it is a run.
-        inputs: files and folders that the command reads, which must not lie in `folder`.
+        folder: the folder of the run; created if missing.
+        command: the command that is to run there; None to accept a run of any command.
+        resume: continue the run in the folder.
+        overwrite: delete the run in the folder.
+        inputs: files and folders that the command reads; they must not lie in `folder`.
 
     Raises:
-        InputError: the folder holds something and neither flag says what to do, or both do, or it
-            is not a run's folder, or another command's, or one that another process works in, or
-            an input lies in it.
+        InputError: both flags are set; the folder is not empty and no flag is set; it holds no run,
+            a run of another command, or one that another process works in; or an input lies in it.
     """
     path = check_run(folder, command, resume=resume, overwrite=overwrite, inputs=inputs)
     if not is_first():
@@ -140,18 +139,17 @@ def open_run(
 
 
 def record(folder: Path, command: str, config: Mapping[str, Any], *, resume: bool = False) -> None:
-    """Write what was asked for, so that the folder explains itself.
-
-    A resumed run must have been asked for the same.
+    """Write the settings of a run into its folder, or compare them with those of a resumed run.
 
     Args:
-        folder: of the run, from `open_run`.
-        command: what runs there.
-        config: what it was asked for; local folders are kept as absolute paths.
-        resume: there is a description already.
+        folder: the folder of the run, from `open_run`.
+        command: the command that runs there.
+        config: its settings; local folders are stored as absolute paths.
+        resume: compare with the description in the folder instead of writing one.
 
     Raises:
-        InputError: the run there was started with other settings, or by another process just now.
+        InputError: a resumed run was started with other settings, or another process has just
+            started a run in the folder.
     """
     if not is_first():
         return
@@ -162,8 +160,8 @@ def record(folder: Path, command: str, config: Mapping[str, Any], *, resume: boo
         changed = sorted(k for k in kept if before.get(k) != kept[k])
         if DIGEST in changed:
             raise InputError(
-                f"the run in {folder} was started from another inventory than the one that is now "
-                f"in {kept.get('run')}; start again in another --out folder"
+                f"the run in {folder} was started from another inventory, not from the one that is "
+                f"now in {kept.get('run')}; start again in another --out folder"
             )
         if changed:
             raise InputError(
@@ -172,7 +170,7 @@ def record(folder: Path, command: str, config: Mapping[str, Any], *, resume: boo
             )
         return
     try:
-        path.open("x").close()  # of two processes that start at once, one comes through
+        path.open("x").close()  # fails in all but one of the processes that start at once
     except FileExistsError as error:
         raise InputError(
             f"{folder} holds a run already; --resume continues it, --overwrite replaces it"
@@ -195,7 +193,7 @@ def record(folder: Path, command: str, config: Mapping[str, Any], *, resume: boo
 
 @contextmanager
 def held(folder: Path) -> Iterator[None]:
-    """Keep other processes out of a run's folder; the system lets go when the process ends.
+    """Lock the folder of a run; the system releases the lock when the process ends.
 
     Raises:
         InputError: another process works there.
@@ -217,10 +215,10 @@ def held(folder: Path) -> Iterator[None]:
 
 
 def read_run(folder: str | os.PathLike[str]) -> dict[str, Any]:
-    """The description of a run: at least its `command` and its `config`.
+    """Read the description of a run: at least its `command` and its `config`.
 
     Raises:
-        InputError: the folder is not a run's, or the description is damaged.
+        InputError: the folder holds no run, or the description is damaged.
     """
     path = Path(folder)
     if not (path / DESCRIPTION).is_file():
@@ -251,7 +249,7 @@ def digest(folder: str | os.PathLike[str]) -> str:
 
 
 def _absolute(config: Mapping[str, Any]) -> dict[str, Any]:
-    """The config with local folders as absolute paths, so that it holds in any directory."""
+    """The config with local folders as absolute paths, so that it is valid in any directory."""
     result = dict(config)
     for key in PATHS:
         value = result.get(key)
@@ -263,7 +261,7 @@ def _absolute(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def machine() -> dict[str, Any]:
-    """Versions and hardware, for the record."""
+    """The versions of packages and the hardware."""
     versions = {"python": platform.python_version()}
     for package in PACKAGES:
         try:

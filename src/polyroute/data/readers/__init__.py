@@ -1,1 +1,1 @@
-"""Readers of suites, one file for each format; `polyroute.data.open` opens the one that fits."""
+"""Readers of suites, one file per format; `polyroute.data.open` chooses among them."""

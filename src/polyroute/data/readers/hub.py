@@ -1,9 +1,9 @@
-"""Any data sets that `datasets` can load, as a suite: a YAML file says which columns are what.
+"""A suite of data sets that `datasets` can load; a YAML file says what their columns mean.
 
     name: nli                          # optional
     tasks:
       rte:
-        path: super_glue               # of the hub, or csv, json, parquet with data_files
+        path: super_glue               # a data set on the hub; or csv, json, parquet and data_files
         name: rte                      # its configuration, if it has several
         split: {train: train, test: validation}
         columns:
@@ -15,8 +15,8 @@
         role: held-out
         metric: accuracy
 
-Where a text is wanted stands the name of a column, or a text with columns in braces. Nothing in the
-file is ever run.
+Each text of a record is given as the name of a column, or as a text with columns in braces. Nothing
+in the file is ever run.
 """
 
 from collections.abc import Iterator, Mapping
@@ -43,16 +43,16 @@ _TASK_KEYS = (
 
 
 class HubSuite(TableSuite):
-    """Data sets of the hub, or files of one's own, that a YAML file turns into tasks.
+    """Data sets of the hub, or local files, that a YAML file turns into tasks.
 
-    Opening reads the YAML file; a data set is loaded when its task is first asked for.
+    Opening reads the YAML file; a data set is loaded when its task is first used.
 
     Args:
-        path: the YAML file; `~` is expanded. Files that it names are sought beside it.
-        cache_dir: where the tables go; None for the usual cache of `datasets`.
+        path: the YAML file; `~` is expanded. Paths in it are relative to its folder.
+        cache_dir: where the tables are cached; None for the usual cache of `datasets`.
 
     Raises:
-        InputError: the file cannot be read, or what it says is malformed.
+        InputError: the file cannot be read or is malformed.
     """
 
     def __init__(self, path: str | Path, *, cache_dir: str | Path | None = None) -> None:
@@ -62,7 +62,7 @@ class HubSuite(TableSuite):
         )
         tasks = content["tasks"]
         if not isinstance(tasks, dict) or not tasks:
-            raise InputError(f"{file}: 'tasks' must map the name of each task to what it is")
+            raise InputError(f"{file}: 'tasks' must map the name of each task to its description")
         for task in tasks:
             if not isinstance(task, str) or not task:
                 raise InputError(f"{file}: the task name {task!r} must be a string; quote it")
@@ -104,7 +104,7 @@ def _source(
     return TaskSource(
         place=where,
         records=records,
-        # Two tasks of the same rows are two tables: the name of the task is in each row.
+        # Each row holds the name of its task, so two tasks with the same rows are two tables.
         key=lambda: [
             task,
             columns,
@@ -119,7 +119,7 @@ def _info(entry: Mapping[str, Any], columns: Mapping[str, Any], where: str) -> T
     has_choices = "choices" in columns or "labels" in columns
     usual = {"category": "", "metric": "accuracy" if has_choices else "exact_match"}
     described = {name: entry[name] for name in ("category", "metric", "role") if name in entry}
-    # A role may be left out here, but where one is given it is checked as in `roles.json`.
+    # A role may be left out here; if it is given, it is checked as in `roles.json`.
     info = check_entry({**usual, "role": "train", **described, "choices": has_choices}, where)
     return info if "role" in entry else TaskInfo(info.category, info.metric, None, has_choices)
 
@@ -153,14 +153,14 @@ def _loaded(
         found = {split: whole[split] for split in SPLITS if split in whole}
         if not found:
             raise InputError(
-                f"{where}: the data has the splits {', '.join(whole)}; say which are ours, such as "
-                f"split: {{train: {next(iter(whole))}}}"
+                f"{where}: the data has the splits {', '.join(whole)}; say which of them to use, "
+                f"such as split: {{train: {next(iter(whole))}}}"
             )
     return {split: part.flatten() for split, part in found.items()}
 
 
 def _beside(folder: Path, files: Any) -> Any:
-    """File names with relative ones made relative to the YAML file."""
+    """The file names, with relative ones resolved against the folder of the YAML file."""
     if isinstance(files, dict):
         return {split: _beside(folder, part) for split, part in files.items()}
     if isinstance(files, list):
@@ -181,7 +181,7 @@ def _records(
 def _mapping(
     value: Any, keys: tuple[str, ...], where: str, *, needs: tuple[str, ...] = ()
 ) -> dict[str, Any]:
-    """A mapping with known keys alone, and all that are needed."""
+    """Check that a value is a mapping with known keys only and all needed keys."""
     if not isinstance(value, dict):
         raise InputError(f"{where}: write a mapping with the keys {', '.join(keys)}")
     for key in value:

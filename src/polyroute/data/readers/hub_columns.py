@@ -1,4 +1,4 @@
-"""How a column mapping turns a row of any data set into a record."""
+"""Turning a row of any data set into a record, as the columns of a YAML file say."""
 
 import string
 from collections.abc import Callable, Mapping
@@ -19,16 +19,16 @@ COLUMN_KEYS = ("instruction", "input", "target", "labels", "choices", "answer", 
 def record_of(
     columns: Mapping[str, Any], features: Mapping[str, Any], where: str
 ) -> Callable[[Mapping[str, Any], str], dict[str, Any]]:
-    """The function that makes a record of a row, but for its split.
+    """Make the function that turns a row into a record without its split.
 
     Args:
-        columns: what the file says, by `COLUMN_KEYS`.
+        columns: the columns of the YAML file, by `COLUMN_KEYS`.
         features: the columns of the data, each with its type.
-        where: begins the sentence of an error; the function takes the words for its row.
+        where: the beginning of error messages. The function takes the one for its row.
 
     Raises:
-        InputError: a column is named that the data has not, or a text is malformed; from the
-            function, the answer of a row is not among those known.
+        InputError: a column is missing in the data, or a text is malformed. The function raises it
+            if the answer of a row is not among the known ones.
     """
     text = partial(_text, columns=list(features), where=where)
     instruction, given = text(columns.get("instruction", "")), text(columns["input"])
@@ -95,33 +95,33 @@ def _is_constant(wanted: Any, features: Mapping[str, Any]) -> bool:
 def _list_of(
     wanted: Any, features: Mapping[str, Any], text: Callable[[Any], _Text]
 ) -> Callable[[Mapping[str, Any]], Any] | None:
-    """A list column, or a list of texts."""
+    """The function that makes a list from a row: a list column, or a list of texts."""
     if wanted is None:
         return None
     if isinstance(wanted, list):
         texts = [text(entry) for entry in wanted]
         return lambda row: [entry(row) for entry in texts]
-    text(f"{{{wanted}}}")  # refuses a column that is not there
+    text(f"{{{wanted}}}")  # refuses a missing column
     return lambda row: row[wanted]
 
 
 def _text(wanted: Any, *, columns: list[str], where: str) -> _Text:
-    """What to write for a row: the value of a column, or a text with columns in braces."""
+    """The function that makes a text from a row: a column, or a text with columns in braces."""
     if not isinstance(wanted, str):  # YAML reads a bare yes or 1 as something else
         raise InputError(f"{where}: {wanted!r} must be a text; put it in quotes")
     if wanted in columns:
         return lambda row: _shown(row[wanted])
-    # Only what stands between braces is looked up, and only as the name of a column.
+    # Only names of columns may stand between braces, so that nothing else of a row is reachable.
     try:
         parts = list(string.Formatter().parse(wanted))
     except ValueError as error:
         raise InputError(f"{where}: in {wanted!r}: {error}; write {{{{ for a brace") from error
     for _, column, form, conversion in parts:
         if form or conversion:
-            raise InputError(f"{where}: {wanted!r}: name a column alone between braces")
+            raise InputError(f"{where}: {wanted!r}: put only the name of a column between braces")
         if column is not None and column not in columns:
             raise InputError(
-                f"{where}: {wanted!r} needs the column {column!r}, which the data has not; "
+                f"{where}: {wanted!r} needs the column {column!r}, which the data does not have; "
                 f"{did_you_mean(column, columns)}"
             )
     return lambda row: "".join(

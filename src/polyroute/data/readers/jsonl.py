@@ -1,7 +1,7 @@
 """Suites kept as JSONL: checked while they are read into memory-mapped tables.
 
-Such a suite is a folder with one `<task>.jsonl` per task, of which a line is one record as
-`polyroute.data.records` describes it. An optional `roles.json` says of each task
+Such a suite is a folder with one `<task>.jsonl` per task. Each line is one record, as
+`polyroute.data.records` describes it. An optional `roles.json` describes tasks by
 `{"category", "choices", "metric", "role"}`.
 """
 
@@ -19,15 +19,16 @@ __all__ = ["JsonlSuite"]
 class JsonlSuite(TableSuite):
     """A suite kept as a folder of JSONL files.
 
-    Opening lists the folder and reads `roles.json`. A task that `roles.json` leaves out has no role
-    and no category; its metric is accuracy if its first record has choices and exact_match if not.
+    Opening lists the folder and reads `roles.json`. A task that `roles.json` does not describe has
+    no role and no category; its metric is accuracy if its first record has choices, and exact_match
+    otherwise.
 
     Args:
         path: the folder; `~` is expanded.
-        cache_dir: where the tables go; None for the usual cache of `datasets`.
+        cache_dir: where the tables are cached; None for the usual cache of `datasets`.
 
     Raises:
-        InputError: the folder cannot be listed or holds no `.jsonl` file, two files give the same
+        InputError: the folder cannot be listed or holds no `.jsonl` file, two files define the same
             task, a task has the reserved name, or `roles.json` is malformed.
     """
 
@@ -48,7 +49,7 @@ class JsonlSuite(TableSuite):
 
 
 def _task_files(folder: Path) -> dict[str, Path]:
-    """The task files of a folder by task, sorted; hidden files do not count."""
+    """The task files of a folder by task, sorted; hidden files are ignored."""
     try:
         entries = sorted(folder.iterdir())
     except FileNotFoundError:

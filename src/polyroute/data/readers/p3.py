@@ -1,15 +1,15 @@
-"""T0: its training mixture from P3, one task a prompt template, and its held-out few-shot tasks.
+"""T0: its training mixture from P3, one task per prompt template, and its held-out few-shot tasks.
 
-The mixture is `bigscience/P3` on the hub, or a folder with a copy of it, or of rows processed
-likewise. With the folder `few_shot` of T-Few and `templates` of promptsource the held-out tasks are
-there too:
+The mixture is `bigscience/P3` on the hub, a folder with a copy of it, or a folder of rows with the
+same columns. The folders `few_shot` of T-Few and `templates` of promptsource add the held-out
+tasks:
 
     <template>/train-*.parquet               or <template>.jsonl; such as glue_mrpc_equivalent
     few_shot/<task>/<n>_shot/<seed>_seed.jsonl
     templates/<dataset>/<subset>/templates.yaml
-    raw/<dataset>/<subset>/<split>.jsonl     optional; the hub is asked otherwise
+    raw/<dataset>/<subset>/<split>.jsonl     optional; otherwise loaded from the hub
 
-`p3.yaml` in the package names the data sets of both.
+`p3.yaml` in the package lists the training and the held-out data sets.
 """
 
 from collections.abc import Mapping, Sequence
@@ -18,19 +18,20 @@ from functools import cache
 from importlib.resources import files
 from itertools import chain
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import datasets
 import yaml
 
 from polyroute.data.readers.p3_held_out import HeldOut, held_out_source, held_out_there
-from polyroute.data.readers.p3_training import HUB, PROMPTS, Template, training_source
+from polyroute.data.readers.p3_settings import P3Settings
+from polyroute.data.readers.p3_training import P3, PROMPTS, Template, training_source
 from polyroute.data.readers.task_table import TableSuite
 from polyroute.data.records import cannot_read
 from polyroute.data.suite import quiet_datasets
 from polyroute.errors import InputError
 
-__all__ = ["HUB", "P3Suite", "is_p3"]
+__all__ = ["P3Suite", "is_p3"]
 
 _OTHERS = ("few_shot", "templates", "raw")
 
@@ -38,79 +39,38 @@ _OTHERS = ("few_shot", "templates", "raw")
 class P3Suite(TableSuite):
     """The T0 protocol: prompt templates to train on, and the 11 held-out tasks.
 
-    A training task is named `dataset/subset/template`, with `None` for a subset that there is not;
-    its rows are free text. A held-out task has the few-shot examples of one seed in `train` and
-    the published evaluation split in `test`.
+    A training task is named `dataset/subset/template`; `None` stands for a missing subset. Its rows
+    are free text. A held-out task has the few-shot examples of one seed in `train` and the
+    published evaluation split in `test`.
 
     Args:
         source: `bigscience/P3`, or a folder; `~` is expanded.
-        few_shot: a folder of few-shot files; None for `few_shot` in the source.
-        templates: a folder of promptsource files; None for `templates` in the source.
-        raw: a folder of held-out data sets; None for `raw` in the source.
-        tasks: what a task is: a template, or a data set with all of its templates.
-        seed: of the few-shot files and of every random choice.
-        validation: how many rows of each template are for validation, drawn at random.
-        per_template: most training rows of each template, drawn at random; None for all.
-        shots: other numbers of shots than the published ones, by held-out task.
-        resample: draw the shots from the training split instead of reading few-shot files.
-        all_templates: show a held-out example in every template, not in one drawn for it.
-        cache_dir: where the tables go; None for the usual cache of `datasets`.
+        settings: the choices that the protocol leaves open; None for the published ones.
+        cache_dir: where the tables are cached; None for the usual cache of `datasets`.
 
     Raises:
-        InputError: there is no template of a training data set, or the hub cannot be reached.
+        InputError: no template of a training data set and no held-out task is found, or the hub
+            cannot be reached.
     """
 
     def __init__(
         self,
-        source: str | Path = HUB,
+        source: str | Path = P3,
+        settings: P3Settings | None = None,
         *,
-        few_shot: str | Path | None = None,
-        templates: str | Path | None = None,
-        raw: str | Path | None = None,
-        tasks: Literal["template", "dataset"] = "template",
-        seed: int = 42,
-        validation: int = 100,
-        per_template: int | None = None,
-        shots: Mapping[str, int] | None = None,
-        resample: bool = False,
-        all_templates: bool = False,
         cache_dir: str | Path | None = None,
     ) -> None:
-        folder = None if str(source) == HUB else Path(source).expanduser().resolve()
-        places = _local(folder) if folder else _of_hub()
-        table = _table()
-        chosen: dict[str, list[Template]] = {}
-        for group, names in _grouped(places, table).items():
-            size, category = table.sizes[group]
-            for name in names:
-                template = Template(
-                    name=name,
-                    place=places[name],
-                    category=category,
-                    most=min(size, table.cap // len(names)),
-                    seed=seed,
-                    validation=validation,
-                    per_template=per_template,
-                )
-                if name not in table.left_out:
-                    rest = name[len(_prefix(group)) :]
-                    task = group if tasks == "dataset" else f"{group}/{rest}"
-                    chosen.setdefault(task, []).append(template)
-        sources = {task: training_source(task, parts, cache_dir) for task, parts in chosen.items()}
-        inside = {name: folder / name if folder else None for name in _OTHERS}
-        settings = HeldOut(
-            few_shot=Path(few_shot) if few_shot else inside["few_shot"],
-            templates=Path(templates) if templates else inside["templates"],
-            raw=Path(raw) if raw else inside["raw"],
-            seed=seed,
-            resample=resample,
-            all_templates=all_templates,
-            cache_dir=cache_dir,
-        )
-        for task, entry in table.held_out.items():
-            if held_out_there(task, settings):
-                entry = {**entry, "shots": (shots or {}).get(task, entry["shots"])}
-                sources[task] = held_out_source(task, entry, settings)
+        folder = None if str(source) == P3 else Path(source).expanduser().resolve()
+        settings = settings or P3Settings()
+        sources = {
+            task: training_source(task, templates, cache_dir)
+            for task, templates in _training_tasks(folder, settings).items()
+        }
+        held_out = _held_out(folder, settings, cache_dir)
+        for task, entry in _table().held_out.items():
+            if held_out_there(task, held_out):
+                shots = (settings.shots or {}).get(task, entry["shots"])
+                sources[task] = held_out_source(task, {**entry, "shots": shots}, held_out)
         if not sources:
             raise InputError(
                 f"{source} has no prompt template of a training data set of T0, such as "
@@ -119,8 +79,37 @@ class P3Suite(TableSuite):
         super().__init__("P3" if folder is None else folder.name, sources, cache_dir)
 
 
+def _training_tasks(folder: Path | None, settings: P3Settings) -> dict[str, list[Template]]:
+    """The templates of each training task."""
+    places = _local(folder) if folder else _of_hub()
+    table = _table()
+    tasks: dict[str, list[Template]] = {}
+    for group, names in _grouped(places, table).items():
+        size, category = table.sizes[group]
+        most = min(size, table.cap // len(names))
+        for name in names:
+            if name not in table.left_out:
+                rest = name[len(_prefix(group)) :]
+                task = group if settings.tasks == "dataset" else f"{group}/{rest}"
+                template = Template(name, places[name], category, most, settings)
+                tasks.setdefault(task, []).append(template)
+    return tasks
+
+
+def _held_out(folder: Path | None, settings: P3Settings, cache_dir: str | Path | None) -> HeldOut:
+    few_shot, templates, raw = (
+        Path(given) if given else folder / name if folder else None
+        for name, given in (
+            ("few_shot", settings.few_shot),
+            ("templates", settings.templates),
+            ("raw", settings.raw),
+        )
+    )
+    return HeldOut(few_shot, templates, raw, settings, cache_dir)
+
+
 def is_p3(folder: Path) -> bool:
-    """Whether a folder holds few-shot files, or prompt templates named as those of P3."""
+    """Whether a folder holds few-shot files, or prompt templates with the names of P3."""
     if (folder / "few_shot").is_dir():
         return True
     places = _local(folder)
@@ -129,7 +118,7 @@ def is_p3(folder: Path) -> bool:
 
 
 def _holds_prompts(place: Path | None) -> bool:
-    """Whether a place named like a template is one: a folder, or rows of processed prompts."""
+    """Whether a place with the name of a template is one: a folder, or rows of prompts."""
     if place is None or place.is_dir():
         return place is not None
     for path in (place.parent / f"{place.name}{ending}" for ending in (".jsonl", ".json")):
@@ -141,12 +130,12 @@ def _holds_prompts(place: Path | None) -> bool:
 
 @dataclass(frozen=True)
 class _Table:
-    """What `p3.yaml` says."""
+    """The content of `p3.yaml`."""
 
     cap: int
     left_out: Sequence[str]
     sizes: Mapping[str, tuple[int, str]]
-    """By `dataset/subset`: the rows of its training split, and its category."""
+    """By `dataset/subset`: the number of its training rows, and its category."""
     held_out: Mapping[str, Mapping[str, Any]]
 
 
@@ -164,15 +153,15 @@ def _table() -> _Table:
 
 
 def _prefix(group: str) -> str:
-    """What the names of all templates of a data set begin with."""
+    """The prefix that the names of all templates of a data set share."""
     dataset, subset = group.split("/")
     return f"{dataset}_" if subset == "None" else f"{dataset}_{subset}_"
 
 
 def _grouped(places: Mapping[str, Path | None], table: _Table) -> dict[str, list[str]]:
-    """The templates there are of each training data set, those left out included.
+    """The templates of each training data set.
 
-    The published cap counts them, and so does this.
+    They include the templates that are left out, because the published cap counts those too.
     """
     found: dict[str, list[str]] = {}
     for name in sorted(places):
@@ -200,10 +189,10 @@ def _local(folder: Path) -> dict[str, Path | None]:
 def _of_hub() -> dict[str, Path | None]:
     try:
         with quiet_datasets():
-            return dict.fromkeys(datasets.get_dataset_config_names(HUB))
+            return dict.fromkeys(datasets.get_dataset_config_names(P3))
     except (OSError, ValueError, RuntimeError) as error:
         reason = " ".join(str(error).split())
         raise InputError(
-            f"the templates of {HUB} cannot be listed ({reason}); check that the hub can be "
+            f"the templates of {P3} cannot be listed ({reason}); check that the hub can be "
             "reached, or give a folder with a copy"
         ) from error

@@ -1,4 +1,4 @@
-"""The training tasks of T0: rows of P3's prompt templates, capped and split up by a seed."""
+"""The training tasks of T0: rows of P3's prompt templates, capped, and split by a seed."""
 
 import random
 from collections.abc import Iterator, Mapping, Sequence
@@ -9,72 +9,74 @@ from typing import Any
 
 import datasets
 
+from polyroute.data.readers.p3_settings import P3Settings
 from polyroute.data.readers.prompt_templates import NO_INPUT, NO_LABEL
 from polyroute.data.readers.task_table import TaskSource, load, load_files, rows_key
 from polyroute.data.records import checked
 from polyroute.data.suite import Metric, TaskInfo
 from polyroute.errors import InputError
 
-__all__ = ["HUB", "PROMPTS", "Template", "training_source"]
+__all__ = ["P3", "PROMPTS", "Template", "training_source"]
 
-HUB = "bigscience/P3"
+P3 = "bigscience/P3"
+"""The id of the data set on the hub."""
 
 PROMPTS = ("inputs_pretokenized", "source", "input")
-"""What the column of prompts may be called."""
+"""The names that the column of prompts may have."""
 
 _ANSWERS = ("targets_pretokenized", "target", "output")
 _WRITTEN = ("structure to text", "summarisation")
-"""Categories whose answers are whole texts."""
+"""The categories whose answers are whole texts."""
 
 
 @dataclass(frozen=True)
 class Template:
-    """The rows of one prompt template: which of them are used, and for what."""
+    """The rows of one prompt template, and which of them are used."""
 
     name: str
     place: Path | None
-    """A folder or file of its own, without ending; None for the hub."""
+    """Its folder, or its file without the ending; None for the hub."""
     category: str
     most: int
-    seed: int
-    validation: int
-    per_template: int | None
+    """Only this many of its first rows are used."""
+    settings: P3Settings
 
     def rows(self, cache_dir: str | Path | None) -> datasets.Dataset:
-        """All of its training rows.
+        """All training rows of the template.
 
         Raises:
-            InputError: they cannot be loaded.
+            InputError: the rows cannot be loaded.
         """
         if self.place is None:
             cached = None if cache_dir is None else str(cache_dir)
-            return load(self.name, HUB, self.name, split="train", cache_dir=cached)
+            return load(self.name, P3, self.name, split="train", cache_dir=cached)
         rows = load_files(self.place, "train", cache_dir)
         if rows is None:
             raise InputError(f"{self.place} holds no training rows as .parquet, .jsonl or .json")
         return rows
 
     def split_up(self, num_rows: int) -> dict[str, list[int]]:
-        """The rows of each split, as places in order.
+        """The indices of the rows of each split, in order.
 
         Raises:
             InputError: no row is left for training.
         """
         places = range(min(num_rows, self.most))
-        if len(places) <= self.validation:
+        validation, most = self.settings.validation, self.settings.per_template
+        if len(places) <= validation:
             raise InputError(
-                f"the template {self.name} has {len(places)} rows to use, and {self.validation} "
-                "are for validation: none is left; open the suite with a lower validation"
+                f"the template {self.name} has {len(places)} rows to use, and {validation} are for "
+                "validation, so none is left for training; open the suite with a lower validation"
             )
-        rng = random.Random(f"{self.seed} {self.name}")
-        held = sorted(rng.sample(places, self.validation))
+        rng = random.Random(f"{self.settings.seed} {self.name}")
+        held = sorted(rng.sample(places, validation))
         rest = sorted(set(places) - set(held))
-        if self.per_template is not None and self.per_template < len(rest):
-            rest = sorted(rng.sample(rest, self.per_template))
+        if most is not None and most < len(rest):
+            rest = sorted(rng.sample(rest, most))
         return {"train": rest, "validation": held}
 
     def records(self, cache_dir: str | Path | None) -> Iterator[tuple[str, dict[str, Any]]]:
-        """Its records, not yet checked, each with the words that say where it is.
+        """The records, not yet checked, each with a description of where it comes from.
 
         Raises:
             InputError: the rows cannot be loaded or used.
@@ -84,7 +86,7 @@ class Template:
         for split, places in self.split_up(len(rows)).items():
             chosen = rows.select(places).select_columns([prompt, answer])
             for place, row in zip(places, chosen, strict=True):
-                # Published answers begin with a line break, left over from the separator.
+                # Published answers begin with a line break that is left over from the separator.
                 text, target = ((row[name] or "").strip() for name in (prompt, answer))
                 yield (
                     f"{self.name}, row {place}",
@@ -111,8 +113,8 @@ def _column(rows: datasets.Dataset, names: Sequence[str], template: str) -> str:
 def training_source(
     task: str, parts: Sequence[Template], cache_dir: str | Path | None
 ) -> TaskSource:
-    """Where a training task comes from: the rows of one template, or of several."""
-    place = ", ".join(str(part.place or f"{HUB}, {part.name}") for part in parts)
+    """The records of a training task: the rows of one template, or of several."""
+    place = ", ".join(str(part.place or f"{P3}, {part.name}") for part in parts)
     category = parts[0].category
     metric: Metric = "rougeL" if category in _WRITTEN else "exact_match"
 
@@ -121,8 +123,15 @@ def training_source(
 
     def key() -> list[Any]:
         return [
-            [p.name, p.most, p.seed, p.validation, p.per_template, rows_key(p.rows(cache_dir))]
-            for p in parts
+            [
+                part.name,
+                part.most,
+                part.settings.seed,
+                part.settings.validation,
+                part.settings.per_template,
+                rows_key(part.rows(cache_dir)),
+            ]
+            for part in parts
         ]
 
     return TaskSource(place, records, key, TaskInfo(category, metric, "train", False))

@@ -1,7 +1,7 @@
 """Prompt templates in the files of promptsource: `<dataset>/<subset>/templates.yaml`.
 
-A template is Jinja: the prompt, `|||`, the answer. It is rendered in a sandbox, and the YAML is
-read as plain values.
+A template is Jinja text: the prompt, `|||`, the answer. It is rendered in a sandbox, and the YAML
+file is read as plain values.
 """
 
 from collections.abc import Hashable, Mapping
@@ -19,10 +19,10 @@ from polyroute.errors import InputError
 __all__ = ["NO_INPUT", "NO_LABEL", "PromptTemplate", "read_templates"]
 
 NO_INPUT, NO_LABEL = "<NO INPUT>", "<NO LABEL>"
-"""What stands for a prompt where a template yields nothing, and for an answer that is empty."""
+"""They replace the prompt if a template yields nothing, and an empty answer."""
 
 _BAR = "|||"
-_HIDDEN_BAR = "\ue000bar\ue000"  # of a private area of Unicode: a bar in the data is no separator
+_HIDDEN_BAR = "\ue000bar\ue000"  # private-use characters; hides bars in the data
 
 
 @dataclass(frozen=True)
@@ -32,12 +32,12 @@ class PromptTemplate:
     name: str
     jinja: str
     answer_choices: str | None
-    """Jinja too, with `|||` between the choices."""
+    """Jinja text with `|||` between the choices."""
     original_task: bool
     """Whether it asks for what the data set is about."""
 
     def prompt(self, row: Mapping[str, Any]) -> str:
-        """What a model reads of a row; `NO_INPUT` where the template yields nothing for it.
+        """The prompt of a row; `NO_INPUT` if the template yields nothing for it.
 
         Raises:
             InputError: the template cannot be rendered.
@@ -47,7 +47,7 @@ class PromptTemplate:
         return parts[0] if len(parts) > 1 and parts[0] else NO_INPUT
 
     def choices(self, row: Mapping[str, Any]) -> list[str] | None:
-        """The answers to choose from; None where the template lists none.
+        """The answers to choose from; None if the template lists none.
 
         Raises:
             InputError: the template cannot be rendered.
@@ -68,7 +68,7 @@ class PromptTemplate:
 
 
 def read_templates(folder: Path, dataset: str, subset: str | None) -> list[PromptTemplate]:
-    """The templates of one data set, in the order of their names.
+    """The templates of one data set, sorted by name.
 
     Raises:
         InputError: there is no such file, or it is malformed.
@@ -105,7 +105,7 @@ def _hidden(row: Mapping[str, Any]) -> dict[str, Any]:
 
 
 class _Loader(yaml.SafeLoader):
-    """Reads the two tags that these files have as plain mappings."""
+    """Reads the two tags that occur in these files as plain mappings."""
 
 
 def _plain(loader: _Loader, node: yaml.MappingNode) -> dict[Hashable, Any]:

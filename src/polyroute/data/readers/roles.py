@@ -1,14 +1,11 @@
-"""`roles.json`: what a folder of task files says of its tasks.
-
-For each task that it names: `{"category", "choices", "metric", "role"}`.
-"""
+"""`roles.json`, which describes tasks of a folder: `{"category", "choices", "metric", "role"}`."""
 
 import json
 from collections.abc import Collection, Iterable
 from pathlib import Path
 from typing import Any
 
-from polyroute.data.records import cannot_read, json_kind
+from polyroute.data.records import cannot_read, json_type
 from polyroute.data.suite import METRICS, RESERVED_TASK, ROLES, TaskInfo
 from polyroute.errors import InputError, did_you_mean
 
@@ -16,38 +13,38 @@ __all__ = ["check_entry", "check_names", "read_roles"]
 
 
 def check_names(places: Iterable[tuple[str, Path]]) -> None:
-    """Refuse names that another file system, or another part of a run, could confuse.
+    """Refuse names of tasks that another file system or another part of a run could confuse.
 
     Args:
-        places: each task with the file that gives it.
+        places: each task with the file that defines it.
 
     Raises:
-        InputError: a name is reserved, or two are equal but for upper and lower case.
+        InputError: a name is reserved, it cannot name a folder, or two names differ only in case.
     """
     seen: dict[str, Path] = {}
     for task, path in places:
-        # Results of a task go to a folder of its name: it must not lead elsewhere.
+        # Results of a task go to a folder with its name, which must not lead elsewhere.
         if not task.isprintable() or any(part in ("", ".", "..") for part in task.split("/")):
             raise InputError(
-                f"{path} gives a task called {task!r}, which cannot name a folder of results; "
+                f"{path} defines a task called {task!r}, which cannot name a folder of results; "
                 "rename it"
             )
         key = task.casefold()
         if key == RESERVED_TASK:
             raise InputError(
-                f"{path} gives a task called {task!r}, the name kept for the average of the "
-                "inventory; rename the file"
+                f"{path} defines a task called {task!r}, the name kept for the average of the "
+                "inventory; rename it"
             )
         if key in seen:
             raise InputError(
-                f"{seen[key]} and {path.name} give the same task but for upper and lower case; "
+                f"the tasks of {seen[key]} and {path.name} differ only in upper and lower case; "
                 "rename one of them"
             )
         seen[key] = path
 
 
 def read_roles(path: Path, tasks: Collection[str]) -> dict[str, TaskInfo]:
-    """The tasks that `roles.json` describes; none where the file is missing.
+    """The tasks that `roles.json` describes; none if the file is missing.
 
     Raises:
         InputError: the file is malformed or names a task that is not among `tasks`.
@@ -72,14 +69,14 @@ def read_roles(path: Path, tasks: Collection[str]) -> dict[str, TaskInfo]:
 
 
 def check_entry(entry: Any, where: str) -> TaskInfo:
-    """What one entry says of its task.
+    """Read the entry of one task.
 
     Raises:
-        InputError: it is malformed; `where` begins the sentence.
+        InputError: the entry is malformed; the message begins with `where`.
     """
     if not isinstance(entry, dict):
-        raise InputError(f"{where}: the entry must be a JSON object, not {json_kind(entry)}")
-    for key, kind, wanted in (
+        raise InputError(f"{where}: the entry must be a JSON object, not {json_type(entry)}")
+    for key, type_, wanted in (
         ("category", str, "a string"),
         ("choices", bool, "true or false"),
         ("metric", str, f"one of {', '.join(METRICS)}"),
@@ -87,7 +84,7 @@ def check_entry(entry: Any, where: str) -> TaskInfo:
     ):
         allowed = {"metric": METRICS, "role": ROLES}.get(key)
         value = entry.get(key)
-        if not isinstance(value, kind) or (allowed is not None and value not in allowed):
+        if not isinstance(value, type_) or (allowed is not None and value not in allowed):
             got = f", not {json.dumps(value)}" if key in entry else " and is missing"
             raise InputError(f"{where}: {key!r} must be {wanted}{got}")
     if entry["metric"] == "accuracy" and not entry["choices"]:

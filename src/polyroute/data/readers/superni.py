@@ -1,17 +1,17 @@
 """Super-NaturalInstructions: a folder in the layout of `allenai/natural-instructions`.
 
     tasks/<task>.json                     Definition, Categories, Positive Examples, Instances, ...
-    splits/default/train_tasks.txt        names of tasks, one a line
-    splits/default/test_tasks.txt         those held out
+    splits/default/train_tasks.txt        names of the training tasks, one per line
+    splits/default/test_tasks.txt         names of the held-out tasks
 
-Every answer an instance lists is a reference; the target is one of them, drawn at random.
+Every answer that an instance lists is a reference; the target is one of them, drawn at random.
 """
 
 import json
 import random
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import astuple
+from dataclasses import astuple, dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -31,148 +31,187 @@ from polyroute.data.readers.task_table import TableSuite, TaskSource, file_key
 from polyroute.data.records import cannot_read, checked
 from polyroute.data.suite import Role, TaskInfo
 from polyroute.errors import InputError
+from polyroute.settings import check_settings, setting, whole
 
-__all__ = ["SuperNiSuite"]
+__all__ = ["SuperNiSettings", "SuperNiSuite"]
 
 TEST_ROWS = 100
-"""The first instances of a held-out task: the official subset, in which labels are balanced."""
+"""So many first instances of a held-out task are the official subset with balanced labels."""
 
 _SPLITS = {"train": "train_tasks.txt", "held-out": "test_tasks.txt"}
 _CATEGORY = re.compile(r'"Categories"\s*:\s*\[?\s*("(?:[^"\\]|\\.)*")')
 
 
+def _encodings(name: str, value: Any) -> tuple[Encoding, ...]:
+    is_list = isinstance(value, Sequence) and not isinstance(value, str)
+    if not is_list or not value or not all(isinstance(each, Encoding) for each in value):
+        raise InputError(f"{name} must be a list of Encoding, not {value!r}")
+    return tuple(value)
+
+
+def _tokenizer(name: str, value: Any) -> PreTrainedTokenizerBase | str | None:
+    if not isinstance(value, PreTrainedTokenizerBase | str | None):
+        raise InputError(f"{name} must be a name, not {value!r}")
+    return value
+
+
+@dataclass(frozen=True, kw_only=True)
+class SuperNiSettings:
+    """Settings of `SuperNiSuite`.
+
+    Raises:
+        InputError: a value is not what the setting allows.
+    """
+
+    seed: int = setting(42, whole(0))
+    """Seeds every random choice: of instances, targets and encodings."""
+    per_task: int | None = setting(100, whole(1, optional=True))
+    """The most instances of a training task; None for all."""
+    few_shot: int | None = setting(None, whole(0, optional=True))
+    """The most instances of a held-out task besides `test`: the first half of this number go to
+    `train`, the others to `validation`. None puts all of them into `train`."""
+    encodings: Sequence[Encoding] = setting((Encoding(),), _encodings)
+    """Each example gets one of these at random; see `TK_INSTRUCT`."""
+    tokenizer: PreTrainedTokenizerBase | str | None = setting(None, _tokenizer)
+    """The tokenizer of the base model, or its name; None leaves texts at their full length."""
+    max_input: int = setting(1024, whole(1))
+    """The most tokens of a text, its end token included."""
+
+    def __post_init__(self) -> None:
+        """Check the values."""
+        check_settings(self)
+
+
 class SuperNiSuite(TableSuite):
     """Super-NaturalInstructions: instructions to train on, and held-out tasks.
 
-    A training task has a `train` split of random instances. A held-out task has `test`, its first
-    100 instances, and the others, shuffled, in `train`; the published few-shot protocol, 32 for
-    training and 32 for validation, is `few_shot=64` with a suite for each of its seeds 13, 42, 58.
-    By default all of them are there, for a run to draw its shots from by its own seeds.
+    A training task has a `train` split of random instances. A held-out task has its first 100
+    instances in `test` and the others, shuffled, in `train`, from which a run draws its shots by
+    its own seeds. The published few-shot protocol, 32 instances for training and 32 for validation,
+    is `few_shot=64` with one suite for each of the seeds 13, 42 and 58.
 
-    A tokenizer makes the texts fit: examples are left out and the end of the input is cut, never
-    the "Output:" at the end, which a base model's own cut would take away.
+    A tokenizer makes the texts fit: examples are left out and the end of the input is cut, but
+    never the "Output:" at the end, which the base model would cut away by itself.
 
     Args:
         path: the folder; `~` is expanded.
-        seed: of every random choice: instances, targets and encodings.
-        per_task: most instances of a training task; None for all.
-        few_shot: most instances of a held-out task besides `test`, the first half of this number
-            for `train` and the others for `validation`; None to have all in `train`.
-        encodings: of which each example gets one at random, such as `TK_INSTRUCT`.
-        tokenizer: that of the base model, or its name; None leaves texts as long as they are.
-        max_input: most tokens of a text, its end token included.
-        cache_dir: where the tables go; None for the usual cache of `datasets`.
+        settings: how many instances there are and what a text shows; None for the defaults.
+        cache_dir: where the tables are cached; None for the usual cache of `datasets`.
 
     Raises:
-        InputError: the folder has another layout, a task is named twice or has no file, or there is
-            no such tokenizer.
+        InputError: the folder has another layout, a task is named twice or has no file, or the
+            tokenizer cannot be loaded.
     """
 
     def __init__(
         self,
         path: str | Path,
+        settings: SuperNiSettings | None = None,
         *,
-        seed: int = 42,
-        per_task: int | None = 100,
-        few_shot: int | None = None,
-        encodings: Sequence[Encoding] = (Encoding(),),
-        tokenizer: PreTrainedTokenizerBase | str | None = None,
-        max_input: int = 1024,
         cache_dir: str | Path | None = None,
     ) -> None:
         folder = Path(path).expanduser().resolve()
         roles = _roles(folder)
         files = {task: folder / "tasks" / f"{task}.json" for task in roles}
         check_names(files.items())
-        eos, fits, identity = "</s>", any_length, ""
-        if isinstance(tokenizer, str):
-            tokenizer = named_tokenizer(tokenizer)
-        elif not isinstance(tokenizer, PreTrainedTokenizerBase | None):
-            raise InputError(f"the reader's option tokenizer must be a name, not {tokenizer!r}")
-        if tokenizer is not None:
-            eos, fits = str(tokenizer.eos_token or ""), partial(fits_in, tokenizer, max_input)
-            identity = Hasher.hash([tokenizer, max_input])
-        write = partial(_example, seed=seed, encodings=encodings, fits=fits, eos=eos)
-        key = [seed, per_task, few_shot, [list(astuple(e)) for e in encodings], identity]
+        writer = _writer(settings or SuperNiSettings())
+        sources = {task: _source(task, files[task], roles[task], writer) for task in roles}
+        super().__init__(folder.name, sources, cache_dir)
 
-        def source(task: str, file: Path, role: Role) -> TaskSource:
-            def records() -> Iterator[Mapping[str, Any]]:
-                content = _read(file)
-                rng = random.Random(f"{seed} rows {task}")
-                parts = _parts(content["Instances"], role, per_task, few_shot, rng)
-                rows = (
-                    (f"{file}, instance {place}", write(content, place, task, split))
-                    for split, places in parts.items()
-                    for place in places
-                )
-                return checked(rows, task, str(file))
 
-            return TaskSource(
-                place=str(file),
-                records=records,
-                key=lambda: [*file_key(file), role, *key],
-                info=lambda: TaskInfo(_category(file), "rougeL", role, False),
-            )
+@dataclass(frozen=True)
+class _Writer:
+    """Makes the record of an instance."""
 
-        super().__init__(
-            folder.name,
-            {task: source(task, files[task], role) for task, role in roles.items()},
-            cache_dir,
+    settings: SuperNiSettings
+    fits: Callable[[str], bool]
+    """Whether a text is short enough."""
+    eos: str
+    budget: str
+    """Changes when `fits` does; empty without a tokenizer."""
+
+    @property
+    def key(self) -> list[Any]:
+        """What the records depend on, as JSON values."""
+        given = self.settings
+        encodings = [list(astuple(encoding)) for encoding in given.encodings]
+        return [given.seed, given.per_task, given.few_shot, encodings, self.budget]
+
+    def record(
+        self, content: Mapping[str, Any], place: int, task: str, split: str
+    ) -> dict[str, Any]:
+        """The record of one instance; its random choices do not depend on other instances."""
+        instance = content["Instances"][place]
+        rng = random.Random(f"{self.settings.seed} {place} {task}")
+        references = instance["output"]
+        return {
+            "instruction": "",
+            "input": render(
+                content,
+                instance["input"],
+                name=task,
+                encoding=rng.choice(self.settings.encodings),
+                fits=self.fits,
+                eos=self.eos,
+            ),
+            "target": rng.choice(references),
+            "choices": None,
+            "references": references,
+            "split": split,
+        }
+
+
+def _writer(settings: SuperNiSettings) -> _Writer:
+    """The writer for the tokenizer of the settings; a tokenizer that is named is loaded."""
+    tokenizer = settings.tokenizer
+    if tokenizer is None:
+        return _Writer(settings, any_length, "</s>", "")
+    if isinstance(tokenizer, str):
+        tokenizer = named_tokenizer(tokenizer)
+    return _Writer(
+        settings,
+        partial(fits_in, tokenizer, settings.max_input),
+        str(tokenizer.eos_token or ""),
+        Hasher.hash([tokenizer, settings.max_input]),
+    )
+
+
+def _source(task: str, file: Path, role: Role, writer: _Writer) -> TaskSource:
+    def records() -> Iterator[Mapping[str, Any]]:
+        content = _read(file)
+        parts = _parts(task, content["Instances"], role, writer.settings)
+        rows = (
+            (f"{file}, instance {place}", writer.record(content, place, task, split))
+            for split, places in parts.items()
+            for place in places
         )
+        return checked(rows, task, str(file))
 
-
-def _example(
-    content: Mapping[str, Any],
-    place: int,
-    task: str,
-    split: str,
-    *,
-    seed: int,
-    encodings: Sequence[Encoding],
-    fits: Callable[[str], bool],
-    eos: str,
-) -> dict[str, Any]:
-    """The record of one instance. Its random choices are its own, whatever else is read."""
-    instance = content["Instances"][place]
-    rng = random.Random(f"{seed} {place} {task}")
-    references = instance["output"]
-    return {
-        "instruction": "",
-        "input": render(
-            content,
-            instance["input"],
-            name=task,
-            encoding=rng.choice(encodings),
-            fits=fits,
-            eos=eos,
-        ),
-        "target": rng.choice(references),
-        "choices": None,
-        "references": references,
-        "split": split,
-    }
+    return TaskSource(
+        place=str(file),
+        records=records,
+        key=lambda: [*file_key(file), role, *writer.key],
+        info=lambda: TaskInfo(_category(file), "rougeL", role, False),
+    )
 
 
 def _parts(
-    instances: Sequence[Any],
-    role: Role,
-    per_task: int | None,
-    few_shot: int | None,
-    rng: random.Random,
+    task: str, instances: Sequence[Any], role: Role, settings: SuperNiSettings
 ) -> dict[str, list[int]]:
     """The instances of each split of a task, as places in its file."""
     places = list(range(len(instances)))
     test = places[:TEST_ROWS] if role == "held-out" else []
     rest = places[len(test) :]
-    rng.shuffle(rest)
+    random.Random(f"{settings.seed} rows {task}").shuffle(rest)
     if role == "train":
-        return {"train": rest[:per_task]}
+        return {"train": rest[: settings.per_task]}
+    few_shot = settings.few_shot
     half = len(rest) if few_shot is None else few_shot // 2
     return {"train": rest[:half], "validation": rest[half:few_shot], "test": test}
 
 
 def _roles(folder: Path) -> dict[str, Role]:
-    """The tasks that the split files name, each with its role."""
+    """The role of each task that the split files name."""
     roles: dict[str, Role] = {}
     for role, name in _SPLITS.items():
         path = folder / "splits" / "default" / name
@@ -195,7 +234,7 @@ def _roles(folder: Path) -> dict[str, Role]:
 
 
 def _category(path: Path) -> str:
-    """The task's first category, without reading its instances: they come last in the file."""
+    """The first category of a task, found without parsing the instances at the end of its file."""
     try:
         with path.open(encoding="utf-8-sig") as file:
             head = file.read(1 << 16)
@@ -209,7 +248,7 @@ def _category(path: Path) -> str:
 
 
 def _read(path: Path) -> dict[str, Any]:
-    """A task file, with what `render` and `_example` rely on checked."""
+    """The content of a task file, after checking the parts that a record needs."""
     try:
         content = json.loads(path.read_text(encoding="utf-8-sig"))
     except OSError as error:

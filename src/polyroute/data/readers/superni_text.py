@@ -1,4 +1,4 @@
-"""The text of a Super-NaturalInstructions example, byte for byte as published, within a budget."""
+"""The text of a Super-NaturalInstructions example: the published bytes, within a token budget."""
 
 import string
 from bisect import bisect_right
@@ -17,7 +17,7 @@ _TAIL = "\nOutput:"
 
 @dataclass(frozen=True)
 class Encoding:
-    """What the text of an example holds besides its input."""
+    """What the text of an example shows besides its input."""
 
     definition: bool = True
     positive: int = 0
@@ -33,27 +33,27 @@ TK_INSTRUCT = (
     Encoding(positive=2, negative=2),
     Encoding(positive=2, explanations=True),
 )
-"""The encodings among which Tk-Instruct (arXiv:2204.07705) draws for each example."""
+"""The encodings from which Tk-Instruct (arXiv:2204.07705) draws one for each example."""
 
 
 def any_length(_: str) -> bool:
-    """Whether a text is short enough where nothing bounds it: always."""
+    """Every text is short enough, because there is no budget."""
     return True
 
 
 def fits_in(tokenizer: PreTrainedTokenizerBase, max_input: int, text: str) -> bool:
-    """Whether a text has at most so many tokens, its end token included."""
+    """Whether a text has at most `max_input` tokens, its end token included."""
     ids = tokenizer(text, verbose=False)["input_ids"]
-    # Room for an end token is kept even where the tokenizer adds none.
+    # Room for an end token is kept even if the tokenizer adds none.
     needed: int = len(ids) + (ids[-1:] != [tokenizer.eos_token_id])
     return needed <= max_input
 
 
 def named_tokenizer(name: str) -> PreTrainedTokenizerBase:
-    """The tokenizer of a base model, by its name or folder.
+    """Load the tokenizer of a base model, given its name or folder.
 
     Raises:
-        InputError: it cannot be loaded.
+        InputError: the tokenizer cannot be loaded.
     """
     try:
         loaded: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(name)
@@ -74,15 +74,15 @@ def render(
     fits: Callable[[str], bool] = any_length,
     eos: str = "</s>",
 ) -> str:
-    """Write the text that a model reads of one instance.
+    """Write the text of one instance for a model to read.
 
     Args:
-        task: what a task file holds: `Definition`, `Positive Examples`, `Negative Examples`.
+        task: the content of a task file: `Definition`, `Positive Examples`, `Negative Examples`.
         text: the input of the instance.
-        name: of the task, for encodings that show it.
-        encoding: what goes into the text.
-        fits: whether a text is short enough; examples are added while it is, and what is still too
-            long loses the end of its input.
+        name: the name of the task, for encodings that show it.
+        encoding: what the text shows.
+        fits: whether a text is short enough. Examples are added as long as the text fits; a text
+            that is too long even without examples loses the end of its input.
         eos: the end token that closes each example.
 
     Raises:
@@ -94,10 +94,10 @@ def render(
         first = definition if isinstance(definition, str) else definition[0]
         head += f"Task definition: {_dot(first)}\n"
     body = f"Now complete the following example -\nInput: {_dot(text)}"
-    for kind, count in (("Positive", encoding.positive), ("Negative", encoding.negative)):
-        for number, shown in enumerate(task.get(f"{kind} Examples", [])[:count], start=1):
+    for sign, count in (("Positive", encoding.positive), ("Negative", encoding.negative)):
+        for number, shown in enumerate(task.get(f"{sign} Examples", [])[:count], start=1):
             example = (
-                f" {kind} Example {number} -\nInput: {_dot(shown['input'])}\n"
+                f" {sign} Example {number} -\nInput: {_dot(shown['input'])}\n"
                 f" Output: {_dot(shown['output'])} {eos}\n"
             )
             if encoding.explanations and "explanation" in shown:
@@ -108,8 +108,8 @@ def render(
     whole = head + body
     if fits(whole + _TAIL):
         return whole + _TAIL
-    # The longest beginning that fits; what bisection returns has itself been tried, even though
-    # a text may have fewer tokens than its beginning.
+    # Find the longest beginning that fits. A text can have fewer tokens than its beginning, so
+    # lengths are not strictly ordered; but bisection only returns a length that it has tried.
     lengths = range(len(whole) + 1)
     keep = bisect_right(lengths, False, key=lambda n: not fits(whole[:n] + _TAIL)) - 1
     if keep < 0:

@@ -1,9 +1,9 @@
-"""A folder of tables: CSV, Parquet or JSONL files with an example a row.
+"""A folder of tables: CSV, Parquet or JSONL files with one example per row.
 
-A file is `<task>.csv` or, where each split has a file of its own, `<task>.<split>.csv`; a column
-`split` tells the rows apart otherwise, and where neither does, all of them are for training. The
-columns are `input` and `target`, and optionally `instruction`, `choices` and `references`; others
-are ignored. An optional `roles.json` is as in a folder of JSONL records.
+A file is named `<task>.csv`, or `<task>.<split>.csv` if each split has its own file. Otherwise a
+column `split` names the split of each row; without one, all rows are for training. The columns are
+`input` and `target`, and optionally `instruction`, `choices` and `references`; others are ignored.
+An optional `roles.json` has the same form as in a folder of JSONL records.
 """
 
 import csv
@@ -33,11 +33,11 @@ class TabularSuite(TableSuite):
 
     Args:
         path: the folder; `~` is expanded.
-        cache_dir: where the tables go; None for the usual cache of `datasets`.
+        cache_dir: where the tables are cached; None for the usual cache of `datasets`.
 
     Raises:
-        InputError: the folder cannot be listed or holds no table, two files give the same rows of
-            a task, a task has the reserved name, or `roles.json` is malformed.
+        InputError: the folder cannot be listed or holds no table, two files define the same split
+            of a task, a task has the reserved name, or `roles.json` is malformed.
     """
 
     def __init__(self, path: str | Path, *, cache_dir: str | Path | None = None) -> None:
@@ -58,7 +58,7 @@ class TabularSuite(TableSuite):
 
 
 def is_tabular(folder: Path) -> bool:
-    """Whether a folder holds tables, and not JSONL records that tell their splits themselves."""
+    """Whether a folder holds tables rather than JSONL records that name their own splits."""
     return any(
         path.suffix in (".csv", ".parquet") or (path.suffix == ".jsonl" and _name(path)[1])
         for path in _tables(folder)
@@ -66,7 +66,7 @@ def is_tabular(folder: Path) -> bool:
 
 
 def _tables(folder: Path) -> list[Path]:
-    """The tables of a folder, sorted; hidden files do not count."""
+    """The tables of a folder, sorted; hidden files are ignored."""
     try:
         entries = sorted(folder.iterdir())
     except OSError as error:
@@ -75,13 +75,13 @@ def _tables(folder: Path) -> list[Path]:
 
 
 def _name(path: Path) -> tuple[str, str | None]:
-    """The task that a file is of, and the split where its name says so."""
+    """The task of a file, and its split if the name of the file says so."""
     task, _, split = path.stem.rpartition(".")
     return (task, split) if task and split in SPLITS else (path.stem, None)
 
 
 def _task_files(folder: Path) -> dict[str, dict[str | None, Path]]:
-    """The files of each task by split; a file of all splits stands alone, under None."""
+    """The files of each task by split; the only file of a task, with all splits, is under None."""
     tasks: dict[str, dict[str | None, Path]] = {}
     for path in _tables(folder):
         task, split = _name(path)
@@ -115,12 +115,12 @@ def _rows(split: str | None, path: Path) -> _Rows:
 
 
 def _record(row: Mapping[str, Any], split: str | None, where: str) -> dict[str, Any]:
-    """A row as a record: what may be left out is filled in, and lists are read from text."""
+    """Make a record of a row: fill in what may be left out, and read lists from text."""
     own = row.get("split") or None
     if split and own and own != split:
         raise InputError(
-            f"{where}: the column 'split' is {own!r} but the file is that of {split!r}; move the "
-            "row or remove the column"
+            f"{where}: the column 'split' is {own!r} but the file is for {split!r}; move the row "
+            "or remove the column"
         )
     record = {
         "instruction": row.get("instruction") or "",
@@ -132,7 +132,7 @@ def _record(row: Mapping[str, Any], split: str | None, where: str) -> dict[str, 
 
 
 def _listed(value: Any, what: str) -> Any:
-    """A list that a cell holds as text: as JSON, or with `|` between its entries."""
+    """The list in a cell, given as JSON or with `|` between its entries."""
     if not isinstance(value, str):
         return value
     text = value.strip()
@@ -142,7 +142,7 @@ def _listed(value: Any, what: str) -> Any:
         return json.loads(text)
     except (ValueError, RecursionError) as error:
         raise InputError(
-            f"{what} begins like a JSON list and is none ({error}); write it as "
+            f"{what} begins like a JSON list but is not valid ({error}); write it as "
             '["yes", "no"] or as yes|no'
         ) from error
 

@@ -1,7 +1,7 @@
-"""Tables of records on disk: what a reader makes of one task, and a suite made of such tasks.
+"""Tables of records on disk, one per task, and a suite made of such tasks.
 
-A reader says of each task where its records come from; the table is written when the task is
-first asked for, stays in the cache of `datasets`, and is memory-mapped from there.
+A reader says where the records of each task come from. The table is written to the cache of
+`datasets` when the task is first used, and memory-mapped from there.
 """
 
 import hashlib
@@ -20,8 +20,8 @@ from polyroute.errors import InputError, did_you_mean
 
 __all__ = ["TableSuite", "TaskSource", "TaskTable", "file_key", "load", "load_files", "rows_key"]
 
-# Part of every cache key. Raise it when the checks or the columns change, or tables that an
-# older version wrote go on being used.
+# Part of every cache key. Raise it when the checks or the columns change; otherwise tables of
+# older versions stay in use.
 _TABLE_VERSION = 2
 
 _FORMATS = {".parquet": "parquet", ".jsonl": "json", ".json": "json"}
@@ -29,20 +29,21 @@ _FORMATS = {".parquet": "parquet", ".jsonl": "json", ".json": "json"}
 
 @dataclass(frozen=True)
 class TaskSource:
-    """Where a task comes from; nothing is read before it is asked for."""
+    """Where the records of a task come from; nothing is read before the task is used."""
 
     place: str
-    """What errors call it: usually a path."""
+    """The name of the source in error messages; usually a path."""
     records: Callable[[], Iterator[Mapping[str, Any]]]
-    """Its records in order, checked, with the fields of `FEATURES`."""
+    """Reads the records: in order, checked, with the fields of `FEATURES`."""
     key: Callable[[], Sequence[Any]]
-    """What the records depend on, as JSON values; a table is used again while they are the same."""
+    """What the records depend on, as JSON values. A cached table is used until they change."""
     info: TaskInfo | Callable[[], TaskInfo] | None = None
-    """What describes the task, or reads it; None where its first record is all there is."""
+    """The description of the task, or a function that reads it; None to derive it from the first
+    record."""
 
 
 class TaskTable:
-    """All records of one task as a memory-mapped table, read and checked when made.
+    """All records of one task as a memory-mapped table, which is read and checked when created.
 
     Raises:
         InputError: the data is malformed, or the cache cannot be written.
@@ -52,17 +53,17 @@ class TaskTable:
         self._task = task
         self._place = source.place
         self.rows = _written(source, cache_dir)
-        # Without making a Python object of each record's split.
+        # Read as an array, without a Python object for each record.
         self._codes = self.rows.data.column("split").to_numpy()
 
     @property
     def splits(self) -> tuple[str, ...]:
-        """The splits it has, in the order of `SPLITS`."""
+        """The splits of the task, in the order of `SPLITS`."""
         return tuple(SPLITS[code] for code in np.unique(self._codes))
 
     @property
     def has_choices(self) -> bool:
-        """Whether its records list answers to choose from; all do or none does."""
+        """Whether the records list answers to choose from; either all do or none does."""
         return self.rows[0]["choices"] is not None
 
     def split(self, split: str) -> datasets.Dataset:
@@ -81,22 +82,22 @@ class TaskTable:
             )
         first, last = int(places[0]), int(places[-1])
         contiguous = last - first + 1 == len(places)
-        # A range becomes a slice of the table; a list of rows has to be looked up at each access.
+        # A range becomes a slice of the table, which is faster than a list of rows.
         chosen = self.rows.select(range(first, last + 1) if contiguous else places)
         several = ["references"] if self.rows[0]["references"] is not None else []
         return chosen.select_columns([*COLUMNS, *several])
 
 
 class TableSuite:
-    """A suite whose tasks are tables; what a reader adds is where they come from.
+    """A suite whose tasks are tables; a reader is a subclass that supplies their sources.
 
-    A task is read once, checked record by record, when its data is first asked for. An open suite
-    keeps to the tables it has, even if a file changes meanwhile.
+    A task is read once, and checked record by record, when its data is first used. An open suite
+    keeps the tables that it has read, even if a file changes afterwards.
 
     Args:
-        name: what reports call it.
-        sources: where each task comes from, by name.
-        cache_dir: where the tables go; None for the usual cache of `datasets`.
+        name: the name of the suite in reports.
+        sources: where the records of each task come from, by name of the task.
+        cache_dir: where the tables are cached; None for the usual cache of `datasets`.
     """
 
     def __init__(
@@ -110,16 +111,16 @@ class TableSuite:
         self._tables: dict[str, TaskTable] = {}
 
     def info(self, task: str) -> TaskInfo:
-        """What the suite says of a task.
+        """What the suite says about a task.
 
         Raises:
-            InputError: the suite has no such task, or what it says of it is malformed.
+            InputError: the suite has no such task, or its description is malformed.
         """
         check_tasks(self, [task])
         if task not in self._infos:
             source = self._sources[task]
             info = source.info() if callable(source.info) else source.info
-            self._infos[task] = info or _shown(next(source.records()))
+            self._infos[task] = info or _derived(next(source.records()))
         return self._infos[task]
 
     def splits(self, task: str) -> tuple[str, ...]:
@@ -134,7 +135,7 @@ class TableSuite:
         """The examples of one split of a task; see `Suite.split`.
 
         Raises:
-            InputError: the suite has no such task or the task no such split, or its data is
+            InputError: the suite has no such task, the task has no such split, or its data is
                 malformed.
         """
         return self._table(task).split(split)
@@ -155,14 +156,14 @@ class TableSuite:
         return self._tables[task]
 
 
-def _shown(record: Mapping[str, Any]) -> TaskInfo:
-    """What the first record shows of a task."""
+def _derived(record: Mapping[str, Any]) -> TaskInfo:
+    """The description of a task, as far as its first record tells."""
     has_choices = record["choices"] is not None
     return TaskInfo("", "accuracy" if has_choices else "exact_match", None, has_choices)
 
 
 def file_key(path: Path) -> list[Any]:
-    """What changes when a file does: for the key of a `TaskSource`.
+    """A value that changes when a file does, for the key of a `TaskSource`.
 
     Raises:
         InputError: the file cannot be read.
@@ -178,18 +179,19 @@ def load(what: str, path: str, name: str | None = None, **options: Any) -> Any:
     """Load rows with `datasets.load_dataset`, quietly.
 
     Args:
-        what: begins the sentence of an error.
-        path: a data set of the hub, or a format such as `"parquet"`.
+        what: the beginning of error messages.
+        path: a data set on the hub, or a format such as `"parquet"`.
         name: a configuration of the data set.
-        **options: of `datasets.load_dataset`: `split`, `data_files`, `revision`, `cache_dir`.
+        **options: options of `datasets.load_dataset`: `split`, `data_files`, `revision`,
+            `cache_dir`.
 
     Raises:
-        InputError: it cannot be loaded.
+        InputError: the rows cannot be loaded.
     """
     try:
         with quiet_datasets():
             return datasets.load_dataset(path, name, **options)
-    # Everything that the library raises for data that is absent, damaged or not reachable.
+    # The library raises these for data that is missing, damaged or out of reach.
     except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
         cause = error.__cause__ or error
         reason = " ".join(str(cause).split()) or type(cause).__name__
@@ -205,12 +207,12 @@ def load_files(place: Path, split: str, cache_dir: str | Path | None) -> dataset
 
     Args:
         place: a folder with files such as `train-00000-of-00001.parquet`, `train/0000.parquet` or
-            `train.jsonl`; or, for training rows alone, a file without its ending.
-        split: the beginning of their names.
-        cache_dir: where the prepared rows go; None for the usual cache of `datasets`.
+            `train.jsonl`; or, if all rows are for training, a file without its ending.
+        split: the prefix of the file names.
+        cache_dir: where the prepared rows are cached; None for the usual cache of `datasets`.
 
     Returns:
-        The rows; None where there are no such files.
+        The rows; None if there are no such files.
 
     Raises:
         InputError: the files cannot be loaded.
@@ -231,13 +233,13 @@ def load_files(place: Path, split: str, cache_dir: str | Path | None) -> dataset
 
 
 def rows_key(rows: datasets.Dataset) -> list[Any]:
-    """What changes when the rows of a loaded data set do: for the key of a `TaskSource`."""
-    # The folder of a prepared data set is named by a hash of what it was made from.
+    """A value that changes when the rows of a loaded data set do, for the key of a `TaskSource`."""
+    # `datasets` names the folder of a prepared data set by a hash of its sources.
     return [rows.num_rows, *(str(file["filename"]) for file in rows.cache_files)]
 
 
 def _written(source: TaskSource, cache_dir: str | Path | None) -> datasets.Dataset:
-    """The table of a task, written on first use."""
+    """The table of a task, which is written on first use."""
     key = json.dumps([_TABLE_VERSION, *source.key()])
     try:
         with quiet_datasets():

@@ -4,7 +4,7 @@ from polyroute.host.output import Result
 from polyroute.program.commands.runs import inventory_of
 from polyroute.program.options.finished import PushOptions
 from polyroute.saved.card import write_card
-from polyroute.saved.hub import push
+from polyroute.saved.hub import Repository, push
 
 __all__ = ["push_run"]
 
@@ -19,7 +19,7 @@ def push_run(options: PushOptions) -> Result:
     _ = inventory_of(run).tasks  # which reads every file of the routing table
     card = write_card(run, name=repository, license=options.license)
     url = push(
-        run, repository, card, private=options.private or None, revision=options.revision,
+        run, Repository(repository, options.revision), card, private=options.private or None,
         message=options.message,
     )  # fmt: skip
     return Result({"repository": repository, "url": url}, (f"the inventory is on the hub: {url}",))
