@@ -24,6 +24,7 @@ from polyroute.layer.factors import Factors, Segments
 __all__ = ["BASE_ALONE", "Block", "Mixture", "OpenRoutes", "Recomputation"]
 
 GENERATORS = inspect.CO_GENERATOR | inspect.CO_ASYNC_GENERATOR
+SUSPENDABLE = GENERATORS | inspect.CO_COROUTINE
 WRAPPERS = ("contextlib", "torch._dynamo", "torch.compiler", "torch.utils._contextlib")
 
 _open_blocks: ContextVar[tuple["Block", ...]] = ContextVar("polyroute_open_blocks", default=())
@@ -113,6 +114,7 @@ class Block(AbstractContextManager[None]):
         self.frame = 0
         self.is_generators = False
         self.is_open = False
+        self.held: FrameType | None = None
         self._entries: list[Block] = []
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
@@ -120,6 +122,10 @@ class Block(AbstractContextManager[None]):
         entry = Block(self.owner, self.value)
         frame = _opener(sys._getframe(1))
         entry.frame = id(frame)
+        if frame is not None and not frame.f_code.co_flags & SUSPENDABLE:
+            # A frame that is gone could give its identity to another. Generators and coroutines
+            # close their blocks when they go, and would not go if they were held.
+            entry.held = frame
         entry.is_generators = frame is not None and bool(frame.f_code.co_flags & GENERATORS)
         entry.is_open = True
         self._entries.append(entry)
@@ -131,6 +137,7 @@ class Block(AbstractContextManager[None]):
         own = [entry for entry in self._entries if entry.frame == id(frame)]
         entry = (own or self._entries)[-1]
         self._entries.remove(entry)
+        entry.held = None
         entry.is_open = False  # it may be left in another context than the one it was entered in
         _open_blocks.set(tuple(b for b in _open_blocks.get() if b.is_open))
 
