@@ -15,7 +15,7 @@ from transformers.pytorch_utils import Conv1D
 
 from polyroute.layer.factors import LoRAFactors, WeightSpaceFactors
 from polyroute.layer.kernels import apply_lora, plain_executors
-from polyroute.routes.inventory import _mix
+from polyroute.routes.mixing import mix_skills as _mix
 from polyroute.routes.weighted_sum import WeightedSum
 
 EXECUTORS = ["fused", "plain", "tokens"]

@@ -28,8 +28,8 @@ from polyroute.routes.tasks import (
     Tasks,
     check_batch,
     find_route,
-    find_segments,
     named_inputs,
+    packed,
 )
 
 __all__ = ["RoutedForward"]
@@ -77,7 +77,6 @@ class RoutedForward(nn.Module):
         self.merged_task: str | None = None
         self._unmerged: dict[str, Tensor] = {}
         self._outside = sample_others(base_model, sites, list(trained.values()))
-        self._has_checkpointing = False
         self._is_unloaded = False
         self.open_routes = OpenRoutes(self._prepare)
         self.wrapping = Wrapping(
@@ -225,22 +224,32 @@ class RoutedForward(nn.Module):
         self._check_loaded()
         base: Any = self.base_model
         with self._entered(tasks, condition, None):
-            block = self.open_routes.now()
+            block, state = self.open_routes.now(), self.open_routes
             if block is not None:
                 self._check_rows(block, base.generate, args, kwargs)
-            self.open_routes.forget()  # nothing that was mixed earlier is taken over
-            return base.generate(*args, **kwargs)
+                rows = block.value[0].rows or (0,)
+                state.media_fit = self._media_fit(
+                    named_inputs(base.generate, args, kwargs), len(rows)
+                )
+            state.forget()  # nothing that was mixed earlier is taken over
+            try:
+                return base.generate(*args, **kwargs)
+            finally:
+                state.media_fit = False
+
+    def _media_fit(self, inputs: Mapping[str, Any], num_examples: int) -> bool:
+        """Whether the images of a batch show whose they are, where an adapted layer sees them."""
+        sees = any(site.sees_media for site in self.sites)
+        return sees and media_fit_examples(self.base_model, inputs, num_examples)
 
     def _check_rows(
         self, block: Block, call: Any, args: Sequence[Any], kwargs: Mapping[str, Any]
     ) -> None:
         """Make sure that the open route has as many tasks as the call has examples."""
-        route, segments = block.value
-        if route.per_example:
-            inputs = named_inputs(call, args, kwargs)
-            count = len(route.rows or ())
-            if find_segments(segments, count, inputs) is None:
-                check_batch(count, self.base_model, inputs)
+        inputs = named_inputs(call, args, kwargs)
+        route = packed(block.value[0], block.value[1], inputs)
+        if route.per_example and route.segments is None:
+            check_batch(len(route.rows or ()), self.base_model, inputs)
 
     @property
     def _is_compiled(self) -> bool:
@@ -297,20 +306,16 @@ class RoutedForward(nn.Module):
                 "context_fn=model.checkpoint_contexts to torch.utils.checkpoint"
             )
         block = state.now()
-        route: Route | None = None
         given = inputs or {}
-        if block is not None:
-            route, lengths = block.value
-            if route is not None and route.per_example:
-                found = find_segments(lengths, len(route.rows or ()), given)
-                route = replace(route, segments=found)
+        route = None if block is None else packed(block.value[0], block.value[1], given)
         mask = given.get("attention_mask")
         mixture = self.mixer.mixture(
             route, training=self.training, mask=mask if isinstance(mask, Tensor) else None
         )
-        if mixture.num_examples and any(site.sees_media for site in self.sites):
-            fit = media_fit_examples(self.base_model, given, mixture.num_examples)
-            mixture = replace(mixture, media_fit=fit)
+        if mixture.num_examples and inputs is not None:
+            mixture = replace(mixture, media_fit=self._media_fit(given, mixture.num_examples))
+        elif state.media_fit:
+            mixture = replace(mixture, media_fit=True)
         state.mixture = mixture
         return mixture
 
@@ -356,17 +361,7 @@ class RoutedForward(nn.Module):
                 all blocks share one mixing graph.
         """
         options = dict(activation_checkpointing_kwargs or {})
-        if options.get("use_reentrant"):
-            raise InputError(
-                "reentrant checkpointing cannot be routed; leave use_reentrant at False"
-            )
-        options.update(use_reentrant=False, context_fn=self.checkpoint_contexts)
-        base: Any = self.base_model
-        self._has_checkpointing = True
-        if hasattr(base, "activation_checkpointing_enable"):
-            base.activation_checkpointing_enable(activation_checkpointing_kwargs=options, **kwargs)
-        else:
-            base.gradient_checkpointing_enable(gradient_checkpointing_kwargs=options, **kwargs)
+        self.wrapping.start_checkpointing(options, self.checkpoint_contexts, **kwargs)
 
     def gradient_checkpointing_enable(
         self, gradient_checkpointing_kwargs: Mapping[str, Any] | None = None, **kwargs: Any

@@ -14,7 +14,6 @@ from polyroute.errors import InputError
 from polyroute.forward import RoutedForward
 from polyroute.layer.merging import check_mergeable, fold, restore
 from polyroute.routes.phases import check_phase, param_groups, row_optimizer, start_phase
-from polyroute.routes.table import MU
 from polyroute.routes.tasks import Tasks
 from polyroute.saved.card import write_card
 from polyroute.saved.hub import Repository, push
@@ -76,25 +75,7 @@ class RoutedModel(RoutedForward):
         Raises:
             InputError: as `add_task`, for any of the names.
         """
-        if isinstance(names, str):
-            raise InputError(f"names must be a list of tasks, not the single string {names!r}")
-        values: Tensor | None = None
-        source: int | None = None
-        if isinstance(init, Tensor):
-            values = init
-            if self.routes.logits is None:
-                raise InputError(
-                    f"method {self.adapter_config.method!r} has no routing logits: "
-                    "init must be 'uniform' or a task name"
-                )
-        elif init not in ("uniform", MU):
-            source = self.routes.row(init)
-            values = self.routes[init] if self.routes.logits is not None else None
-        rows = self.routes.add(list(names), values)
-        if self.rule.owns_skills:
-            for _ in rows:
-                self.inventory.add_skill(source)
-        return rows
+        return self.mixer.add_tasks(names, init)
 
     def keep_tasks(self, names: Sequence[str]) -> None:
         """Drop every task but these; the skills stay (private adapters go with their task).
@@ -103,11 +84,7 @@ class RoutedModel(RoutedForward):
             InputError: an unknown or repeated name, or the model is merged.
         """
         self.check_unmerged()
-        if isinstance(names, str):
-            raise InputError(f"names must be a list of tasks, not the single string {names!r}")
-        rows = self.routes.keep(tuple(names))
-        if self.rule.owns_skills:
-            self.inventory.keep_skills(rows)
+        self.mixer.keep_tasks(names)
 
     # ---------------------------------------------------------------- training
 
@@ -281,12 +258,6 @@ class RoutedModel(RoutedForward):
             return self.base_model
         for hook in self._hooks:
             hook.remove()
-        if self._has_checkpointing:  # its context_fn is ours
-            base: Any = self.base_model
-            for name in ("activation_checkpointing_disable", "gradient_checkpointing_disable"):
-                if hasattr(base, name):
-                    getattr(base, name)()
-                    break
         self.wrapping.undo(keep_trained=self.merged_task is not None)
         self._is_unloaded = True
         return self.base_model

@@ -59,6 +59,7 @@ class OpenRoutes(threading.local):
         prepared_by: the layer that prepared the mixture because a part of the model was called on
             its own. When that layer is reached again, it is another forward.
         prepared_for: the block for which it did.
+        media_fit: what `Mixture.media_fit` is for parts that the running generation calls alone.
         is_recomputing: whether backward recomputes a block of layers under its own mixture.
         running: what a forward was given without a block.
     """
@@ -69,6 +70,7 @@ class OpenRoutes(threading.local):
         self.prepared_by: int | None = None
         self.prepared_for: Block | None = None
         self.is_recomputing = False
+        self.media_fit = False
         self.running: list[Any] = []
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "OpenRoutes":

@@ -55,6 +55,7 @@ class Wrapping:
         fused = fused_layers(base_model, sites)  # before they are wrapped
         self._hooks: list[Any] = []
         self._packing: list[nn.Module] = []
+        self._has_checkpointing = False
         try:
             for site, layer in zip(sites, self.layers, strict=True):
                 layer.train(site.layer.training)
@@ -81,12 +82,41 @@ class Wrapping:
                 self._packing.append(module)
                 module.use_nested_tensor = False  # type: ignore[assignment]
 
+    def start_checkpointing(self, options: dict[str, Any], contexts: Any, **kwargs: Any) -> None:
+        """Turn on the base model's activation checkpointing; see `RoutedModel`.
+
+        Args:
+            options: of `torch.utils.checkpoint.checkpoint`.
+            contexts: its `context_fn`, under which recomputation sees the route of its forward.
+            **kwargs: of the base model's own method.
+
+        Raises:
+            InputError: reentrant checkpointing is asked for.
+        """
+        if options.get("use_reentrant"):
+            raise InputError(
+                "reentrant checkpointing cannot be routed; leave use_reentrant at False"
+            )
+        options.update(use_reentrant=False, context_fn=contexts)
+        base: Any = self.base_model
+        self._has_checkpointing = True
+        if hasattr(base, "activation_checkpointing_enable"):
+            base.activation_checkpointing_enable(activation_checkpointing_kwargs=options, **kwargs)
+        else:  # its name before transformers 5
+            base.gradient_checkpointing_enable(gradient_checkpointing_kwargs=options, **kwargs)
+
     def undo(self, *, keep_trained: bool) -> None:
         """Put everything back as it was.
 
         Args:
             keep_trained: leave the whole modules that were trained as they are now.
         """
+        if self._has_checkpointing:  # its context_fn is ours
+            base: Any = self.base_model
+            for name in ("activation_checkpointing_disable", "gradient_checkpointing_disable"):
+                if hasattr(base, name):
+                    getattr(base, name)()
+                    break
         for site in self.sites:
             self.put(site, site.layer)
         for hook in self._hooks:

@@ -28,7 +28,7 @@ from polyroute.layer.factors import (
 )
 from polyroute.layer.gated import Gate
 from polyroute.layer.sites import Site
-from polyroute.routes.weighted_sum import WeightedSum
+from polyroute.routes.mixing import mix_skills, pick_skills, stack_skills
 
 __all__ = ["Inventory", "Stack"]
 
@@ -189,9 +189,9 @@ class Inventory(nn.Module):
             if weights is None:
                 weights = skills.new_full((1, n, heads, count), 1.0 / count)
             w_UnHK = weights if factor == "lora_b" else torch.ones_like(weights)
-            return _stacked(skills, w_UnHK, None).unsqueeze(1)
+            return stack_skills(skills, w_UnHK, None).unsqueeze(1)
         if weights is not None:
-            return _mix(skills, weights, None).unsqueeze(1)
+            return mix_skills(skills, weights, None).unsqueeze(1)
         one = skills.mean(2, keepdim=True) if skill is None else skills[:, :, [skill]]
         # The heads of a mean are blocks of one plain adapter.
         return one.permute(0, 2, 3, 1, 4).reshape(n, 1, 1, rank, heads * block)
@@ -255,12 +255,12 @@ class Inventory(nn.Module):
         scale = self.scale if factor == "lora_b" else 1.0
         if weights is None:
             assert sets is not None
-            return _pick(skills, sets, scale)
+            return pick_skills(skills, sets, scale)
         w_UnHK = weights.index_select(1, router)
         if self.combine == "output" and self.adapter == "lora":
             w_UnHK = w_UnHK * scale if factor == "lora_b" else torch.ones_like(w_UnHK)
-            return _stacked(skills, w_UnHK, sets)
-        return _mix(skills, w_UnHK * scale if scale != 1.0 else w_UnHK, sets)
+            return stack_skills(skills, w_UnHK, sets)
+        return mix_skills(skills, w_UnHK * scale if scale != 1.0 else w_UnHK, sets)
 
     def gated(
         self,
@@ -358,33 +358,6 @@ class Inventory(nn.Module):
         return tensors
 
 
-def _mix(inventory: Tensor, w_UnHK: Tensor, sets: Tensor | None) -> Tensor:
-    """`[n, H, K, r, D]` and `[U, n, H, K]` to `[n, U, r, H D]`."""
-    n, heads, _, rank, block = inventory.shape
-    rows, skills = w_UnHK.shape[0], w_UnHK.shape[-1]
-    w = w_UnHK.permute(1, 2, 0, 3).reshape(n * heads, rows, skills).to(inventory.dtype)
-    if sets is None:
-        mixed: Tensor = WeightedSum.apply(w, inventory)  # type: ignore[no-untyped-call]
-    else:
-        own = inventory.view(n * heads, -1, skills, rank * block).index_select(1, sets)
-        mixed = torch.matmul(w.unsqueeze(2), own)
-    mixed = mixed.view(n, heads, rows, rank, block).permute(0, 2, 3, 1, 4)
-    return mixed.reshape(n, rows, rank, heads * block)
-
-
-def _stacked(skills: Tensor, w_UnHK: Tensor, sets: Tensor | None) -> Tensor:
-    """Weighted skills one after another: `[n, H, K, r, D]` to `[n, U, K r, H D]`."""
-    n, heads, _, rank, block = skills.shape
-    rows, count = w_UnHK.shape[0], w_UnHK.shape[-1]
-    if sets is None:
-        own = skills.unsqueeze(2)
-    else:
-        own = skills.view(n, heads, -1, count, rank, block).index_select(2, sets)
-    w_nHUK = w_UnHK.permute(1, 2, 0, 3).to(skills.dtype)
-    weighted = w_nHUK[..., None, None] * own  # [n, H, U, K, r, D]
-    return weighted.permute(0, 2, 3, 4, 1, 5).reshape(n, rows, count * rank, heads * block)
-
-
 def _plain(site: Site, factors: Sequence[Tensor], *, is_ia3: bool) -> PlainFactors:
     """The factors of a site; units that the layer was given since have no update."""
     missing = site.out_features - site.d_out
@@ -392,11 +365,3 @@ def _plain(site: Site, factors: Sequence[Tensor], *, is_ia3: bool) -> PlainFacto
     if missing:
         last = pad(last, (0, missing), value=1.0 if is_ia3 else 0.0)
     return IA3Factors(last) if is_ia3 else LoRAFactors(factors[0], last)
-
-
-def _pick(inventory: Tensor, sets: Tensor, scale: float) -> Tensor:
-    """Skills taken whole: `[n, H, K, r, D]` to `[n, U, r, H D]`."""
-    picked = inventory.index_select(2, sets)
-    n, heads, rows, rank, block = picked.shape
-    picked = picked.permute(0, 2, 3, 1, 4).reshape(n, rows, rank, heads * block)
-    return picked * scale if scale != 1.0 else picked

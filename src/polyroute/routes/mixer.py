@@ -16,7 +16,7 @@ from polyroute.layer.sites import Site
 from polyroute.routes.index import index_on
 from polyroute.routes.inventory import Inventory
 from polyroute.routes.rule import Batch, RouteRule
-from polyroute.routes.table import MU_ROW, RoutingTable
+from polyroute.routes.table import MU, MU_ROW, RoutingTable
 from polyroute.routes.tasks import Route
 from polyroute.routes.weights import anneal, skill_weights
 
@@ -108,6 +108,36 @@ class Mixer(nn.Module):
         if mode != self.training:
             self._cache.clear()
         return super().train(mode)
+
+    # ---------------------------------------------------------------- tasks
+
+    def add_tasks(self, names: Sequence[str], init: str | Tensor) -> list[int]:
+        """Append tasks; see `RoutedModel.add_tasks`."""
+        _check_list(names)
+        values: Tensor | None = None
+        source: int | None = None
+        if isinstance(init, Tensor):
+            values = init
+            if self.table.logits is None:
+                raise InputError(
+                    f"method {self.config.method!r} has no routing logits: "
+                    "init must be 'uniform' or a task name"
+                )
+        elif init not in ("uniform", MU):
+            source = self.table.row(init)
+            values = self.table[init] if self.table.logits is not None else None
+        rows = self.table.add(list(names), values)
+        if self.rule.owns_skills:
+            for _ in rows:
+                self.inventory.add_skill(source)
+        return rows
+
+    def keep_tasks(self, names: Sequence[str]) -> None:
+        """Drop every task but these; see `RoutedModel.keep_tasks`."""
+        _check_list(names)
+        rows = self.table.keep(tuple(names))
+        if self.rule.owns_skills:
+            self.inventory.keep_skills(rows)
 
     # ---------------------------------------------------------------- one forward
 
@@ -316,3 +346,8 @@ class Mixer(nn.Module):
         if row != MU_ROW:
             self.rule.check_fixed(what)
         return self._mixed_rows([row], self._exact_dtype)
+
+
+def _check_list(names: object) -> None:
+    if isinstance(names, str):
+        raise InputError(f"names must be a list of tasks, not the single string {names!r}")

@@ -2,7 +2,7 @@
 
 import inspect
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -13,7 +13,16 @@ from polyroute.layer.kernels import Segments
 from polyroute.layer.media import media_modules
 from polyroute.routes.table import RoutingTable
 
-__all__ = ["BASE", "Route", "Tasks", "check_batch", "find_route", "find_segments", "named_inputs"]
+__all__ = [
+    "BASE",
+    "Route",
+    "Tasks",
+    "check_batch",
+    "find_route",
+    "find_segments",
+    "named_inputs",
+    "packed",
+]
 
 Tasks = str | int | Sequence[str | int] | Tensor | None
 FIRST_AXIS = (
@@ -118,6 +127,24 @@ def check_batch(num_tasks: int, base_model: nn.Module, inputs: Mapping[str, Any]
                 f"{num_tasks} tasks were given for a batch of {count} examples; "
                 "give one per example, or a single name for all"
             )
+
+
+def packed(
+    route: Route, lengths: Sequence[Sequence[int]] | None, inputs: Mapping[str, Any]
+) -> Route:
+    """A route for the arguments of one call: with segments, where its rows are packed.
+
+    Args:
+        route: as it was opened.
+        lengths: as in `find_segments`.
+        inputs: the arguments of the base model by name.
+
+    Raises:
+        InputError: as `find_segments`.
+    """
+    if not route.per_example:
+        return route
+    return replace(route, segments=find_segments(lengths, len(route.rows or ()), inputs))
 
 
 def find_segments(
