@@ -30,7 +30,12 @@ EXTRAS = (
 )
 """What is not in the dependencies, so no module may need it when it is imported."""
 
-BRIDGES = ("polyroute.__main__", "polyroute.peft", "polyroute.sentence_transformers")
+BRIDGES = (
+    "polyroute.__main__",
+    "polyroute.peft",
+    "polyroute.peft_layer",
+    "polyroute.sentence_transformers",
+)
 """The command line itself, and the modules whose whole purpose is an extra."""
 
 
