@@ -18,7 +18,7 @@ from polyroute.layer.media import media_fit_examples
 from polyroute.layer.open_route import Block, Mixture, OpenRoutes, Recomputation
 from polyroute.layer.sites import Site
 from polyroute.layer.wrapping import Wrapping, find_modules
-from polyroute.routes.inventory import Inventory
+from polyroute.routes.inventory import Inventory, skills_like
 from polyroute.routes.mixer import Mixer
 from polyroute.routes.rule import Gates, RouteRule
 from polyroute.routes.table import RoutingTable
@@ -68,9 +68,9 @@ class RoutedForward(nn.Module):
         shape = (len(routers), config.heads, num_skills) if self.rule.has_table else None
         trained = find_modules(base_model, config.modules_to_save, sites)
         # What can fail comes before the base model is touched.
+        # Rows are drawn before skills, so that a seed gives what it gave in earlier versions.
+        self.routes = RoutingTable(tasks, shape, skills_like(sites), config)
         self.inventory = Inventory(sites, config, num_skills, sites[0].device)
-        like = next(self.inventory.parameters())
-        self.routes = RoutingTable(tasks, shape, like, config)
         self.mixer = Mixer(config, self.inventory, self.routes, self.rule, routers, by_site)
         self.rule.start(self.mixer)
         self.rule.to(sites[0].device)

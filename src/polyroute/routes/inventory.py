@@ -30,7 +30,7 @@ from polyroute.layer.gated import Gate
 from polyroute.layer.sites import Site
 from polyroute.routes.mixing import mix_skills, pick_skills, stack_skills
 
-__all__ = ["Inventory", "Stack"]
+__all__ = ["Inventory", "Stack", "skills_like"]
 
 
 @dataclass(frozen=True)
@@ -42,6 +42,15 @@ class Stack:
     """Positions in the list of sites."""
     d_in: int
     d_out: int
+
+
+def skills_like(sites: Sequence[Site]) -> Tensor:
+    """An empty tensor of the type and on the device that skills of these sites have.
+
+    The type is fp32 at least: what trains must not be rounded to the type of a bf16 base model.
+    """
+    dtype = torch.promote_types(sites[0].dtype, torch.float32)
+    return torch.empty(0, dtype=dtype, device=sites[0].device)
 
 
 class Inventory(nn.Module):
@@ -66,8 +75,7 @@ class Inventory(nn.Module):
         num_sets: int = 1,
     ) -> None:
         super().__init__()
-        # At least fp32: what is trained must not be rounded to the type of a bf16 base model.
-        dtype = torch.promote_types(sites[0].dtype, torch.float32)
+        dtype = skills_like(sites).dtype
         self.heads = config.heads
         self.num_skills = num_skills
         self.num_sets = num_sets
