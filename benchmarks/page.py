@@ -28,8 +28,8 @@ SECTIONS = {
     ),
     "overhead": (
         "Where calls dominate",
-        "Hidden size 64, 4 examples of 8 tokens: there is hardly anything to compute, so this shows "
-        "what the number of an adapter's operations costs.",
+        "Hidden size 64, 4 examples of 8 tokens: there is hardly anything to compute, so this "
+        "shows what the number of an adapter's operations costs.",
     ),
     "generate": (
         "Generation",
@@ -76,15 +76,15 @@ INCLUDED = ["table_growth", "adapt_many"]
 HEAD = """\
 # Benchmarks
 
-`python benchmarks/page.py` writes this page from `benchmarks/results/`, so do not change its text or
-figures here. `make bench` measures again and rewrites the page.
+`python benchmarks/page.py` writes this page from `benchmarks/results/`, so do not change its text
+or figures here. `make bench` measures again and rewrites the page.
 
-All contenders of a case run in one process, one after the other, in the order A B C D, D C B A, and
-so on. Each ratio compares two times of the same round: the contender's and that of PEFT LoRA, of the
-same rank on the same frozen weights. The tables show the **median and the quartiles** over the
-rounds; a ratio below 1 is faster than PEFT LoRA. Before anything is timed, polyroute's logits are
-compared with those of a PEFT Poly that holds the same skills and routes, so both compute the same
-function.
+All contenders of a case run in one process, one after the other, in the order A B C D, D C B A,
+and so on. Each ratio compares two times of the same round: the contender's and that of PEFT LoRA,
+of the same rank on the same frozen weights. The tables show the **median and the quartiles** over
+the rounds; a ratio below 1 is faster than PEFT LoRA. Before anything is timed, polyroute's logits
+are compared with those of a PEFT Poly that holds the same skills and routes, so both compute the
+same function.
 
 - `base` is the frozen model alone, the lower bound. `lora` is PEFT LoRA; its column shows the time.
   `poly` is PEFT Poly as shipped, and `polyroute` is MHR in this library. Unless stated otherwise,
@@ -92,9 +92,9 @@ function.
 - *Operations* are those that PyTorch dispatches in one call, without views. *Waits* says how often
   the host must wait for the device; on a CPU, how often it reads a tensor's value, which would make
   it wait on a GPU.
-- *Kept* is what the graph keeps for backward, beyond the model's parameters. *Peak* is how far memory
-  rises during one call, gradients included (CPU: resident memory of a forked process, measured with
-  one thread; GPU: what PyTorch has allocated).
+- *Kept* is what the graph keeps for backward, beyond the model's parameters. *Peak* is how far
+  memory rises during one call, gradients included (CPU: resident memory of a forked process,
+  measured with one thread; GPU: what PyTorch has allocated).
 """
 CASE_TABLES = {
     "Operations, waits": ("ops", "host_syncs"),

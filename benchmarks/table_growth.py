@@ -61,22 +61,22 @@ QUICK = [[("rowwise", 100), ("rowwise", 1_000), ("dense", 100), ("poly", 100)]]
 TEXT = """\
 # Growth of the routing table
 
-{cpu}, 1 thread of {cores} cores, load {load}; torch {torch}, transformers {transformers},
-PEFT {peft}. Llama-like base model, hidden size 256, 8 layers with 5 adapted layers each (40 sites);
+{cpu}, 1 thread of {cores} cores, load {load}; torch {torch}, transformers {transformers}, PEFT
+{peft}. Llama-like base model, hidden size 256, 8 layers with 5 adapted layers each (40 sites);
 {skills} skills, {heads} heads, rank {rank}, fp32; 16 examples of {length} tokens, of 16 distinct
 tasks that are drawn anew in each step. A step is forward, backward, clipping to norm 1 and the
-optimizer. A row has 40 x 16 x 8 = 5,120 numbers (20 kB). A million such rows would take 20 GB, so at
-that size the layers of a block share a router (`granularity="blockwise"`). A row then has
-8 x 16 x 8 = 1,024 numbers, and the comparison is with 100 rows of that width.
+optimizer. A row has 40 x 16 x 8 = 5,120 numbers (20 kB). A million such rows would take 20 GB, so
+at that size the layers of a block share a router (`granularity="blockwise"`). A row then has 8 x
+16 x 8 = 1,024 numbers, and the comparison is with 100 rows of that width.
 
 Times are medians of {steps} steps, or of 7 where a table is 2 GB dense or has a million rows. The
-ratio is the median of the ratios to the same contender's step with 100 tasks in the same round. CPU
-time is that of the process. `table` is the parameter; `trained` is what the optimizer and the
-gradient hold in addition after the run. In the row-wise case these are the rows that were in a batch,
-at most twice the table once every row has trained. Dense contenders stop where table, gradient and
-moments pass 10 GB or a step takes longer than 20 s: 1,000,000 tasks would take
-{dense_million:.0f} GB. The file of PEFT Poly also holds its skills, 3 MB. Files are on a local disk
-with a warm page cache. The process used at most {peak} of resident memory.
+ratio is the median of the ratios to the same contender's step with 100 tasks in the same round.
+CPU time is that of the process. `table` is the parameter; `trained` is what the optimizer and the
+gradient hold in addition after the run. In the row-wise case these are the rows that were in a
+batch, at most twice the table once every row has trained. Dense contenders stop where table,
+gradient and moments pass 10 GB or a step takes longer than 20 s: 1,000,000 tasks would take
+{dense_million:.0f} GB. The file of PEFT Poly also holds its skills, 3 MB. Files are on a local
+disk with a warm page cache. The process used at most {peak} of resident memory.
 
 ![Step time, memory and file access against the number of tasks](table_growth.png)
 """
