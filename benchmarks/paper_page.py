@@ -174,7 +174,7 @@ Gradient alignment between training tasks at the end of training (mean cosine ov
 
 
 FEWER = "8 shots"
-"""What the recipes with fewer examples end in."""
+"""The end of the names of recipes with fewer examples."""
 
 
 def _by_paper(way: tuple[str, str]) -> tuple[str, str]:

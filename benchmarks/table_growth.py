@@ -5,9 +5,9 @@
 Contenders: polyroute with `model.optimizer` (row-wise), polyroute with a dense `torch.optim.AdamW`,
 and PEFT Poly with the same AdamW; both dense ones use torch's fused kernel. A step is forward,
 backward, clipping and the optimizer's step on a batch of 16 distinct tasks drawn anew. The cases of
-a group run in this process, one step each in turn, forth and back, so a change in the machine's
-load meets all alike. Results go to benchmarks/results/table_growth.json after each group; the page
-and the plot are made from that file (`--render` alone makes them anew).
+a group run in this process and take turns, one step each, forward and back, so a change in the
+machine's load affects all of them alike. Results go to benchmarks/results/table_growth.json after
+each group; the page and the plot are made from that file (`--render` only makes them again).
 """
 
 import argparse
@@ -348,7 +348,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--steps", type=int, default=15, help="timed steps per case")
     parser.add_argument("--quick", action="store_true", help="four small cases, as a smoke test")
-    parser.add_argument("--render", action="store_true", help="only make page and plot anew")
+    parser.add_argument("--render", action="store_true", help="only make page and plot again")
     parser.add_argument("--scratch", type=Path, default=Path(tempfile.gettempdir()))
     arguments = parser.parse_args()
     if arguments.render:
