@@ -44,10 +44,11 @@ INTRODUCTION = """\
 
 {cpu}, {cores} cores, torch threads: {threads}; torch {torch}; {date}.
 
-36 slots (12 tasks x 3 seeds) of the same settings. Serial: one call of `adapt_many` for each slot;
-many: one call for all. Loading the model and encoding the examples are outside both. Median of
-{rounds} rounds (range); the ratio is serial over many, so above 1 many is faster. "Differs" is the
-largest difference between what a slot ends at in both, relative to the largest number of its kind.
+36 slots (12 tasks x 3 seeds) have the same settings. "Serial" calls `adapt_many` once for each
+slot, "many" once for all. Neither time includes loading the model and encoding the examples. The
+table shows the median of {rounds} rounds (range). The ratio is serial over many, so above 1 many
+is faster. "Differs" is the largest difference between the factors of a slot in both, relative to
+the largest number of the same tensor.
 
 | base | phase | shots | batch | steps | serial, s | many, s | ratio (range) | differs |
 |---|---|---|---|---|---|---|---|---|

@@ -31,7 +31,7 @@ TARGETS = {
     ),
 }
 TOLERANCE = {"float32": 1e-5, "bfloat16": 0.1}
-"""Of logits, relative to the largest."""
+"""How far logits may differ, relative to the largest one."""
 BACKEND = "inductor"
 
 

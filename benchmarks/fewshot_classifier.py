@@ -4,9 +4,9 @@
     python benchmarks/fewshot_classifier.py run --data SUITE --inventories mhr=FOLDER
     python benchmarks/fewshot_classifier.py page
 
-`choose` tries settings on tasks that are neither trained on nor reported, `run` measures,
-`page` writes docs/fewshot_classifier.md of what is in benchmarks/results. The first two go on where
-they stopped. FOLDER is what `benchmarks/paper.py real` trained.
+`choose` tries settings on tasks that are neither trained on nor reported, `run` measures, and
+`page` writes docs/fewshot_classifier.md from benchmarks/results. An interrupted `choose` or `run`
+continues where it stopped. FOLDER is what `benchmarks/paper.py real` trained.
 """
 
 import argparse
@@ -60,7 +60,7 @@ SHOTS = 8
 SEEDS = (0, 1, 2)
 LONGEST = 96
 SCALE = 20.0
-"""Of cosines, as in `EncoderKind`."""
+"""The factor on cosines, as in `EncoderKind`."""
 
 
 @dataclass(frozen=True)
@@ -175,7 +175,7 @@ def by_examples(train: Array, task: Task, test: Array, c: float) -> Array:
 
 
 def found(task: Task, scores: Array, fit: float, answer: float) -> dict[str, Any]:
-    """What is kept of a contender: accuracy, and CPU seconds to train and to answer all."""
+    """The result of a contender: accuracy, and CPU seconds to train and to answer everything."""
     predicted = [task.labels[i] for i in scores.argmax(1).tolist()]
     accuracy = np.mean([p == a for p, a in zip(predicted, task.test_answers, strict=True)])
     return {"accuracy": float(accuracy), "fit": round(fit, 2), "answer": round(answer, 2)}

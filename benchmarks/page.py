@@ -27,9 +27,9 @@ SECTIONS = {
         "different tasks in it; 64 tokens per example.",
     ),
     "overhead": (
-        "Where calling is what costs",
-        "Hidden size 64, 4 examples of 8 tokens: hardly anything is computed, so this shows what "
-        "an adapter adds by its mere number of operations.",
+        "Where calls dominate",
+        "Hidden size 64, 4 examples of 8 tokens: there is hardly anything to compute, so this "
+        "shows what the number of an adapter's operations costs.",
     ),
     "generate": (
         "Generation",
@@ -38,14 +38,17 @@ SECTIONS = {
     ),
     "growth": (
         "How cost grows with skills and heads",
-        "Inventories of several sizes, side by side in one case: T5-like with 3 + 3 layers. `s` is "
-        "the number of skills, `h` of heads, `-l` the tokens per example. `-adamw`: a step of "
-        "AdamW over all that trains is counted in, for every contender; that part grows with the "
-        "inventory as its parameters do.",
+        "One case compares inventories of several sizes on a T5-like model with 3 + 3 layers. `s` "
+        "is the number of skills, `h` the number of heads, and `-l` the tokens per example. "
+        "`-adamw` includes, for every contender, a step of AdamW over everything that trains; that "
+        "part grows with the parameters of the inventory.",
     ),
-    "length": ("Length of the sequences", "1,024 tokens in every batch, in ever longer sequences."),
-    "rank": ("Rank", "`-r` is the rank, of LoRA too; without, it is 4."),
-    "checkpointing": ("Gradient checkpointing", "`-ckpt`: with it, not reentrant."),
+    "length": (
+        "Length of the sequences",
+        "Every batch has 1,024 tokens, in longer and longer sequences.",
+    ),
+    "rank": ("Rank", "`-r` is the rank, also that of LoRA; without it the rank is 4."),
+    "checkpointing": ("Gradient checkpointing", "`-ckpt` uses non-reentrant checkpointing."),
     "gpu": (
         "On a GPU",
         "Llama-like with 1 and T5-XL-like with 3 billion parameters, bf16, random weights. `lora` "
@@ -73,24 +76,25 @@ INCLUDED = ["table_growth", "adapt_many"]
 HEAD = """\
 # Benchmarks
 
-This page is written by `python benchmarks/page.py` from `benchmarks/results/`: change neither text
-nor figures here. `make bench` measures again and rewrites it.
+`python benchmarks/page.py` writes this page from `benchmarks/results/`, so do not change its text
+or figures here. `make bench` measures again and rewrites the page.
 
-How it is measured: all contenders of a case run in one process, one after the other, in the order
-A B C D, D C B A, and so on. A ratio is taken within a round, to PEFT LoRA of the same rank on the
-same frozen weights; shown are the **median and the quartiles** over the rounds, and below 1 is
-faster than PEFT LoRA. Before anything is timed, polyroute's logits are compared with those of PEFT
-Poly that holds the same skills and routes: what is timed is the same function.
+All contenders of a case run in one process, one after the other, in the order A B C D, D C B A,
+and so on. Each ratio compares two times of the same round: the contender's and that of PEFT LoRA,
+of the same rank on the same frozen weights. The tables show the **median and the quartiles** over
+the rounds; a ratio below 1 is faster than PEFT LoRA. Before anything is timed, polyroute's logits
+are compared with those of a PEFT Poly that holds the same skills and routes, so both compute the
+same function.
 
-- `base`: the frozen model alone, the floor. `lora`: PEFT LoRA, whose column shows its time.
-  `poly`: PEFT Poly as shipped. `polyroute`: MHR, here. Where nothing else is said: 8 skills, 8
-  heads, rank 4, a table of 64 tasks.
-- *Operations*: those that PyTorch dispatches in one call, views not counted. *Waits*: how often the
-  host must wait for the device; on a CPU, how often it reads a tensor's value, which on a GPU would
-  make it wait.
-- *Kept*: what the graph keeps for backward beyond the model's parameters. *Peak*: how far memory
-  rises during one call above the level before it, gradients included (CPU: resident memory of a
-  forked process, measured with one thread; GPU: what PyTorch has allocated).
+- `base` is the frozen model alone, the lower bound. `lora` is PEFT LoRA; its column shows the time.
+  `poly` is PEFT Poly as shipped, and `polyroute` is MHR in this library. Unless stated otherwise,
+  there are 8 skills, 8 heads, rank 4 and a table of 64 tasks.
+- *Operations* are those that PyTorch dispatches in one call, without views. *Waits* says how often
+  the host must wait for the device; on a CPU, how often it reads a tensor's value, which would make
+  it wait on a GPU.
+- *Kept* is what the graph keeps for backward, beyond the model's parameters. *Peak* is how far
+  memory rises during one call, gradients included (CPU: resident memory of a forked process,
+  measured with one thread; GPU: what PyTorch has allocated).
 """
 CASE_TABLES = {
     "Operations, waits": ("ops", "host_syncs"),
@@ -278,7 +282,7 @@ def render(results: Path) -> str:
         lines += included(results, name)
     if (results / "paper").exists():
         lines += [
-            "Quality: [the paper at our scale](paper.md).",
+            "For quality, see [the paper at our scale](paper.md).",
             "",
         ]
     return "\n".join(lines).rstrip() + "\n"

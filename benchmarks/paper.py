@@ -1,8 +1,8 @@
 """The paper's questions at a scale of CPUs: MHR, Poly and LoRA, few-shot, on two suites.
 
-Every stage writes raw results to `benchmarks/results/paper/STUDY/` and is skipped where they are
-there, so an interrupted run goes on where it stopped. `python benchmarks/paper_page.py` then makes
-docs/paper.md of them.
+Every stage writes raw results to `benchmarks/results/paper/STUDY/`, and is skipped if they exist,
+so an interrupted run continues where it stopped. `python benchmarks/paper_page.py` then makes
+docs/paper.md from them.
 
     python benchmarks/paper.py generated
     python benchmarks/paper.py real --data ../shared/suite
@@ -41,7 +41,7 @@ MAIN = ("shared", "poly", "mhr", "shared-matched", "private")
 CONTINUED = ("shared", "poly", "mhr")
 """Whose average is also trained on, for zero-shot use."""
 CONTROLLED = ("shared", "shared-matched", "poly", "mhr", "private")
-"""Of the real tasks: scored as they are, their gradients compared."""
+"""Inventories of the real tasks that are scored untuned and whose gradients are compared."""
 STAGES = ("train", "develop", "test", "controls", "continued")
 
 

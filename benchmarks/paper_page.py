@@ -23,12 +23,13 @@ Ways = Mapping[tuple[str, str], Results]
 HEAD = """# The paper at our scale
 
 Does Multi-Head adapter Routing do here what its paper says (Caccia et al., NeurIPS 2023)? Two
-studies on two CPU cores: generated tasks that recombine known skills, and real tasks with a frozen
-sentence encoder. All contenders of a study have the same base model, tasks, steps, batches and
-draws of examples. Intervals are 95 %, from a bootstrap over tasks; differences are paired by task.
-Raw results are in `benchmarks/results/paper/`; `python benchmarks/paper_page.py` makes this page of
-them, `python benchmarks/paper.py generated` and `python benchmarks/paper.py real --data SUITE` make
-them anew.
+studies on two CPU cores look into that: one on generated tasks that recombine known skills, one on
+real tasks with a frozen sentence encoder. All contenders of a study have the same base model,
+tasks, steps, batches and draws of examples. Intervals are 95 %, from a bootstrap over tasks;
+differences are paired by task. Raw results are in `benchmarks/results/paper/`.
+`python benchmarks/paper_page.py` makes this page from them;
+`python benchmarks/paper.py generated` and
+`python benchmarks/paper.py real --data SUITE` measure again.
 """
 
 
@@ -149,19 +150,19 @@ def generated_section(folder: Path) -> str:
 ## Generated tasks
 
 The demo's suite and base model (a T5 of 0.8 million parameters): 40 training tasks, 12 held-out
-compositions of the same skills, 8 examples of each, exact answers. {len(seeds)} seeds of training,
-each with its own draw of examples; rank 1, 8 skills, 8 heads; 250 steps of 32 examples, then 20 of
-8. `shared-matched` has rank 8, as many parameters as the inventories. `private` in phase mu starts
-from the mean of one adapter per task (AdapterSoup's averaging). `continued`: the average, trained
-50 more steps on the training tasks. Learning rates were chosen for all on compositions that are
-neither trained nor held out. The reference is `shared` in phase mu. Seconds are of a slot's share
-of a run, on a machine that had other work too.
+compositions of the same skills, 8 examples of each, exact answers. There are {len(seeds)} seeds
+of training, each with its own draw of examples; rank 1, 8 skills, 8 heads; 250 steps of 32
+examples, then 20 of 8. `shared-matched` has rank 8, so as many parameters as the inventories.
+`private` in phase mu starts from the mean of one adapter per task (AdapterSoup's averaging).
+`continued` is the average, trained for 50 more steps on the training tasks. All learning rates
+were chosen on compositions that are neither trained nor held out. The reference is `shared` in
+phase mu. Seconds are a slot's share of a run, on a machine that also had other work.
 
 {table(ways, ("shared", "mu"))}
 
 {answers(ways, QUESTIONS)}
 
-RoutingTable alone, over the number of heads:
+Routes alone, over the number of heads:
 
 {curve(ways, {1: "poly", 2: "mhr-h2", 4: "mhr-h4", 8: "mhr", 16: "mhr-h16", 32: "mhr-h32"})}
 
@@ -173,7 +174,7 @@ Gradient alignment between training tasks at the end of training (mean cosine ov
 
 
 FEWER = "8 shots"
-"""What the recipes with fewer examples end in."""
+"""The end of the names of recipes with fewer examples."""
 
 
 def _by_paper(way: tuple[str, str]) -> tuple[str, str]:
@@ -202,13 +203,14 @@ def real_section(folder: Path) -> str:
     return f"""
 ## Real tasks
 
-Base: all-MiniLM-L6-v2, frozen, bfloat16, which answers tasks with choices. 46 training tasks;
-15 more on which settings were compared ("development"); {len(by_task(ways["mhr", "full, paper"]))}
-held-out tasks for the table, scored once. Rank 4, 8 skills, 16 heads; 1,500 steps of 16 examples;
-then 32 shots, 24 steps of 8, {seeds}. `paper` is `--recipe paper`: AdamW, rates 1e-3 and
-0.1, decay 0.01, clipping at 0.1. `shared-matched` has rank 32; `continued` is the average, trained
-300 more steps on the training tasks. The reference is `shared` in phase mu. Guessing among the
-choices gives {chance:.3f}.
+The base model is all-MiniLM-L6-v2, frozen, in bfloat16, which answers tasks with choices. There
+are 46 training tasks, 15 more on which settings were compared ("development"), and
+{len(by_task(ways["mhr", "full, paper"]))} held-out tasks for the table, which were scored once.
+Rank 4, 8 skills, 16 heads; 1,500 steps of 16 examples; then 32 shots, 24 steps of 8, {seeds}.
+`paper` is `--recipe paper`: AdamW, rates 1e-3 and 0.1, decay 0.01, clipping at 0.1.
+`shared-matched` has rank 32; `continued` is the average, trained for 300 more steps on the
+training tasks. The reference is `shared` in phase mu. Guessing among the choices gives
+{chance:.3f}.
 
 {table(ways, ("shared", "mu, paper"))}
 
@@ -218,10 +220,10 @@ With 8 shots instead of 32:
 
 {table(fewer, ("shared", f"mu, paper {FEWER}"))}
 
-On the development tasks (no inventory has learned them, and none is in the table above). `usage`
-starts at the mean weights of the training tasks, `nearest` at those of the training tasks that
-answer best, `after z` at routes tuned with half of the steps; `mhr-lr2e3` was trained at twice the
-rate:
+The next table has the development tasks, which no inventory has learned and which are not in the
+table above. `usage` starts at the mean weights of the training tasks, `nearest` at those of the
+training tasks that answer best, and `after z` at routes tuned with half of the steps. `mhr-lr2e3`
+was trained at twice the rate:
 
 {table(develop, ("mhr", "mu, paper"))}
 {aligned}"""
@@ -235,10 +237,11 @@ def seq2seq_section(folder: Path) -> str:
     return f"""
 ## Real tasks, with a sequence-to-sequence base
 
-The same training tasks and every third held-out one, for the demo's T5 of 0.8 million parameters,
-which reads bytes (256 of an example) and was trained on the generated tasks alone, never on
-English. Rates are the demo's: 5e-3, and 1 for routes; 300 steps of 16 examples, then 32 shots, 24
-steps of 8, one seed. Guessing among the choices gives {chance:.3f} on these tasks.
+This study has the same training tasks and every third held-out one. Its base model is the demo's
+T5 of 0.8 million parameters, which reads bytes (256 of an example) and was trained on the
+generated tasks only, never on English. Rates are the demo's, 5e-3 and 1 for routes; 300 steps of
+16 examples, then 32 shots, 24 steps of 8, one seed. Guessing among the choices gives {chance:.3f}
+on these tasks.
 
 {table(ways, ("shared", "mu, demo"))}
 """

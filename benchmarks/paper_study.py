@@ -1,7 +1,8 @@
 """What `paper.py` runs: inventories, few-shot adaptation and controls, on one suite.
 
-A stage is one file of raw results, `benchmarks/results/paper/STUDY/*.json`: run again, it is read
-instead, and what was interrupted within it goes on. Inventories stay in the work folder.
+Each stage has one file of raw results, `benchmarks/results/paper/STUDY/*.json`. If the file exists,
+it is read and the stage does not run; an interrupted stage continues. Inventories stay in the work
+folder.
 """
 
 import copy
@@ -252,7 +253,7 @@ def _adapt_after_z(
     results: list[Result],
     each: Callable[[Result, str], None],
 ) -> None:
-    """Half of the steps on routes alone; the others from what these routes mix."""
+    """Train only routes for half of the steps, then start from their mixture for the others."""
     for (label, chosen), seed in itertools.product(choices.items(), study.seeds):
         half = chosen.steps // 2
         first = replace(chosen, phase="z", steps=half, route_lr=1.0, route_weight_decay=0.0)

@@ -3,11 +3,11 @@
     python benchmarks/step_time.py [--device cuda] [--groups main growth ...] [--cases NAME ...]
         [--rounds 9] [--threads 2] [--resume] [--quick] [--out FOLDER]
 
-All contenders of a case run in this process, in the order A B C D, D C B A, ...; reported are
+All contenders of a case run in this process, in the order A B C D, D C B A, ... The report has
 medians and quartiles of the ratios within a round. Before anything is timed, polyroute's logits are
-compared with those of PEFT Poly holding the same weights: what is timed is the same function.
-Results go to FOLDER/step_time.json, or step_time_cuda.json, after every case; `--resume` goes on
-where a run was interrupted. `benchmarks/page.py` shows them.
+compared with those of a PEFT Poly that holds the same weights, so both compute the same function.
+Results go to FOLDER/step_time.json, or step_time_cuda.json, after every case; `--resume` continues
+an interrupted run. `benchmarks/page.py` shows them.
 """
 
 import argparse

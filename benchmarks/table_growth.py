@@ -5,9 +5,9 @@
 Contenders: polyroute with `model.optimizer` (row-wise), polyroute with a dense `torch.optim.AdamW`,
 and PEFT Poly with the same AdamW; both dense ones use torch's fused kernel. A step is forward,
 backward, clipping and the optimizer's step on a batch of 16 distinct tasks drawn anew. The cases of
-a group run in this process, one step each in turn, forth and back, so a change in the machine's
-load meets all alike. Results go to benchmarks/results/table_growth.json after each group; the page
-and the plot are made from that file (`--render` alone makes them anew).
+a group run in this process and take turns, one step each, forward and back, so a change in the
+machine's load affects all of them alike. Results go to benchmarks/results/table_growth.json after
+each group; the page and the plot are made from that file (`--render` only makes them again).
 """
 
 import argparse
@@ -61,22 +61,22 @@ QUICK = [[("rowwise", 100), ("rowwise", 1_000), ("dense", 100), ("poly", 100)]]
 TEXT = """\
 # Growth of the routing table
 
-{cpu}, 1 thread of {cores} cores, load {load}; torch {torch}, transformers {transformers},
-PEFT {peft}. Llama-like base model, hidden size 256, 8 layers with 5 adapted layers each (40 sites);
+{cpu}, 1 thread of {cores} cores, load {load}; torch {torch}, transformers {transformers}, PEFT
+{peft}. Llama-like base model, hidden size 256, 8 layers with 5 adapted layers each (40 sites);
 {skills} skills, {heads} heads, rank {rank}, fp32; 16 examples of {length} tokens, of 16 distinct
-tasks drawn anew in each step. A step is forward, backward, clipping to norm 1 and the optimizer. A
-row is 40 x 16 x 8 = 5,120 numbers (20 kB). A million such rows are 20 GB, so for that size the
-layers of a block share a router (`granularity="blockwise"`), which is 8 x 16 x 8 = 1,024 numbers a
-row, and is compared with 100 rows of that width.
+tasks that are drawn anew in each step. A step is forward, backward, clipping to norm 1 and the
+optimizer. A row has 40 x 16 x 8 = 5,120 numbers (20 kB). A million such rows would take 20 GB, so
+at that size the layers of a block share a router (`granularity="blockwise"`). A row then has 8 x
+16 x 8 = 1,024 numbers, and the comparison is with 100 rows of that width.
 
-Times are medians of {steps} steps, of 7 where a table is 2 GB dense or has a million rows; the
-ratio is the median of the ratios to the same contender's step with 100 tasks in the same round. CPU
-time is that of the process. `table` is the parameter, `trained` what the optimizer and the gradient
-hold besides after the run; row-wise that is the rows that were in a batch, at most twice the table
-once every row has trained. Dense contenders stop where table, gradient and moments pass 10 GB or a
-step takes longer than 20 s: 1,000,000 tasks would take {dense_million:.0f} GB. The file of PEFT
-Poly holds its skills as well, 3 MB. Files are read and written on a local disk with a warm page
-cache. The process had at most {peak} resident.
+Times are medians of {steps} steps, or of 7 where a table is 2 GB dense or has a million rows. The
+ratio is the median of the ratios to the same contender's step with 100 tasks in the same round.
+CPU time is that of the process. `table` is the parameter; `trained` is what the optimizer and the
+gradient hold in addition after the run. In the row-wise case these are the rows that were in a
+batch, at most twice the table once every row has trained. Dense contenders stop where table,
+gradient and moments pass 10 GB or a step takes longer than 20 s: 1,000,000 tasks would take
+{dense_million:.0f} GB. The file of PEFT Poly also holds its skills, 3 MB. Files are on a local
+disk with a warm page cache. The process used at most {peak} of resident memory.
 
 ![Step time, memory and file access against the number of tasks](table_growth.png)
 """
@@ -348,7 +348,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--steps", type=int, default=15, help="timed steps per case")
     parser.add_argument("--quick", action="store_true", help="four small cases, as a smoke test")
-    parser.add_argument("--render", action="store_true", help="only make page and plot anew")
+    parser.add_argument("--render", action="store_true", help="only make page and plot again")
     parser.add_argument("--scratch", type=Path, default=Path(tempfile.gettempdir()))
     arguments = parser.parse_args()
     if arguments.render:

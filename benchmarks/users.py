@@ -7,11 +7,11 @@ and a row that is moved toward another style must change the behaviour according
 
     python benchmarks/users.py [--quick] [--work FOLDER] [--out benchmarks/results]
 
-Every stage leaves its result in `--work`: run the same command again to go on. Structure and rates
-of training follow short runs on 2,000 users drawn beside these; the rates of fitting are chosen
-here, on training users; the new users are looked at once. Reported beside ours: chance, the nearest
-histogram of the chosen operations, the best identifier there can be, and LoRAs of their own for
-some of the users.
+Every stage writes its result to `--work`; run the same command again to continue. The structure and
+the rates of training were chosen in short runs on 2,000 other users, and the rates of fitting are
+chosen here, on training users. The new users are looked at once. For comparison the report has
+chance, the nearest histogram of the chosen operations, the best possible identifier, and LoRAs of
+their own for some of the users.
 
 Shape letters are those of `users_data.py`; N, H, K are routers, heads and skills, r the rank.
 """

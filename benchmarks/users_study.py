@@ -45,7 +45,7 @@ class Settings:
     epochs: int = 2
     users_a_step: int = 32
     examples_a_visit: int = 4
-    """Of each user in a step; a row takes `epochs * shots / examples_a_visit` steps."""
+    """Examples of each user in a step; a row takes `epochs * shots / examples_a_visit` steps."""
     lr: float = 5e-3
     route_lr: float = 0.5
     warmup: float = 0.05

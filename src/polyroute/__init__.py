@@ -10,47 +10,74 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from polyroute.adapt import adapt_many
+    from polyroute.adapting.settings import AdaptSettings
     from polyroute.build import attach, from_pretrained
     from polyroute.config import MHRConfig
+    from polyroute.data.open import open_suite
     from polyroute.errors import InputError
+    from polyroute.exchange import read_inventory
     from polyroute.kinds.choose import kind_of
+    from polyroute.loading import load_base
     from polyroute.model import RoutedModel
+    from polyroute.routes.rule import RouteRule
+    from polyroute.saved.checkpoint import read_checkpoint
     from polyroute.saved.rows import SavedRoutes
-    from polyroute.trainer import MultiTaskTrainer, MultiTaskTrainingArguments
+    from polyroute.study.evaluate import evaluate
+    from polyroute.study.examples import encoded_mixture
+    from polyroute.trainer import MultiTaskTrainer, MultiTaskTrainingArguments, RoutedTrainer
 
 __all__ = [
+    "AdaptSettings",
     "InputError",
     "MHRConfig",
     "MultiTaskTrainer",
     "MultiTaskTrainingArguments",
+    "RouteRule",
     "RoutedModel",
+    "RoutedTrainer",
     "SavedRoutes",
     "adapt_many",
     "attach",
+    "encoded_mixture",
+    "evaluate",
     "from_pretrained",
     "kind_of",
+    "load_base",
+    "open_suite",
+    "read_checkpoint",
+    "read_inventory",
 ]
 
 __version__ = "0.1.0"
 
 
 PLACES = {
+    "AdaptSettings": "adapting.settings",
     "InputError": "errors",
     "MHRConfig": "config",
     "MultiTaskTrainer": "trainer",
     "MultiTaskTrainingArguments": "trainer",
+    "RouteRule": "routes.rule",
     "RoutedModel": "model",
+    "RoutedTrainer": "trainer",
     "SavedRoutes": "saved.rows",
     "adapt_many": "adapt",
     "attach": "build",
+    "encoded_mixture": "study.examples",
+    "evaluate": "study.evaluate",
     "from_pretrained": "build",
     "kind_of": "kinds.choose",
+    "load_base": "loading",
+    "open_suite": "data.open",
+    "read_checkpoint": "saved.checkpoint",
+    "read_inventory": "exchange",
 }
+"""The module that defines each public name."""
 
 
 def __getattr__(name: str) -> Any:
-    # What is not used is not imported: training needs transformers, the core torch alone, and the
-    # command line's help neither.
+    # A name is imported when it is first used: the core needs torch alone, training needs
+    # transformers, and the help of the command line needs neither.
     if name in PLACES:
         return getattr(import_module(f"polyroute.{PLACES[name]}"), name)
     raise AttributeError(f"module 'polyroute' has no attribute {name!r}")
