@@ -73,7 +73,7 @@ class Slots(AbstractContextManager["Slots"]):
 
     def __init__(self, model: RoutedModel, phase: Phase, size: int) -> None:
         model.check_phase(phase)
-        if not model.rule.is_fixed and phase != "mu":
+        if model.rule.name != rule_of(model.adapter_config).name and phase != "mu":
             raise InputError(
                 f"the rule {model.rule.name!r} has parameters that all tasks share, so tasks "
                 f"cannot be adapted side by side in phase {phase!r}: use phase 'mu', or train one "

@@ -22,11 +22,13 @@ from polyroute.errors import InputError, did_you_mean
 from polyroute.host.files import read_json
 from polyroute.layer.sites import find_endings, named_sites
 from polyroute.model import RoutedModel
+from polyroute.routes.table_rules import rule_of
 
 __all__ = [
     "NAMES",
     "ForeignInventory",
     "check_exportable",
+    "check_plain",
     "read_names",
     "read_pickle",
     "routed_model",
@@ -165,13 +167,41 @@ def _task_names(found: ForeignInventory, tasks: Sequence[str] | None) -> list[st
     return list(tasks)
 
 
+def check_plain(model: RoutedModel, program: str) -> None:
+    """Make sure that skills and a routing table are all that an inventory consists of.
+
+    Raises:
+        InputError: it has a rule of its own, whole modules that trained, or an output layer that
+            was resized; or the model is merged. The message names the program.
+    """
+    model.check_unmerged()
+    if model.rule.name != rule_of(model.adapter_config).name:
+        raise InputError(f"{program} has no rule {model.rule.name!r}, which this inventory uses")
+    if model.wrapping.trained:
+        raise InputError(
+            f"{program} cannot hold the modules that were trained beside the skills "
+            f"({', '.join(sorted(model.wrapping.trained))}); write each task with --format peft"
+        )
+    for site in model.sites:
+        if site.out_features != site.d_out:
+            raise InputError(
+                f"{program} cannot hold skills for {site.d_out} of the {site.out_features} outputs "
+                f"of layer {site.name!r}; write each task with --format peft"
+            )
+
+
 def check_exportable(model: RoutedModel, program: str) -> None:
     """Make sure that an inventory has no property that the other programs lack.
 
     Raises:
         InputError: it has one; the message names the program.
     """
-    model.check_unmerged()
+    check_plain(model, program)
+    if model.adapter_config.combine == "output":
+        raise InputError(
+            f"{program} averages the factors of skills, and this inventory combines what they add "
+            "(combine='output'); write each task with --format peft"
+        )
     if model.adapter_config.method == "private":
         raise InputError(
             f"{program} cannot hold private adapters; write each task with --format peft"

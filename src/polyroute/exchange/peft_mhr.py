@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from polyroute.config import LAYER_SETTINGS, MHRConfig
 from polyroute.errors import InputError
-from polyroute.exchange.foreign import ForeignInventory, routed_model
+from polyroute.exchange.foreign import ForeignInventory, check_plain, routed_model
 from polyroute.exchange.peft_folder import check_whole, read_peft_folder
 from polyroute.model import RoutedModel
 from polyroute.saved.peft_export import CONFIG, ROOT, write_peft_folder
@@ -45,7 +45,7 @@ def write_peft_mhr(model: RoutedModel, folder: str | os.PathLike[str]) -> None:
         InputError: layers share routers, the routes were dropped or moved toward the average, the
             model is merged, or the folder cannot be written.
     """
-    model.check_unmerged()
+    check_plain(model, "PEFT's MHR")
     config, logits = model.adapter_config, model.routes.logits
     for holds, reason in (
         (

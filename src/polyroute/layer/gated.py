@@ -157,5 +157,5 @@ def apply_sorted(
         if len(rows):
             a, b = flat[2 * skill], flat[2 * skill + 1]
             z = h_ND.index_select(0, rows) @ a.t() * w_NK[rows, skill].unsqueeze(-1)
-            delta = delta.index_add(0, rows, z @ b)
+            delta.index_add_(0, rows, z @ b)
     return y + delta.reshape(y.shape).to(y.dtype)
