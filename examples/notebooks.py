@@ -1,4 +1,4 @@
-"""Writes the notebooks beside it from pages of the documentation, which are their one source.
+"""Writes the notebooks in this folder from pages of the documentation, their only source.
 
 python examples/notebooks.py
 """
@@ -18,7 +18,7 @@ LINK = re.compile(r"(?<=\]\()(?!\w+:|#)([^)\s]+)")
 
 
 def notebook_of(page: str) -> nbformat.NotebookNode:
-    """A page as a notebook: text, Python, and `polyroute` commands, run by the shell."""
+    """A page as a notebook of text, Python code, and `polyroute` commands for the shell."""
     text = (DOCS / page).read_text(encoding="utf-8")
     folder = ("../docs" / Path(page).parent).as_posix()
     cells = []
@@ -33,7 +33,7 @@ def notebook_of(page: str) -> nbformat.NotebookNode:
     cells.append(_prose(text[end:], folder))
     cells = [cell for cell in cells if cell.source]
     for number, cell in enumerate(cells):
-        cell.id = f"cell-{number}"  # nbformat draws them, and the file would change each time
+        cell.id = f"cell-{number}"  # the random ids of nbformat would change the file every time
     kernel = {"name": "python3", "display_name": "Python 3", "language": "python"}
     return new_notebook(cells=cells, metadata={"kernelspec": kernel})
 

@@ -1,4 +1,4 @@
-"""Training with nothing but a loop: `python examples/plain_loop.py MODEL SUITE OUT [STEPS]`.
+"""Training with a plain loop: `python examples/plain_loop.py MODEL SUITE OUT [STEPS]`.
 
 MODEL is a base model (a folder, a hub id, or `demo`), SUITE a folder of tasks (docs/data.md).
 """
@@ -17,7 +17,7 @@ from polyroute.study.examples import encoded_mixture, task_sizes
 
 
 def main(name: str, data: str, out: str, steps: int = 100) -> float:
-    """Train on all training tasks of a suite; the loss of the last step."""
+    """Train on all training tasks of a suite, and return the loss of the last step."""
     base, tokenizer = load_base(name)
     kind, suite = pr.kind_of(base, tokenizer), load_suite(data)
     tasks = training_tasks(suite)
@@ -28,7 +28,7 @@ def main(name: str, data: str, out: str, steps: int = 100) -> float:
     sampler = TaskSampler(task_sizes(rows), num_samples=16 * steps)
     batches = DataLoader(rows, batch_size=16, sampler=sampler, collate_fn=kind.collate)
     for batch in islice(batches, steps):
-        loss = kind.loss(model, batch)  # each row is routed by its task: batch["tasks"]
+        loss = kind.loss(model, batch)  # each example is routed by its task, from batch["tasks"]
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()

@@ -1,8 +1,8 @@
-"""A rule of one's own: every token chooses its skills, by a gate over the layer's input.
+"""A rule of your own: a gate on the layer's input chooses the skills of every token.
 
 Each adapted layer has a small linear gate. For each token and head it keeps the `top_k` largest
-scores and turns them into weights by a softmax, as in sparse mixtures of experts. Tasks need no
-names. `balance_loss` keeps the gate from using few skills alone (Fedus et al., 2021,
+scores and turns them into weights by a softmax, as in sparse mixtures of experts. A batch names no
+tasks. `balance_loss` keeps the gate from using a few skills only (Fedus et al., 2021,
 arXiv:2101.03961, equation 4).
 
     python examples/token_gate.py
@@ -22,10 +22,10 @@ from polyroute.routes.rule import Batch, Gates, RouteRule
 
 
 class TokenGate(RouteRule, name="token-gate"):
-    """Top-k gates of each token, over the skills of each head.
+    """For each token, a gate that chooses the top k skills of each head.
 
     Args:
-        top_k: how many skills a token uses in each head.
+        top_k: the number of skills that a token uses in each head.
     """
 
     needs_tasks = False
@@ -36,11 +36,11 @@ class TokenGate(RouteRule, name="token-gate"):
         self.scorers = nn.ModuleList()
 
     def settings(self) -> dict[str, Any]:
-        """What `__init__` takes."""
+        """The arguments of `__init__`."""
         return {"top_k": self.top_k}
 
     def start(self, mixer: Mixer) -> None:
-        """One linear scorer for each site, to H x K scores."""
+        """Make a linear scorer for each site, from its input to H x K scores."""
         _, self.heads, self.skills = mixer.shape
         for site in mixer.sites:
             self.scorers.append(nn.Linear(site.d_in, self.heads * self.skills, bias=False))
@@ -66,9 +66,10 @@ class TokenGate(RouteRule, name="token-gate"):
 
 
 def balance_loss(gates: Sequence[Gates]) -> Tensor:
-    """K times the sum over skills of (share of tokens that prefer it) x (mean gate), over sites.
+    """How unevenly the skills are used; 1 if all are used equally.
 
-    It is 1 where all skills are used alike. Padding does not count.
+    For each site and head this is K times the sum, over the skills, of the share of tokens that
+    prefer the skill times its mean gate. Sites and heads are averaged. Padding is left out.
     """
     losses = []
     for gate in gates:

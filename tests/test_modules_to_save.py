@@ -177,8 +177,8 @@ def test_counters_of_batch_norms_are_saved_too(tmp_path: Path) -> None:
     ("modules", "sentence"),
     [
         (["clasifier"], "modules_to_save names 'clasifier', which matches no module of Bert"),
-        (["encoder"], r"names 'encoder', and layer 'bert\.encoder\..*query' in it is adapted"),
-        (["query"], "layer 'bert.*query' in it is adapted"),
+        (["encoder"], r"names 'encoder', which holds the adapted layer 'bert\.encoder\..*query'"),
+        (["query"], "holds the adapted layer 'bert.*query'"),
         ("classifier", "modules_to_save must be a list of name endings"),
         ([3], "modules_to_save must be a list of name endings"),
     ],

@@ -168,7 +168,7 @@ def test_a_task_may_start_from_given_logits() -> None:
         with pytest.raises(InputError, match=message):
             model.add_task(name, init)
     assert model.tasks == (*TASKS, "elm")
-    with pytest.raises(InputError, match="method 'shared' has no routing logits"):
+    with pytest.raises(InputError, match="method 'shared' have no routing logits"):
         routed(stack(), method="shared").add_task("elm", z)
 
 

@@ -263,7 +263,7 @@ def test_no_task_of_such_a_rule_is_merged_or_exported(name: str, tmp_path: Path)
         ("exported", lambda: model.factors_of("a")),
         ("shown as weights", lambda: model.weights_of("a")),
     ):
-        with pytest.raises(InputError, match=rf"looks at the input.*cannot be {what}; phase 'mu'"):
+        with pytest.raises(InputError, match=rf"more than the task.*cannot be {what}: use 'mu'"):
             call()
     assert not (tmp_path / "a").exists()
     assert model.merged_task is None

@@ -1,4 +1,4 @@
-"""Making routed models: from a base model and settings, or from a saved inventory."""
+"""Making routed models from a base model and settings, or from a saved inventory."""
 
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -8,14 +8,14 @@ from typing import Any
 
 from torch import nn
 
-from polyroute.config import MHRConfig
+from polyroute.config import CUSTOM, MHRConfig
 from polyroute.errors import InputError
 from polyroute.layer.fingerprint import check_base as check_weights
 from polyroute.layer.sites import Site, find_sites, named_sites
 from polyroute.layer.wrapping import check_bare
 from polyroute.model import RoutedModel
 from polyroute.routes.rule import RouteRule, rule_named
-from polyroute.saved.checkpoint import Checkpoint, read_checkpoint
+from polyroute.saved.checkpoint import Checkpoint, read_checkpoint, saved_config
 from polyroute.saved.hub import DESCRIPTION, FILES, MODULES, SKILLS, locate
 from polyroute.saved.inventory import fill
 
@@ -30,22 +30,22 @@ def attach(
     sites: Sequence[str] | None = None,
     rule: RouteRule | None = None,
 ) -> RoutedModel:
-    """Give a base model an inventory of skills and a route for each task.
+    """Attach an inventory of skills, and a row of logits for each task, to a base model.
 
-    The base model's parameters are frozen. Its chosen layers are wrapped in place, without
-    touching their weights; `RoutedModel.unload` undoes it.
+    The base model's parameters are frozen, and its chosen layers are wrapped in place, with their
+    weights unchanged. `RoutedModel.unload` undoes this.
 
     Args:
         base_model: any tree of torch modules that takes its batch on the first axis.
-        config: what to attach.
-        tasks: unique names; the order is the order of rows.
-        sites: exact layer names, instead of `config.target_modules`.
-        rule: how skills are chosen; by default as `config.method` says. See
+        config: the settings of the adapter.
+        tasks: unique names, in the order of their rows.
+        sites: exact names of layers to adapt, in place of `config.target_modules`.
+        rule: chooses skills; by default the rule of `config.method`. See
             `polyroute.routes.rule.RouteRule`.
 
     Raises:
-        InputError: no layer matches, heads do not divide a width, task names clash, or the model
-            carries an adapter already. The model is then as it was.
+        InputError: no layer matches, the heads do not divide a width, task names clash, or the
+            model carries an adapter already. The model is then as it was before.
     """
     if not isinstance(base_model, nn.Module):
         raise InputError(f"base_model must be a torch module, not a {type(base_model).__name__}")
@@ -54,7 +54,9 @@ def attach(
             f"config must be an MHRConfig, not a {type(config).__name__}: write MHRConfig(...)"
         )
     if not isinstance(tasks, Iterable) or isinstance(tasks, set | frozenset):
-        raise InputError(f"tasks must be a list of names, not {tasks!r}: its order is that of rows")
+        raise InputError(
+            f"tasks must be a list of names, not {tasks!r}: their order is that of the rows"
+        )
     if isinstance(tasks, str):
         raise InputError(f"tasks must be a list of names, not the single string {tasks!r}")
     tasks = tuple(tasks)
@@ -88,18 +90,18 @@ def from_pretrained(
 
     Args:
         base_model: as given to `attach` when the inventory was made.
-        folder: where `RoutedModel.save_pretrained` wrote; or where there is no such folder an id on
-            the hub, `user/inventory`.
-        tasks: load only these tasks' routes, `[]` for none; default all. The rows of others are
-            not read, and parts of the table that hold none of them are not fetched.
-        check_base: refuse a base model whose weights differ from those of training.
-        revision: a branch, a tag or a commit of the hub; default its main branch.
-        token: for the hub, instead of the one that is logged in; False for none.
-        cache_dir: of the hub, instead of its usual one.
-        local_files_only: take what is in the hub's cache, without network.
+        folder: the folder that `RoutedModel.save_pretrained` wrote or, if there is no such folder,
+            an id on the hub, `user/inventory`.
+        tasks: the tasks whose rows are loaded, `[]` for none; default all. Other rows are not
+            read, and parts of the table without a row of these tasks are not downloaded.
+        check_base: whether to refuse a base model whose weights differ from those of training.
+        revision: a branch, a tag or a commit on the hub; default the main branch.
+        token: a token for the hub; by default that of the login; False for none.
+        cache_dir: a cache for files of the hub in place of the usual one.
+        local_files_only: whether to use the hub's cache alone, without network.
 
     Raises:
-        InputError: the files are damaged, or belong to another base model, or cannot be had.
+        InputError: the files are damaged, belong to another base model, or cannot be fetched.
     """
     files = FILES if tasks is None else (DESCRIPTION, SKILLS, MODULES)
     place = locate(
@@ -119,14 +121,24 @@ def from_checkpoint(
     *,
     check_base: bool = True,
 ) -> RoutedModel:
-    """Build a routed model from a saved inventory; see `from_pretrained`."""
-    description, table = checkpoint.description, checkpoint.saved_routes
+    """Build a routed model from a saved inventory.
+
+    Args:
+        base_model: as in `from_pretrained`.
+        checkpoint: the saved inventory.
+        source: the place of the inventory, for messages.
+        tasks: as in `from_pretrained`.
+        check_base: as in `from_pretrained`.
+
+    Raises:
+        InputError: the inventory is damaged or belongs to another base model.
+    """
+    description, saved_table = checkpoint.description, checkpoint.saved_routes
     sites = description["sites"]
     router_of = {site["name"]: description["routers"][site["router"]] for site in sites}
-    values = dict(description["config"])
-    granularity = values.pop("granularity")
-    # The saved assignment of layers to routers, whatever rule made it, holds.
-    config = replace(MHRConfig.from_dict(values), granularity=router_of.__getitem__)
+    settings = saved_config(description)
+    # The layers keep their saved routers, whichever granularity assigned these.
+    config = replace(settings, granularity=router_of.__getitem__)
     try:
         adapted = {site["name"]: site["d_out"] for site in sites if "out_features" in site}
         found = named_sites(base_model, list(router_of), config, adapted)
@@ -138,17 +150,17 @@ def from_checkpoint(
         check_weights(base_model, found, description, source)
     if isinstance(tasks, str):
         raise InputError(f"tasks must be a list of names, not the single string {tasks!r}")
-    # Private adapters are skills, which are in one file: all are loaded, then some are kept.
-    loaded_tasks = checkpoint.tasks if tasks is None or table is None else tuple(tasks)
+    # Without a table all tasks are loaded and then some are kept: private skills are in one file.
+    loaded_tasks = checkpoint.tasks if tasks is None or saved_table is None else tuple(tasks)
     saved = description.get("rule")
     rule = None if saved is None else rule_named(saved["name"]).restored(saved["settings"])
     check_bare(base_model)
     model = RoutedModel(base_model, config, found, loaded_tasks, rule)
-    if granularity != "custom":
-        model.mixer.config = replace(config, granularity=granularity)
+    if description["config"]["granularity"] != CUSTOM:
+        model.mixer.config = settings
     try:
         fill(model.mixer, model.wrapping, checkpoint, source)
-        if tasks is not None and table is None:
+        if tasks is not None and saved_table is None:
             model.keep_tasks(tasks)
     except BaseException:
         model.unload()
@@ -170,7 +182,16 @@ def _check_widths(site: Site, saved: Mapping[str, Any], source: str) -> None:
 def loaded(
     base_model: nn.Module, checkpoint: Checkpoint, source: str | os.PathLike[str]
 ) -> Iterator[RoutedModel]:
-    """For a `with` block: a saved inventory on its base model, which is then left as it was."""
+    """Attach a saved inventory to its base model inside a `with` block, and unload it afterwards.
+
+    Args:
+        base_model: the base model.
+        checkpoint: the saved inventory.
+        source: the place of the inventory, for messages.
+
+    Raises:
+        InputError: as `from_checkpoint`.
+    """
     model = from_checkpoint(base_model, checkpoint, os.fspath(source))
     try:
         yield model

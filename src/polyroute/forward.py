@@ -1,4 +1,4 @@
-"""Running a routed model: from the tasks of a call to what its layers apply."""
+"""Running a routed model: from the tasks of a call to the mixture that its layers apply."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -15,7 +15,7 @@ from polyroute.layer.factors import PlainFactors
 from polyroute.layer.fingerprint import sample_others
 from polyroute.layer.granularity import routers_of
 from polyroute.layer.media import media_fit_examples
-from polyroute.layer.open_route import Block, Mixture, OpenRoutes, Recomputation
+from polyroute.layer.open_route import Block, Mixture, OpenRoutes, Recomputation, is_in_backward
 from polyroute.layer.sites import Site
 from polyroute.layer.wrapping import Wrapping, find_modules
 from polyroute.routes.inventory import Inventory, skills_like
@@ -29,8 +29,8 @@ from polyroute.routes.tasks import (
     check_batch,
     find_route,
     named_inputs,
-    packed,
-)
+    route_of_call,
+)  # fmt: skip
 
 __all__ = ["RoutedForward"]
 
@@ -38,16 +38,14 @@ __all__ = ["RoutedForward"]
 class RoutedForward(nn.Module):
     """The part of `polyroute.model.RoutedModel` that runs the base model.
 
-    Attributes that are not its own (`config`, `device`, `get_encoder` ...) are the base model's.
+    `RoutedModel` describes the attributes.
 
-    Attributes:
-        base_model: the frozen network, with its chosen layers wrapped.
-        inventory: the skills.
-        routes: the table of routing logits, by task.
-        rule: how skills are chosen.
-        sites: the adapted layers.
-        routers: names of the routers, in the order of the table's first axis.
-        mixer: turns routes and skills into what the layers apply.
+    Args:
+        base_model: the network, whose chosen layers are wrapped in place.
+        config: the settings of the adapter.
+        sites: the layers to adapt.
+        tasks: the names of the tasks, in row order.
+        rule: chooses skills; by default the rule of `config.method`.
     """
 
     open_routes: OpenRoutes
@@ -67,7 +65,7 @@ class RoutedForward(nn.Module):
         num_skills = len(tasks) if config.num_skills is None else config.num_skills
         shape = (len(routers), config.heads, num_skills) if self.rule.has_table else None
         trained = find_modules(base_model, config.modules_to_save, sites)
-        # What can fail comes before the base model is touched.
+        # Everything that can fail comes before the base model is changed.
         # Rows are drawn before skills, so that a seed gives what it gave in earlier versions.
         self.routes = RoutingTable(tasks, shape, skills_like(sites), config)
         self.inventory = Inventory(sites, config, num_skills, sites[0].device)
@@ -83,12 +81,12 @@ class RoutedForward(nn.Module):
             base_model, sites, self.open_routes, dropout=config.dropout, trained=trained
         )
         self.base_model = base_model
-        # Not `self.train`, which would switch parts of the base model that are in another mode.
-        for own in (self.inventory, self.routes, self.rule, self.mixer):
-            own.train(base_model.training)
+        # Not `self.train`, which would also switch parts of the base model that differ in mode.
+        for part in (self.inventory, self.routes, self.rule, self.mixer):
+            part.train(base_model.training)
         self.training = base_model.training
-        self.register_state_dict_post_hook(_name_tasks)  # type: ignore[no-untyped-call]
-        self.register_load_state_dict_pre_hook(_check_tasks)  # type: ignore[no-untyped-call]
+        self.register_state_dict_post_hook(_add_digest)  # type: ignore[no-untyped-call]
+        self.register_load_state_dict_pre_hook(_check_digest)  # type: ignore[no-untyped-call]
         self._hooks = (
             base_model.register_forward_pre_hook(self._before_forward, with_kwargs=True),
             base_model.register_forward_hook(self._after_forward),
@@ -107,16 +105,16 @@ class RoutedForward(nn.Module):
         super().__setstate__(state)  # type: ignore[no-untyped-call]
         self.open_routes = OpenRoutes(self._prepare)
         for layer in self.wrapping.layers:
-            layer.routes = self.open_routes
+            layer.open_routes = self.open_routes
 
     @property
     def adapter_config(self) -> MHRConfig:
-        """What is attached; phase `mu` makes it a shared adapter."""
+        """The settings of the adapter; phase `mu` makes its method `shared`."""
         return self.mixer.config
 
     @property
     def routers(self) -> list[str]:
-        """Names of the routers, in the order of the table's first axis."""
+        """The names of the routers, in the order of the first axis of a row."""
         return list(self.mixer.routers)
 
     @property
@@ -140,21 +138,22 @@ class RoutedForward(nn.Module):
     ) -> Block:
         """Route every forward inside the `with` block.
 
-        Blocks nest, close after an error too, and hold for the code inside them: threads,
-        coroutines and generators that take turns each have their own.
+        Blocks nest, and they close after an error too. A block holds for the code inside it:
+        threads, coroutines and generators that take turns each have their own.
 
         Args:
             tasks: one name or row number for a batch of any size; or one per example, as a list or
                 an integer tensor; `"mu"` is the average of the inventory; None is the base model
-                alone. A model may repeat each example's rows (beams, returned sequences, windows):
-                what belongs to one example must stay consecutive.
-            condition: whatever the model's rule looks at.
-            segments: for rows that hold several examples one after another, the lengths of these,
-                in tokens, for each row; `tasks` then names one for each example. Without them
-                examples begin where `position_ids` of a forward are 0.
+                alone. A model may repeat each example (for beams, returned sequences or windows)
+                if the repetitions of one example stay consecutive.
+            condition: what the model's rule looks at, if it looks at a condition.
+            segments: for a batch whose rows hold several examples one after another, the lengths
+                of the examples of each row, in tokens; `tasks` then names one task per example. By
+                default an example begins wherever the `position_ids` of a forward are 0.
 
         Raises:
-            InputError: an unknown task, a negative number, an empty list, or an unloaded model.
+            InputError: a task is unknown, a number is negative, a list is empty, another task is
+                merged, or the model was unloaded.
         """
         self._check_loaded()
         route = find_route(tasks, self.routes)
@@ -163,17 +162,21 @@ class RoutedForward(nn.Module):
             raise InputError(
                 f"the model is merged with {merged!r}; call unmerge() to route anything else"
             )
-        return self.open_routes.open((replace(route, condition=condition), segments))
+        return self.open_routes.open(replace(route, condition=condition, lengths=segments))
 
-    def _entered(self, tasks: Tasks, condition: Any, segments: Any) -> AbstractContextManager[None]:
-        """The block of one call: what it was given, or the one that it is in."""
-        if tasks is None and condition is None and segments is None:
+    def _block_of_call(
+        self, tasks: Tasks, condition: Any, segments: Any
+    ) -> AbstractContextManager[None]:
+        """The block that a call opens for its arguments; an empty one if it has none of them."""
+        if tasks is not None:
+            return self.route(tasks, condition=condition, segments=segments)
+        if condition is None and segments is None:
             return nullcontext()
-        if tasks is None and self.rule.needs_tasks:
+        if self.rule.needs_tasks:
             raise InputError("condition and segments go with tasks: name the tasks of the batch")
-        if tasks is None:  # a rule that looks at the condition alone
-            return self.open_routes.open((Route((), False, condition), segments))
-        return self.route(tasks, condition=condition, segments=segments)
+        # The rule looks at the condition alone.
+        route = Route((), per_example=False, condition=condition, lengths=segments)
+        return self.open_routes.open(route)
 
     def forward(
         self,
@@ -186,24 +189,24 @@ class RoutedForward(nn.Module):
         """Run the base model.
 
         Args:
-            *args: passed on.
+            *args: passed on to the base model.
             tasks: as in `route`; needed unless a `route` block is open, or the rule needs none.
             condition: as in `route`.
             segments: as in `route`.
-            **kwargs: passed on.
+            **kwargs: passed on to the base model.
 
         Returns:
-            What the base model returns.
+            The result of the base model.
 
         Raises:
             InputError: no route is given, or the number of tasks does not fit the batch.
         """
         self._check_loaded()
-        with self._entered(tasks, condition, segments):
-            if self._is_compiled:  # compiled code skips the hook that prepares
+        with self._block_of_call(tasks, condition, segments):
+            if self._is_compiled:  # compiled code skips the hook that prepares the mixture
                 self._start_forward(args, kwargs)
             elif (block := self.open_routes.now()) is not None:
-                self._check_rows(block, self.base_model.forward, args, kwargs)
+                self._check_tasks(block, named_inputs(self.base_model.forward, args, kwargs))
             return self.base_model(*args, **kwargs)
 
     def generate(
@@ -212,42 +215,40 @@ class RoutedForward(nn.Module):
         """Generate with the base model, beams and returned sequences included.
 
         Args:
-            *args: passed on.
+            *args: passed on to the base model.
             tasks: as in `route`, one per prompt; needed unless a `route` block is open, or the
                 rule needs none.
             condition: as in `route`, one per prompt.
-            **kwargs: passed on.
+            **kwargs: passed on to the base model.
+
+        Returns:
+            The result of the base model's `generate`.
 
         Raises:
             InputError: no route is given, or the number of tasks is not that of the prompts.
         """
         self._check_loaded()
         base: Any = self.base_model
-        with self._entered(tasks, condition, None):
-            block, state = self.open_routes.now(), self.open_routes
-            if block is not None:
-                self._check_rows(block, base.generate, args, kwargs)
-                rows = block.value[0].rows or (0,)
-                state.media_fit = self._media_fit(
-                    named_inputs(base.generate, args, kwargs), len(rows)
-                )
-            state.forget()  # nothing that was mixed earlier is taken over
+        with self._block_of_call(tasks, condition, None):
+            if (block := self.open_routes.now()) is not None:
+                inputs = named_inputs(base.generate, args, kwargs)
+                self._check_tasks(block, inputs)
+                fit = self._media_fit(inputs, len(block.value.rows or (0,)))
+                self.open_routes.media_fit = fit
+            self.open_routes.forget()  # the mixture of an earlier call must not be used
             try:
                 return base.generate(*args, **kwargs)
             finally:
-                state.media_fit = False
+                self.open_routes.media_fit = False
 
     def _media_fit(self, inputs: Mapping[str, Any], num_examples: int) -> bool:
-        """Whether the images of a batch show whose they are, where an adapted layer sees them."""
-        sees = any(site.sees_media for site in self.sites)
-        return sees and media_fit_examples(self.base_model, inputs, num_examples)
+        """Whether an adapted layer sees images and is known to see as many for every example."""
+        sees_media = any(site.sees_media for site in self.sites)
+        return sees_media and media_fit_examples(self.base_model, inputs, num_examples)
 
-    def _check_rows(
-        self, block: Block, call: Any, args: Sequence[Any], kwargs: Mapping[str, Any]
-    ) -> None:
-        """Make sure that the open route has as many tasks as the call has examples."""
-        inputs = named_inputs(call, args, kwargs)
-        route = packed(block.value[0], block.value[1], inputs)
+    def _check_tasks(self, block: Block, inputs: Mapping[str, Any]) -> None:
+        """Make sure that the open route has as many tasks as a call has examples."""
+        route = route_of_call(block.value, inputs)
         if route.per_example and route.segments is None:
             check_batch(len(route.rows or ()), self.base_model, inputs)
 
@@ -261,15 +262,18 @@ class RoutedForward(nn.Module):
         )
 
     def compile(self, *args: Any, **kwargs: Any) -> None:
-        """Compile the base model in place; mixing stays outside, so new tasks never recompile."""
+        """Compile the base model in place.
+
+        Skills are mixed outside the compiled code, so new tasks cause no recompilation.
+        """
         self.base_model.compile(*args, **kwargs)
 
     @contextmanager
     def record_gates(self) -> Iterator[list[Gates]]:
-        """See the gates of a rule that looks at the input, for every forward inside the block.
+        """Record the gates of a rule that looks at the input, for every forward inside the block.
 
-        They are part of the graph, so a loss may be made of them, such as one that balances how
-        much the skills are used.
+        The block gets the list that the gates are added to. They are part of the graph, so a loss
+        can be computed from them, such as one that balances the use of the skills.
         """
         self.rule.gates, self.mixer.is_recording = [], True
         try:
@@ -284,7 +288,7 @@ class RoutedForward(nn.Module):
             self._start_forward(args, kwargs)
 
     def _after_forward(self, _: nn.Module, __: tuple[Any, ...], ___: Any) -> None:
-        # Nothing that was mixed outlives its forward: a part called next mixes anew.
+        # The mixture ends with its forward: a part that is called next mixes again.
         if not torch.compiler.is_compiling():
             self.open_routes.forget()
 
@@ -295,35 +299,34 @@ class RoutedForward(nn.Module):
             self._prepare(named_inputs(self.base_model.forward, args, kwargs))
 
     def _prepare(self, inputs: Mapping[str, Any] | None = None) -> Mixture:
-        """The open route's mixture for one forward; the only place where factors are mixed."""
-        state = self.open_routes
-        if torch._C._current_graph_task_id() != -1:
-            # Backward is recomputing a checkpointed block, and whichever route is open now (if any)
-            # need not be that of its forward.
+        """Mix the open route's skills for one forward; factors are mixed nowhere else."""
+        if is_in_backward():
+            # Backward recomputes a checkpointed block, and the route that is open now, if any, need
+            # not be that of its forward.
             raise InputError(
                 "a checkpointed block is recomputed without its route: turn checkpointing on with "
                 "model.gradient_checkpointing_enable() (non-reentrant), or pass "
                 "context_fn=model.checkpoint_contexts to torch.utils.checkpoint"
             )
-        block = state.now()
-        given = inputs or {}
-        route = None if block is None else packed(block.value[0], block.value[1], given)
-        mask = given.get("attention_mask")
+        block = self.open_routes.now()
+        route = None if block is None else route_of_call(block.value, inputs or {})
+        mask = (inputs or {}).get("attention_mask")
         mixture = self.mixer.mixture(
             route, training=self.training, mask=mask if isinstance(mask, Tensor) else None
         )
         if mixture.num_examples and inputs is not None:
-            mixture = replace(mixture, media_fit=self._media_fit(given, mixture.num_examples))
-        elif state.media_fit:
+            mixture = replace(mixture, media_fit=self._media_fit(inputs, mixture.num_examples))
+        elif self.open_routes.media_fit:
             mixture = replace(mixture, media_fit=True)
-        state.mixture = mixture
+        self.open_routes.mixture = mixture
         return mixture
 
     def weights_of(self, task: str | int) -> Tensor:
-        """The mixing weights of a task in evaluation, `[N, H, K]`.
+        """The weights by which a task mixes skills in evaluation, `[N, H, K]`.
 
         Raises:
-            InputError: unknown task, or a method that does not mix.
+            InputError: the task is unknown, the method does not mix skills, or the rule looks at
+                more than the task.
         """
         weights = self.mixer.weights_of(self.routes.row(task))
         if weights is None:
@@ -331,25 +334,25 @@ class RoutedForward(nn.Module):
         return weights
 
     def factors_of(self, task: str | int) -> Sequence[PlainFactors]:
-        """What each site applies for one task, in fp32 at least.
+        """The factors that each site applies for one task, in fp32 at least.
 
         Raises:
-            InputError: unknown task, or a rule that looks at the input.
+            InputError: the task is unknown, or the rule looks at more than the task.
         """
         return self.mixer.factors_of(self.routes.row(task))
 
-    # ---------------------------------------------------------------- checkpointing of activations
+    # ---------------------------------------------------------------- activation checkpointing
 
     def checkpoint_contexts(
         self,
     ) -> tuple[AbstractContextManager[Any], AbstractContextManager[Any]]:
-        """The `context_fn` of `torch.utils.checkpoint` under which recomputation sees its route."""
+        """The `context_fn` of `torch.utils.checkpoint` that lets recomputation see its route."""
         return nullcontext(), Recomputation(self.open_routes)
 
     def activation_checkpointing_enable(
         self, activation_checkpointing_kwargs: Mapping[str, Any] | None = None, **kwargs: Any
     ) -> None:
-        """Turn on the base model's activation checkpointing, so that it keeps the routes.
+        """Turn on the base model's activation checkpointing; recomputed layers keep their route.
 
         Args:
             activation_checkpointing_kwargs: options of `torch.utils.checkpoint.checkpoint`.
@@ -357,8 +360,8 @@ class RoutedForward(nn.Module):
                 older name, `gradient_checkpointing_enable`.
 
         Raises:
-            InputError: reentrant checkpointing is asked for. It runs backward once per block, and
-                all blocks share one mixing graph.
+            InputError: the options ask for reentrant checkpointing, which cannot work: it runs
+                backward once per block, and all blocks share one graph of mixing.
         """
         options = dict(activation_checkpointing_kwargs or {})
         self.wrapping.start_checkpointing(options, self.checkpoint_contexts, **kwargs)
@@ -377,16 +380,17 @@ class RoutedForward(nn.Module):
 
 
 TASKS = "routes.tasks"
-"""Under this name a state dict says which tasks its rows are of."""
+"""The key of a state dict that identifies the tasks of its rows, and their order."""
 
 
-def _name_tasks(model: RoutedForward, state: dict[str, Any], prefix: str, _: Any) -> None:
+def _add_digest(model: RoutedForward, state: dict[str, Any], prefix: str, _: Any) -> None:
     state[prefix + TASKS] = model.routes.digest()
 
 
-def _check_tasks(model: RoutedForward, state: dict[str, Any], prefix: str, *_: Any) -> None:
+def _check_digest(model: RoutedForward, state: dict[str, Any], prefix: str, *_: Any) -> None:
     tasks = state.pop(prefix + TASKS, None)
     if tasks is not None and not torch.equal(tasks.cpu(), model.routes.digest()):
         raise InputError(
-            "this state dict holds other tasks than this model, or the same in another order"
+            "this state dict holds other tasks than this model, or the same in another order: load "
+            "it into a model that was attached with the same list of tasks"
         )

@@ -1,4 +1,4 @@
-"""The routed model: a frozen base model, an inventory of skills, and a route for every task."""
+"""The routed model: a frozen base model, an inventory of skills, and a row for every task."""
 
 import os
 import tempfile
@@ -13,7 +13,13 @@ from polyroute.counts import count_parameters, describe
 from polyroute.errors import InputError
 from polyroute.forward import RoutedForward
 from polyroute.layer.merging import check_mergeable, fold, restore
-from polyroute.routes.phases import check_phase, param_groups, row_optimizer, start_phase
+from polyroute.routes.phases import (
+    check_phase,
+    check_rates,
+    param_groups,
+    row_optimizer,
+    start_phase,
+)  # fmt: skip
 from polyroute.routes.tasks import Tasks
 from polyroute.saved.card import write_card
 from polyroute.saved.hub import Repository, push
@@ -24,19 +30,20 @@ __all__ = ["Phase", "RoutedModel", "Tasks"]
 
 
 class RoutedModel(RoutedForward):
-    """A base model whose adapted layers use, for each example, its task's mixture of skills.
+    """A base model whose adapted layers apply, to each example, its task's mixture of skills.
 
-    Made by `polyroute.attach` or `polyroute.from_pretrained`. Attributes that are not its own
+    `polyroute.attach` and `polyroute.from_pretrained` make it. Attributes that are not its own
     (`config`, `device`, `get_encoder` ...) are those of the base model.
 
     Attributes:
         base_model: the frozen network, with its chosen layers wrapped.
         inventory: the skills.
-        routes: the table of routing logits, by task.
-        rule: how skills are chosen.
+        routes: the routing table, with a row of logits for each task.
+        rule: chooses skills for a batch.
         sites: the adapted layers.
-        routers: names of the routers, in the order of the table's first axis.
-        mixer: turns routes and skills into what the layers apply.
+        routers: the names of the routers, in the order of the first axis of a row.
+        mixer: mixes skills into the factors that the layers apply.
+        merged_task: the task that is merged into the base weights, or None.
     """
 
     # ---------------------------------------------------------------- tasks
@@ -44,25 +51,25 @@ class RoutedModel(RoutedForward):
     def add_task(self, name: str, init: str | Tensor = "uniform") -> int:
         """Append a task; every other task stays as it is.
 
-        Make the optimizer afterwards, unless it is that of `optimizer` and the table trains by
-        rows: the table is a new parameter.
+        The table becomes a new parameter, so make an optimizer afterwards. Only an optimizer that
+        trains the table by rows (see `optimizer`) need not be made again.
 
         Args:
             name: a new name.
-            init: `"uniform"` starts near the average of the skills, another task's name copies its
-                row, a tensor `[N, H, K]` (or flat) is taken as the logits.
+            init: `"uniform"` starts near the average of the skills, the name of another task
+                copies its row, and a tensor `[N, H, K]` (or flat) gives the logits.
 
         Returns:
-            The row number.
+            The number of the new row.
 
         Raises:
             InputError: the name exists or is reserved, the task to copy does not exist, or the
-                tensor's shape is wrong.
+                tensor has a wrong shape or values that are not finite.
         """
         return self.add_tasks([name], init)[0]
 
     def add_tasks(self, names: Sequence[str], init: str | Tensor = "uniform") -> list[int]:
-        """Append tasks, all or none; the table is copied once, so add many together.
+        """Append tasks, all or none; adding many in one call copies the table only once.
 
         Args:
             names: new names.
@@ -70,7 +77,7 @@ class RoutedModel(RoutedForward):
                 row for each name.
 
         Returns:
-            The row numbers.
+            The numbers of the new rows.
 
         Raises:
             InputError: as `add_task`, for any of the names.
@@ -78,10 +85,10 @@ class RoutedModel(RoutedForward):
         return self.mixer.add_tasks(names, init)
 
     def keep_tasks(self, names: Sequence[str]) -> None:
-        """Drop every task but these; the skills stay (private adapters go with their task).
+        """Drop all other tasks; the skills stay, except private ones, which go with their task.
 
         Raises:
-            InputError: an unknown or repeated name, or the model is merged.
+            InputError: a name is unknown or repeated, or the model is merged.
         """
         self.check_unmerged()
         self.mixer.keep_tasks(names)
@@ -89,24 +96,24 @@ class RoutedModel(RoutedForward):
     # ---------------------------------------------------------------- training
 
     def set_phase(self, phase: Phase) -> None:
-        """Choose what trains; everything else is frozen.
+        """Choose the parameters that train, and freeze all others.
 
-        - `full`: skills and routing.
-        - `z`: routing only.
-        - `mu`: the skills are replaced by their average, one LoRA, which trains.
-        - `mu-uncollapsed`: all skills train under the uniform mixture, as the published code does.
-          The same function as `mu`; the global gradient norm is 1/sqrt(K) of it.
-        - `random`: skills and routing start afresh (a control).
+        - `full`: skills and routing train.
+        - `z`: routing alone trains.
+        - `mu`: the average of the skills, one LoRA, replaces them and trains.
+        - `mu-uncollapsed`: all skills train under the uniform mixture, as in the published code.
+          This computes the same as `mu`, with 1/sqrt(K) of its global gradient norm.
+        - `random`: skills and routing are drawn again and train, as a control.
 
         `mu`, `mu-uncollapsed` and `random` discard what they replace. Modules of
         `MHRConfig.modules_to_save` train in every phase.
 
         Raises:
-            InputError: no such phase, nothing to train in it, or the model is merged.
+            InputError: there is no such phase, it has nothing to train, or the model is merged.
         """
         self.check_phase(phase)
         if phase == "z" and not len(self.routes) and not list(self.rule.parameters()):
-            raise InputError("phase 'z' trains the routes of tasks, and there are none: add a task")
+            raise InputError("phase 'z' trains the rows of tasks, and there are none: add a task")
         start_phase(self.mixer, phase)
         self.rule = self.mixer.rule
 
@@ -114,13 +121,13 @@ class RoutedModel(RoutedForward):
         """Make sure that a task could be trained in this phase.
 
         Raises:
-            InputError: no such phase, nothing to train in it, or the model is merged.
+            InputError: as `set_phase`.
         """
         self.check_unmerged()
         check_phase(self.mixer, phase)
 
     def learned(self) -> list[nn.Parameter]:
-        """Everything that can train: skills, routes, the rule, and `modules_to_save`."""
+        """All parameters that can train: of the skills, the table, the rule, `modules_to_save`."""
         whole = (p for module in self.wrapping.trained.values() for p in module.parameters())
         return [*self.mixer.learned(), *whole]
 
@@ -135,32 +142,30 @@ class RoutedModel(RoutedForward):
     ) -> list[dict[str, Any]]:
         """The parameter groups of a phase, for any torch optimizer.
 
-        Every group states its learning rate and its weight decay, so nothing is inherited from an
-        optimizer's defaults. Decay pulls logits toward the uniform mixture; the published SuperNI
-        runs had 0.01 there.
+        Every group states its learning rate and its weight decay, so it inherits neither from the
+        defaults of an optimizer. Decay pulls logits toward the uniform mixture; the published
+        SuperNI runs used 0.01 for them.
 
         Args:
-            phase: is set first, see `set_phase`; None keeps what is set.
-            lr: of the skills, a rule's own parameters and `modules_to_save`.
-            route_lr: of the routing logits.
-            weight_decay: of what `lr` is for.
-            route_weight_decay: of the routing logits.
+            phase: the phase to set first, see `set_phase`; None keeps the present one.
+            lr: learning rate of the skills, a rule's own parameters and `modules_to_save`.
+            route_lr: learning rate of the routing logits.
+            weight_decay: weight decay of the parameters that `lr` is for.
+            route_weight_decay: weight decay of the routing logits.
 
         Returns:
             Up to four groups, named `skills`, `modules`, `rule` and `routes`.
 
         Raises:
-            InputError: as `set_phase`, or a rate is not positive and finite, or a decay negative.
+            InputError: as `set_phase`; or a rate is not positive and finite, or a decay negative.
         """
         rates = {
-            "lr": lr,
-            "route_lr": route_lr,
-            "weight_decay": weight_decay,
+            "lr": lr, "route_lr": route_lr, "weight_decay": weight_decay,
             "route_weight_decay": route_weight_decay,
-        }
+        }  # fmt: skip
         if phase is not None:
             self.check_phase(phase)
-        param_groups(self.mixer, rates)  # which checks the rates
+        check_rates(rates)
         if phase is not None:
             self.set_phase(phase)
         return param_groups(self.mixer, rates, self.wrapping.trained.values())
@@ -173,22 +178,21 @@ class RoutedModel(RoutedForward):
         eps: float = 1e-8,
         **rates: float,
     ) -> torch.optim.Optimizer:
-        """AdamW whose step costs the rows of the batch, not the routing table: for many tasks.
+        """AdamW for many tasks: the cost of a step depends on the batch, not on the whole table.
 
-        Rows outside the batch are touched by no gradient, no moment and no weight decay; every row
-        has a clock of its own, which ticks when it is in the batch
-        (`polyroute.routes.row_optimizer` says what that changes). Skills are trained as by
-        `torch.optim.AdamW`, and in phases without routing the optimizer is that.
+        Rows outside the batch stay as they are: no gradient, no moment and no weight decay changes
+        them. `polyroute.routes.row_optimizer` describes how this differs from dense AdamW. Skills
+        train as under `torch.optim.AdamW`, which is what a phase without routing gets.
 
-        The table is frozen and its rows train through `routes.touched`; the next `set_phase`,
-        `param_groups` or `optimizer` undoes that. It works in one process: the rows of a batch
-        would have to be exchanged between several.
+        The table is frozen, and its rows train through `routes.touched` until the next `set_phase`,
+        `param_groups` or `optimizer`. This works in one process only, because several processes
+        would have to exchange the rows of their batches.
 
         Args:
-            phase: as in `param_groups`, with all that follows.
+            phase: as in `param_groups`.
             betas: decay rates of the moments.
             eps: added to the root of the second moment.
-            **rates: `lr`, `route_lr`, `weight_decay`, `route_weight_decay` of `param_groups`.
+            **rates: `lr`, `route_lr`, `weight_decay`, `route_weight_decay` as in `param_groups`.
 
         Raises:
             InputError: as `param_groups`.
@@ -197,10 +201,10 @@ class RoutedModel(RoutedForward):
         return row_optimizer(self.mixer, groups, betas=betas, eps=eps)
 
     def zero_grad(self, set_to_none: bool = True) -> None:
-        """Forget the gradients.
+        """Drop the gradients.
 
-        Those of a table trained by rows go even where others are set to zero: the next batch has
-        other rows.
+        A table that trains by rows drops them even with `set_to_none=False`, because the next batch
+        has other rows.
         """
         super().zero_grad(set_to_none)
         if self.routes.touched is not None:
@@ -209,13 +213,14 @@ class RoutedModel(RoutedForward):
     # ---------------------------------------------------------------- merging
 
     def merge(self, task: str) -> None:
-        """Fold one task, or `"mu"`, into the base weights, in place: no overhead is left.
+        """Fold one task, or `"mu"`, into the base weights, in place; it then costs no extra time.
 
         The original weights are kept, so `unmerge` restores them bit for bit.
 
         Raises:
-            InputError: merged already, unknown task, a rule that looks at the input, or a layer's
-                weight that cannot be changed (quantised, or tied to another layer).
+            InputError: the model is merged already, the task is unknown, the rule looks at more
+                than the task, or the weight of a layer cannot be changed (it is quantised, or tied
+                to another layer).
         """
         self._check_loaded()
         self.check_unmerged()
@@ -225,18 +230,18 @@ class RoutedModel(RoutedForward):
         self._set_merged(task)
 
     def check_unmerged(self) -> None:
-        """Make sure that the skills are not hidden behind a merged task.
+        """Make sure that no task is merged into the base weights.
 
         Raises:
-            InputError: they are; the message names the task.
+            InputError: a task is merged; the message names it.
         """
         if self.merged_task is not None:
             raise InputError(f"the model is merged with {self.merged_task!r}; call unmerge() first")
 
     def unmerge(self) -> None:
-        """Restore the base weights, bit for bit; nothing happens where nothing is merged.
+        """Restore the base weights, bit for bit; do nothing if no task is merged.
 
-        If the model was cast or moved since, they are restored in its present type and place.
+        If the model was cast or moved meanwhile, they get its present type and device.
         """
         self._check_loaded()
         restore(self.sites, self._unmerged)
@@ -249,10 +254,10 @@ class RoutedModel(RoutedForward):
             layer.is_merged = task is not None
 
     def unload(self) -> nn.Module:
-        """Take the base model out again, as it was before `attach`; this object is then spent.
+        """Return the base model as it was before `attach`; this object is unusable afterwards.
 
-        A merged task stays merged, and with it the whole modules that trained stay as they are:
-        that is how to get a plain model of one task.
+        If a task is merged, it stays merged, and whole modules that trained keep their values: this
+        gives a plain model of one task.
         """
         if self._is_unloaded:
             return self.base_model
@@ -263,9 +268,9 @@ class RoutedModel(RoutedForward):
         return self.base_model
 
     def resize_token_embeddings(self, *args: Any, **kwargs: Any) -> Any:
-        """Resize the base model's vocabulary, as its method of this name does.
+        """Resize the base model's vocabulary by its own method of this name.
 
-        An adapted output embedding keeps its skills: new tokens have no update.
+        If the output embedding is adapted, it keeps its skills, which do not update new tokens.
         """
         self._check_loaded()
         self.check_unmerged()
@@ -281,20 +286,20 @@ class RoutedModel(RoutedForward):
         *,
         is_main_process: bool = True,
     ) -> None:
-        """Write the inventory, the routes and what they are, without the base model.
+        """Write the skills, the routing table and their description, without the base model.
 
-        The routing table is written in parts of about 32 MB, whatever its size;
-        `polyroute.SavedRoutes` reads and changes single rows of it. Parameters of the base model
-        that trained or changed, and are not saved with the inventory, are named in a warning.
+        The routing table is written in parts of about 32 MB; `polyroute.SavedRoutes` reads and
+        changes single rows of it. A warning names parameters of the base model that trained or
+        changed and are not saved.
 
         Args:
-            folder: where.
-            is_main_process: whether to write. Where the base model is sharded (FSDP2), all
-                processes call this, since some of its weights are looked at, and one writes.
+            folder: the folder to write to; made if missing.
+            is_main_process: whether this process writes. If the base model is sharded (FSDP2),
+                every process must call this method, because some weights are gathered.
 
         Raises:
-            InputError: the folder cannot be written, the model is merged, was unloaded or is on
-                the meta device, or it has private adapters and no task left.
+            InputError: the folder cannot be written, the model is merged, unloaded or on the meta
+                device, or it has private adapters and no task left.
         """
         self._check_loaded()
         self.check_unmerged()
@@ -317,18 +322,18 @@ class RoutedModel(RoutedForward):
         A run knows more than the model, so `polyroute push RUN` writes a fuller card.
 
         Args:
-            repo_id: such as `user/inventory`; made if it is missing.
-            private: make a new repository private.
-            token: for the hub, instead of the one that is logged in.
-            revision: the branch, made if it is missing; default main.
-            commit_message: of the commit.
-            license: of the inventory, as the hub names it, such as `apache-2.0`.
+            repo_id: the repository, such as `user/inventory`; made if missing.
+            private: whether a new repository is private.
+            token: a token for the hub; by default that of the login.
+            revision: the branch, made if missing; default main.
+            commit_message: the message of the commit.
+            license: the licence of the inventory, as the hub names it, such as `apache-2.0`.
 
         Returns:
             The address of the commit.
 
         Raises:
-            InputError: as `save_pretrained`; or the name is no hub id, or the hub refuses.
+            InputError: as `save_pretrained`; or `repo_id` is not a hub id, or the hub refuses.
         """
         with tempfile.TemporaryDirectory() as folder:
             self.save_pretrained(folder)
@@ -341,7 +346,7 @@ class RoutedModel(RoutedForward):
             )
 
     def load_adapter(self, folder: str | os.PathLike[str]) -> None:
-        """Overwrite skills and routes, in place, by those of a checkpoint of this very model.
+        """Overwrite skills and rows, in place, with those of a checkpoint of this same model.
 
         Raises:
             InputError: the checkpoint has other tasks, layers, settings or sizes.
@@ -353,12 +358,11 @@ class RoutedModel(RoutedForward):
     def export_peft(self, task: str, folder: str | os.PathLike[str]) -> None:
         """Write one task, or `"mu"`, as an ordinary PEFT adapter that computes the same.
 
-        Poly, MHR, shared and private LoRAs become a LoRA of the rank of the mixture; (IA)^3 becomes
-        PEFT's.
+        LoRA skills become a LoRA of the rank of their mixture, (IA)^3 skills an (IA)^3 of PEFT.
 
         Raises:
-            InputError: unknown task, a rule that looks at the input, or the folder cannot be
-                written.
+            InputError: the task is unknown, the rule looks at more than the task, or the folder
+                cannot be written.
         """
         self._check_loaded()
         target = peft_target(self.base_model, self.sites, self.wrapping.trained)
@@ -367,19 +371,19 @@ class RoutedModel(RoutedForward):
     # ---------------------------------------------------------------- reports
 
     def counts(self) -> dict[str, int]:
-        """Parameters by purpose; see `polyroute.counts.count_parameters`."""
+        """The numbers of parameters by purpose; see `polyroute.counts.count_parameters`."""
         return count_parameters(self.base_model, self.sites, self.inventory, self.routes)
 
     def num_trainable(self) -> int:
-        """How many parameters the current phase trains."""
+        """The number of parameters that the present phase trains."""
         trained = sum(p.numel() for p in self.parameters() if p.requires_grad)
         if self.routes.touched is not None and self.routes.logits is not None:
-            # It stands for the table, of which it holds the rows of the last batch.
+            # `touched` holds the rows of the last batches and stands for the whole table.
             trained += self.routes.logits.numel() - self.routes.touched.numel()
         return trained
 
     def print_trainable_parameters(self) -> None:
-        """Print what trains, of how much."""
+        """Print the numbers of trainable and of all parameters."""
         trained = self.num_trainable()
         total = sum(p.numel() for n, p in self.named_parameters() if n != "routes.touched")
         print(f"trainable: {trained:,} of {total:,} parameters ({100 * trained / total:.3f}%)")

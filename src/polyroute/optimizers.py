@@ -1,10 +1,10 @@
 """Optimizers by name, and Adafactor as the published runs used it.
 
-Adafactor (Shazeer & Stern 2018, arXiv:1804.04235) does not keep the second moment itself, only its
-means over each of the last two dimensions, and it limits and scales the step of a tensor by root
-mean squares over that tensor. So its steps depend on where one tensor ends and another begins. The
-published code has one A and one B for each layer and one table for each router; here all layers of
-one shape are one parameter, and all routers are one parameter.
+Adafactor (Shazeer & Stern 2018, arXiv:1804.04235) keeps the means of the second moment over each of
+the last two dimensions, not the second moment itself, and it limits and scales the step of a tensor
+by root mean squares over the tensor. Its steps therefore depend on how parameters are divided into
+tensors. The published code has one A and one B for each layer and one table for each router. Here
+all layers of one shape are one parameter, and so are all routers.
 
 Shape letters: n layers of a stack or routers, T tasks, H heads, K skills, r rank, D width of a
 head's block.
@@ -17,13 +17,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from polyroute.errors import InputError, did_you_mean
+from polyroute.errors import InputError
 from polyroute.model import RoutedModel
+from polyroute.settings import flag, named
 
 __all__ = ["OPTIMIZERS", "LayerAdafactor", "check_optimizer", "make_optimizer", "summary"]
 
 OPTIMIZERS = ("adamw", "adafactor", "sgd")
-"""`adafactor` is `LayerAdafactor`; the others are torch's and do not see where tensors end."""
+"""`adafactor` is `LayerAdafactor`. The others are torch's, which treat every number separately."""
 
 DECAY_RATE = -0.8
 SMALLEST_SQUARE = 1e-30
@@ -32,27 +33,27 @@ LARGEST_UPDATE = 1.0
 
 
 class LayerAdafactor(torch.optim.Optimizer):
-    """Adafactor in which every layer, and every router, is a tensor of its own.
+    """Adafactor that treats every layer, and every router, as a tensor of its own.
 
-    Let G be the gradient of such a tensor X at step t, and R and C running means of G^2 + 1e-30,
-    over its last dimension and its last but one, with decay 1 - t^-0.8. Then
+    Let G be the gradient of such a tensor X at step t. Let R and C be the running means of
+    G^2 + 1e-30 over its last dimension and over the one before, with decay 1 - t^-0.8. Then
 
         U = G / sqrt(R C / mean(R))
         X <- X - rate (U / max(1, rms(U)) + weight_decay X)
         rate = lr max(1e-3, rms(X))          with scale_parameter, otherwise lr
 
-    These are the published settings: no first moment, and no learning rate that Adafactor chooses
-    itself. With `scale_parameter` a fresh B, which is zero, and fresh logits start a thousand times
-    slower than `lr` says.
+    These are the published settings: there is no first moment, and Adafactor does not choose its
+    own learning rate. With `scale_parameter` a new B, which is zero, and new logits start a
+    thousand times slower than `lr` says.
 
-    All layers of a stack are stepped at once, so the number of operations of a step grows with the
+    All layers of a stack take their step together, so the number of operations grows with the
     number of stacks, not with the number of layers.
 
     Args:
-        groups: as `RoutedModel.param_groups` gives them, or views of these parameters for one slot;
-            each is named `skills` or `routes`.
-        model: tells how many routers a row of the table has, and how skills are laid out.
-        scale_parameter: whether to take steps in proportion to the size of what they change.
+        groups: as `RoutedModel.param_groups` makes them, or with views of these parameters for one
+            slot; each is named `skills`, `modules`, `rule` or `routes`.
+        model: gives the number of routers in a row of the table, and the layout of skills.
+        scale_parameter: whether steps are proportional to the root mean square of their tensor.
 
     Raises:
         InputError: a group has another name.
@@ -67,16 +68,16 @@ class LayerAdafactor(torch.optim.Optimizer):
             if group.get("name") not in ("skills", "modules", "rule", "routes"):
                 raise InputError(
                     "LayerAdafactor needs groups named 'skills' and 'routes', as param_groups "
-                    f"makes them, not {group.get('name')!r}"
+                    f"makes them, not {group.get('name')!r}: pass the groups of param_groups"
                 )
         super().__init__(groups, {"scale_parameter": scale_parameter})
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """Move everything that has a gradient.
+        """Move every parameter that has a gradient.
 
         Args:
-            closure: computes the loss and its gradients anew, as for any torch optimizer.
+            closure: computes the loss and its gradients again, as for any torch optimizer.
         """
         loss = None
         if closure is not None:
@@ -92,26 +93,26 @@ class LayerAdafactor(torch.optim.Optimizer):
         return loss
 
     def _layers(self, skills: Tensor) -> Tensor:
-        """The skills as tensors whose last two dimensions are those of the published code.
+        """A stack of skills, with the last two dimensions of the published code.
 
-        For LoRA they are those of `[n, H, K, r, D]`, whose order does not matter. A published
-        (IA)^3 vector has no rank, so its last two dimensions are `[H, D]`.
+        For LoRA these are the dimensions r and D of `[n, H, K, r, D]`; their order does not matter.
+        A published (IA)^3 vector has no rank, and its last two dimensions are H and D.
         """
         return skills.permute(0, 2, 3, 1, 4) if self._is_ia3 else skills
 
     def _routers(self, logits: Tensor) -> Tensor:
-        """A table `[T, N * H * K]`, or one row of it, as `[N, T, H * K]`."""
+        """A table `[T, N * H * K]`, or one row of it, as one tensor per router: `[N, T, H * K]`."""
         width = logits.shape[-1] // self._num_routers
         return logits.view(-1, self._num_routers, width).movedim(1, 0)
 
 
 def _alone(parameter: Tensor) -> Tensor:
-    """An ordinary parameter as the only tensor of a stack, with two dimensions at least."""
+    """An ordinary parameter as a stack of one tensor, with at least two dimensions."""
     return parameter.reshape(1, 1, -1) if parameter.dim() < 2 else parameter.unsqueeze(0)
 
 
 def _step(layers: Tensor, gradients: Tensor, state: dict[str, Tensor], group: Any) -> None:
-    """One step, in place, of tensors stacked along the first dimension."""
+    """Take one step, in place, with tensors that are stacked along the first dimension."""
     squares = gradients.square() + SMALLEST_SQUARE
     rows, columns = squares.mean(-1), squares.mean(-2)
     if not state:
@@ -140,31 +141,30 @@ def _rms(tensors: Tensor) -> Tensor:
 
 
 def check_optimizer(name: str, *, scale_parameter: bool) -> None:
-    """Make sure that there is such an optimizer, and that it has the settings it is given.
+    """Make sure that an optimizer exists and has the setting `scale_parameter`.
 
     Raises:
-        InputError: there is none of that name, or `scale_parameter` is off in one without it.
+        InputError: there is no optimizer of that name, or `scale_parameter` is off in an optimizer
+            that has no such setting.
     """
-    if name not in OPTIMIZERS:
-        raise InputError(f"unknown optimizer {name!r}: {did_you_mean(name, OPTIMIZERS)}")
-    if not isinstance(scale_parameter, bool):
-        raise InputError(f"scale_parameter must be True or False, not {scale_parameter!r}")
+    named(OPTIMIZERS)("optimizer", name)
+    flag()("scale_parameter", scale_parameter)
     if not scale_parameter and name != "adafactor":
         raise InputError(
-            f"scale_parameter is a setting of adafactor, which {name} does not have; leave it out"
+            f"scale_parameter is a setting of adafactor, which {name} does not have: leave it out"
         )
 
 
 def make_optimizer(
     name: str, groups: list[dict[str, Any]], model: RoutedModel, *, scale_parameter: bool = True
 ) -> torch.optim.Optimizer:
-    """An optimizer by its name.
+    """Make an optimizer by its name.
 
     Args:
         name: one of `OPTIMIZERS`.
-        groups: see `LayerAdafactor`.
-        model: whose parameters these are.
-        scale_parameter: see `LayerAdafactor`; only `adafactor` can have it off.
+        groups: the parameter groups, as for `LayerAdafactor`.
+        model: the model that the parameters belong to.
+        scale_parameter: as for `LayerAdafactor`; must be True for other optimizers.
 
     Raises:
         InputError: as `check_optimizer`.
@@ -176,15 +176,15 @@ def make_optimizer(
 
 
 def summary(settings: Mapping[str, Any]) -> str:
-    """What decides the result of training besides the data, in one line.
+    """The settings that decide the result of training besides the data, in one line.
 
     Args:
         settings: the optimizer, `scale_parameter`, rates, decays, clipping, warm-up and schedule,
-            by the names of the options of `polyroute train`.
+            under the names of the options of `polyroute train`.
     """
-    name, sizes = settings["optimizer"], "on" if settings["scale_parameter"] else "off"
+    name = settings["optimizer"]
     if name == "adafactor":
-        name += f" of each layer, scale_parameter {sizes}"
+        name += f" of each layer, scale_parameter {'on' if settings['scale_parameter'] else 'off'}"
     decay = f"{settings['weight_decay']:g} / {settings['route_weight_decay']:g}"
     return (
         f"{name}, lr {settings['lr']:g}, routes {settings['route_lr']:g}, decay {decay}, "

@@ -1,12 +1,12 @@
 """Routed layers as a method of PEFT: `get_peft_model(base, MHRConfig(tasks=[...]))`.
 
-Importing this module makes PEFT know the method `MHR`. Each adapted layer owns, for every adapter,
-the skills and the routing table of that layer; what they compute is what `polyroute.attach`
-computes. The tasks of a batch are given as `model(..., tasks=[...])`, or for any call inside
-`with route(model, tasks):`, merging and converting included.
+Importing this module registers the method `MHR` with PEFT. Each adapted layer owns the skills and
+the routing table of every adapter for that layer, and computes what `polyroute.attach` computes. A
+call names the tasks of its batch with `model(..., tasks=[...])`, or stands inside
+`with route(model, tasks):`, which also holds for merging and converting.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, fields, make_dataclass, replace
 from functools import partial
@@ -27,15 +27,16 @@ from polyroute.layer.open_route import OpenRoutes
 from polyroute.layer.routed_layer import RoutedLayer
 from polyroute.layer.sites import named_sites
 from polyroute.peft_layer import MHRLinear, Opened, opened_now
-from polyroute.routes.table import MU, RoutingTable
+from polyroute.routes.table import RoutingTable
 from polyroute.routes.tasks import Tasks, check_batch, named_inputs
 
 __all__ = ["MHRConfig", "MHRLinear", "MHRModel", "add_tasks", "route"]
 
 METHOD = "mhr"
+"""The name of the method in PEFT."""
 
 if METHOD.upper() not in PeftType.__members__:
-    # PEFT registers only what its enumeration names, and offers no way to name more.
+    # PEFT registers only members of its enumeration, and has no function that adds a member.
     _member = str.__new__(PeftType, METHOD.upper())
     _member._name_ = _member._value_ = METHOD.upper()
     setattr(PeftType, METHOD.upper(), _member)
@@ -49,12 +50,13 @@ _LayerSettings: Any = make_dataclass(
     [(f.name, f.type, f.default) for f in fields(config.MHRConfig) if f.name in LAYER_SETTINGS],
     bases=(PeftConfig,),
 )
-"""What PEFT's adapters have, and the settings of one layer as `polyroute.MHRConfig` has them."""
+"""The settings of every adapter of PEFT, and those settings of `polyroute.MHRConfig` that concern a
+single layer."""
 
 
 @dataclass
 class MHRConfig(_LayerSettings):  # type: ignore[misc]
-    """Settings of an adapter: tasks, layers, and what `polyroute.MHRConfig` says of skills.
+    """Settings of an adapter: its tasks, its layers, and the skills as in `polyroute.MHRConfig`.
 
     Every layer has its own router (`granularity="finegrained"`).
 
@@ -63,16 +65,16 @@ class MHRConfig(_LayerSettings):  # type: ignore[misc]
     """
 
     tasks: list[str] = field(default_factory=list)
-    """Unique names; the order is that of the rows of the routing tables."""
+    """Unique names, in the order of the rows of the routing tables."""
     target_modules: list[str] | str | None = "all-linear"
     """As in PEFT: `"all-linear"`, a list of name endings, or a regular expression."""
     exclude_modules: list[str] | str | None = None
-    """Layers to leave out: a list of name endings, or a regular expression."""
+    """The layers to leave out: a list of name endings, or a regular expression."""
     modules_to_save: list[str] | None = None
-    """Parts of the base model that are trained and saved as they are, such as a new head."""
+    """Whole modules of the base model that train and are saved, such as a new head."""
 
     def __post_init__(self) -> None:
-        """Fill in what depends on the method and check every value."""
+        """Check every value, and fill in defaults that depend on the method."""
         super().__post_init__()
         self.peft_type = PeftType(METHOD.upper())
         if not isinstance(self.tasks, list | tuple):
@@ -84,7 +86,7 @@ class MHRConfig(_LayerSettings):  # type: ignore[misc]
         for name, value in self.settings().to_dict().items():
             if name in LAYER_SETTINGS:
                 setattr(self, name, value)
-        RoutingTable(self.tasks, None)  # refuses names that are repeated, empty or reserved
+        RoutingTable(self.tasks, None)  # raises if a name is repeated, empty or reserved
         if self.method == "private" and not self.tasks:
             raise InputError("method='private' has one skill per task: name at least one task")
 
@@ -95,23 +97,26 @@ class MHRConfig(_LayerSettings):  # type: ignore[misc]
 
 @contextmanager
 def route(model: nn.Module, tasks: Tasks) -> Iterator[None]:
-    """Route every forward inside the `with` block; also what is merged or converted there.
+    """Route every forward, merge and conversion inside the `with` block.
 
-    Blocks nest, close after an error too, and hold for the code inside them: threads, coroutines
-    and generators that take turns each have their own.
+    Blocks nest, and they close after an error too. A block holds for the code inside it: threads,
+    coroutines and generators that take turns each have their own.
 
     Args:
-        model: a PEFT model, or a transformers model with an adapter of its own, of method MHR.
+        model: a PEFT model with an adapter of method MHR, or a transformers model that loaded one.
         tasks: one name or row number for a batch of any size; or one per example, as a list or an
             integer tensor; `"mu"` is the average of the skills; None is the base model alone.
 
     Raises:
-        InputError: an unknown task, or a model without such an adapter.
+        InputError: a task is unknown, or the model has no adapter of method MHR.
     """
     layer = _first_layer(model)
     if layer is None:
-        raise InputError(f"{type(model).__name__} has no adapter of method MHR to route")
-    with layer.scopes.open(layer.check(tasks)):
+        raise InputError(
+            f"{type(model).__name__} has no adapter of method MHR to route: make one with "
+            "get_peft_model(model, MHRConfig(tasks=[...]))"
+        )
+    with layer.open_routes.open(layer.opened(tasks)):
         yield
 
 
@@ -134,14 +139,18 @@ class MHRModel(BaseTuner):
                 "on the routed model, or save it and convert it to an adapter of PEFT"
             )
         if layers:
-            self._scopes, self._hooks = layers[0].scopes, getattr(self, "_hooks", ())
+            self._open_routes, self._hooks = layers[0].open_routes, getattr(self, "_hooks", ())
             return
-        self._scopes = OpenRoutes()
+        self._open_routes = OpenRoutes()
         if hasattr(model, "generate"):
-            vars(model)["generate"] = partial(_generate, self._scopes, model)
+            vars(model)["generate"] = partial(_generate, self._open_routes, model)
         self._hooks = (
-            model.register_forward_pre_hook(partial(_open, self._scopes), with_kwargs=True),
-            model.register_forward_hook(partial(_close, self._scopes), always_call=True),
+            model.register_forward_pre_hook(
+                partial(_before_forward, self._open_routes), with_kwargs=True
+            ),
+            model.register_forward_hook(
+                partial(_after_forward, self._open_routes), always_call=True
+            ),
         )
 
     def _create_and_replace(
@@ -155,7 +164,7 @@ class MHRModel(BaseTuner):
         parameter_name: str | None = None,
     ) -> None:
         assert isinstance(peft_config, MHRConfig)
-        # Also of a further adapter, whose heads may be others: whether they divide the widths.
+        # This checks for every adapter whether its number of heads divides the widths.
         site = named_sites(parent, [target_name], peft_config.settings())[0]
         if isinstance(target, MHRLinear):
             target.update_layer(adapter_name, peft_config)
@@ -165,7 +174,7 @@ class MHRModel(BaseTuner):
                 f"layer {current_key!r} has an adapter of another method of PEFT: unload it first"
             )
         site = replace(site, name=current_key)
-        layer = MHRLinear(site, self._scopes, adapter_name, peft_config)
+        layer = MHRLinear(site, self._open_routes, adapter_name, peft_config)
         if adapter_name not in self.active_adapters:
             layer.requires_grad_(False)
         self._replace_module(parent, target_name, layer, target)
@@ -196,70 +205,71 @@ register_peft_method(name=METHOD, config_cls=MHRConfig, model_cls=MHRModel)
 
 
 @contextmanager
-def _running(scopes: OpenRoutes, opened: Opened | None) -> Iterator[None]:
-    scopes.running.append(opened)
+def _running(open_routes: OpenRoutes, opened: Opened | None) -> Iterator[None]:
+    open_routes.running.append(opened)
     try:
         yield
     finally:
-        scopes.running.pop()
+        open_routes.running.pop()
 
 
-def _open(
-    scopes: OpenRoutes, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+def _before_forward(
+    open_routes: OpenRoutes, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """Before the base model's forward: open the route it was given, or stay in the open one."""
+    """Open the route that the base model's forward was given, or stay in the open one."""
     tasks = kwargs.pop("tasks", None)
-    is_generating = bool(scopes.running)  # which repeats each example's rows for beams
-    opened = opened_now(scopes)
-    scopes.running.append(opened)  # `_close` takes it away, also where the following raises
+    is_generating = bool(open_routes.running)  # `generate` repeats each example for its beams
+    opened = opened_now(open_routes)
+    open_routes.running.append(opened)  # `_after_forward` removes it, even after an error below
     if model.training and torch.is_grad_enabled():
-        _keep_routes(model, scopes)
+        _keep_routes(model, open_routes)
     if tasks is not None:
         layer = _first_layer(model)
         assert layer is not None
-        scopes.running[-1] = opened = layer.check(tasks)
+        open_routes.running[-1] = opened = layer.opened(tasks)
     if opened is not None and opened.per_example and (tasks is not None or not is_generating):
-        inputs = named_inputs(model.forward, args, kwargs)
-        check_batch(len(_listed(opened.tasks)), model, inputs)
+        _check_batch(opened, model, named_inputs(model.forward, args, kwargs))
     return args, kwargs
 
 
-def _close(scopes: OpenRoutes, *_: Any) -> None:
-    scopes.running.pop()
+def _after_forward(open_routes: OpenRoutes, *_: Any) -> None:
+    open_routes.running.pop()
 
 
 def _generate(
-    scopes: OpenRoutes, model: Any, *args: Any, tasks: Tasks = None, **kwargs: Any
+    open_routes: OpenRoutes, model: Any, *args: Any, tasks: Tasks = None, **kwargs: Any
 ) -> Any:
-    """The base model's own `generate`, for as many prompts as there are tasks."""
+    """The base model's own `generate`, with a check that there are as many prompts as tasks."""
     layer = _first_layer(model)
-    opened = opened_now(scopes) if tasks is None or layer is None else layer.check(tasks)
+    opened = opened_now(open_routes) if tasks is None or layer is None else layer.opened(tasks)
     if opened is not None and opened.per_example:
         inputs = named_inputs(type(model).generate, (model, *args), kwargs)
         inputs.pop("self", None)
-        check_batch(len(_listed(opened.tasks)), model, inputs)
-    with _running(scopes, opened) if opened is not None else nullcontext():
+        _check_batch(opened, model, inputs)
+    with _running(open_routes, opened) if opened is not None else nullcontext():
         return type(model).generate(model, *args, **kwargs)
 
 
-def _listed(tasks: Any) -> Sequence[Any]:
-    return tasks if hasattr(tasks, "__len__") else list(tasks)
+def _check_batch(opened: Opened, model: nn.Module, inputs: Mapping[str, Any]) -> None:
+    tasks: Any = opened.tasks
+    count = len(tasks) if hasattr(tasks, "__len__") else len(list(tasks))
+    check_batch(count, model, inputs)
 
 
-def _keep_routes(model: nn.Module, scopes: OpenRoutes) -> None:
-    """Let blocks that backward recomputes, reentrantly or not, see the route of their forward."""
+def _keep_routes(model: nn.Module, open_routes: OpenRoutes) -> None:
+    """Make layers that backward recomputes, reentrantly or not, see the route of their forward."""
     for module in model.modules():
         run = vars(module).get("_gradient_checkpointing_func")
         if run is not None and getattr(run, "func", None) is not _checkpointed:
-            vars(module)["_gradient_checkpointing_func"] = partial(_checkpointed, scopes, run)
+            vars(module)["_gradient_checkpointing_func"] = partial(_checkpointed, open_routes, run)
 
 
-def _checkpointed(scopes: OpenRoutes, run: Any, block: Any, *args: Any, **kwargs: Any) -> Any:
-    opened = opened_now(scopes)
+def _checkpointed(open_routes: OpenRoutes, run: Any, block: Any, *args: Any, **kwargs: Any) -> Any:
+    opened = opened_now(open_routes)
     own = None if opened is None else replace(opened, is_own=True)
 
     def routed(*args: Any, **kwargs: Any) -> Any:
-        with _running(scopes, own):
+        with _running(open_routes, own):
             return block(*args, **kwargs)
 
     return run(routed, *args, **kwargs)
@@ -274,31 +284,22 @@ def add_tasks(
 ) -> None:
     """Append tasks to an adapter; every other task stays as it is.
 
-    Make the optimizer afterwards: the routing tables are new parameters.
+    The routing tables become new parameters, so make the optimizer afterwards.
 
     Args:
         model: as in `route`.
         names: new names.
-        init: `"uniform"` starts near the average of the skills, another task's name copies its
-            routes.
+        init: `"uniform"` starts near the average of the skills, and the name of another task
+            copies its rows.
         adapter_name: the adapter.
 
     Raises:
-        InputError: a name exists or is reserved, or there is no such task to copy, or adapter.
+        InputError: a name exists or is reserved, or the task to copy or the adapter does not exist.
     """
-    if isinstance(names, str):
-        raise InputError(f"names must be a list of tasks, not the single string {names!r}")
     settings = getattr(model, "peft_config", {}).get(adapter_name)
     if not isinstance(settings, MHRConfig):
         raise InputError(f"{type(model).__name__} has no adapter {adapter_name!r} of method MHR")
     for layer in model.modules():
         if isinstance(layer, MHRLinear) and adapter_name in layer.mhr_adapters:
-            adapter = layer.adapter(adapter_name)
-            routes = adapter.routes
-            copied = None if init in ("uniform", MU) else routes.row(init)
-            is_routed = copied is not None and routes.logits is not None
-            routes.add(names, routes[init] if is_routed else None)
-            if settings.method == "private":
-                for _ in names:
-                    adapter.skills.add_skill(copied)
+            layer.adapter(adapter_name).mixer.add_tasks(names, init)
     settings.tasks = [*settings.tasks, *names]

@@ -1,4 +1,4 @@
-"""The layer of `polyroute.peft`: a base layer, and the skills that each of its adapters mixes."""
+"""The layer of `polyroute.peft`: a base layer, and the skills of each of its adapters."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -14,8 +14,8 @@ from polyroute.errors import InputError
 from polyroute.exchange.peft_mhr import ADAPTERS
 from polyroute.layer.factors import PlainFactors
 from polyroute.layer.merging import fold, restore
-from polyroute.layer.open_route import OpenRoutes
-from polyroute.layer.routed_layer import check_rows
+from polyroute.layer.open_route import OpenRoutes, is_in_backward
+from polyroute.layer.routed_layer import check_input
 from polyroute.layer.sites import Site
 from polyroute.routes.inventory import Inventory
 from polyroute.routes.mixer import Mixer
@@ -26,29 +26,33 @@ from polyroute.routes.tasks import Route, Tasks, find_route
 __all__ = ["LayerAdapter", "MHRLinear", "Opened", "opened_now"]
 
 AVERAGE = Route((MU_ROW,), per_example=False)
+"""The route of the average of the skills."""
 
 
 @dataclass(frozen=True)
 class Opened:
-    """The tasks of an open route."""
+    """The tasks of an open route; each layer finds their rows in the tables of its adapters."""
 
     tasks: Tasks
+    """The tasks as the caller named them."""
     per_example: bool
+    """Whether `tasks` names one task per example."""
     is_own: bool = False
-    """Whether it was opened for the block that runs, as when backward recomputes it."""
+    """Whether the route was opened for the running layers alone, because backward recomputes them.
+    """
 
 
-def opened_now(scopes: OpenRoutes) -> Opened | None:
-    """What the running forward was given, or the block that the calling code is in."""
-    if scopes.running:
-        opened: Opened | None = scopes.running[-1]
+def opened_now(open_routes: OpenRoutes) -> Opened | None:
+    """The tasks that the running forward was given, or those of the block that the caller is in."""
+    if open_routes.running:
+        opened: Opened | None = open_routes.running[-1]
         return opened
-    block = scopes.now()
+    block = open_routes.now()
     return None if block is None else block.value
 
 
 class LayerAdapter(nn.Module):
-    """One adapter of one layer: its skills, its routing table, and what mixes them."""
+    """One adapter of one layer: its skills, its routing table, its rule and its mixer."""
 
     def __init__(self, site: Site, settings: MHRConfig, tasks: Sequence[str]) -> None:
         super().__init__()
@@ -63,15 +67,23 @@ class LayerAdapter(nn.Module):
 class MHRLinear(nn.Module, BaseTunerLayer):
     """A base layer, and the skills that each of its adapters mixes for the tasks of the batch.
 
-    By the "Linear" of this name PEFT finds the layer where it looks for all linear ones.
+    PEFT recognises the layer by the "Linear" in its name when it looks for all linear layers.
+
+    Args:
+        site: the base layer and what is known of it.
+        open_routes: the open routes of the model.
+        adapter_name: the name of the first adapter.
+        peft_config: the settings of that adapter, a `polyroute.peft.MHRConfig`.
     """
 
     adapter_layer_names = (ADAPTERS,)
 
-    def __init__(self, site: Site, scopes: OpenRoutes, adapter_name: str, peft_config: Any) -> None:
+    def __init__(
+        self, site: Site, open_routes: OpenRoutes, adapter_name: str, peft_config: Any
+    ) -> None:
         super().__init__()
         self.base_layer = site.layer
-        self.site, self.scopes = site, scopes
+        self.site, self.open_routes = site, open_routes
         self.in_features, self.out_features = site.d_in, site.d_out
         self.mhr_adapters = nn.ModuleDict()
         self.merged_adapters: list[str] = []
@@ -81,7 +93,7 @@ class MHRLinear(nn.Module, BaseTunerLayer):
         self.update_layer(adapter_name, peft_config)
 
     def update_layer(self, adapter_name: str, peft_config: Any) -> None:
-        """Make an adapter of this layer."""
+        """Add an adapter to this layer."""
         adapter = LayerAdapter(self.site, peft_config.settings(), peft_config.tasks)
         self.mhr_adapters[adapter_name] = adapter
         self._move_adapter_to_device_of_base_layer(adapter_name)
@@ -93,14 +105,14 @@ class MHRLinear(nn.Module, BaseTunerLayer):
         assert isinstance(adapter, LayerAdapter)
         return adapter
 
-    def check(self, tasks: Tasks) -> Opened:
-        """What opens a route to these tasks.
+    def opened(self, tasks: Tasks) -> Opened:
+        """The value of a block that routes tasks.
 
         Raises:
             InputError: an active adapter has no such task.
         """
         if isinstance(tasks, Tensor) and not tasks.is_floating_point() and tasks.dim() < 2:
-            tasks = tasks.tolist()  # wait for the device once, not in each layer
+            tasks = tasks.tolist()  # wait for the device here once, not in each layer
         per_example = False
         for name in self.active_adapters:
             if name in self.mhr_adapters:
@@ -108,10 +120,10 @@ class MHRLinear(nn.Module, BaseTunerLayer):
         return Opened(tasks, per_example)
 
     def _route(self, adapter: LayerAdapter) -> Route | None:
-        """The rows of an adapter's table that the open route names; None where none is open."""
-        opened = opened_now(self.scopes)
-        if (opened is None or not opened.is_own) and torch._C._current_graph_task_id() != -1:
-            # Whichever route is open now need not be that of the block's forward.
+        """The open route in the table of an adapter; None if none is open and none is needed."""
+        opened = opened_now(self.open_routes)
+        if (opened is None or not opened.is_own) and is_in_backward():
+            # Backward recomputes this layer, and the open route need not be that of its forward.
             raise InputError(
                 "a checkpointed block is recomputed without its route: turn checkpointing on with "
                 "gradient_checkpointing_enable(), or open the route inside the block"
@@ -126,10 +138,10 @@ class MHRLinear(nn.Module, BaseTunerLayer):
         return None
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        """Apply the base layer and what each active adapter mixes for the open route.
+        """Apply the base layer, and the mixture of each active adapter for the open route.
 
         Raises:
-            InputError: no route is open, its rows cannot be those of the input, or another task
+            InputError: no route is open, the input cannot be that of its examples, or another task
                 is merged.
         """
         layer: Any = self.base_layer
@@ -145,17 +157,18 @@ class MHRLinear(nn.Module, BaseTunerLayer):
         return layer(x, *args, **kwargs)  # type: ignore[no-any-return]
 
     def _adapted(self, layer: Any, adapter: LayerAdapter, x: Tensor) -> Any:
-        """A layer, and on top of it an adapter; a function of the input."""
+        """A layer with an adapter on top, as a function of the input."""
         route = self._route(adapter)
         mixture = adapter.mixer.mixture(route, training=self.training, mask=None)
         if not mixture.factors:
             return layer
         if mixture.num_examples is not None:
-            check_rows(self.site, x, mixture)
+            check_input(self.site, x, mixture)
         dropout = adapter.mixer.config.dropout if self.training else 0.0
         return partial(mixture.factors[0].apply, layer, dropout=dropout)
 
     def _row(self, name: str) -> int:
+        """The row of the only task that the open route names, in the table of an adapter."""
         rows = (self._route(self.adapter(name)) or AVERAGE).rows
         if rows is None or len(set(rows)) != 1:
             raise InputError(
@@ -165,25 +178,25 @@ class MHRLinear(nn.Module, BaseTunerLayer):
         return rows[0]
 
     def _factors(self, name: str) -> PlainFactors:
-        """What an adapter applies for the open route's only task, fp32."""
+        """The factors of an adapter for the only task of the open route, in fp32 at least."""
         return self.adapter(name).mixer.factors_of(self._row(name))[0]
 
     def get_delta_weight(self, adapter: str) -> Tensor:
-        """What the open route's only task adds to the base weight, in the base weight's layout."""
+        """The update of the base weight by the open route's only task, in the weight's layout."""
         weight = torch.zeros(self.out_features, self.in_features, device=self.weight.device)
         delta, _ = self._factors(adapter).fold(weight, None)
         return delta.t() if self.site.is_conv1d else delta
 
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
-        """Whether an adapter adds to the base weight: (IA)^3 does not."""
+        """Whether an adapter adds to the base weight, which (IA)^3 does not."""
         return self.adapter(adapter_name).mixer.config.adapter == "lora"
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         """Fold the open route's only task into the base weight, in place.
 
         Raises:
-            InputError: not exactly one task is routed; or, with `safe_merge`, the merged weight is
-                not finite.
+            InputError: the open route does not name exactly one task, or `safe_merge` is set and
+                the merged weight is not finite.
         """
         for name in check_adapters_to_merge(self, adapter_names):
             if name not in self.mhr_adapters:
@@ -201,16 +214,17 @@ class MHRLinear(nn.Module, BaseTunerLayer):
             self.merged_adapters.append(name)
 
     def unmerge(self) -> None:
-        """Restore the base weight, bit for bit; nothing happens where nothing is merged."""
+        """Restore the base weight, bit for bit; do nothing if no task is merged."""
         restore([self.site], self._unmerged)
         self._unmerged, self._merged_rows, self.merged_adapters = {}, {}, []
 
     def _check_merged(self) -> None:
-        if opened_now(self.scopes) is None:
+        if opened_now(self.open_routes) is None:
             return
         for name, row in self._merged_rows.items():
             route = self._route(self.adapter(name))
             if route is None or set(route.rows or ()) != {row}:
                 raise InputError(
-                    "another task is merged into the weights: call unmerge_adapter() to route this"
+                    "another task is merged into the weights: call unmerge_adapter() to route this "
+                    "one"
                 )

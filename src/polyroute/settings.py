@@ -1,8 +1,8 @@
-"""Settings: fields of frozen records that say, where they are declared, all that is known of them.
+"""Settings: fields of frozen records, each declared together with all that is known about it.
 
 A field made by `setting` carries the check of its values, its help on the command line, and marks
 such as `computes`. Lists of settings are derived from these marks and never written by hand, so a
-new field arrives wherever it belongs.
+new field appears in all lists that it belongs to.
 
     @dataclass(frozen=True, kw_only=True)
     class Example:
@@ -37,12 +37,12 @@ __all__ = [
 ]
 
 MOST = 2**31 - 1
-"""No whole number may be larger: torch and numpy cannot count further everywhere."""
+"""The largest whole number allowed: parts of torch and numpy cannot count further."""
 LARGEST = 1e37
-"""No number may be larger: AdamW multiplies a rate by up to ten, and fp32 ends at 3e38."""
+"""The largest number allowed: AdamW multiplies a rate by up to ten, and fp32 ends at 3e38."""
 
 Check = Callable[[str, Any], Any]
-"""From the name of a setting and its value to the value that is kept; raises `InputError`."""
+"""Takes the name of a setting and its value; returns the value to keep, or raises `InputError`."""
 
 
 def setting(
@@ -51,11 +51,11 @@ def setting(
     """Declare a field of a record of settings.
 
     Args:
-        default: what holds where nothing is given.
-        check: what its values must be.
+        default: the value if none is given.
+        check: the check of its values; None allows every value.
         help: one line for the command line.
-        option: its name on the command line, where that is another than the field's.
-        **marks: what lists of settings are derived from; see `marked`.
+        option: its name on the command line, if that is not the field's name.
+        **marks: marks from which lists of settings are derived; see `marked`.
     """
     return field(
         default=default, metadata={"check": check, "help": help, "option": option, **marks}
@@ -63,45 +63,45 @@ def setting(
 
 
 def check_settings(record: Any) -> None:
-    """Check every field of a record, and keep the values as the checks return them.
+    """Check every field of a frozen record, in place, and keep the values that the checks return.
 
     Raises:
-        InputError: a value is not what the field allows; the message names the field.
+        InputError: a field does not allow its value; the message names the field.
     """
-    for one in fields(record):
-        check = one.metadata.get("check")
+    for declared in fields(record):
+        check = declared.metadata.get("check")
         if check is not None:
-            object.__setattr__(record, one.name, check(one.name, getattr(record, one.name)))
+            value = check(declared.name, getattr(record, declared.name))
+            object.__setattr__(record, declared.name, value)
 
 
 def marked(record: Any, mark: str) -> tuple[str, ...]:
     """The names of the fields of a record, or of its class, that carry a mark."""
-    return tuple(one.name for one in fields(record) if one.metadata.get(mark))
+    return tuple(declared.name for declared in fields(record) if declared.metadata.get(mark))
 
 
-def option_of(one: "Field[Any]") -> str:
-    """What a field is called on the command line, with underscores."""
-    return str(one.metadata.get("option") or one.name)
+def option_of(declared: "Field[Any]") -> str:
+    """The name of a field on the command line, with underscores."""
+    return str(declared.metadata.get("option") or declared.name)
 
 
 # ------------------------------------------------------------------ checks
 
 
 def whole(least: int = 1, *, most: int = MOST, optional: bool = False) -> Check:
-    """A whole number from `least` to `most`; also None if it is optional."""
+    """A check for a whole number from `least` to `most`, and None if the setting is optional."""
 
     def check(name: str, value: Any) -> int | None:
         if value is None and optional:
             return None
         if isinstance(value, bool) or not isinstance(value, Integral):
-            kind = "a positive whole number" if least == 1 else "a whole number"
-            raise InputError(f"{name} must be {kind}, not {value!r}")
+            wanted = "a positive whole number" if least == 1 else "a whole number"
+            raise InputError(f"{name} must be {wanted}, not {value!r}")
         count = int(value)
         if count < least:
-            wanted = {0: "must not be negative", 1: "must be a positive whole number"}
-            raise InputError(
-                f"{name} {wanted.get(least, f'must be at least {least}')}, not {value!r}"
-            )
+            bounds = {0: "must not be negative", 1: "must be a positive whole number"}
+            bound = bounds.get(least, f"must be at least {least}")
+            raise InputError(f"{name} {bound}, not {value!r}")
         if count > most:
             raise InputError(f"{name} must be at most {most}, not {value!r}")
         return count
@@ -117,7 +117,7 @@ def number(
     optional: bool = False,
     infinite: bool = False,
 ) -> Check:
-    """A finite number within bounds; also None if it is optional, and inf if `infinite`."""
+    """A check for a finite number within bounds, None if optional, and inf if `infinite`."""
 
     def check(name: str, value: Any) -> float | None:
         if value is None and optional:
@@ -151,7 +151,7 @@ def _float(name: str, value: Any, *, infinite: bool) -> float:
 
 
 def one_of(*values: str) -> Check:
-    """One of a few names."""
+    """A check for one of a few names, which the message lists."""
 
     def check(name: str, value: Any) -> str:
         if not isinstance(value, str) or value not in values:
@@ -161,12 +161,12 @@ def one_of(*values: str) -> Check:
             )
         return value
 
-    check.values = values  # type: ignore[attr-defined]  # the command line completes to them
+    check.values = values  # type: ignore[attr-defined]  # the command line offers to complete them
     return check
 
 
 def named(values: Collection[str]) -> Check:
-    """One of names that are known elsewhere; the message offers the nearest."""
+    """A check for one of many names; the message offers the nearest."""
 
     def check(name: str, value: Any) -> str:
         if not isinstance(value, str):
@@ -179,7 +179,7 @@ def named(values: Collection[str]) -> Check:
 
 
 def flag() -> Check:
-    """True or False."""
+    """A check for True or False."""
 
     def check(name: str, value: Any) -> bool:
         if not isinstance(value, bool):
@@ -190,7 +190,7 @@ def flag() -> Check:
 
 
 def text(*, optional: bool = False) -> Check:
-    """A text that is not empty; also None if it is optional."""
+    """A check for a text that is not empty, and None if the setting is optional."""
 
     def check(name: str, value: Any) -> str | None:
         if value is None and optional:
@@ -203,16 +203,21 @@ def text(*, optional: bool = False) -> Check:
 
 
 def names(*, optional: bool = False, pattern: bool = False) -> Check:
-    """A list of name endings, kept as a tuple; also a regular expression if `pattern`."""
+    """A check for a list of name endings, which is kept as a tuple.
+
+    Args:
+        optional: whether None is allowed too.
+        pattern: whether a regular expression is allowed too.
+    """
 
     def check(name: str, value: Any) -> str | tuple[str, ...] | None:
         if (value is None and optional) or (isinstance(value, str) and pattern):
             return value
         is_list = isinstance(value, list | tuple | set | frozenset)
         if not is_list or not all(isinstance(ending, str) and ending for ending in value):
-            kinds = "a regular expression or a list" if pattern else "a list"
+            wanted = "a regular expression or a list" if pattern else "a list"
             raise InputError(
-                f"{name} must be {kinds} of name endings such as ['q', 'v'], not {value!r}"
+                f"{name} must be {wanted} of name endings such as ['q', 'v'], not {value!r}"
             )
         return tuple(value)
 

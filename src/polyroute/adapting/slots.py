@@ -1,8 +1,10 @@
 """Slots: several adaptations of one inventory, side by side on one frozen base model.
 
-A slot has everything that trains for itself: a row of logits, and its own set of skills where the
-phase trains skills. For as long as slots are open the routed model holds them in place of its own
-tasks, so whatever takes a task's name takes a slot's.
+A slot has its own copy of everything that trains: a row of logits and, in phases that train skills,
+a set of skills. While slots are open, they stand in the routed model in place of its own tasks, so
+the name of a slot can be used wherever a task is named.
+
+Shape letters: n layers of a stack, N routers, H heads, K skills, r rank, D width of a head's block.
 """
 
 from collections.abc import Collection
@@ -13,8 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from polyroute.config import MHRConfig, Phase
 from polyroute.errors import InputError
-from polyroute.model import Phase, RoutedModel
+from polyroute.model import RoutedModel
 from polyroute.routes.inventory import Inventory
 from polyroute.routes.mixer import Mixer
 from polyroute.routes.table import MU, RoutingTable
@@ -23,22 +26,38 @@ from polyroute.routes.table_rules import rule_of
 __all__ = ["NEAREST", "Slots", "check_starts", "has_one_skill"]
 
 NEAREST = "nearest"
-"""As the start of a slot: the route that `polyroute.adapting.starts` finds for its examples."""
+"""The start of a slot at the row that `polyroute.adapting.starts` finds for its examples."""
 
 
 def has_one_skill(model: RoutedModel, phase: Phase) -> bool:
-    """Whether what a slot trains of the skills is one plain adapter, taken whole.
+    """Whether a slot in this phase trains one plain adapter.
 
-    The methods without routing have nothing else.
+    It always does so if the model has no routing table.
     """
     return phase == "mu" or not model.rule.has_table
 
 
+def _plain_config(model: RoutedModel, phase: Phase) -> MHRConfig:
+    """The settings of slots that train one plain adapter each."""
+    config, inventory = model.adapter_config, model.inventory
+    rank = inventory.rank_of_average if phase == "mu" else inventory.rank
+    return replace(
+        config, method="private", num_skills=None, num_heads=1, combine="weight", rank=rank,
+        alpha=config.scale * rank,
+    )  # fmt: skip
+
+
 def check_starts(model: RoutedModel, phase: Phase, inits: Collection[str]) -> None:
-    """Make sure that slots can start, from each of these.
+    """Make sure that slots can start from each of some starts.
+
+    Args:
+        model: the trained inventory.
+        phase: the phase of the slots.
+        inits: the starts, as in `Slots.start`, or `NEAREST`.
 
     Raises:
-        InputError: as `Slots` and `Slots.start`, or there are no routes to look for the nearest in.
+        InputError: as `Slots` and `Slots.start`; or the inventory has no rows of training tasks
+            for `NEAREST`, or a task of that name.
     """
     with Slots(model, phase, 1) as slots:
         for init in dict.fromkeys(inits):
@@ -51,24 +70,31 @@ def check_starts(model: RoutedModel, phase: Phase, inits: Collection[str]) -> No
         )
     if NEAREST in inits and (model.routes.logits is None or not len(model.routes)):
         raise InputError(
-            f"init {NEAREST!r} starts from the routes of training tasks, and this inventory has "
+            f"init {NEAREST!r} starts from the rows of training tasks, and this inventory has "
             "none: use init 'uniform'"
         )
 
 
 class Slots(AbstractContextManager["Slots"]):
-    """A number of slots in one phase; a context manager that puts them into the model.
+    """Some slots in one phase, which are open inside a `with` block.
 
     Args:
-        model: a trained inventory; when the block ends it is as it was.
-        phase: as in `RoutedModel.set_phase`, for every slot.
-        size: how many slots there are.
+        model: the trained inventory; after the block it is as it was before.
+        phase: the phase of every slot, as in `RoutedModel.set_phase`.
+        size: the number of slots.
 
     Attributes:
-        names: what to route as, one for each slot.
+        model: as given.
+        phase: as given.
+        names: the name of each slot, to be routed as a task's.
+        routes: the routing table of the slots, with a row for each.
+        inventory: their skills, a set for each slot; in phase `z` the skills of the model.
+        rule: the rule of the slots.
+        mixer: the mixer of the slots.
 
     Raises:
-        InputError: the phase has nothing to train in this model, or the model is merged.
+        InputError: the phase has nothing to train in this model, tasks share what it trains, or
+            the model is merged.
     """
 
     def __init__(self, model: RoutedModel, phase: Phase, size: int) -> None:
@@ -88,22 +114,16 @@ class Slots(AbstractContextManager["Slots"]):
             "inventory": model.inventory, "routes": model.routes, "rule": model.rule,
             "mixer": model.mixer,
         }  # fmt: skip
-        config, shape = model.adapter_config, model.routes.shape
         is_plain = has_one_skill(model, phase)
-        if is_plain:
-            rank = model.inventory.rank_of_average if phase == "mu" else model.inventory.rank
-            config = replace(
-                config, method="private", num_skills=None, num_heads=1, combine="weight",
-                rank=rank, alpha=config.scale * rank,
-            )  # fmt: skip
+        config = _plain_config(model, phase) if is_plain else model.adapter_config
         has_logits = phase in ("full", "z", "random") and not is_plain
-        device = model.mixer.device
-        like = next(model.inventory.parameters())
-        self.routes = RoutingTable(self.names, shape if has_logits else None, like, config)
+        shape = model.routes.shape if has_logits else None
+        self.routes = RoutingTable(self.names, shape, next(model.inventory.parameters()), config)
         self.inventory = model.inventory
         if phase != "z":
-            each = 1 if is_plain else model.inventory.num_skills
-            self.inventory = Inventory(model.sites, config, size * each, device, num_sets=size)
+            count = size * (1 if is_plain else model.inventory.num_skills)
+            device = model.mixer.device
+            self.inventory = Inventory(model.sites, config, count, device, num_sets=size)
         self.rule = rule_of(config)
         routers, by_site = model.mixer.routers, model.mixer.router_of_site
         self.mixer = Mixer(config, self.inventory, self.routes, self.rule, routers, by_site)
@@ -113,7 +133,7 @@ class Slots(AbstractContextManager["Slots"]):
         """Put the slots in place of the model's tasks."""
         self._required_grad = [p.requires_grad for p in self._own["inventory"].parameters()]
         self._training = [module for module in self.model.modules() if module.training]
-        # Nothing is drawn at random while slots train: dropout would depend on their company.
+        # Slots train without dropout: random numbers would depend on the other slots of a batch.
         self.model.eval()
         self.model.inventory, self.model.routes = self.inventory, self.routes
         self.model.rule, self.model.mixer = self.rule, self.mixer
@@ -121,38 +141,38 @@ class Slots(AbstractContextManager["Slots"]):
         return self
 
     def __exit__(self, *_: object) -> None:
-        """Put the model's own tasks back."""
+        """Restore the model's own tasks."""
         for name, module in self._own.items():
             setattr(self.model, name, module)
         parameters = self._own["inventory"].parameters()
         for parameter, required in zip(parameters, self._required_grad, strict=True):
             parameter.requires_grad_(required)
-        for module in self._training:  # one by one: a frozen part may have been in evaluation mode
+        for module in self._training:  # not `model.train()`: some parts may have been evaluating
             module.training = True
 
     @torch.no_grad()
     def start(self, place: int, *, seed: int, init: str | Tensor = "uniform") -> None:
-        """Make one slot as a new task is at the start of its phase.
+        """Set one slot, in place, to the state of a new task at the start of the phase.
 
         Args:
-            place: the slot, counted from 0.
-            seed: of what is drawn: fresh logits, and fresh skills in phase `random`.
+            place: the number of the slot, counted from 0.
+            seed: seed of the new logits and, in phase `random`, of the new skills.
             init: `"uniform"`; one of the model's tasks, whose row is copied; or logits `[N, H, K]`.
-                Where the phase has no routes, the one adapter starts as their mixture.
+                If the slot has no logits, its one adapter starts as the mixture of this start.
 
         Raises:
             InputError: there is no such task to copy.
         """
-        inventory, routes = self._own["inventory"], self._own["routes"]
+        inventory, table = self._own["inventory"], self._own["routes"]
         source: int | None = None
         logits: Tensor | None = None
         if isinstance(init, Tensor):
             logits = init
         elif init not in ("uniform", MU):
-            source = routes.row(init)
-            logits = None if routes.logits is None else routes[source]
+            source = table.row(init)
+            logits = None if table.logits is None else table[source]
         if self.phase == "random":
-            self.inventory.redraw_set(place, seed + 1)  # not the numbers that the logits get
+            self.inventory.redraw_set(place, seed + 1)  # the logits are drawn with the seed itself
         elif self.phase != "z":
             is_private = self._own["rule"].owns_skills
             mixer = self._own["mixer"]
@@ -165,11 +185,11 @@ class Slots(AbstractContextManager["Slots"]):
                 self.routes.redraw(place, seed)
 
     def parameters(self, place: int) -> dict[str, list[Tensor]]:
-        """What one slot trains, by parameter group (`skills`, `routes`).
+        """The tensors that one slot trains, by parameter group (`skills`, `routes`).
 
-        The tensors are leaves that share their memory with the model, `[n, H, K, r, D]` for each
-        stack and factor, and `[N * H * K]`: changed in place, they change the slot.
-        `take_gradients` fills their `grad`.
+        They are leaves that share memory with the slot, so changes in place change the slot: for
+        each stack and factor `[n, H, K, r, D]`, and the row `[N * H * K]`. `take_gradients` sets
+        their `grad`.
         """
         groups: dict[str, list[Tensor]] = {}
         if self.phase != "z":
@@ -179,7 +199,7 @@ class Slots(AbstractContextManager["Slots"]):
         return groups
 
     def take_gradients(self, place: int, parameters: dict[str, list[Tensor]]) -> None:
-        """Give the leaves of `parameters` their part of the gradients; views again."""
+        """Set the `grad` of the leaves of `parameters`, in place, to views of their gradients."""
         if "skills" in parameters:
             gradients = self.inventory.skills_of(place, gradients=True)
             for leaf, part in zip(parameters["skills"], gradients, strict=True):
@@ -190,7 +210,7 @@ class Slots(AbstractContextManager["Slots"]):
             parameters["routes"][0].grad = None if gradient is None else gradient[place]
 
     def zero_grad(self) -> None:
-        """Forget the gradients of all slots; the model's own stay."""
+        """Drop the gradients of all slots; those of the model itself stay."""
         self.routes.zero_grad(set_to_none=True)
         if self.phase != "z":
             self.inventory.zero_grad(set_to_none=True)

@@ -33,16 +33,16 @@ KEY = re.compile(
 
 
 def write_peft_mhr(model: RoutedModel, folder: str | os.PathLike[str]) -> None:
-    """Write all skills and routes as an adapter for `PeftModel.from_pretrained`.
+    """Write all skills and rows as an adapter for `PeftModel.from_pretrained`.
 
-    Whoever loads it must have imported `polyroute.peft`.
+    A program that loads the adapter has to import `polyroute.peft` first.
 
     Args:
-        model: with one router for each layer.
-        folder: where to; made if missing.
+        model: a model with one router for each layer.
+        folder: the folder to write to; made if missing.
 
     Raises:
-        InputError: layers share routers, the routes were dropped or moved toward the average, the
+        InputError: layers share routers, the rows were dropped or moved toward the average, the
             model is merged, or the folder cannot be written.
     """
     check_plain(model, "PEFT's MHR")
@@ -50,11 +50,11 @@ def write_peft_mhr(model: RoutedModel, folder: str | os.PathLike[str]) -> None:
     for holds, reason in (
         (
             not model.rule.has_table or len(model.routers) == len(model.sites),
-            "layers of this inventory share routers, and there every layer has its own",
+            "layers of this inventory share routers, and in PEFT every layer has its own",
         ),
         (
             not model.rule.has_table or logits is not None,
-            "the routes were dropped by phase 'mu-uncollapsed'; average the skills by phase 'mu'",
+            "its routes were dropped by phase 'mu-uncollapsed'; use phase 'mu' instead",
         ),
         (
             not model.mixer.anneal_progress,
@@ -91,10 +91,10 @@ def from_peft_mhr(
     """Attach the inventory of an MHR adapter of PEFT to its base model.
 
     Args:
-        base_model: the one it was trained on.
-        folder: what PEFT's `save_pretrained` or `write_peft_mhr` wrote.
-        tasks: other names of the tasks, in their order.
-        allow_pickle: read `adapter_model.bin` where there are no safetensors.
+        base_model: the base model that the adapter was trained on.
+        folder: the folder that PEFT's `save_pretrained` or `write_peft_mhr` wrote.
+        tasks: other names for the tasks, in the same order.
+        allow_pickle: whether to read `adapter_model.bin` if there are no safetensors.
 
     Raises:
         InputError: the folder holds no such adapter, it is not whole, or it does not fit the base
@@ -109,14 +109,14 @@ def from_peft_mhr(
     try:
         config = MHRConfig(**values)
     except InputError as error:
-        raise InputError(f"{source} has settings that cannot be: {error}") from error
+        raise InputError(f"{source} has settings that cannot be used: {error}") from error
     skills: dict[str, Tensor] = {}
     logits: dict[str, Tensor] = {}
     for key, tensor in tensors.items():
         match = KEY.fullmatch(key)
         if match is None or not isinstance(tensor, Tensor):
             raise InputError(
-                f"{source} holds {key!r}, which is no part of an MHR adapter; modules_to_save and "
+                f"{source} holds {key!r}, which is no part of an MHR adapter: modules_to_save and "
                 "other trained weights of the base model cannot be imported"
             )
         if match["factor"] is None:

@@ -1,1 +1,1 @@
-"""The adapted layers: where they are, what they apply, and for which tasks."""
+"""The adapted layers of a base model, and the factors that they apply."""

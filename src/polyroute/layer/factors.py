@@ -1,4 +1,7 @@
-"""What one layer applies: a plain adapter, or skills that a gate mixes while the layer runs."""
+"""Factors: what one layer applies, a plain adapter or skills that a gate mixes as the layer runs.
+
+Shape letters: B examples, H heads, K skills, r rank, R the ranks of all skills together.
+"""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -29,11 +32,11 @@ __all__ = [
 
 
 class Factors(Protocol):
-    """A layer's adapter, for one task, for each example of a batch, or for each token."""
+    """A layer's adapter: for one task, for each example of a batch, or for each token."""
 
     @property
     def num_examples(self) -> int | None:
-        """B where examples differ; None where one holds for all, or every token has its own."""
+        """The number B of examples if each has an adapter of its own; None otherwise."""
 
     def apply(
         self, base: nn.Module, x: Tensor, dropout: float, segments: Segments | None = None
@@ -41,17 +44,17 @@ class Factors(Protocol):
         """The adapted layer's output; `x` is `[..., d_in]`, as in `polyroute.layer.kernels`."""
 
     def to(self, device: torch.device) -> Self:
-        """The same on another device; itself where it is there already."""
+        """The same factors on another device; themselves if they are there already."""
 
 
 class PlainFactors(Factors, Protocol):
-    """One ordinary adapter, or one for each example: it is known before the layer runs."""
+    """One ordinary adapter, or one for each example, known before the layer runs."""
 
     def fold(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        """For one task: the weight `[d_out, d_in]` and bias `[d_out]` that compute the same."""
+        """The weight `[d_out, d_in]` and bias `[d_out]` that compute the same; for one task."""
 
     def peft_tensors(self) -> Mapping[str, Tensor]:
-        """For one task: the tensors of a PEFT adapter, by the ending of their name."""
+        """The tensors of a PEFT adapter, by the ending of their name; for one task."""
 
 
 @dataclass(frozen=True)
@@ -59,13 +62,13 @@ class LoRAFactors:
     """A low-rank update, its scale included in `b`."""
 
     a: Tensor
-    """`[r, d_in]`, or `[B, r, d_in]` where examples differ."""
+    """`[r, d_in]`, or `[B, r, d_in]` if examples differ."""
     b: Tensor
-    """`[r, d_out]`, or `[B, r, d_out]`."""
+    """`[r, d_out]`, or `[B, r, d_out]` if examples differ."""
 
     @property
     def num_examples(self) -> int | None:
-        """B where examples differ."""
+        """B if examples differ."""
         return len(self.a) if self.a.dim() == 3 else None
 
     def apply(
@@ -79,11 +82,11 @@ class LoRAFactors:
         return weight + (self.b.t() @ self.a).to(weight.dtype), bias
 
     def peft_tensors(self) -> Mapping[str, Tensor]:
-        """PEFT stores both factors transposed to the way they multiply x."""
+        """A and the transpose of B, as PEFT stores them."""
         return {"lora_A.weight": self.a, "lora_B.weight": self.b.t()}
 
     def to(self, device: torch.device) -> Self:
-        """Both factors."""
+        """Both factors on another device."""
         return replace(self, a=self.a.to(device), b=self.b.to(device))
 
 
@@ -92,36 +95,36 @@ class IA3Factors:
     """A scale of every output unit."""
 
     scale: Tensor
-    """`[1, d_out]`, or `[B, 1, d_out]` where examples differ."""
+    """`[1, d_out]`, or `[B, 1, d_out]` if examples differ."""
 
     @property
     def num_examples(self) -> int | None:
-        """B where examples differ."""
+        """B if examples differ."""
         return len(self.scale) if self.scale.dim() == 3 else None
 
     def apply(
         self, base: nn.Module, x: Tensor, dropout: float, segments: Segments | None = None
     ) -> Tensor:
-        """base(x) * scale; there is no input of its own to drop."""
+        """base(x) * scale; dropout does nothing, as the scale has no input of its own."""
         return apply_ia3(base, x, self.scale, segments)
 
     def fold(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        """W and bias, each row times its scale."""
+        """Each row of W, and of the bias, times its scale."""
         scale = self.scale.reshape(-1).to(weight.dtype)
         return weight * scale[:, None], None if bias is None else bias * scale
 
     def peft_tensors(self) -> Mapping[str, Tensor]:
-        """One column."""
+        """The scale as one column."""
         return {"ia3_l": self.scale.reshape(-1, 1)}
 
     def to(self, device: torch.device) -> Self:
-        """The scale."""
+        """The scale on another device."""
         return replace(self, scale=self.scale.to(device))
 
 
 @dataclass(frozen=True)
 class WeightSpaceFactors:
-    """The skills of a low-rank update, and a gate by which their factors are averaged."""
+    """LoRA skills, and a gate that averages their factors."""
 
     a: Tensor
     """`[H, K, r, d_in/H]`."""
@@ -130,11 +133,11 @@ class WeightSpaceFactors:
     gate: Gate
     """Weights over the K skills; see `polyroute.layer.gated.weights_of_tokens`."""
     per_example: bool = False
-    """Whether the gate is `[B, H, K]`, one for each example."""
+    """Whether the gate is `[B, H, K]`, the weights of each example."""
 
     @property
     def num_examples(self) -> int | None:
-        """B where examples differ."""
+        """B if the gate belongs to the examples."""
         return _examples_of(self.gate, per_example=self.per_example)
 
     def apply(
@@ -145,7 +148,7 @@ class WeightSpaceFactors:
         return apply_weight_space(base, x, self.a, self.b, w, dropout)
 
     def to(self, device: torch.device) -> Self:
-        """The skills and the weights."""
+        """The skills and the gate's weights on another device."""
         return replace(
             self, a=self.a.to(device), b=self.b.to(device), gate=_moved(self.gate, device)
         )
@@ -153,25 +156,25 @@ class WeightSpaceFactors:
 
 @dataclass(frozen=True)
 class OutputSpaceFactors:
-    """Skills of any ranks, and a gate by which what they add to the output is averaged."""
+    """LoRA skills of any ranks, and a gate that averages their updates of the output."""
 
     a: Tensor
-    """All ranks of all skills that have the layer, `[R, d_in]`, skill after skill."""
+    """All ranks of all skills that adapt the layer, `[R, d_in]`, skill after skill."""
     b: Tensor
     """`[R, d_out]`, its scale included."""
     gate: Gate
     """Weights over the skills; see `polyroute.layer.gated.weights_of_tokens`. With H heads each of
     the H blocks of the output has weights of its own."""
     ranks: tuple[int, ...]
-    """The rank of each skill; 0 where it does not have the layer."""
+    """The rank of each skill; 0 if the skill does not adapt the layer."""
     per_example: bool = False
-    """Whether the gate is `[B, H, K]`, one for each example."""
+    """Whether the gate is `[B, H, K]`, the weights of each example."""
     top_k: int | None = None
-    """At most so many weights of a token are not zero; None where that is not known."""
+    """The largest number of weights of a token that are not zero; None if it is not known."""
 
     @property
     def num_examples(self) -> int | None:
-        """B where examples differ."""
+        """B if the gate belongs to the examples."""
         return _examples_of(self.gate, per_example=self.per_example)
 
     def apply(
@@ -181,8 +184,8 @@ class OutputSpaceFactors:
         w = weights_of_tokens(self.gate, x, per_example=self.per_example, segments=segments)
         heads, skills = w.shape[-2:]
         if (
-            self.top_k is not None
-            and heads == 1
+            heads == 1
+            and self.top_k is not None
             and sorting_pays(len(self.a), self.a.shape[1], skills, self.top_k)
             and not torch.compiler.is_compiling()
         ):
@@ -192,6 +195,7 @@ class OutputSpaceFactors:
         return apply_output_space(base, x, self.a, self.b, self._by_rank(w), dropout)
 
     def _by_rank(self, w_NHK: Tensor) -> Tensor:
+        """The weights of skills as weights of their ranks, `[N, H, R]`."""
         if set(self.ranks) == {1}:
             return w_NHK
         if len(set(self.ranks)) == 1:
@@ -200,14 +204,14 @@ class OutputSpaceFactors:
         return w_NHK.index_select(-1, torch.tensor(skill_of_rank, device=w_NHK.device))
 
     def to(self, device: torch.device) -> Self:
-        """The skills and the weights."""
+        """The skills and the gate's weights on another device."""
         return replace(
             self, a=self.a.to(device), b=self.b.to(device), gate=_moved(self.gate, device)
         )
 
 
 def _moved(gate: Gate, device: torch.device) -> Gate:
-    """The weights on a device; a function computes them where the layer's input is."""
+    """The gate on a device; a gate that is a function computes on the device of its input."""
     return gate.to(device) if isinstance(gate, Tensor) else gate
 
 

@@ -1,4 +1,4 @@
-"""Fingerprints: a few values of every weight, by which a base model is recognised."""
+"""Fingerprints: a sample of the values of every weight, which identifies a base model."""
 
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any
@@ -12,18 +12,18 @@ from polyroute.layer.sites import COMPUTE_DTYPES, Site, is_plain
 __all__ = ["SAMPLED", "changed_since", "check_base", "fits_sample", "sample", "sample_others"]
 
 SAMPLED = 8
-"""How many values of a weight are kept."""
+"""The number of values in the sample of a weight."""
 
 
 def sample(weight: Tensor | None) -> list[float] | None:
-    """A few values of a weight; None where there is none, or it is packed or without memory."""
+    """A few values of a weight; None if it is missing, empty, packed or on the meta device."""
     if weight is None or not is_plain(weight) or weight.is_meta or not weight.numel():
         return None
-    if hasattr(weight, "full_tensor"):  # sharded: all processes come by here
+    if hasattr(weight, "full_tensor"):  # sharded: every process has to call this
         weight = weight.full_tensor()
     flat = weight.detach().flatten()
-    # Always on the CPU, since devices round differently; clamped, since linspace counts in fp32,
-    # which rounds up the last place of a large matrix.
+    # Places are computed on the CPU, since devices round differently, and clamped, since fp32
+    # rounds up the last place of a large matrix.
     places = torch.linspace(0, len(flat) - 1, SAMPLED, device="cpu", dtype=torch.float32)
     index = places.long().clamp_(max=len(flat) - 1).to(flat.device)
     return [round(v, 6) for v in flat[index].float().tolist()]
@@ -32,14 +32,17 @@ def sample(weight: Tensor | None) -> list[float] | None:
 def sample_others(
     model: nn.Module, sites: Sequence[Site], but: Collection[nn.Module] = ()
 ) -> list[dict[str, Any]]:
-    """A few values of every parameter that no site holds: embeddings, norms, heads.
+    """Samples of every parameter outside the sites: embeddings, norms, heads.
 
-    They tell whether the rest of the base model is the one it was.
+    They tell whether the rest of the base model is still the same.
 
     Args:
         model: the base model.
         sites: the adapted layers, which have samples of their own.
         but: modules to leave out, because they train and are saved whole.
+
+    Returns:
+        For each parameter its `name`, its `dtype` and, as `values`, its sample.
     """
     left_out = {id(p) for module in (*(s.layer for s in sites), *but) for p in module.parameters()}
     return [
@@ -50,7 +53,7 @@ def sample_others(
 
 
 def changed_since(model: nn.Module, samples: Sequence[Mapping[str, Any]]) -> list[str]:
-    """The names of the parameters that differ from what was sampled, or that are to be trained."""
+    """The names of the parameters that differ from their samples, or that require gradients."""
     here = dict(model.named_parameters())
     return [
         one["name"]
@@ -61,14 +64,14 @@ def changed_since(model: nn.Module, samples: Sequence[Mapping[str, Any]]) -> lis
 
 
 def fits_sample(weight: Tensor | None, values: Sequence[float] | None, dtype: str | None) -> bool:
-    """Whether a weight of the base model is the one that a sample was taken from.
+    """Whether a sample was taken from a weight with these values.
 
     Args:
-        weight: as it is here, `[d_out, d_in]` where it is a layer's; None, and a quantised or
-            offloaded one, fits everything, as nothing can be compared.
-        values: what was saved; None, where nothing was, fits everything.
-        dtype: the type that it had there; None where that is not known. Where it is another than
-            here, the coarser of both may have rounded each value.
+        weight: the weight, `[d_out, d_in]` for a layer's. A weight that is missing, quantised or
+            offloaded cannot be compared and fits every sample.
+        values: the sample; None fits every weight.
+        dtype: the type of the weight that was sampled; None if it is not known. If it differs from
+            the type of `weight`, the coarser of the two may have rounded each value.
     """
     here = sample(weight)
     if weight is None or values is None or here is None:
@@ -89,8 +92,8 @@ def check_base(
     Args:
         model: the base model.
         sites: the adapted layers, in the order of the description.
-        description: of the saved inventory.
-        source: where it is, for the message.
+        description: the description of the saved inventory.
+        source: the place of the inventory, for the message.
 
     Raises:
         InputError: a weight differs; the message names it.
@@ -102,13 +105,13 @@ def check_base(
     parameters = dict(model.named_parameters())
     for other in description["base"].get("sample", []):
         weight = parameters.get(other["name"])
-        if weight is not None:  # sites were all found; a part that is not there cannot differ
+        if weight is not None:  # a parameter that the model lacks cannot differ
             compared.append(
                 (f"parameter {other['name']!r}", weight, other["values"], other["dtype"])
             )
     for what, tensor, values, dtype in compared:
         if not fits_sample(tensor, values, dtype):
             raise InputError(
-                f"{source} belongs to another base model: the weights of {what} "
-                "differ from those it was trained on (check_base=False loads it all the same)"
+                f"{source} belongs to another base model: the weights of {what} differ from those "
+                "that it was trained on (check_base=False loads it nevertheless)"
             )

@@ -1,13 +1,14 @@
-"""Executors for weights that differ from token to token, or that combine what skills add.
+"""Executors for weights that differ from token to token, or that combine skills in output space.
 
-In *weight space* the factors of the skills are averaged; in *output space* what they add to the
-layer's output is averaged:
+In *weight space* the factors of the skills are averaged; in *output space* their updates of the
+layer's output are averaged:
 
     weight space    y = base(x) + (x A(w)) B(w),        A(w)[h] = sum_k w[h, k] A[h, k], B alike
     output space    y[h] = base(x)[h] + sum_k w[h, k] (x A_k) B_k[h]
 
-with h the blocks of the output that have weights of their own. In output space the skills may have
-different ranks: the ranks of all skills lie one after another, and each knows its skill.
+Here h is a head, a block of the output with weights of its own. In output space the skills may have
+different ranks. The ranks of all skills lie one after another, and each rank has the weight of its
+skill.
 
 Shape letters: N tokens, B examples, H heads, K skills, r rank of a skill, R the ranks of all skills
 together, D width of a head's block.
@@ -34,8 +35,8 @@ Gate = Tensor | Callable[[Tensor], Tensor]
 """Weights, or a function that computes them from the layer's input."""
 
 SORTED_FROM = 0.7
-"""Share of the input's width from which the ranks of all skills together make sorting cheaper;
-measured: docs/design.md, "Executors"."""
+"""Sorting is cheaper if the ranks of all skills together exceed this share of the input's width;
+for the measurement see docs/design.md, "Executors"."""
 
 
 def weights_of_tokens(
@@ -44,11 +45,13 @@ def weights_of_tokens(
     """The weights `[N, H, K]` of all tokens of a layer's input.
 
     Args:
-        gate: `[H, K]` for all; `[B, H, K]` if `per_example`; otherwise `[..., H, K]` with the
-            leading axes of `x`, of which any may be 1; or a function of `x` that returns the last.
-        x: `[..., d_in]`; the examples are in order, each on as many consecutive rows.
+        gate: `[H, K]` for all tokens; `[B, H, K]` if `per_example`; otherwise `[..., H, K]` with
+            the leading axes of `x`, any of which may be 1; or a function of `x` that returns
+            weights of one of these shapes.
+        x: `[..., d_in]`; the examples are in order, each with the same number of consecutive
+            tokens.
         per_example: whether the weights are those of the examples.
-        segments: of packed rows.
+        segments: where the examples of packed rows lie.
     """
     weights = gate if isinstance(gate, Tensor) else gate(x)
     shape = weights.shape[-2:]
@@ -66,14 +69,14 @@ def apply_weight_space(
 ) -> Tensor:
     """base(x) plus an update whose factors are averaged for each token.
 
-    No factors of a token are ever formed: all skills are applied to its activations, and what they
-    give, r numbers a skill, is averaged.
+    The factors of a token are never formed: A of every skill is applied to its activations, and
+    the results, r numbers a skill, are averaged.
 
     Args:
         base: the frozen layer.
         x: `[..., d_in]`.
-        a: the skills, `[H, K, r, d_in/H]`.
-        b: `[H, K, r, d_out/H]`, scale included.
+        a: A of the skills, `[H, K, r, d_in/H]`.
+        b: B of the skills, `[H, K, r, d_out/H]`, scale included.
         w_NHK: the weights of each token.
         dropout: probability with which the update's input is dropped.
     """
@@ -98,14 +101,14 @@ def apply_output_space(
     w_NHR: Tensor,
     dropout: float,
 ) -> Tensor:
-    """base(x) plus what the skills add, averaged for each token: two products over all skills.
+    """base(x) plus the average of the skills' updates for each token: two products over all skills.
 
     Args:
         base: the frozen layer.
         x: `[..., d_in]`.
         a: all ranks of all skills, `[R, d_in]`.
         b: `[R, d_out]`, scale included.
-        w_NHR: for each token and head the weight of the skill that each rank belongs to.
+        w_NHR: for each token, head and rank the weight of the skill that the rank belongs to.
         dropout: probability with which the update's input is dropped.
     """
     y: Tensor = base(x)
@@ -122,7 +125,14 @@ def apply_output_space(
 
 
 def sorting_pays(ranks: int, d_in: int, num_skills: int, top_k: int | None) -> bool:
-    """Whether computing skill by skill is cheaper, where few skills of each token have a weight."""
+    """Whether it is cheaper to sort the tokens by skill and to compute skill by skill.
+
+    Args:
+        ranks: the ranks of all skills together.
+        d_in: the width of the layer's input.
+        num_skills: the number of skills.
+        top_k: the largest number of skills that a token uses; None if it is not known.
+    """
     return top_k is not None and 2 * top_k <= num_skills and ranks > SORTED_FROM * d_in
 
 
@@ -134,13 +144,13 @@ def apply_sorted(
     top_k: int,
     dropout: float,
 ) -> Tensor:
-    """What `apply_output_space` computes, skill by skill, for the tokens that use each.
+    """The result of `apply_output_space`, computed skill by skill for the tokens that use it.
 
     Args:
         base: the frozen layer.
         x: `[..., d_in]`.
-        factors: of each skill, a `[r, d_in]` and b `[r, d_out]`, scale included.
-        w_NK: the weights of each token, of which at most `top_k` are not zero.
+        factors: for each skill a `[r, d_in]` and b `[r, d_out]`, scale included.
+        w_NK: the weights of each token; at most `top_k` of them are not zero.
         top_k: see `w_NK`.
         dropout: probability with which the update's input is dropped.
     """

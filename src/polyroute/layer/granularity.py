@@ -15,13 +15,14 @@ def routers_of(
 
     Args:
         names: full layer names.
-        granularity: a named rule (see `router_of`) or a function from layer name to router name.
+        granularity: a named granularity (see `router_of`), or a function from the name of a layer
+            to the name of its router.
 
     Returns:
         The router names in order of first use, and for every layer the index of its router.
 
     Raises:
-        InputError: the rule does not apply to a layer name.
+        InputError: the granularity does not apply to a layer name.
     """
     keys = [
         granularity(name) if callable(granularity) else router_of(name, granularity)
@@ -33,18 +34,19 @@ def routers_of(
 
 
 def router_of(name: str, granularity: Granularity) -> str:
-    """The router of a layer under one of the named rules.
+    """The name of a layer's router under one of the named granularities.
 
-    - `finegrained`: each layer has its own.
-    - `blockwise`: layers of one transformer block share one. The block is the name up to its first
-      number (`encoder.block.0`, `model.layers.12`, `transformer.h.3`).
-    - `layerwise`: layers of one part of a block share one: the block and the next name component,
-      with its number where it has one (`encoder.block.0.layer.1`, `model.layers.12.self_attn`).
-    - `coderwise`: the encoder has one and the decoder has one.
-    - `coarsegrained`: one for the whole model.
+    - `finegrained`: each layer has its own router.
+    - `blockwise`: the layers of a transformer block share a router. The block is the name up to
+      its first number (`encoder.block.0`, `model.layers.12`, `transformer.h.3`).
+    - `layerwise`: the layers of one part of a block share a router. The part is the block and the
+      next component of the name, with its number if one follows (`encoder.block.0.layer.1`,
+      `model.layers.12.self_attn`).
+    - `coderwise`: the encoder has one router and the decoder has another.
+    - `coarsegrained`: the whole model has one router.
 
     Raises:
-        InputError: the name has no block or no coder in it.
+        InputError: the name contains no numbered block, or neither an encoder nor a decoder.
     """
     if granularity == "finegrained":
         return name

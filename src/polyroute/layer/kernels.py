@@ -1,18 +1,20 @@
-"""How a layer applies its factors: one function per case, all computing base(x) + x a^T b.
+"""How a layer applies its factors: one function per case, each computing base(x) + x a^T b.
 
-The executor follows from the shape of the factors:
+The shape of the factors decides which executor applies them:
 
-- one task in the batch: factors `[r, d]`, all tokens of all examples in one 2-D product;
-- several: factors `[B, r, d]`, one batched product over examples;
-- several in one row, packed one after another: factors `[B, r, d]`, one 2-D product for each.
+- one task in the batch: factors `[r, d]`, one 2-D product for all tokens of all examples;
+- several tasks: factors `[B, r, d]`, one batched product over the examples;
+- several tasks in packed rows: factors `[B, r, d]`, one 2-D product for each example.
 
 `polyroute.layer.gated` has the executors for weights that differ from token to token.
 
-Where the base layer is an ordinary frozen linear layer, `LinearLoRA`, `LinearLoRAPerExample` and
-`LinearLoRAPacked` compute the whole layer: the update is added in place to the fresh output, and in
+If the base layer is an ordinary frozen linear layer, `LinearLoRA`, `LinearLoRAPerExample` and
+`LinearLoRAPacked` compute the whole layer. They add the update in place to the fresh output, and in
 backward to the fresh input gradient, which saves one pass over the activations each way. Anything
-else (quantised layers, autocast, dropout, compiled code) takes the plain path. The rule and its
-measurements are in docs/design.md, "Executors".
+else (quantised layers, autocast, dropout, compiled code) takes the plain path. docs/design.md,
+"Executors", gives the measurements behind these choices.
+
+Shape letters: B examples, N tokens, M tokens of one example, r rank.
 """
 
 from collections.abc import Iterator
@@ -36,16 +38,16 @@ class Segments:
     """Where the examples of packed rows begin and end, in the order of the flattened batch."""
 
     lengths: tuple[int, ...]
-    """The tokens of each example; together all tokens of the batch, padding included."""
+    """The number of tokens of each example; they sum to all tokens of the batch, with padding."""
 
     @property
     def bounds(self) -> list[tuple[int, int]]:
-        """The first token of each example, and the one after its last."""
+        """The first token of each example, and the token after its last."""
         ends = list(accumulate(self.lengths))
         return list(zip([0, *ends[:-1]], ends, strict=True))
 
     def spread(self, of_examples: Tensor) -> Tensor:
-        """Give every token what its example has: `[B, ...]` to `[N, ...]`."""
+        """Repeat the entry of each example for all of its tokens: `[B, ...]` to `[N, ...]`."""
         counts = torch.tensor(self.lengths, device=of_examples.device)
         return of_examples.repeat_interleave(counts, 0, output_size=sum(self.lengths))
 
@@ -55,7 +57,7 @@ _plain_only = False
 
 @contextmanager
 def plain_executors() -> Iterator[None]:
-    """Let every layer take the plain path, to compare results and times; holds for the process."""
+    """Make every layer of the process take the plain path, to compare results and times."""
     global _plain_only
     before, _plain_only = _plain_only, True
     try:
@@ -65,10 +67,10 @@ def plain_executors() -> Iterator[None]:
 
 
 def _down(x: Tensor, a: Tensor) -> Tensor:
-    """The product x a^T, `[..., N, r]`, in the memory layout that is faster to compute."""
+    """The product x a^T, `[..., N, r]`, in the memory layout that computes faster."""
     product, narrow = (torch.mm, 8) if a.dim() == 2 else (torch.bmm, 16)
     if a.shape[-2] < narrow and a.is_cpu and a.dtype == torch.float32:
-        return product(a, x.mT).mT  # measured: docs/design.md, "Executors"
+        return product(a, x.mT).mT  # for the measurement see docs/design.md, "Executors"
     return product(x, a.mT)
 
 
@@ -98,7 +100,7 @@ class LinearLoRA(torch.autograd.Function):
 
 
 class LinearLoRAPerExample(torch.autograd.Function):
-    """The same with factors of their own for each example: x `[B, M, d_in]`, a `[B, r, d_in]`."""
+    """The same with factors of each example: x `[B, M, d_in]`, a `[B, r, d_in]`, b likewise."""
 
     @staticmethod
     def forward(
@@ -123,7 +125,7 @@ class LinearLoRAPerExample(torch.autograd.Function):
 
 
 class LinearLoRAPacked(torch.autograd.Function):
-    """The same for packed rows: x `[N, d_in]`, a `[B, r, d_in]`, and the bounds of each example."""
+    """The same for packed rows: x `[N, d_in]`, a `[B, r, d_in]`, b likewise, and the segments."""
 
     @staticmethod
     def forward(
@@ -166,20 +168,22 @@ class LinearLoRAPacked(torch.autograd.Function):
 
 
 def _backward_once(function: Any, ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-    # Under create_graph=True: gradients that refuse to be differentiated again. The decorator is
-    # not on backward itself because its no_grad block costs each layer more than a skinny product.
+    # Called under create_graph=True: the gradients refuse to be differentiated again. `backward`
+    # itself is not decorated, because the decorator's no_grad block costs more than a skinny
+    # product, in every layer.
     once: Any = once_differentiable(function.backward)
     return once(ctx, dy)  # type: ignore[no-any-return]
 
 
 def _plain_weights(base: nn.Module, x: Tensor, a: Tensor) -> tuple[Tensor, Tensor | None] | None:
-    """W and c where base(x) is exactly x W^T + c, frozen and plain, so that we may compute it."""
+    """W and c if base(x) is exactly x W^T + c with frozen, plain tensors; None otherwise."""
     if _plain_only or torch.compiler.is_compiling():  # the compiler fuses the plain path itself
         return None
-    kind = type(base)
-    if kind is not nn.Linear and kind.__name__ != "Conv1D":
+    layer_class = type(base)
+    if layer_class is not nn.Linear and layer_class.__name__ != "Conv1D":
         return None
-    # From the dictionary: attribute look-up of parameters is slow, and every layer comes by here.
+    # Read from the dictionary: every forward of every layer comes here, and the attribute look-up
+    # of parameters is slow.
     weight = base._parameters.get("weight")
     bias = base._parameters.get("bias")
     if (
@@ -188,7 +192,7 @@ def _plain_weights(base: nn.Module, x: Tensor, a: Tensor) -> tuple[Tensor, Tenso
         or (bias is not None and bias.requires_grad)
         or not x.dtype == weight.dtype == a.dtype
         or torch.is_autocast_enabled(x.device.type)
-        # Hooks and replaced forwards (offloading, observers) must see the call.
+        # Hooks and replaced forwards (of offloading or observers) must see the call.
         or base._forward_hooks
         or base._forward_pre_hooks
         or base._backward_hooks
@@ -196,7 +200,7 @@ def _plain_weights(base: nn.Module, x: Tensor, a: Tensor) -> tuple[Tensor, Tenso
         or "forward" in base.__dict__
     ):
         return None
-    return (weight if kind is nn.Linear else weight_matrix(base)), bias
+    return (weight if layer_class is nn.Linear else weight_matrix(base)), bias
 
 
 def apply_lora(
@@ -212,18 +216,18 @@ def apply_lora(
     Args:
         base: the frozen layer.
         x: `[..., d_in]`; with per-example factors the leading axes hold the examples in order, each
-            repeated or split into the same number of consecutive rows.
+            with the same number of consecutive vectors.
         a: `[r, d_in]` or `[B, r, d_in]`.
         b: `[r, d_out]` or `[B, r, d_out]`, scale included.
         dropout: probability with which the update's input is dropped; 0 in evaluation.
-        segments: of packed rows, with per-example factors: where the examples lie among the tokens.
+        segments: where the examples of packed rows lie; used with per-example factors only.
     """
     one_task = a.dim() == 2
     is_packed = segments is not None and not one_task
     rows = (-1, x.shape[-1]) if one_task or is_packed else (a.shape[0], -1, x.shape[-1])
     plain = None if dropout else _plain_weights(base, x, a)
     if plain is not None:
-        # Even a view that changes nothing is two nodes of the graph.
+        # Avoid even a view that changes nothing: it costs two nodes of the graph.
         is_flat = x.dim() == len(rows) and (one_task or is_packed or x.shape[0] == a.shape[0])
         flat = x if is_flat else x.reshape(rows)
         y = _whole_layer(flat, *plain, a, b, segments if is_packed else None)
@@ -252,7 +256,7 @@ def _whole_layer(
     b: Tensor,
     segments: Segments | None,
 ) -> Tensor:
-    """The layer and its update at once, for flat `x`."""
+    """The layer and its update computed together, for flat `x`."""
     if segments is not None:
         packed: Tensor = LinearLoRAPacked.apply(x, weight, bias, a, b, segments)  # type: ignore[no-untyped-call]
         return packed
@@ -268,9 +272,10 @@ def _whole_layer(
 
 
 def widened(x: Tensor, *tensors: Tensor) -> list[Tensor]:
-    """Tensors that meet the input of a layer, in the wider of their types; as they are in autocast.
+    """Tensors that meet the input `x` of a layer, cast to the widest type among them and `x`.
 
-    Some models keep single layers in fp32.
+    Under autocast they stay as they are. Types differ because some models keep single layers in
+    fp32.
     """
     if torch.is_autocast_enabled(x.device.type):
         return list(tensors)

@@ -1,8 +1,8 @@
-"""Models that also see images or hear sounds: which of their layers do, and whose rows they see.
+"""Models that also see images or hear sounds: which layers do, and which example each belongs to.
 
 A vision-language model runs its vision tower over all images of the batch at once. Examples may
-have different numbers of images, so the rows of these layers are not the rows of the examples, and
-that their number divides proves nothing.
+have different numbers of images, so the first axis of such a layer's input does not count examples.
+Even if its length is a multiple of their number, images may belong to other examples than it seems.
 """
 
 import re
@@ -15,15 +15,15 @@ from torch import Tensor, nn
 __all__ = ["media_fit_examples", "media_modules"]
 
 PLACEHOLDER = re.compile(r"(image|video|audio|speech)_token_(id|index)")
-"""Settings of a model with the token that stands in the text for what is seen or heard."""
+"""The settings of a model that name a token for an image or a sound in the text."""
 MEDIA = re.compile(r"pixel|image|video|audio|input_features|input_values|speech")
-"""Arguments of a forward that hold what is seen or heard."""
+"""The arguments of a forward that hold images or sounds."""
 
 
 def media_modules(model: nn.Module) -> set[int]:
-    """The identities of all modules outside of the language part of a multimodal model.
+    """The identities of all modules outside the language part of a multimodal model.
 
-    Empty for models of one kind of input, and where the language part cannot be told.
+    The set is empty if the model takes text alone, or if its language part cannot be recognised.
     """
     config = getattr(model, "config", None)
     parts = getattr(config, "sub_configs", None) or {}
@@ -43,21 +43,21 @@ def media_modules(model: nn.Module) -> set[int]:
 
 
 def _placeholders(config: Any) -> list[int]:
-    """The tokens that stand in the text for what is seen or heard."""
+    """The tokens that stand for images and sounds in the text."""
     found = (value for name, value in vars(config).items() if PLACEHOLDER.fullmatch(name))
     return [value for value in found if isinstance(value, int)]
 
 
 def media_fit_examples(model: nn.Module, inputs: Mapping[str, Any], num_examples: int) -> bool:
-    """Whether every example of a batch is known to have as many images, or sounds, of one size.
+    """Whether every example is known to have the same number of images or sounds, of one size.
 
-    Then the rows of the layers that see them are those of the examples, each on as many
-    consecutive ones.
+    The inputs of the layers that see them then hold the examples in order, each with the same
+    number of consecutive vectors.
 
     Args:
         model: the base model.
         inputs: the arguments of its forward, by name.
-        num_examples: how many examples there are.
+        num_examples: the number of examples.
     """
     ids = inputs.get("input_ids")
     media = [
@@ -71,7 +71,8 @@ def media_fit_examples(model: nn.Module, inputs: Mapping[str, Any], num_examples
         counts = (ids == token).sum(1)
         if bool((counts != counts[0]).any()):
             return False
-    # The sizes of images are a row for each: where one differs, it has other rows in the tower.
+    # The sizes of the images are integer tensors with an entry for each image. An image of another
+    # size would have another number of patches.
     sizes = [value for value in media if not torch.is_floating_point(value)]
     same = all(bool((value == value[:1]).all()) for value in sizes)
     return same and all(len(value) % num_examples == 0 for value in media)

@@ -1,4 +1,4 @@
-"""Folding one task's factors into the base weights, and taking them out again."""
+"""Folding one task's factors into the base weights, and restoring the weights."""
 
 from collections.abc import Sequence
 
@@ -13,11 +13,11 @@ __all__ = ["check_mergeable", "fold", "restore"]
 
 
 def check_mergeable(base_model: nn.Module, sites: Sequence[Site]) -> None:
-    """Make sure that every weight may be changed.
+    """Make sure that the weight of every site may be changed.
 
     Raises:
-        InputError: a weight is quantised, offloaded, sharded, or tied to another layer, which would
-            change too.
+        InputError: a weight is quantised, offloaded or sharded, or it is tied to another layer,
+            which would change too.
     """
     owners: dict[int, int] = {}
     for module in base_model.modules():
@@ -48,8 +48,13 @@ def fold(sites: Sequence[Site], factors: Sequence[PlainFactors]) -> dict[str, Te
 
         W <- W + alpha/r (A B)^T   (LoRA),      W <- W * l, c <- c * l   ((IA)^3)
 
+    Args:
+        sites: the layers.
+        factors: the factors of the task, by site.
+
     Returns:
-        The original tensors, for `restore`. Adding and subtracting would not give them back.
+        The original tensors by full name, for `restore`: subtracting the update would not restore
+        them bit for bit.
     """
     originals: dict[str, Tensor] = {}
     for site, factor in zip(sites, factors, strict=True):
@@ -68,10 +73,10 @@ def fold(sites: Sequence[Site], factors: Sequence[PlainFactors]) -> dict[str, Te
 
 
 def restore(sites: Sequence[Site], originals: dict[str, Tensor]) -> None:
-    """Undo `fold`: bit for bit, or rounded to what the layer was cast to since."""
+    """Undo `fold`, in place: bit for bit, or rounded to the type that a layer was cast to since."""
     for site in sites:
-        for kind in ("weight", "bias"):
-            if f"{site.name}.{kind}" in originals:
-                parameter = getattr(site.layer, kind)
-                original = originals[f"{site.name}.{kind}"]
+        for name in ("weight", "bias"):
+            original = originals.get(f"{site.name}.{name}")
+            if original is not None:
+                parameter = getattr(site.layer, name)
                 parameter.data = original.to(device=parameter.device, dtype=parameter.dtype)

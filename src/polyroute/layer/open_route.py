@@ -1,10 +1,11 @@
 """The open route: which block of the caller a forward belongs to, and what its layers apply.
 
 A route belongs to the block that opened it, not to the thread. Coroutines and generators of one
-thread take turns, so the block that was opened last need not be the one that runs now. The block
-is found by looking up the call stack for the nearest function that has one open. Where there is
-none, because the block was opened by a function that has returned, or by a coroutine that started
-this one, the last block of the context counts, except one that a suspended generator has open.
+thread take turns, so the block that was opened last is not always the one that runs now. The block
+of a forward is the one opened by the nearest function on the call stack that has a block open. No
+function on the stack has one if the function that opened the block has returned, or if a coroutine
+opened it and then started the running one. Then the last open block of the context counts, except
+the blocks of suspended generators.
 """
 
 import inspect
@@ -21,14 +22,14 @@ import torch
 
 from polyroute.layer.factors import Factors, Segments
 
-__all__ = ["BASE_ALONE", "Block", "Mixture", "OpenRoutes", "Recomputation"]
+__all__ = ["BASE_ALONE", "Block", "Mixture", "OpenRoutes", "Recomputation", "is_in_backward"]
 
 GENERATORS = inspect.CO_GENERATOR | inspect.CO_ASYNC_GENERATOR
 SUSPENDABLE = GENERATORS | inspect.CO_COROUTINE
 WRAPPERS = ("contextlib", "torch._dynamo", "torch.compiler", "torch.utils._contextlib")
 
 _open_blocks: ContextVar[tuple["Block", ...]] = ContextVar("polyroute_open_blocks", default=())
-"""The blocks that are open in this context, of all models, in the order of their opening."""
+"""The open blocks of all models in this context, in the order in which they were opened."""
 
 
 @dataclass(frozen=True)
@@ -36,32 +37,41 @@ class Mixture:
     """What the layers of one forward apply; never changed once made."""
 
     factors: Sequence[Factors]
-    """By site; empty where the base model runs alone."""
+    """The factors of each site; empty if the base model runs alone."""
     num_examples: int | None
-    """B where examples differ, None where one task holds for all."""
+    """The number B of examples if they differ; None if one mixture serves the whole batch."""
     segments: Segments | None = None
-    """Where the rows of the batch hold several examples each: where these begin and end."""
+    """Where the examples begin and end, if the sequences of the batch pack several each."""
     media_fit: bool = False
-    """Whether the images and sounds of the batch are known to be as many for every example."""
+    """Whether every example is known to have as many images and sounds as every other."""
 
 
 BASE_ALONE = Mixture((), None)
 
 
-class OpenRoutes(threading.local):
-    """The open routes of a model; one object shared by all of its routed layers.
+def is_in_backward() -> bool:
+    """Whether this thread is running backward, so that a layer called now is being recomputed."""
+    return torch._C._current_graph_task_id() != -1
 
-    What a running forward applies is the thread's own, since a forward is never interrupted by
-    another one of its thread. Which block a forward belongs to is found by `now`.
+
+class OpenRoutes(threading.local):
+    """The open routes of a model; all of its routed layers share this object.
+
+    Each thread has its own values of the attributes, since no forward interrupts another one of
+    the same thread. `now` finds the block that a forward belongs to.
+
+    Args:
+        prepare: makes the mixture for a part of the model that is called on its own.
 
     Attributes:
         mixture: what the layers of the running forward apply; None between forwards.
-        prepared_by: the layer that prepared the mixture because a part of the model was called on
-            its own. When that layer is reached again, it is another forward.
-        prepared_for: the block for which it did.
-        media_fit: what `Mixture.media_fit` is for parts that the running generation calls alone.
+        prepared_by: the index of the layer that prepared the mixture because a part of the model
+            was called on its own. When that layer is called again, another forward has begun.
+        prepared_for: the block that was open when that layer prepared the mixture.
+        media_fit: the value of `Mixture.media_fit` for parts that the running generation calls
+            on their own.
         is_recomputing: whether backward recomputes a block of layers under its own mixture.
-        running: what a forward was given without a block.
+        running: what the running forwards were given without a block, innermost last.
     """
 
     def __init__(self, prepare: Callable[[], Mixture] | None = None) -> None:
@@ -80,11 +90,11 @@ class OpenRoutes(threading.local):
         return OpenRoutes, ()
 
     def open(self, value: Any) -> "Block":
-        """A block that opens a route, for a `with` statement."""
+        """A block that opens a route in a `with` statement; `value` says what it routes."""
         return Block(self, value)
 
     def now(self) -> "Block | None":
-        """The block that the calling code is in; None outside of all blocks."""
+        """The block that the calling code is in; None outside all blocks."""
         blocks = [b for b in _open_blocks.get() if b.owner is self and b.is_open]
         if not blocks:
             return None
@@ -99,15 +109,15 @@ class OpenRoutes(threading.local):
         return next((block for block in reversed(blocks) if not block.is_generators), None)
 
     def forget(self) -> None:
-        """Forget what was mixed: a part that is called next mixes anew."""
+        """Drop the mixture, so that a part of the model that is called next mixes again."""
         self.mixture = self.prepared_by = self.prepared_for = None
 
 
 class Block(AbstractContextManager[None]):
     """A block of code in which a route is open.
 
-    It closes after an error too, blocks nest, and they may end in any order: leaving one removes
-    its own entry alone. A block may be entered again, also inside itself.
+    A block also closes after an error. Blocks nest, and they may end in any order, because leaving
+    one removes only its own entry. A block may be entered again, even inside itself.
     """
 
     def __init__(self, owner: OpenRoutes, value: Any) -> None:
@@ -125,8 +135,8 @@ class Block(AbstractContextManager[None]):
         frame = _opener(sys._getframe(1))
         entry.frame = id(frame)
         if frame is not None and not frame.f_code.co_flags & SUSPENDABLE:
-            # A frame that is gone could give its identity to another. Generators and coroutines
-            # close their blocks when they go, and would not go if they were held.
+            # Hold the frame: once freed, its id could pass to another. Generators and coroutines
+            # close their blocks when they are freed, and would never be freed if they were held.
             entry.held = frame
         entry.is_generators = frame is not None and bool(frame.f_code.co_flags & GENERATORS)
         entry.is_open = True
@@ -140,15 +150,15 @@ class Block(AbstractContextManager[None]):
         entry = (own or self._entries)[-1]
         self._entries.remove(entry)
         entry.held = None
-        entry.is_open = False  # it may be left in another context than the one it was entered in
+        entry.is_open = False  # the context that is left need not be the one that was entered
         _open_blocks.set(tuple(b for b in _open_blocks.get() if b.is_open))
 
 
 def _opener(frame: FrameType | None) -> FrameType | None:
-    """The function whose `with` statement this is, past wrappers made by contextlib and torch.
+    """The function whose `with` statement this is, found past wrappers of contextlib and torch.
 
-    A function decorated with `contextmanager` opens a block for its caller: the code inside the
-    caller's `with` runs while that function is suspended.
+    A function decorated with `contextmanager` opens a block for its caller: it is suspended while
+    the code inside the caller's `with` runs.
     """
     while frame is not None:
         back = frame.f_back
@@ -164,23 +174,21 @@ def _module(frame: FrameType | None) -> str:
 
 
 class Recomputation(AbstractContextManager[None]):
-    """Lets a block of layers that backward recomputes apply the mixture of its forward."""
+    """Makes layers that backward recomputes apply the mixture of their forward."""
 
-    def __init__(self, routes: OpenRoutes) -> None:
-        self.routes = routes
-        self.mixture = routes.mixture
+    KEPT = ("mixture", "prepared_by", "prepared_for", "is_recomputing")
+    """The attributes of the open routes that are restored afterwards."""
+
+    def __init__(self, open_routes: OpenRoutes) -> None:
+        self.open_routes = open_routes
+        self.mixture = open_routes.mixture
         self._outer: list[tuple[Any, ...]] = []
 
     def __enter__(self) -> None:
-        state = self.routes
-        self._outer.append(
-            (state.mixture, state.prepared_by, state.prepared_for, state.is_recomputing)
-        )
-        state.forget()
-        state.mixture, state.is_recomputing = self.mixture, True
+        self._outer.append(tuple(getattr(self.open_routes, name) for name in self.KEPT))
+        self.open_routes.forget()
+        self.open_routes.mixture, self.open_routes.is_recomputing = self.mixture, True
 
     def __exit__(self, *_: object) -> None:
-        state = self.routes
-        state.mixture, state.prepared_by, state.prepared_for, state.is_recomputing = (
-            self._outer.pop()
-        )
+        for name, value in zip(self.KEPT, self._outer.pop(), strict=True):
+            setattr(self.open_routes, name, value)

@@ -1,4 +1,4 @@
-"""The routed layer: a frozen base layer plus what the open mixture holds for it."""
+"""The routed layer: a frozen base layer, and the factors that the open route's mixture gives it."""
 
 from typing import Any
 
@@ -6,10 +6,10 @@ import torch
 from torch import Tensor, nn
 
 from polyroute.errors import InputError
-from polyroute.layer.open_route import Mixture, OpenRoutes
+from polyroute.layer.open_route import Mixture, OpenRoutes, is_in_backward
 from polyroute.layer.sites import Site
 
-__all__ = ["RoutedLayer", "check_rows"]
+__all__ = ["RoutedLayer", "check_input"]
 
 
 class RoutedLayer(nn.Module):
@@ -18,16 +18,22 @@ class RoutedLayer(nn.Module):
         y_b = W x_b + c + alpha/r (x_b A_b) B_b          (LoRA)
         y_b = (W x_b + c) * l_b                          ((IA)^3)
 
-    The base layer is registered once. Its parameters keep, in the state dict, the keys that they
-    had before it was adapted.
+    In the state dict the parameters of the base layer keep the keys that they had before it was
+    adapted.
+
+    Args:
+        site: the base layer and what is known of it.
+        index: the place of the site in the list of sites.
+        open_routes: holds the mixture of the running forward.
+        dropout: probability with which the adapter's input is dropped in training.
     """
 
-    def __init__(self, site: Site, index: int, routes: OpenRoutes, *, dropout: float) -> None:
+    def __init__(self, site: Site, index: int, open_routes: OpenRoutes, *, dropout: float) -> None:
         super().__init__()
         self.base_layer = site.layer
         self.site = site
         self.index = index
-        self.routes = routes
+        self.open_routes = open_routes
         self.dropout = dropout
         self.is_merged = False
         self.register_state_dict_post_hook(_drop_prefix)  # type: ignore[no-untyped-call]
@@ -35,7 +41,7 @@ class RoutedLayer(nn.Module):
 
     @property
     def weight(self) -> Tensor:
-        """The base layer's weight, for models that look at its dtype or device."""
+        """The base layer's weight, for models that read its dtype or device."""
         return self.base_layer.weight  # type: ignore[return-value]
 
     @property
@@ -44,7 +50,7 @@ class RoutedLayer(nn.Module):
         return self.base_layer.bias  # type: ignore[return-value]
 
     def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
-        """Hand a weight or bias that the model sets, as when it ties weights, to the base layer."""
+        """Pass a weight or bias that the model sets (when it ties weights) to the base layer."""
         self.base_layer.register_parameter(name, param)
 
     def __setattr__(self, name: str, value: Any) -> None:
@@ -56,85 +62,90 @@ class RoutedLayer(nn.Module):
     def __getattr__(self, name: str) -> Any:
         try:
             return super().__getattr__(name)
-        except AttributeError:  # `in_features`, `nf` and whatever else the model may read
+        except AttributeError:  # `in_features`, `nf` and other attributes that a model may read
             return getattr(super().__getattr__("base_layer"), name)
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        """Apply the base layer and the open route's mixture.
+        """Apply the base layer and its factors in the open route's mixture.
 
         Raises:
-            InputError: no route is open, or the rows cannot belong to the route's examples.
+            InputError: no route is open, or the input cannot be that of the route's examples.
         """
-        base = self._modules["base_layer"]  # self.base_layer, past two slow look-ups
+        base = self._modules["base_layer"]  # `self.base_layer` without two slow look-ups
         assert base is not None
         if self.is_merged:
             return base(x, *args, **kwargs)  # type: ignore[no-any-return]
-        state = self.routes
-        mixture = state.mixture
-        if mixture is None or state.prepared_by is not None or self._is_astray(state):
+        open_routes = self.open_routes
+        mixture = open_routes.mixture
+        if mixture is None or open_routes.prepared_by is not None or self._lacks_its_route():
             mixture = self._prepared()
         if not mixture.factors:
             return base(x, *args, **kwargs)  # type: ignore[no-any-return]
         if mixture.num_examples is not None:
-            check_rows(self.site, x, mixture)
+            check_input(self.site, x, mixture)
         dropout = self.dropout if self.training else 0.0
         return mixture.factors[self.index].apply(base, x, dropout, mixture.segments)
 
-    @staticmethod
-    def _is_astray(state: OpenRoutes) -> bool:
-        # Backward recomputes a checkpointed block, and the open route need not be its own.
+    def _lacks_its_route(self) -> bool:
+        # Backward recomputes this layer, and the route that is open now need not be its own.
         return (
             not torch.compiler.is_compiling()
-            and torch._C._current_graph_task_id() != -1
-            and not state.is_recomputing
+            and is_in_backward()
+            and not self.open_routes.is_recomputing
         )
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def _prepared(self) -> Mixture:
-        # The model prepares before its forward. A part that is called on its own (the encoder, by
-        # `generate`) prepares at its first layer; the next layers see that it did, for the block
-        # that they are in. When the first one is reached again, it is another forward.
-        state = self.routes
-        own = state.prepared_by not in (None, self.index) and state.prepared_for is state.now()
-        if own and state.mixture is not None and not self._is_astray(state):
-            return state.mixture
-        assert state.prepare is not None
-        mixture = state.prepare()
-        state.prepared_by, state.prepared_for = self.index, state.now()
+        # The model prepares the mixture before its forward. If a part of it is called on its own
+        # (the encoder, by `generate`), the first layer of the part prepares, and the layers after
+        # it use the same mixture as long as the same block is open. When the first layer is called
+        # again, another forward has begun.
+        opened, block = self.open_routes, self.open_routes.now()
+        by_another = opened.prepared_by not in (None, self.index) and opened.prepared_for is block
+        if by_another and opened.mixture is not None and not self._lacks_its_route():
+            return opened.mixture
+        assert opened.prepare is not None
+        mixture = opened.prepare()
+        opened.prepared_by, opened.prepared_for = self.index, block
         return mixture
 
 
-def check_rows(site: Site, x: Tensor, mixture: Mixture) -> None:
-    """Make sure that a layer's input can belong to a batch of differing examples.
+def check_input(site: Site, x: Tensor, mixture: Mixture) -> None:
+    """Make sure that a layer's input can be that of a batch whose examples differ.
+
+    Args:
+        site: the layer.
+        x: its input, `[..., d_in]`.
+        mixture: what it applies, with `num_examples` set.
 
     Raises:
-        InputError: the layer sees tokens in any order, or images whose examples are not known, or
-            its input has other rows than the batch.
+        InputError: the layer sees tokens in any order, or images that cannot be assigned to
+            examples, or the first axis of its input does not hold the examples of the batch.
     """
     count = mixture.num_examples
     assert count is not None
     if site.sees_token_subsets:
         raise InputError(
-            f"layer {site.name!r} is an expert that sees some tokens of the batch, so a "
-            "batch of several tasks cannot be routed there: use one task per batch, or leave "
-            "the layer out with exclude_modules"
+            f"layer {site.name!r} is an expert that sees only some tokens of the batch, so it "
+            "cannot route a batch of several tasks: use one task per batch, or leave the layer "
+            "out with exclude_modules"
         )
     if site.sees_media and not mixture.media_fit:
         raise InputError(
             f"layer {site.name!r} sees images or sounds, and this batch of several tasks does not "
-            "show which example each belongs to: give every example as many of the same size, use "
-            "one task per batch, or leave the layer out with exclude_modules"
+            "show which example each belongs to: give every example the same number of them in "
+            "the same size, use one task per batch, or leave the layer out with exclude_modules"
         )
     if mixture.segments is not None and not site.sees_media:
         total = sum(mixture.segments.lengths)
         if x.numel() // x.shape[-1] != total:
             raise InputError(
                 f"layer {site.name!r} got an input of shape {list(x.shape)} for packed rows of "
-                f"{total} tokens: leave the layer out with exclude_modules, or do not pack"
+                f"{total} tokens: leave the layer out with exclude_modules, or do not pack rows"
             )
         return
-    # Only the first axis tells: other axes of an input without a batch (tables of relative
-    # positions) may divide by chance.
+    # Look at the first axis alone: in an input without a batch (such as a table of relative
+    # positions) the number of examples may divide another axis by chance.
     if x.shape[0] % count:
         raise InputError(
             f"layer {site.name!r} got an input of shape {list(x.shape)} for "

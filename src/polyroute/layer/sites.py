@@ -3,6 +3,7 @@
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -19,11 +20,12 @@ __all__ = [
     "fused_layers",
     "is_plain",
     "named_sites",
+    "output_embedding",
     "weight_matrix",
 ]
 
 COMPUTE_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-"""Types of which a weight's numbers are its values; narrower ones (integers, float8) are packed."""
+"""Types whose numbers are the weight's own values; narrower ones (integers, float8) are packed."""
 
 
 @dataclass(frozen=True)
@@ -31,20 +33,20 @@ class Site:
     """One adapted layer of the base model."""
 
     name: str
-    """Full dotted name of the layer in the base model."""
+    """The full dotted name of the layer in the base model."""
     layer: nn.Module = field(repr=False, compare=False)
     """The base layer itself."""
     d_in: int
     d_out: int
-    """The outputs that skills add to: all of them, unless the layer was resized since."""
+    """The number of outputs that skills add to: all, unless the layer was enlarged afterwards."""
     places: tuple[str, ...] = field(repr=False, compare=False)
-    """Every name under which the layer is registered (more than one where modules are shared)."""
+    """Every name under which the layer is registered; shared modules have more than one."""
     sees_media: bool = False
-    """Whether the layer sees the images or sounds of the batch, not the rows of its examples."""
+    """Whether the layer sees the images or sounds of the batch, not the tokens of its examples."""
 
     @property
     def out_features(self) -> int:
-        """The width of the layer's output."""
+        """The present width of the layer's output."""
         widths = _widths(self.layer)
         assert widths is not None
         return widths[1]
@@ -56,35 +58,41 @@ class Site:
 
     @property
     def weight(self) -> Tensor | None:
-        """Its weight, `[d_out, d_in]`; None where it is quantised, whatever that looks like."""
+        """The weight, `[d_out, d_in]`; None if it is quantised in any way."""
         weight = getattr(self.layer, "weight", None)
         return weight_matrix(self.layer) if is_plain(weight) else None
 
     @property
     def dtype(self) -> torch.dtype:
-        """What it computes in: the type of its weight, or of its scales where that is packed."""
+        """The type that the layer computes in: that of its weight, or of a packed weight's scales.
+
+        fp32 if it has neither.
+        """
         return next(
             (t.dtype for t in _tensors(self.layer) if t.dtype in COMPUTE_DTYPES), torch.float32
         )
 
     @property
     def device(self) -> torch.device:
-        """Where it computes; offloaded weights wait elsewhere, until accelerate's hook fetches."""
-        hook = getattr(self.layer, "_hf_hook", None)
-        for one in getattr(hook, "hooks", [hook]):
-            if getattr(one, "execution_device", None) is not None:
-                return torch.device(one.execution_device)
+        """The device that the layer computes on.
+
+        An offloaded weight waits on another device until a hook of accelerate fetches it.
+        """
+        outer = getattr(self.layer, "_hf_hook", None)
+        for hook in getattr(outer, "hooks", [outer]):
+            if getattr(hook, "execution_device", None) is not None:
+                return torch.device(hook.execution_device)
         tensor = next(_tensors(self.layer), None)
         return torch.device("cpu") if tensor is None else tensor.device
 
     @property
     def sees_token_subsets(self) -> bool:
-        """Whether the layer is an expert that gets some tokens of the batch, in any order."""
+        """Whether the layer is an expert that gets only some tokens of the batch, in any order."""
         return ".experts." in f".{self.name}."
 
 
 def weight_matrix(layer: nn.Module) -> Tensor:
-    """The layer's weight as `[d_out, d_in]`, a view for layers that store the transpose."""
+    """The layer's weight as `[d_out, d_in]`; a view if the layer stores the transpose."""
     weight = layer.weight
     assert isinstance(weight, Tensor)
     return weight.t() if _is_conv1d(layer) else weight
@@ -96,9 +104,9 @@ def _tensors(layer: nn.Module) -> Iterator[Tensor]:
 
 
 def is_plain(weight: object) -> bool:
-    """Whether a weight's numbers are what the layer multiplies by."""
-    # torchao's tensors say that they are float, whatever they hold. Sharded ones are subclasses
-    # too; they have a `full_tensor`.
+    """Whether the numbers of a weight are those that the layer multiplies by."""
+    # The quantised tensors of torchao claim a float dtype, so other subclasses of Tensor are
+    # refused. Sharded tensors are subclasses too; they have a `full_tensor`.
     return (
         isinstance(weight, Tensor)
         and weight.dtype in COMPUTE_DTYPES
@@ -107,7 +115,7 @@ def is_plain(weight: object) -> bool:
 
 
 def _is_conv1d(layer: nn.Module) -> bool:
-    # transformers' Conv1D, told by its shape and name so that the core needs torch alone.
+    # The Conv1D of transformers, recognised by its name so that the core needs torch alone.
     return type(layer).__name__ == "Conv1D" and hasattr(layer, "nf")
 
 
@@ -139,11 +147,11 @@ def find_sites(model: nn.Module, config: MHRConfig) -> list[Site]:
         config: its `target_modules`, `exclude_modules` and `num_heads` are read.
 
     Raises:
-        InputError: nothing matches, one of several name endings or an exclusion matches nothing, a
-            target is not linear or cannot be adapted, or `num_heads` does not divide a width.
+        InputError: a target or an exclusion matches no layer, a target is not linear or cannot be
+            adapted, or `num_heads` does not divide a width.
     """
     places, inside_attention = _places(model), _inside_attention(model)
-    output, others = _output_embedding(model), media_modules(model)
+    output, sees_media = output_embedding(model), media_modules(model)
     target, exclude = config.target_modules, config.exclude_modules
     try:
         targeted = [
@@ -153,7 +161,7 @@ def find_sites(model: nn.Module, config: MHRConfig) -> list[Site]:
             and (
                 _widths(module) is not None
                 and module is not output
-                and id(module) not in inside_attention | others
+                and id(module) not in inside_attention | sees_media
                 if target == "all-linear"
                 else _is_match(name, target)
             )
@@ -165,7 +173,9 @@ def find_sites(model: nn.Module, config: MHRConfig) -> list[Site]:
         ]
         _check_exclusions(exclude, [name for name, _ in targeted], model)
     except re.error as error:
-        raise InputError(f"a target pattern is not a regular expression: {error}") from error
+        raise InputError(
+            f"target_modules or exclude_modules is not a regular expression: {error}"
+        ) from error
     _check_all_matched(target, [name for name, _ in chosen], model)
     sites = []
     for name, module in chosen:
@@ -176,26 +186,28 @@ def find_sites(model: nn.Module, config: MHRConfig) -> list[Site]:
                 + (" inside nn.MultiheadAttention" if widths else "")
                 + ", which cannot be adapted; name linear layers in target_modules"
             )
-        sites.append(_site(name, module, widths, places, config, others))
+        site = Site(name, module, *widths, places[id(module)], id(module) in sees_media)
+        _check_site(site, config)
+        sites.append(site)
     return sites
 
 
-def _site(
-    name: str,
-    module: nn.Module,
-    widths: tuple[int, int],
-    places: dict[int, tuple[str, ...]],
-    config: MHRConfig,
-    others: set[int],
-) -> Site:
-    if isinstance(getattr(module, "weight", None), nn.UninitializedParameter):
+def _check_site(site: Site, config: MHRConfig) -> None:
+    """Make sure that a layer has weights, and that the heads divide its widths."""
+    if isinstance(getattr(site.layer, "weight", None), nn.UninitializedParameter):
         raise InputError(
-            f"layer {name!r} is a {type(module).__name__} without weights yet: run the base model "
-            "on one batch first"
+            f"layer {site.name!r} is a {type(site.layer).__name__} without weights yet: run the "
+            "base model on one batch first"
         )
-    site = Site(name, module, *widths, places[id(module)], sees_media=id(module) in others)
-    _check_heads(site, config)
-    return site
+    widths = [("output", site.d_out)]
+    if config.adapter == "lora":
+        widths.insert(0, ("input", site.d_in))
+    for side, width in widths:
+        if width % config.heads:
+            raise InputError(
+                f"num_heads={config.heads} does not divide the {side} width {width} of layer "
+                f"{site.name!r}; choose a divisor, or leave the layer out with exclude_modules"
+            )
 
 
 def named_sites(
@@ -210,25 +222,27 @@ def named_sites(
         model: any tree of torch modules.
         names: full names of layers.
         config: its `num_heads` is read.
-        adapted: for layers that were resized since they were adapted, how many outputs are.
+        adapted: the number of adapted outputs of each layer that was resized after it was adapted.
 
     Raises:
-        InputError: no names or a repeated one, the model has no such linear layer, or `num_heads`
-            does not divide a width.
+        InputError: there are no names or a name is repeated, the model has no such linear layer,
+            or `num_heads` does not divide a width.
     """
     if not names or len(set(names)) != len(names):
         raise InputError("sites must name at least one layer, and each layer once")
     modules = dict(model.named_modules(remove_duplicate=False))
-    attention, others = _inside_attention(model), media_modules(model)
+    inside_attention, sees_media = _inside_attention(model), media_modules(model)
     places = _places(model)
     sites = []
     for name in names:
         module = modules.get(name)
-        widths = _widths(module) if module is not None and id(module) not in attention else None
-        if module is None or widths is None:
+        widths = None if module is None else _widths(module)
+        if module is None or widths is None or id(module) in inside_attention:
             raise InputError(f"{type(model).__name__} has no linear layer {name!r} to adapt")
-        widths = (widths[0], (adapted or {}).get(name, widths[1]))
-        sites.append(_site(name, module, widths, places, config, others))
+        d_out = (adapted or {}).get(name, widths[1])
+        site = Site(name, module, widths[0], d_out, places[id(module)], id(module) in sees_media)
+        _check_site(site, config)
+        sites.append(site)
     return sites
 
 
@@ -241,7 +255,7 @@ def _places(model: nn.Module) -> dict[int, tuple[str, ...]]:
 
 
 def _inside_attention(model: nn.Module) -> set[int]:
-    """Modules that torch's fused attention reads past, so that a wrapper there would do nothing."""
+    """The identities of modules whose weights fused attention reads, passing over any wrapper."""
     return {
         id(child)
         for module in model.modules()
@@ -251,10 +265,10 @@ def _inside_attention(model: nn.Module) -> set[int]:
 
 
 def fused_layers(model: nn.Module, sites: Sequence[Site]) -> list[nn.Module]:
-    """Encoder layers and encoders of torch itself, with a site inside.
+    """The encoders and encoder layers of torch itself that have a site inside.
 
-    In evaluation they may compute in one fused operator, which reads the weights of their linear
-    layers and so goes past whatever wraps these.
+    In evaluation they may compute with one fused operator, which reads the weights of their linear
+    layers directly and so passes over the wrappers.
     """
     layers = {id(site.layer) for site in sites}
     return [
@@ -266,7 +280,7 @@ def fused_layers(model: nn.Module, sites: Sequence[Site]) -> list[nn.Module]:
 
 
 def find_endings(model: nn.Module, sites: Sequence[Site]) -> list[str]:
-    """The shortest target list that selects exactly these sites: name endings, or full names."""
+    """The shortest list of targets that selects exactly these sites: name endings or full names."""
     names = {site.name for site in sites}
     endings = sorted({name.rsplit(".", 1)[-1] for name in names})
     originals = {site.name: site.layer for site in sites}
@@ -280,7 +294,8 @@ def find_endings(model: nn.Module, sites: Sequence[Site]) -> list[str]:
     return endings if selected == names else sorted(names)
 
 
-def _output_embedding(model: nn.Module) -> object:
+def output_embedding(model: nn.Module) -> Any:
+    """The output embedding of a transformers model; None if the model has none."""
     getter = getattr(model, "get_output_embeddings", None)
     return getter() if callable(getter) else None
 
@@ -317,16 +332,4 @@ def _check_exclusions(
             raise InputError(
                 f"excluded module {shown!r} matches no layer of {type(model).__name__}; "
                 f"{did_you_mean(shown, endings)}"
-            )
-
-
-def _check_heads(site: Site, config: MHRConfig) -> None:
-    widths = [("output", site.d_out)]
-    if config.adapter == "lora":
-        widths.insert(0, ("input", site.d_in))
-    for side, width in widths:
-        if width % config.heads:
-            raise InputError(
-                f"num_heads={config.heads} does not divide the {side} width {width} of layer "
-                f"{site.name!r}; choose a divisor, or leave the layer out with exclude_modules"
             )

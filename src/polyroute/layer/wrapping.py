@@ -1,42 +1,44 @@
-"""Wrapping the chosen layers of a base model in place, all or none, and taking them out again."""
+"""Wrapping the chosen layers of a base model in place, all or none, and undoing that."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 from torch import Tensor, nn
 
-from polyroute.errors import InputError
+from polyroute.errors import InputError, did_you_mean
 from polyroute.layer.open_route import OpenRoutes
 from polyroute.layer.routed_layer import RoutedLayer
-from polyroute.layer.sites import Site, fused_layers
+from polyroute.layer.sites import Site, fused_layers, output_embedding
 
-__all__ = ["Wrapping", "check_bare", "find_modules"]
+__all__ = ["Wrapping", "check_bare", "find_modules", "tensors_of"]
 
 ADAPTER_LIBRARIES = ("peft", "adapters", "loralib")
-"""Packages whose layers are adapters already."""
+"""Packages whose layers are adapters."""
 
 
 class Wrapping:
-    """A base model whose chosen layers are wrapped; its parameters are frozen.
+    """A base model whose chosen layers are wrapped and whose parameters are frozen.
 
     Args:
-        base_model: it is changed in place; on an error it is left as it was.
-        sites: the layers.
-        routes: what the wrapped layers apply.
-        dropout: of their adapters' inputs.
-        trained: whole modules that stay trainable.
+        base_model: the model, which is changed in place; after an error it is as it was before.
+        sites: the layers to wrap.
+        open_routes: holds what the wrapped layers apply.
+        dropout: probability with which the input of an adapter is dropped in training.
+        trained: whole modules that stay trainable, by name.
 
     Attributes:
+        base_model: as given.
+        sites: as given.
+        trained: as given.
         layers: the wrapped layers, by site.
-        trained: the modules that stay trainable, by name.
     """
 
     def __init__(
         self,
         base_model: nn.Module,
         sites: Sequence[Site],
-        routes: OpenRoutes,
+        open_routes: OpenRoutes,
         *,
         dropout: float,
         trained: dict[str, nn.Module],
@@ -45,14 +47,14 @@ class Wrapping:
         self.sites = tuple(sites)
         self.trained = trained
         self.layers = tuple(
-            RoutedLayer(site, i, routes, dropout=dropout) for i, site in enumerate(sites)
+            RoutedLayer(site, i, open_routes, dropout=dropout) for i, site in enumerate(sites)
         )
         self._required_grad = [n for n, p in base_model.named_parameters() if p.requires_grad]
         self._before = {
             name: {n: t.detach().clone() for n, t in module.state_dict().items()}
             for name, module in trained.items()
         }
-        fused = fused_layers(base_model, sites)  # before they are wrapped
+        fused = fused_layers(base_model, sites)  # to be found before the sites are wrapped
         self._hooks: list[Any] = []
         self._packing: list[nn.Module] = []
         self._has_checkpointing = False
@@ -67,14 +69,14 @@ class Wrapping:
             raise
 
     def put(self, site: Site, module: nn.Module) -> None:
-        """Put a module wherever the base model has the layer of a site."""
+        """Put a module in every place of the base model that the layer of a site has."""
         for place in site.places:
             parent, _, child = place.rpartition(".")
             setattr(self.base_model.get_submodule(parent), child, module)
 
     def _stop_fusion(self, fused: Sequence[nn.Module]) -> None:
-        # torch fuses no layer that has a hook; its encoder, which packs padded batches for the
-        # fused layers alone, has a switch.
+        # torch fuses no layer that has a hook. Its encoder packs padded batches for fused layers
+        # only, and has a switch for that.
         for module in fused:
             if isinstance(module, nn.TransformerEncoderLayer):
                 self._hooks.append(module.register_forward_pre_hook(_do_nothing))
@@ -83,19 +85,21 @@ class Wrapping:
                 module.use_nested_tensor = False  # type: ignore[assignment]
 
     def start_checkpointing(self, options: dict[str, Any], contexts: Any, **kwargs: Any) -> None:
-        """Turn on the base model's activation checkpointing; see `RoutedModel`.
+        """Turn on the base model's activation checkpointing.
+
+        `RoutedModel.activation_checkpointing_enable` is the public method.
 
         Args:
-            options: of `torch.utils.checkpoint.checkpoint`.
+            options: options of `torch.utils.checkpoint.checkpoint`.
             contexts: its `context_fn`, under which recomputation sees the route of its forward.
-            **kwargs: of the base model's own method.
+            **kwargs: arguments of the base model's own method.
 
         Raises:
-            InputError: reentrant checkpointing is asked for.
+            InputError: `options` ask for reentrant checkpointing.
         """
         if options.get("use_reentrant"):
             raise InputError(
-                "reentrant checkpointing cannot be routed; leave use_reentrant at False"
+                "reentrant checkpointing cannot be routed: leave use_reentrant at False"
             )
         options.update(use_reentrant=False, context_fn=contexts)
         base: Any = self.base_model
@@ -106,12 +110,12 @@ class Wrapping:
             base.gradient_checkpointing_enable(gradient_checkpointing_kwargs=options, **kwargs)
 
     def undo(self, *, keep_trained: bool) -> None:
-        """Put everything back as it was.
+        """Undo the wrapping: the base model is as it was before.
 
         Args:
-            keep_trained: leave the whole modules that were trained as they are now.
+            keep_trained: whether the whole modules that trained keep their present values.
         """
-        if self._has_checkpointing:  # its context_fn is ours
+        if self._has_checkpointing:  # it would go on calling our context_fn
             base: Any = self.base_model
             for name in ("activation_checkpointing_disable", "gradient_checkpointing_disable"):
                 if hasattr(base, name):
@@ -131,21 +135,21 @@ class Wrapping:
 
     @contextmanager
     def bare_output(self) -> Iterator[None]:
-        """For a block: the output embedding as it was before it was wrapped, if it was.
+        """Take the wrapper off the output embedding, if it has one, inside a `with` block.
 
-        The block may change or replace it; skills keep adding to the outputs that it had.
+        The block may change or replace the embedding; its skills keep adding to the outputs that
+        it had before.
         """
-        getter = getattr(self.base_model, "get_output_embeddings", None)
-        output = getter() if callable(getter) else None
+        output = output_embedding(self.base_model)
         wrapped = next((layer for layer in self.layers if layer is output), None)
         if wrapped is not None:
             self.put(wrapped.site, wrapped.site.layer)
         try:
             yield
         finally:
-            if wrapped is not None and callable(getter):
-                wrapped.base_layer = getter()
-                # The one place where a site changes: everybody holds this object.
+            if wrapped is not None:
+                wrapped.base_layer = output_embedding(self.base_model)
+                # Nowhere else does a site change. All parts of the model share this object.
                 object.__setattr__(wrapped.site, "layer", wrapped.base_layer)
                 self.put(wrapped.site, wrapped)
             self._freeze()
@@ -155,27 +159,28 @@ class Wrapping:
         for module in self.trained.values():
             module.requires_grad_(True)
 
-    def trained_tensors(self) -> dict[str, Tensor]:
-        """The parameters and buffers of the whole modules that train, by their full names."""
-        return {
-            f"{name}.{key}": tensor
-            for name, module in self.trained.items()
-            for key, tensor in module.state_dict().items()
-        }
+
+def tensors_of(modules: Mapping[str, nn.Module]) -> dict[str, Tensor]:
+    """The parameters and buffers of modules that are given by name, by their full names."""
+    return {
+        f"{name}.{key}": tensor
+        for name, module in modules.items()
+        for key, tensor in module.state_dict().items()
+    }
 
 
 def find_modules(
     model: nn.Module, endings: Sequence[str] | None, sites: Sequence[Site]
 ) -> dict[str, nn.Module]:
-    """The modules of `modules_to_save`, by their full names.
+    """The whole modules that train beside the skills, by their full names.
 
     Args:
         model: the base model.
-        endings: of their names.
-        sites: the adapted layers, which can be no part of them.
+        endings: the endings of the names, as in `MHRConfig.modules_to_save`.
+        sites: the adapted layers; none of them may lie inside such a module.
 
     Raises:
-        InputError: an ending matches nothing, or a module that holds an adapted layer.
+        InputError: an ending matches no module, or matches one that holds an adapted layer.
     """
     found: dict[str, nn.Module] = {}
     adapted = {id(site.layer): site.name for site in sites}
@@ -186,16 +191,18 @@ def find_modules(
             if name == ending or name.endswith("." + ending)
         }
         if not matches:
+            endings_here = {name.rsplit(".", 1)[-1] for name, _ in model.named_modules() if name}
             raise InputError(
                 f"modules_to_save names {ending!r}, which matches no module of "
-                f"{type(model).__name__}"
+                f"{type(model).__name__}; {did_you_mean(ending, endings_here)}"
             )
         for name, module in matches.items():
             inside = [adapted[id(m)] for m in module.modules() if id(m) in adapted]
             if inside:
                 raise InputError(
-                    f"modules_to_save names {ending!r}, and layer {inside[0]!r} in it is adapted: "
-                    "leave one of the two out, with exclude_modules for the layer"
+                    f"modules_to_save names {ending!r}, which holds the adapted layer "
+                    f"{inside[0]!r}: leave the layer out with exclude_modules, or the module out "
+                    "of modules_to_save"
                 )
             if not any(name.startswith(outer + ".") for outer in found):
                 found[name] = module
@@ -206,7 +213,7 @@ def check_bare(model: nn.Module) -> None:
     """Make sure that a base model carries no adapter yet.
 
     Raises:
-        InputError: it does; the message names the layer and what it is.
+        InputError: it carries one; the message names the layer and its class.
     """
     for name, module in model.named_modules():
         if isinstance(module, RoutedLayer):
@@ -219,10 +226,7 @@ def check_bare(model: nn.Module) -> None:
                 "model, or save the adapter and convert it to an inventory"
             )
     for name, module in model.named_modules():
-        library = next(
-            (c.__module__.partition(".")[0] for c in type(module).__mro__
-             if c.__module__.partition(".")[0] in ADAPTER_LIBRARIES), None,
-        )  # fmt: skip
+        library = _library_of(module)
         is_layer = hasattr(module, "lora_A") or hasattr(module, "adapter_layer_names")
         if library is not None or is_layer:
             what = f"layer {name!r}" if name else "the base model"
@@ -234,5 +238,11 @@ def check_bare(model: nn.Module) -> None:
             )
 
 
+def _library_of(module: nn.Module) -> str | None:
+    """The adapter library that the class of a module comes from; None if there is none."""
+    packages = (cls.__module__.partition(".")[0] for cls in type(module).__mro__)
+    return next((package for package in packages if package in ADAPTER_LIBRARIES), None)
+
+
 def _do_nothing(*_: Any) -> None:
-    """A hook; torch computes step by step in a layer that has one."""
+    """A hook without effect; torch does not fuse a layer that has a hook."""

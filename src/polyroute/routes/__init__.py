@@ -1,1 +1,1 @@
-"""Skills, the routing table, and how they become what the layers apply."""
+"""Skills, the routing table and the rules that mix skills into the factors of the layers."""

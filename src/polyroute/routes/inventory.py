@@ -1,11 +1,11 @@
 """The inventory: every skill of every adapted layer, stacked so that all layers are mixed at once.
 
-Layers of one shape form a *stack*. Mixing a stack is one batched matrix product for all its layers,
-heads and tasks; it happens once per forward, outside the layers, which then see plain rank-r
-factors.
+Layers of one shape form a *stack*. One batched matrix product mixes a stack for all of its layers,
+heads and tasks. This happens once per forward, outside the layers, which then apply plain factors
+of rank r.
 
-Shape letters: n layers of the stack, U distinct tasks, B examples, H heads, K skills, r rank,
-D width of a head's block (d_in / H or d_out / H).
+Shape letters: n layers of the stack, N routers, U distinct tasks, B examples, H heads, K skills,
+r rank, D width of a head's block (d_in / H or d_out / H).
 """
 
 import math
@@ -39,7 +39,7 @@ class Stack:
 
     key: str
     sites: tuple[int, ...]
-    """Positions in the list of sites."""
+    """The positions of its layers in the list of sites."""
     d_in: int
     d_out: int
 
@@ -54,15 +54,22 @@ def skills_like(sites: Sequence[Site]) -> Tensor:
 
 
 class Inventory(nn.Module):
-    """Stacked skills.
+    """The skills of all adapted layers, in stacks.
 
-    Parameters are `lora_a[shape]` `[n, H, K, r, d_in/H]` and `lora_b[shape]`
+    The parameters are `lora_a[shape]` `[n, H, K, r, d_in/H]` and `lora_b[shape]`
     `[n, H, K, r, d_out/H]`, or `ia3[shape]` `[n, H, K, 1, d_out/H]`. The rank comes before the
     width because every skinny product of forward and backward is fastest in that layout.
 
-    With `num_sets` above 1 the K skills are that many *sets* of K / sets consecutive ones, and a
-    task mixes those of its own set alone: that is how tasks are adapted side by side. (Private
-    adapters are one set of which each task takes one skill whole.)
+    The skills may be divided into *sets* of consecutive skills, so that each task mixes only the
+    skills of its own set; tasks are adapted side by side in this way. Private skills form one set,
+    of which each task takes one skill whole.
+
+    Args:
+        sites: the adapted layers.
+        config: `adapter`, `num_heads`, `rank`, `alpha`, `combine` and `init` are read.
+        num_skills: the number K of skills, those of all sets together.
+        device: the device of the parameters; by default torch's.
+        num_sets: the number of sets; it divides `num_skills`.
     """
 
     def __init__(
@@ -119,9 +126,9 @@ class Inventory(nn.Module):
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
-        """Draw A afresh and set B to zero ((IA)^3: all ones), so that nothing changes at the start.
+        """Draw A again and set B to zero ((IA)^3: all ones), so the base model computes as before.
 
-        A is uniform within 1/sqrt(3 d_in) (`mttl`) or 1/sqrt(d_in / H) (`peft`).
+        A is uniform within 1/sqrt(3 d_in) (`init="mttl"`) or 1/sqrt(d_in / H) (`init="peft"`).
         """
         for stack in self.stacks:
             for factor in self.factor_names:
@@ -137,20 +144,31 @@ class Inventory(nn.Module):
             skills.fill_(1.0 if factor == "ia3" else 0.0)
 
     def skills_of(self, place: int, *, gradients: bool = False) -> list[Tensor]:
-        """One set, or its gradients, `[n, H, K / sets, r, D]` for each stack and factor; views."""
-        size = self.num_skills // self.num_sets
-        found = []
+        """The skills of one set, or their gradients, for each stack and factor.
+
+        Args:
+            place: the number of the set.
+            gradients: return the gradients of the skills instead.
+
+        Returns:
+            Views `[n, H, K / sets, r, D]`.
+        """
+        views = []
         for stack in self.stacks:
             for factor in self.factor_names:
                 skills = self._stacks_of(factor)[stack.key]
                 whole = skills.grad if gradients else skills
                 assert whole is not None
-                found.append(whole[:, :, place * size : (place + 1) * size])
-        return found
+                views.append(self._set_of(whole, place))
+        return views
+
+    def _set_of(self, skills: Tensor, place: int) -> Tensor:
+        size = self.num_skills // self.num_sets
+        return skills[:, :, place * size : (place + 1) * size]
 
     @torch.no_grad()
     def redraw_set(self, place: int, seed: int) -> None:
-        """Draw one set afresh, as `reset_parameters` does, whatever device it is on."""
+        """Draw one set again, as `reset_parameters` does, with the same numbers on every device."""
         generator = torch.Generator().manual_seed(seed)
         pairs = [(stack, factor) for stack in self.stacks for factor in self.factor_names]
         for skills, (stack, factor) in zip(self.skills_of(place), pairs, strict=True):
@@ -166,21 +184,20 @@ class Inventory(nn.Module):
         skill: int | None = None,
         mixture: Sequence[Tensor] | None = None,
     ) -> None:
-        """Overwrite one set by what another inventory of the same layers holds.
+        """Overwrite one set with skills of another inventory of the same layers.
 
         Args:
-            place: the set.
-            source: all of its skills are copied where a set has as many; where a set has one skill,
-                it becomes `skill` of the source, their `mixture`, or the mean of all.
+            place: the number of the set.
+            source: the other inventory. If a set has as many skills as it, all are copied. If a
+                set has one skill, that becomes `skill` of the source, their `mixture`, or the mean
+                of all.
             skill: see `source`.
-            mixture: for each stack the weights `[n, H, K]` of each of its layers.
+            mixture: for each stack the weights `[n, H, K]` of its layers.
         """
         for number, stack in enumerate(source.stacks):
             weights = None if mixture is None else mixture[number].unsqueeze(0)
             for factor in source.factor_names:
-                mine = self._stacks_of(factor)[stack.key]
-                size = self.num_skills // self.num_sets
-                own = mine[:, :, place * size : (place + 1) * size]
+                own = self._set_of(self._stacks_of(factor)[stack.key], place)
                 skills = source._stacks_of(factor)[stack.key]
                 own.copy_(
                     skills
@@ -201,7 +218,7 @@ class Inventory(nn.Module):
         if weights is not None:
             return mix_skills(skills, weights, None).unsqueeze(1)
         one = skills.mean(2, keepdim=True) if skill is None else skills[:, :, [skill]]
-        # The heads of a mean are blocks of one plain adapter.
+        # Side by side, the heads of one skill are one plain adapter.
         return one.permute(0, 2, 3, 1, 4).reshape(n, 1, 1, rank, heads * block)
 
     def mix(
@@ -217,24 +234,25 @@ class Inventory(nn.Module):
 
             A_u[h] = sum_k w[u, h, k] A[h, k],   B_u[h] = alpha/r sum_k w[u, h, k] B[h, k]
 
-        The blocks of A are stacked along the input, those of B along the output (MHR; with one head
-        it is Poly). A and B are averaged apart, so the result has rank r.
+        The blocks of A are stacked along the input, those of B along the output. This is MHR
+        (Caccia et al., 2023), and with one head Poly (Ponti et al., 2022). A and B are averaged
+        separately, so the result has rank r.
 
-        With `combine="output"` what the skills add is averaged instead, so the result has rank K r:
+        With `combine="output"` the updates are averaged instead, so the result has rank K r:
 
             A_u = [A_1 ... A_K],   B_u[h] = alpha/r [w[u, h, 1] B[h, 1] ... w[u, h, K] B[h, K]]
 
         Args:
-            weights: `[U, N, H, K]`, N routers, K the skills of one set; None takes the only skill
-                of the set whole.
+            weights: `[U, N, H, K]`, where K counts the skills of one set; None takes the only
+                skill of each task's set whole.
             routers: for each stack `[n]`, the router of each of its layers.
-            sets: `[U]`, the set of each task; None mixes over all skills there are.
-            gather: `[B]`, which of the U results each example uses; None where U is 1 or the
-                examples are the U rows themselves.
-            dtype: of the result; default that of the skills.
+            sets: `[U]`, the set of each task; None mixes all skills.
+            gather: `[B]`, the place among the U results of the one that each example uses; None if
+                U is 1, or if the U results are those of the examples in order.
+            dtype: type of the result; default that of the skills.
 
         Returns:
-            For every site its factors; without the leading axis where U is 1.
+            The factors of every site, without the leading axis if U is 1.
         """
         out: list[list[Tensor]] = [[] for _ in self.sites]
         for stack, router in zip(self.stacks, routers, strict=True):
@@ -245,9 +263,9 @@ class Inventory(nn.Module):
                 if mixed.shape[1] == 1:
                     mixed = mixed.squeeze(1)
                 elif gather is not None:
-                    # One gather for all layers of the stack instead of one in each layer.
+                    # Gather once for all layers of the stack, not once in each layer.
                     mixed = mixed.index_select(1, gather)
-                # unbind once: indexing layer by layer costs a zero-filled copy each in backward.
+                # Unbind once: indexing layer by layer costs a zero-filled copy each in backward.
                 for site, one in zip(stack.sites, mixed.unbind(0), strict=True):
                     out[site].append(one)
         return [
@@ -258,7 +276,10 @@ class Inventory(nn.Module):
     def _mixed(
         self, stack: Stack, factor: str, weights: Tensor | None, router: Tensor, sets: Tensor | None
     ) -> Tensor:
-        """One factor of all layers of a stack, `[n, U, r, H D]`, scale included."""
+        """One factor of all layers of a stack, `[n, U, r, H D]`, scale included.
+
+        The arguments are those of `mix`.
+        """
         skills = self._stacks_of(factor)[stack.key]
         scale = self.scale if factor == "lora_b" else 1.0
         if weights is None:
@@ -282,13 +303,13 @@ class Inventory(nn.Module):
         """The skills of one site, mixed by a gate while the layer runs.
 
         Args:
-            site: its place in the list of sites.
+            site: the place of the site in the list of sites.
             gate: weights over H heads and K skills, or a function that computes them from the
-                layer's input; see `polyroute.layer.gated.weights_of_tokens`. In output space it may
-                give one head, or any number that divides the output.
-            per_example: whether the gate is `[B, H, K]`.
-            top_k: at most so many weights of a token are not zero.
-            dtype: of the skills.
+                layer's input; see `polyroute.layer.gated.weights_of_tokens`. In output space the
+                weights may have any number of heads that divides the layer's output width.
+            per_example: whether the gate is `[B, H, K]`, the weights of each example.
+            top_k: the largest number of weights of a token that are not zero; None if unknown.
+            dtype: type that the skills are cast to; default their own.
 
         Raises:
             InputError: the skills are (IA)^3.
@@ -307,10 +328,10 @@ class Inventory(nn.Module):
 
     @torch.no_grad()
     def average(self) -> None:
-        """Replace the skills, in place, by the uniform mixture as the only skill, with one head.
+        """Replace the skills, in place, by their uniform mixture as the only skill, with one head.
 
-        The result computes what the uniform mixture computes (Poly-mu, MHR-mu), with 1/K of the
-        parameters. In output space it takes all of them: one skill of rank K r.
+        It computes what the uniform mixture computes (Poly-mu, MHR-mu) with 1/K of the parameters.
+        In output space it has as many parameters as before: it is one skill of rank K r.
         """
         for stack in self.stacks:
             for factor in self.factor_names:
@@ -322,12 +343,15 @@ class Inventory(nn.Module):
 
     @property
     def rank_of_average(self) -> int:
-        """The rank of the average of all skills, and of every mixture of them."""
+        """The rank of the average of all skills, and of every other mixture of them."""
         return self.rank * (self.num_skills if self.combine == "output" else 1)
 
     @torch.no_grad()
     def add_skill(self, source: int | None) -> None:
-        """Append one skill: a copy of skill `source`, or the mean of all (None)."""
+        """Append one skill, in place: a copy of skill `source`, or the mean of all if it is None.
+
+        If there are no skills, it is a new one, as `reset_parameters` makes it.
+        """
         for stack in self.stacks:
             for factor in self.factor_names:
                 stacks = self._stacks_of(factor)
@@ -344,7 +368,7 @@ class Inventory(nn.Module):
 
     @torch.no_grad()
     def keep_skills(self, skills: Sequence[int]) -> None:
-        """Drop every skill but these, in place, in this order."""
+        """Drop all other skills, in place, and put these in the given order."""
         for stack in self.stacks:
             for factor in self.factor_names:
                 stacks = self._stacks_of(factor)
@@ -352,7 +376,10 @@ class Inventory(nn.Module):
         self.num_skills = len(skills)
 
     def site_tensors(self, site: int) -> dict[str, Tensor]:
-        """The skills of one layer in the published layout, which checkpoints use.
+        """The skills of one layer in the layout of the published checkpoints.
+
+        Args:
+            site: the place of the layer in the list of sites.
 
         Returns:
             `lora_a` `[H, K, d_in/H, r]` and `lora_b` `[H, K, r, d_out/H]`, or `ia3`
@@ -367,9 +394,9 @@ class Inventory(nn.Module):
 
 
 def _plain(site: Site, factors: Sequence[Tensor], *, is_ia3: bool) -> PlainFactors:
-    """The factors of a site; units that the layer was given since have no update."""
-    missing = site.out_features - site.d_out
+    """The factors of a site; output units that were added to the layer later have no update."""
+    added = site.out_features - site.d_out
     last = factors[-1]
-    if missing:
-        last = pad(last, (0, missing), value=1.0 if is_ia3 else 0.0)
+    if added:
+        last = pad(last, (0, added), value=1.0 if is_ia3 else 0.0)
     return IA3Factors(last) if is_ia3 else LoRAFactors(factors[0], last)

@@ -1,4 +1,4 @@
-"""From the tasks of a batch to what its layers apply: the rule, mixed factors, and their cache."""
+"""The mixer: from the route of a forward to the mixture that its layers apply."""
 
 from collections import OrderedDict
 from collections.abc import Sequence
@@ -23,19 +23,29 @@ from polyroute.routes.weights import anneal, skill_weights
 __all__ = ["Mixer"]
 
 CACHED_MIXTURES = 2
+"""The number of mixtures that are kept."""
 
 
 class Mixer(nn.Module):
-    """Makes, once per forward, what all layers apply for the tasks of the batch.
+    """Makes, once per forward, the mixture that all layers apply for the tasks of the batch.
 
-    Where the rule depends on the task alone, the skills are mixed for the distinct tasks of the
-    batch. Without gradients such a mixture is kept until a parameter changes (in place, by a load,
-    or by a move to another device) or the mode changes between training and evaluation.
+    If the rule depends on the task alone, the skills are mixed for the distinct tasks of the batch.
+    A mixture without gradients is kept until a parameter changes (in place, by a load, or by a move
+    to another device) or the mode changes between training and evaluation.
+
+    Args:
+        config: the settings of the adapter.
+        inventory: the skills.
+        table: the tasks and, if they are routed by learned logits, their rows.
+        rule: chooses skills for a batch.
+        routers: the names of the routers, in the order of the first axis of a row.
+        router_of_site: the number of each site's router.
 
     Attributes:
-        anneal_progress: 0 routes as learned, 1 uniformly; a trainer sets it.
-        routers: their names, in the order of the table's first axis.
-        router_of_site: each site's router.
+        config: as given; phase `mu` replaces it.
+        routers: as given.
+        router_of_site: as given.
+        anneal_progress: 0 mixes as learned, 1 uniformly; a trainer sets it.
         is_recording: whether rules keep their gates.
     """
 
@@ -50,7 +60,7 @@ class Mixer(nn.Module):
     ) -> None:
         super().__init__()
         self.config = config
-        # A tuple, so that torch does not register here what the model owns.
+        # In a tuple, because torch would register them here as well as in the model.
         self._parts = (inventory, table, rule)
         self._has_several_devices = len({site.device for site in inventory.sites}) > 1
         self.router_of_site = tuple(router_of_site)
@@ -66,47 +76,50 @@ class Mixer(nn.Module):
 
     @property
     def table(self) -> RoutingTable:
-        """The tasks, and where they have any their rows."""
+        """The tasks and, if they are routed by learned logits, their rows."""
         return self._parts[1]
 
     @property
     def rule(self) -> RouteRule:
-        """What chooses."""
+        """The rule, which chooses skills for a batch."""
         return self._parts[2]
 
     @property
     def sites(self) -> tuple[Site, ...]:
-        """The layers that it mixes for."""
+        """The adapted layers."""
         return self.inventory.sites
 
     @property
     def shape(self) -> tuple[int, int, int]:
-        """How many routers, heads and skills there are: `(N, H, K)`, K the skills of one set."""
+        """The numbers of routers, of heads and of skills in one set: `(N, H, K)`."""
         inventory = self.inventory
         return len(self.routers), inventory.heads, inventory.num_skills // inventory.num_sets
 
     @property
     def device(self) -> torch.device:
-        """Where the skills are, and where they are mixed."""
+        """The device that holds the skills and mixes them."""
         return next(self.inventory.parameters()).device
 
     def learned(self) -> list[nn.Parameter]:
-        """Everything that can train: the skills, the table (or its touched rows), the rule."""
+        """All parameters that can train: of the skills, the rule, the table or its touched rows."""
         return [*self.inventory.parameters(), *self.table.parameters(), *self.rule.parameters()]
 
     def become(self, config: MHRConfig, rule: RouteRule) -> None:
-        """Go on with another rule over the same, changed, inventory."""
+        """Replace the settings and the rule, in place, after the inventory was changed."""
         self.config = config
         self._parts = (self.inventory, self.table, rule)
 
     def forget(self) -> None:
-        """Forget what was mixed."""
+        """Drop the kept mixtures."""
         self._cache.clear()
 
     def train(self, mode: bool = True) -> Self:
-        """Switch the mode; on a change, forget what was mixed, since `.data` leaves no trace."""
+        """Switch the mode; a change drops the kept mixtures.
+
+        This catches changes through `.data`, which parameters do not record.
+        """
         if mode != self.training:
-            self._cache.clear()
+            self.forget()
         return super().train(mode)
 
     # ---------------------------------------------------------------- tasks
@@ -120,8 +133,8 @@ class Mixer(nn.Module):
             values = init
             if self.table.logits is None:
                 raise InputError(
-                    f"method {self.config.method!r} has no routing logits: "
-                    "init must be 'uniform' or a task name"
+                    f"tasks of method {self.config.method!r} have no routing logits: init must be "
+                    "'uniform' or a task name"
                 )
         elif init not in ("uniform", MU):
             source = self.table.row(init)
@@ -133,7 +146,7 @@ class Mixer(nn.Module):
         return rows
 
     def keep_tasks(self, names: Sequence[str]) -> None:
-        """Drop every task but these; see `RoutedModel.keep_tasks`."""
+        """Drop all other tasks; see `RoutedModel.keep_tasks`."""
         _check_list(names)
         rows = self.table.keep(tuple(names))
         if self.rule.owns_skills:
@@ -142,15 +155,16 @@ class Mixer(nn.Module):
     # ---------------------------------------------------------------- one forward
 
     def mixture(self, route: Route | None, *, training: bool, mask: Tensor | None) -> Mixture:
-        """What the layers apply for a batch.
+        """What the layers apply in one forward.
 
         Args:
-            route: the tasks; None where no route is open.
-            training: whether gates are noisy, where the configuration says so.
-            mask: the attention mask of the call.
+            route: what the open block routes; None if no block is open.
+            training: whether gates are noisy, provided the settings ask for noise.
+            mask: the attention mask of the base model's call; None without one.
 
         Raises:
-            InputError: the skills are on the meta device, or no task is named and one is needed.
+            InputError: the skills are on the meta device, or the rule needs tasks and `route` is
+                None.
         """
         if route is None:
             if self.rule.needs_tasks:
@@ -169,15 +183,15 @@ class Mixer(nn.Module):
             return self._fixed(route, dtype, training=training)
         batch = Batch(route, mask, training, dtype, self.is_recording)
         segments = None if route is None else route.segments
-        return self._whole(self.rule.factors(batch, self), segments)
+        return self._mixture_of(self.rule.factors(batch, self), segments)
 
     def _fixed(self, route: Route, dtype: torch.dtype, *, training: bool) -> Mixture:
-        """The mixture of a rule that depends on the tasks alone, kept where nothing trains."""
+        """The mixture of rows of the table, which is kept unless something trains."""
         is_noisy = training and self.config.noisy_in_training
         trains = torch.is_grad_enabled() and any(p.requires_grad for p in self.learned())
         if trains or is_noisy:
             per_example = is_noisy and route.per_example
-            return self._mix(route, dtype, training=training, per_example=per_example)
+            return self._mix_route(route, dtype, training=training, per_example=per_example)
         stamp = (
             [(id(p), p._version, p.data_ptr()) for p in self.learned()],
             self.anneal_progress,
@@ -186,9 +200,9 @@ class Mixer(nn.Module):
         cached = self._cache.get(key)
         if cached is not None and cached[0] == stamp:
             return cached[1]
-        # Not in inference mode: what is kept may later meet autograd.
+        # Not in inference mode, because autograd may use a kept mixture later.
         with torch.inference_mode(False), torch.no_grad():
-            mixture = self._mix(route, dtype)
+            mixture = self._mix_route(route, dtype)
         self._cache[key] = (stamp, mixture)
         while len(self._cache) > CACHED_MIXTURES:
             self._cache.popitem(last=False)
@@ -204,7 +218,7 @@ class Mixer(nn.Module):
             raise InputError(
                 "the skills are on the meta device, where they have no values: give the model "
                 "memory with to_empty(device=...), load the base model's weights, then fill the "
-                "skills with load_adapter(folder) or set_phase('random')"
+                "skills by load_adapter(folder) or set_phase('random')"
             )
 
     def _compute_dtype(self) -> torch.dtype:
@@ -212,7 +226,7 @@ class Mixer(nn.Module):
             return torch.get_autocast_dtype(self.device.type)
         return self.sites[0].dtype
 
-    def _mix(
+    def _mix_route(
         self,
         route: Route,
         dtype: torch.dtype,
@@ -222,17 +236,17 @@ class Mixer(nn.Module):
     ) -> Mixture:
         rows = route.rows
         assert rows is not None
-        # With noise every example has a mixture of its own, else every distinct task has.
+        # With noise each example has a mixture of its own; otherwise each distinct task has one.
         distinct = list(rows) if per_example else list(dict.fromkeys(rows))
         gather = None
         if 1 < len(distinct) < len(rows):
             position = {row: i for i, row in enumerate(distinct)}
             gather = index_on(self.device, tuple(position[row] for row in rows))
         with torch.autocast(self.device.type, enabled=False):
-            factors = self._mixed_rows(distinct, dtype, training=training, gather=gather)
-        return self._whole(factors, route.segments)
+            factors = self._mix_rows(distinct, dtype, training=training, gather=gather)
+        return self._mixture_of(factors, route.segments)
 
-    def _mixed_rows(
+    def _mix_rows(
         self,
         rows: Sequence[int],
         dtype: torch.dtype,
@@ -243,11 +257,11 @@ class Mixer(nn.Module):
         if self.rule.is_fixed:
             choice = self.rule.choose(rows, self, training=training)
             weights, sets = choice.weights, choice.sets
-        else:  # the average alone, which every rule has
+        else:  # `rows` hold the average alone, which does not depend on the rule
             weights, sets = self.uniform(len(rows)), None
         return self.inventory.mix(weights, self._routers, sets=sets, gather=gather, dtype=dtype)
 
-    def _whole(self, factors: Sequence[Factors], segments: Segments | None) -> Mixture:
+    def _mixture_of(self, factors: Sequence[Factors], segments: Segments | None) -> Mixture:
         if self._has_several_devices:
             factors = [f.to(site.device) for f, site in zip(factors, self.sites, strict=True)]
         count = factors[0].num_examples
@@ -256,11 +270,11 @@ class Mixer(nn.Module):
     # ---------------------------------------------------------------- for rules
 
     def mix(self, weights: Tensor, batch: Batch) -> Sequence[Factors]:
-        """What each site applies, for weights that are known before the layers run.
+        """The factors of each site, for weights that are known before the layers run.
 
         Args:
             weights: `[B, N, H, K]`, one mixture for each example, or `[1, N, H, K]` for all.
-            batch: of the forward.
+            batch: the batch of the forward.
         """
         with torch.autocast(self.device.type, enabled=False):
             exact = self.exact(weights)
@@ -275,9 +289,10 @@ class Mixer(nn.Module):
         per_example: bool = False,
         top_k: int | None = None,
     ) -> Factors:
-        """What one site applies, for weights that are a function of its input.
+        """The factors of one site, for weights that are a function of its input.
 
-        The arguments are those of `polyroute.routes.inventory.Inventory.gated`.
+        The arguments are those of `polyroute.routes.inventory.Inventory.gated`, with the batch of
+        the forward in place of a type.
         """
         return self.inventory.gated(
             site, gate, per_example=per_example, top_k=top_k, dtype=batch.dtype
@@ -289,7 +304,7 @@ class Mixer(nn.Module):
         return parameter.new_full((count, *self.shape), 1.0 / self.shape[-1])
 
     def exact(self, numbers: Tensor) -> Tensor:
-        """Numbers in the type that routes are computed in: fp32, or fp64 where the skills are."""
+        """Numbers in the type that weights are computed in: fp32, or fp64 if the skills are."""
         return numbers.to(torch.promote_types(self._exact_dtype, numbers.dtype))
 
     @property
@@ -300,7 +315,7 @@ class Mixer(nn.Module):
     @property
     def _routers(self) -> list[Tensor]:
         """For each stack `[n]`, the router of each of its layers."""
-        # No buffers: what torch moves from the meta device has lost its values.
+        # Not kept as buffers, because a buffer loses its values on the way from the meta device.
         router = self.router_of_site
         return [
             index_on(self.device, tuple(router[site] for site in stack.sites))
@@ -311,7 +326,13 @@ class Mixer(nn.Module):
 
     @torch.no_grad()
     def weights_of(self, row: int) -> Tensor | None:
-        """The weights of one table row in evaluation, `[N, H, K]`; None where nothing is mixed.
+        """The weights of one row of the table in evaluation, `[N, H, K]`.
+
+        Args:
+            row: its number, or `MU_ROW`.
+
+        Returns:
+            The weights; None if the rule takes a skill whole.
 
         Raises:
             InputError: the rule looks at more than the task.
@@ -322,30 +343,35 @@ class Mixer(nn.Module):
         weights = self.rule.choose([row], self, training=False).weights
         return None if weights is None else weights[0]
 
-    def weights_from(self, logits: Tensor) -> Tensor:
-        """The weights in evaluation that logits `[..., N, H, K]` stand for."""
-        weights = skill_weights(self.exact(logits), self.config, training=False)
+    def weights_from(self, logits: Tensor, *, training: bool = False) -> Tensor:
+        """The weights that logits `[..., N, H, K]` give, annealed by `anneal_progress`.
+
+        Args:
+            logits: as in the rows of the table.
+            training: whether gates are noisy, provided the settings ask for noise.
+        """
+        weights = skill_weights(self.exact(logits), self.config, training=training)
         return anneal(weights, self.anneal_progress) if self.anneal_progress else weights
 
     def by_stack(self, weights: Tensor) -> list[Tensor]:
-        """Weights `[N, H, K]` of the routers as those of the layers: for each stack `[n, H, K]`."""
+        """The weights `[N, H, K]` of routers as weights `[n, H, K]` of the layers of each stack."""
         return [weights.index_select(0, router) for router in self._routers]
 
     @torch.no_grad()
-    def factors_of(self, row: int, what: str = "exported") -> Sequence[PlainFactors]:
-        """What each site applies for one table row in evaluation, in fp32 at least.
+    def factors_of(self, row: int, use: str = "exported") -> Sequence[PlainFactors]:
+        """The factors of each site for one row of the table in evaluation, in fp32 at least.
 
         Args:
             row: its number, or `MU_ROW`.
-            what: what is to be done with the adapter, for the message.
+            use: the use of the adapter, such as `"merged"`, for the message.
 
         Raises:
             InputError: the rule looks at more than the task, so there is no such adapter.
         """
         self.check_memory()
         if row != MU_ROW:
-            self.rule.check_fixed(what)
-        return self._mixed_rows([row], self._exact_dtype)
+            self.rule.check_fixed(use)
+        return self._mix_rows([row], self._exact_dtype)
 
 
 def _check_list(names: object) -> None:

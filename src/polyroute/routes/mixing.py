@@ -1,4 +1,4 @@
-"""Mixing the skills of a stack of layers: averaged, one after another, or taken whole.
+"""Mixing the skills of a stack of layers: they are averaged, stacked, or taken whole.
 
 Shape letters: n layers of the stack, U distinct tasks, H heads, K skills, r rank, D width of a
 head's block.
@@ -13,12 +13,12 @@ __all__ = ["mix_skills", "pick_skills", "stack_skills"]
 
 
 def mix_skills(skills: Tensor, w_UnHK: Tensor, sets: Tensor | None) -> Tensor:
-    """Skills averaged: `[n, H, K, r, D]` to `[n, U, r, H D]`.
+    """Average skills by their weights: `[n, H, K, r, D]` to `[n, U, r, H D]`.
 
     Args:
-        skills: of the layers of one stack; with sets, the skills of all sets one after another.
-        w_UnHK: the weights, over the skills of one set.
-        sets: `[U]`, the set that each task mixes; None mixes over all skills.
+        skills: the skills of one stack; those of several sets lie one after another.
+        w_UnHK: the weights over the skills of one set.
+        sets: `[U]`, the set that each task mixes; None mixes all skills.
     """
     n, heads, _, rank, block = skills.shape
     rows, count = w_UnHK.shape[0], w_UnHK.shape[-1]
@@ -33,7 +33,7 @@ def mix_skills(skills: Tensor, w_UnHK: Tensor, sets: Tensor | None) -> Tensor:
 
 
 def stack_skills(skills: Tensor, w_UnHK: Tensor, sets: Tensor | None) -> Tensor:
-    """Weighted skills one after another: `[n, H, K, r, D]` to `[n, U, K r, H D]`.
+    """Stack weighted skills along the rank: `[n, H, K, r, D]` to `[n, U, K r, H D]`.
 
     The arguments are those of `mix_skills`.
     """
@@ -49,12 +49,12 @@ def stack_skills(skills: Tensor, w_UnHK: Tensor, sets: Tensor | None) -> Tensor:
 
 
 def pick_skills(skills: Tensor, sets: Tensor, scale: float) -> Tensor:
-    """Skills taken whole: `[n, H, K, r, D]` to `[n, U, r, H D]`.
+    """Take one skill whole for each task: `[n, H, K, r, D]` to `[n, U, r, H D]`.
 
     Args:
-        skills: of the layers of one stack.
+        skills: the skills of one stack.
         sets: `[U]`, the skill that each task takes.
-        scale: what the result is multiplied with.
+        scale: the factor that the result is multiplied by.
     """
     picked = skills.index_select(2, sets)
     n, heads, rows, rank, block = picked.shape

@@ -10,28 +10,28 @@ from polyroute.routes.weights import skill_weights
 __all__ = ["nearest_rows"]
 
 COMPARED_AT_ONCE = 2**22
-"""Numbers of the table of which a copy is held at any time."""
+"""The most numbers of the table that are copied at any time."""
 
 
 @torch.no_grad()
 def nearest_rows(
     logits: Tensor, row: Tensor, own: int, config: MHRConfig, k: int
 ) -> list[tuple[int, float]]:
-    """The rows of a table that mix skills most alike.
+    """The rows of a table that mix skills most like a given row.
 
-    Mixing weights are compared, not logits, because weights are what a row does: logits that differ
-    by much where the sigmoid is flat do the same. The mean over all rows is taken out first, since
-    what all tasks share does not tell which are alike.
+    Weights are compared, not logits, because only weights have an effect: where the sigmoid is
+    flat, very different logits give nearly the same weights. The mean over all rows is subtracted
+    first, because what all tasks have in common does not tell them apart.
 
     Args:
         logits: the table, `[T, N, H, K]`.
-        row: logits `[N, H, K]` to compare it with.
-        own: the place of that row in the table, which is left out; -1 where it has none.
-        config: says what weights a row gives.
-        k: how many.
+        row: the logits `[N, H, K]` that the rows are compared with.
+        own: the number of that row in the table, which is left out; -1 if it is not in the table.
+        config: decides which weights logits give.
+        k: the largest number of rows to return.
 
     Returns:
-        Up to k pairs of a place and a cosine in -1 to 1, best first.
+        Up to k pairs of a row number and a cosine in -1 to 1, best first.
     """
     count = len(logits) - (own >= 0)
     if count < 1:
@@ -49,7 +49,7 @@ def nearest_rows(
     mean = (total / len(logits)).to(weights_1W.dtype)
     query = normalize(weights_1W - mean, dim=-1)[0]
     found = torch.cat([normalize(weights(chunk) - mean, dim=-1) @ query for chunk in chunks])
-    found.clamp_(-1.0, 1.0)  # rounding
+    found.clamp_(-1.0, 1.0)  # rounding may exceed the bounds
     if own >= 0:
         found[own] = -torch.inf
     best = found.topk(min(k, count))

@@ -1,4 +1,4 @@
-"""Phases: what trains, by which optimizer groups."""
+"""Phases of training: which parameters train, and their parameter groups for an optimizer."""
 
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
@@ -14,32 +14,36 @@ from polyroute.routes.row_optimizer import RowAdamW
 from polyroute.routes.table_rules import SharedRule
 from polyroute.settings import named, number
 
-__all__ = ["check_phase", "param_groups", "row_optimizer", "start_phase"]
+__all__ = ["check_phase", "check_rates", "param_groups", "row_optimizer", "start_phase"]
 
 
 def check_phase(mixer: Mixer, phase: Phase) -> None:
     """Make sure that a task could be trained in a phase.
 
     Raises:
-        InputError: there is no such phase, or nothing to train in it.
+        InputError: there is no such phase, or the model has nothing that it trains.
     """
     named(get_args(Phase))("phase", phase)
     method, rule = mixer.config.method, mixer.rule
     if phase == "z" and mixer.table.logits is None and not list(rule.parameters()):
         raise InputError(
-            f"phase 'z' trains routing, and method {method!r} has none here; use 'full' or 'mu'"
+            f"phase 'z' trains routing logits, and this model of method {method!r} has none here: "
+            "use phase 'full' or 'mu'"
         )
     if phase == "mu-uncollapsed" and not rule.has_table:
         raise InputError(
-            f"phase 'mu-uncollapsed' averages routed skills, and method {method!r} does not "
-            "route; use 'mu'"
+            f"phase 'mu-uncollapsed' averages routed skills, and method {method!r} does not route "
+            "any: use phase 'mu'"
         )
     if phase == "mu" and mixer.inventory.num_skills == 0:
         raise InputError("no private adapter is left to average: add a task first")
 
 
 def start_phase(mixer: Mixer, phase: Phase) -> None:
-    """Choose what trains, in place; see `RoutedModel.set_phase`."""
+    """Prepare the skills and the table for a phase, in place, and choose the parameters that train.
+
+    `RoutedModel.set_phase` describes the phases.
+    """
     if phase == "mu":
         _collapse(mixer)
     elif phase == "mu-uncollapsed":
@@ -51,8 +55,8 @@ def start_phase(mixer: Mixer, phase: Phase) -> None:
     mixer.anneal_progress = 0.0
     mixer.table.train_whole()
     mixer.inventory.requires_grad_(phase != "z")
-    for routing in (mixer.table, mixer.rule):
-        routing.requires_grad_(phase in ("full", "z", "random"))
+    for part in (mixer.table, mixer.rule):
+        part.requires_grad_(phase in ("full", "z", "random"))
 
 
 def _collapse(mixer: Mixer) -> None:
@@ -67,15 +71,11 @@ def _collapse(mixer: Mixer) -> None:
     mixer.become(config, SharedRule())
 
 
-def param_groups(
-    mixer: Mixer, rates: Mapping[str, Any], modules: Iterable[nn.Module] = ()
-) -> list[dict[str, Any]]:
-    """The parameter groups of what trains now; see `RoutedModel.param_groups`.
+def check_rates(rates: Mapping[str, Any]) -> None:
+    """Make sure that learning rates and weight decays can be used.
 
     Args:
-        mixer: what trains.
         rates: `lr`, `route_lr`, `weight_decay`, `route_weight_decay`.
-        modules: whole modules of the base model that train, at the rate of the skills.
 
     Raises:
         InputError: a rate is not positive and finite, or a decay is negative.
@@ -84,32 +84,49 @@ def param_groups(
         number(above=0)(name, _plain(rates[name]))
     for name in ("weight_decay", "route_weight_decay"):
         number(least=0)(name, _plain(rates[name]))
+
+
+def param_groups(
+    mixer: Mixer, rates: Mapping[str, Any], modules: Iterable[nn.Module]
+) -> list[dict[str, Any]]:
+    """The parameter groups of everything that trains now; see `RoutedModel.param_groups`.
+
+    Args:
+        mixer: has the skills, the table and the rule.
+        rates: as in `check_rates`.
+        modules: whole modules of the base model that train, at the rate of the skills.
+    """
     mixer.table.train_whole()
     groups = [
         ("skills", mixer.inventory, rates["lr"], rates["weight_decay"]),
         ("modules", nn.ModuleList(modules), rates["lr"], rates["weight_decay"]),
-        # A rule's parameters are those of an ordinary module: they learn at the rate of the skills.
+        # A rule's own parameters are not logits of tasks, so they learn at the rate of the skills.
         ("rule", mixer.rule, rates["lr"], rates["weight_decay"]),
         ("routes", mixer.table, rates["route_lr"], rates["route_weight_decay"]),
     ]
     return [
-        {"name": name, "params": trained, "lr": rate, "weight_decay": decay}
+        {"name": name, "params": parameters, "lr": rate, "weight_decay": decay}
         for name, module, rate, decay in groups
-        if (trained := [p for p in module.parameters() if p.requires_grad])
+        if (parameters := [p for p in module.parameters() if p.requires_grad])
     ]
 
 
 def row_optimizer(
     mixer: Mixer, groups: list[dict[str, Any]], **options: Any
 ) -> torch.optim.Optimizer:
-    """AdamW over parameter groups, by rows where the table trains; see `RoutedModel.optimizer`."""
-    routed = [group for group in groups if group["name"] == "routes"]
-    if not routed:
+    """AdamW over parameter groups; if the table trains, it trains by rows.
+
+    Args:
+        mixer: has the table.
+        groups: made by `param_groups`; the group `routes`, if there is one, is changed in place.
+        **options: options of the optimizer, `betas` and `eps`.
+    """
+    if not any(group["name"] == "routes" for group in groups):
         return torch.optim.AdamW(groups, **options)
-    routed[0]["params"] = [mixer.table.train_by_rows()]
+    groups[-1]["params"] = [mixer.table.train_by_rows()]
     return RowAdamW(groups, mixer.table, **options)
 
 
 def _plain(value: Any) -> Any:
-    # Optimizers take a rate as a tensor too.
+    # Optimizers also take a tensor as a rate.
     return float(value) if isinstance(value, Tensor) else value

@@ -1,16 +1,16 @@
 """AdamW for an inventory whose routing table is trained by rows.
 
-The skills are stepped as `torch.optim.AdamW` steps them. In the table every row is a parameter of
-its own, with moments, bias correction and decay of its own, and a clock that ticks only at steps
-in which the row is in the batch. So
+Skills take the steps of `torch.optim.AdamW`. In the table every row is a parameter of its own, with
+its own moments, bias correction and weight decay, and with a step count of its own that grows only
+at steps whose batch contains the row. Therefore
 
 - a row that is in every batch moves exactly as under `torch.optim.AdamW`;
-- a row that is in some batches moves exactly as if `torch.optim.AdamW` had been run on these
-  steps alone.
+- a row that is in some batches moves exactly as if `torch.optim.AdamW` had run on these steps
+  alone.
 
-That is the only difference: dense AdamW also moves a row by its momentum and decays it at steps
-whose batch it is not in, and shrinks its moments then. A step costs the rows of its batch, whatever
-the size of the table, and only rows that have trained take memory for their moments.
+This is the only difference. At a step whose batch lacks a row, dense AdamW would also move the row
+by its momentum, decay it and shrink its moments. The cost of a step depends on the rows of its
+batch, not on the size of the table, and only rows that have trained take memory for their moments.
 """
 
 from collections.abc import Callable, Mapping
@@ -29,16 +29,16 @@ MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
 class RowAdamW(torch.optim.Optimizer):
-    """AdamW with one clock per row of the routing table; made by `RoutedModel.optimizer`.
+    """AdamW with a step count for each row of the routing table; made by `RoutedModel.optimizer`.
 
-    Gradients accumulate over forwards and backwards until `step`, which uses them up. Tasks may be
-    added and dropped between steps. Everything is in `state_dict`, by row number; the moments come
-    as `[n, N * H * K]` for the n rows that have trained.
+    Gradients accumulate over forwards and backwards until `step` uses them. Tasks may be added and
+    dropped between steps. `state_dict` holds the whole state, by row number, with moments
+    `[n, N * H * K]` of the n rows that have trained.
 
     Args:
-        groups: as `RoutedModel.param_groups` gives them; the last is named `routes`, and its
-            parameter is `routes.touched`.
-        routes: the table, trained by rows.
+        groups: as `RoutedModel.param_groups` makes them; the last one is named `routes`, and its
+            parameter is `table.touched`.
+        table: the routing table, trained by rows.
         betas: decay rates of the two moments.
         eps: added to the root of the second moment.
     """
@@ -46,18 +46,19 @@ class RowAdamW(torch.optim.Optimizer):
     def __init__(
         self,
         groups: list[dict[str, Any]],
-        routes: RoutingTable,
+        table: RoutingTable,
         *,
         betas: tuple[float, float],
         eps: float,
     ) -> None:
-        self._routes = routes
+        self._table = table
         width = groups[-1]["params"][0].shape[1]
         self._moments = {name: torch.empty(0, width) for name in MOMENTS}
-        """`[C, N * H * K]` each, for C places of which the first `_used` are taken."""
+        """Both moments, `[C, N * H * K]`, with C places for rows."""
         self._clocks = torch.empty(0)
-        """`[C]`, on the host as torch's own step counts are."""
+        """The step counts, `[C]`, on the host as those of torch are."""
         self._used = 0
+        """The number of places that are taken, which are the first ones."""
         super().__init__(groups, {"betas": betas, "eps": eps})
 
     @torch.no_grad()
@@ -65,10 +66,10 @@ class RowAdamW(torch.optim.Optimizer):
         """Move the skills, and the rows with a gradient since the last step.
 
         Args:
-            closure: computes the loss and its gradients anew, as for any torch optimizer.
+            closure: computes the loss and its gradients again, as for any torch optimizer.
 
         Raises:
-            InputError: another optimizer or phase was made for the model since.
+            InputError: the model's phase, parameter groups or optimizer were set again since.
         """
         loss = None
         if closure is not None:
@@ -98,37 +99,37 @@ class RowAdamW(torch.optim.Optimizer):
         )
 
     def _step_rows(self, group: dict[str, Any]) -> None:
-        routes = self._routes
-        logits, touched = routes.logits, routes.touched
+        table = self._table
+        logits, touched = table.logits, table.touched
         if touched is None or touched is not group["params"][0] or logits is None:
             raise InputError(
-                "this optimizer no longer trains the routing table: the model's phase, groups or "
-                "optimizer were set anew; use the optimizer made last"
+                "this optimizer no longer trains the routing table, because the model's phase, "
+                "groups or optimizer were set again: use the optimizer made last"
             )
-        gradient, rows = touched.grad, routes.take_collected()
+        gradient, rows = touched.grad, table.take_collected()
         if gradient is None or not rows:
             return
         places = self._places_of(rows, logits)
-        there = places.to(logits.device)
-        values = routes.read(rows)  # not those of `touched`: a row may have been written since
-        moments = {name: whole.index_select(0, there) for name, whole in self._moments.items()}
-        clocks = list(self._clocks[places].unbind())
+        on_device = places.to(logits.device)
+        values = table.read(rows)  # `touched` may be out of date: rows can be written meanwhile
+        moments = {name: whole.index_select(0, on_device) for name, whole in self._moments.items()}
+        steps = list(self._clocks[places].unbind())
         _adamw(
             group,
             list(values.unbind()),
             list(gradient.unbind()),
             *(list(moments[name].unbind()) for name in MOMENTS),
-            clocks,
+            steps,
         )
         logits.index_copy_(0, torch.tensor(rows, device=logits.device), values)
         for name, whole in self._moments.items():
-            whole.index_copy_(0, there, moments[name])
-        self._clocks[places] = torch.stack(clocks)
+            whole.index_copy_(0, on_device, moments[name])
+        self._clocks[places] = torch.stack(steps)
         touched.data = values
 
     def _places_of(self, rows: list[int], logits: Tensor) -> Tensor:
-        """Where the states of rows are, `[U]`, on the host; new rows get zeros."""
-        index = self._routes.state_rows
+        """The places of the states of rows, `[U]`, on the host; new rows get a state of zeros."""
+        index = self._table.state_rows
         assert index is not None
         places = index[rows]
         new = (places < 0).nonzero()[:, 0]
@@ -137,7 +138,7 @@ class RowAdamW(torch.optim.Optimizer):
         index[rows] = places
         capacity = len(self._clocks)
         if self._used > capacity:
-            # Doubling, so that growing costs a constant per row; but never beyond one per task.
+            # Doubling keeps the cost of growth constant per row. There is at most a place per task.
             capacity = max(self._used, min(2 * capacity, len(index)))
         for name, whole in self._moments.items():
             if len(whole) < capacity:
@@ -150,24 +151,27 @@ class RowAdamW(torch.optim.Optimizer):
         return places
 
     def zero_grad(self, set_to_none: bool = True) -> None:
-        """Forget the gradients; those of the rows always go, as the next rows are others."""
+        """Drop the gradients.
+
+        Those of rows are dropped even with `set_to_none=False`, because the next batch has others.
+        """
         super().zero_grad(set_to_none)
-        if self._routes.touched is not None:
-            self._routes.touched.grad = None
+        if self._table.touched is not None:
+            self._table.touched.grad = None
 
     def state_dict(self) -> dict[str, Any]:
-        """The state as for any torch optimizer, and `table`: that of the rows that have trained."""
-        index = self._routes.state_rows
+        """The state of any torch optimizer and, as `table`, the state of the rows that trained."""
+        index = self._table.state_rows
         rows = torch.empty(0, dtype=torch.long) if index is None else (index >= 0).nonzero()[:, 0]
         places = rows if index is None else index[rows]
-        table = {name: whole[places.to(whole.device)] for name, whole in self._moments.items()}
+        moments = {name: whole[places.to(whole.device)] for name, whole in self._moments.items()}
         return {
             **super().state_dict(),
             "table": {
                 "row": rows,
                 "step": self._clocks[places],
                 "tasks": 0 if index is None else len(index),
-                **table,
+                **moments,
             },
         }
 
@@ -178,35 +182,36 @@ class RowAdamW(torch.optim.Optimizer):
         Raises:
             InputError: the state is that of another optimizer, or of a table of another size.
         """
-        index, logits = self._routes.state_rows, self._routes.logits
+        index, logits = self._table.state_rows, self._table.logits
         if index is None or logits is None:
             raise InputError(
-                "this optimizer no longer trains the routing table; use the optimizer made last"
+                "this optimizer no longer trains the routing table: use the optimizer made last"
             )
-        own = dict(state_dict)
-        table = own.pop("table", None)
-        if table is None:
+        others = dict(state_dict)
+        saved = others.pop("table", None)
+        if saved is None:
             raise InputError(
-                "this optimizer state has no rows: it was saved by an optimizer that trains the "
-                "whole routing table; resume with rowwise_routes as it was"
+                "this optimizer state has no rows, because it was saved by an optimizer that "
+                "trains the whole routing table: resume with the same rowwise_routes"
             )
-        rows, shape = table["row"].cpu(), (len(table["row"]), logits.shape[1])
-        fits = all(tuple(table[name].shape) == shape for name in MOMENTS)
-        if not fits or table["tasks"] != len(index):
+        rows, shape = saved["row"].cpu(), (len(saved["row"]), logits.shape[1])
+        fits = all(tuple(saved[name].shape) == shape for name in MOMENTS)
+        if not fits or saved["tasks"] != len(index):
             raise InputError(
                 f"this optimizer state belongs to another routing table than this one of "
-                f"{len(index)} tasks with {logits.shape[1]} numbers each"
+                f"{len(index)} tasks with {logits.shape[1]} numbers each: load it into a model "
+                "with the tasks and sizes of its own"
             )
-        super().load_state_dict(own)
+        super().load_state_dict(others)
         index.fill_(-1)
         index[rows] = torch.arange(len(rows))
         self._used = len(rows)
-        self._moments = {name: table[name].to(logits, copy=True) for name in MOMENTS}
-        self._clocks = table["step"].to("cpu", torch.float32, copy=True)
+        self._moments = {name: saved[name].to(logits, copy=True) for name in MOMENTS}
+        self._clocks = saved["step"].to("cpu", torch.float32, copy=True)
 
 
 def _adamw(group: dict[str, Any], *tensors: list[Any]) -> None:
-    """Torch's own step, in place, for lists of values, gradients, two moments and step counts."""
+    """Take torch's own step, in place: lists of values, gradients, both moments and step counts."""
     values, gradients, first, second, steps = tensors
     adamw(
         values, gradients, first, second, [], steps,

@@ -1,9 +1,9 @@
 """Rules: how skills are chosen for a batch.
 
-A rule turns what it looks at (the tasks of the batch, a condition, the input of each layer) into
-what the layers apply. The routing table, `shared` and `private` are rules; others are written by
-subclassing `RouteRule` in a file of one's own. A rule owns parameters where it learns, and is saved
-and loaded with the inventory under its name.
+A rule looks at the tasks of the batch, at a condition or at the input of each layer, and makes the
+factors that the layers apply. The rules of the methods are in `polyroute.routes.table_rules`; a
+subclass of `RouteRule` in your own file is another one. A rule may have parameters that it learns,
+and it is saved and loaded with the inventory under its name.
 
 Shape letters: U distinct tasks, B examples, N routers, H heads, K skills.
 """
@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from polyroute.errors import InputError, did_you_mean
 from polyroute.layer.factors import Factors
+from polyroute.layer.open_route import is_in_backward
 from polyroute.routes.tasks import Route
 
 if TYPE_CHECKING:
@@ -24,7 +25,8 @@ if TYPE_CHECKING:
 
 __all__ = ["Batch", "Choice", "Gates", "RouteRule", "rule_named"]
 
-_named: dict[str, type["RouteRule"]] = {}
+_rules: dict[str, type["RouteRule"]] = {}
+"""The classes of rules by name."""
 
 
 @dataclass(frozen=True)
@@ -34,7 +36,7 @@ class Choice:
     weights: Tensor | None
     """`[U, N, H, K]`; None takes the only skill of a row's set whole."""
     sets: Tensor | None = None
-    """`[U]`, the set of skills of each row; None mixes over all skills there are."""
+    """`[U]`, the set of skills of each row; None mixes all skills."""
 
 
 @dataclass(frozen=True)
@@ -42,73 +44,74 @@ class Batch:
     """What a rule may look at in one forward."""
 
     route: Route | None
-    """The tasks, the condition and the segments; None where the caller opened no route."""
+    """The tasks, the condition and the segments; None if the caller opened no route."""
     mask: Tensor | None
     """The attention mask of the base model's call, whose zeros are padding; None without one."""
     is_training: bool
     dtype: torch.dtype
-    """What the layers compute in."""
+    """The type that the layers compute in."""
     record: bool
-    """Whether the caller wants to see the gates; see `RouteRule.show`."""
+    """Whether the caller records the gates; see `RouteRule.show`."""
 
 
 class Gates(NamedTuple):
     """The gates that one site had in one forward."""
 
     site: int
-    """Its place in the list of sites."""
+    """The place of the site in the list of sites."""
     weights: Tensor
-    """In any shape whose last axis is the skills."""
+    """The gates, in any shape whose last axis is the skills."""
     mask: Tensor | None
     """The attention mask of the forward, whose zeros are padding."""
 
 
 class RouteRule(nn.Module):
-    """How skills are chosen; subclass it to write another rule.
+    """Chooses skills for a batch; subclass it to write another rule.
 
         class Mine(RouteRule, name="mine"):
-            def start(self, mixer): ...          # make parameters
-            def factors(self, batch, mixer): ... # what each site applies
+            def start(self, mixer): ...          # makes the rule's parameters
+            def factors(self, batch, mixer): ... # returns the factors of each site
 
-    A rule whose choice depends on the task alone defines `choose` instead of `factors` and sets
-    `is_fixed`; then every task is one plain adapter, which can be merged and exported.
+    A rule that depends on the task alone defines `choose` instead of `factors` and sets `is_fixed`.
+    Every task is then one plain adapter, which can be merged and exported.
 
     Attributes:
-        gates: while gates are recorded, those of every site and forward, in order.
+        gates: the gates of every site and forward, in order, while they are recorded.
     """
 
     name: ClassVar[str] = ""
-    """Under which it is saved."""
+    """The name under which the rule is saved."""
     needs_tasks: ClassVar[bool] = True
     """Whether a forward without tasks is an error."""
     has_table: ClassVar[bool] = False
     """Whether each task has a row of logits in the routing table."""
     is_fixed: ClassVar[bool] = False
-    """Whether a task is one plain adapter, whatever the input."""
+    """Whether a task is one plain adapter for every input."""
     owns_skills: ClassVar[bool] = False
-    """Whether each task has a skill of its own, which comes and goes with it."""
+    """Whether each task has a skill of its own, which is added and dropped with the task."""
 
     def __init_subclass__(cls, name: str = "", **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
         if name:
             cls.name = name
-            _named[name] = cls
+            _rules[name] = cls
 
     def __init__(self) -> None:
         super().__init__()
         self.gates: list[Gates] = []
 
     def start(self, mixer: "Mixer") -> None:
-        """Make parameters, once the sizes of the inventory are known; nothing by default.
+        """Make the rule's parameters, once the sizes of the inventory are known; none by default.
 
         Args:
-            mixer: has the sites, the config, and the numbers of routers, heads and skills.
+            mixer: has the sites, the settings, and the numbers of routers, heads and skills.
         """
 
     def reset_parameters(self) -> None:
-        """Draw the rule's own parameters afresh, for the phase `random`.
+        """Draw the rule's own parameters again, for the phase `random`.
 
-        By default those of the modules in it; a rule with bare parameters says how itself.
+        By default the modules inside the rule do so. A rule that holds parameters directly has to
+        override this method.
         """
         for module in self.modules():
             reset = getattr(module, "reset_parameters", None)
@@ -116,59 +119,65 @@ class RouteRule(nn.Module):
                 reset()
 
     def settings(self) -> dict[str, Any]:
-        """What `__init__` takes, as JSON values: saved, and given back when a model is loaded."""
+        """The arguments of `__init__` as JSON values; a loaded rule is made from them."""
         return {}
 
     def choose(self, rows: Sequence[int], mixer: "Mixer", *, training: bool) -> Choice:
         """How rows of the table mix the skills; for rules that depend on the task alone.
 
         Args:
-            rows: numbers; `MU_ROW` stands for the average.
-            mixer: what is mixed.
+            rows: numbers of rows; `MU_ROW` stands for the average.
+            mixer: has the skills and the table.
             training: whether noise acts.
         """
         raise NotImplementedError
 
     def factors(self, batch: Batch, mixer: "Mixer") -> Sequence[Factors]:
-        """What each site applies in one forward; for rules that look at more than the task.
+        """The factors of each site in one forward; for rules that look at more than the task.
 
-        Build the result with `mixer.mix` (weights that are known before the layers run) or
-        `mixer.gated` (weights that are a function of a layer's input).
+        Make them with `mixer.mix` (weights that are known before the layers run) or `mixer.gated`
+        (weights that are a function of a layer's input).
+
+        Args:
+            batch: what the rule may look at.
+            mixer: has the skills.
         """
         raise NotImplementedError
 
     def show(self, batch: Batch, site: int, weights: Tensor) -> Tensor:
-        """Keep the gates of a site, where they are recorded; returns them.
+        """Record the gates of a site if the caller asked for it; a rule calls this.
 
         Args:
-            batch: of the forward.
-            site: its place in the list of sites.
+            batch: the batch of the forward.
+            site: the place of the site in the list of sites.
             weights: the gates, in any shape whose last axis is the skills.
+
+        Returns:
+            The gates as given.
         """
-        # Backward recomputes a checkpointed block, whose gates were seen in its forward.
-        if batch.record and torch._C._current_graph_task_id() == -1:
+        # A recomputed layer has recorded its gates in its forward.
+        if batch.record and not is_in_backward():
             self.gates.append(Gates(site, weights, batch.mask))
         return weights
 
-    def check_fixed(self, what: str) -> None:
+    def check_fixed(self, use: str) -> None:
         """Make sure that a task is one plain adapter.
 
         Args:
-            what: what is to be done with it, such as `"merged"`.
+            use: the use of the adapter, such as `"merged"`, for the message.
 
         Raises:
             InputError: the rule looks at more than the task.
         """
         if not self.is_fixed:
             raise InputError(
-                f"the rule {self.name!r} looks at the input, so no single adapter computes what "
-                f"a task computes, and it cannot be {what}; phase 'mu' makes the average of the "
-                "skills, which can"
+                f"the rule {self.name!r} looks at more than the task, so no single adapter "
+                f"computes a task, and it cannot be {use}: use 'mu', the average of the skills"
             )
 
     @classmethod
     def restored(cls, settings: dict[str, Any]) -> Self:
-        """A rule from what `settings` gave.
+        """A rule made from the result of `settings`.
 
         Raises:
             InputError: the settings are not those of this rule.
@@ -185,9 +194,9 @@ def rule_named(name: str) -> type[RouteRule]:
     Raises:
         InputError: no class of this name was defined.
     """
-    if name not in _named:
+    if name not in _rules:
         raise InputError(
             f"the rule {name!r} is not known here: import the module that defines it first; "
-            f"{did_you_mean(name, _named)}"
+            f"{did_you_mean(name, _rules)}"
         )
-    return _named[name]
+    return _rules[name]

@@ -19,42 +19,44 @@ from polyroute.settings import whole
 __all__ = ["MU", "MU_ROW", "RoutingTable"]
 
 MU = "mu"
-"""The name that stands, wherever a task is asked for, for the average of the inventory."""
+"""The name that stands for the average of the inventory wherever a task is named."""
 MU_ROW = -1
+"""The number that stands for the average of the inventory in place of a row's."""
 
 INITIAL_BOUND = 1e-3
-"""Fresh logits are uniform within this bound, so a new task starts near the uniform mixture."""
+"""New logits are uniform within this bound, so a new task starts near the uniform mixture."""
 
 
 class RoutingTable(nn.Module):
-    """Names of tasks and, where tasks are routed by learned logits, a table of them.
+    """The names of the tasks and, if learned logits route them, a row of logits for each.
 
-    The parameter `logits` is `[T, N * H * K]`: everything that is the task's own lies in one
-    contiguous row. It is None where there is nothing to learn: shared and private adapters, and
-    inventories that were reduced to their average.
+    The parameter `logits` is `[T, N * H * K]`, so one contiguous row holds all logits of a task. It
+    is None if there are no logits to learn: for shared and private skills, and in an inventory that
+    was reduced to its average.
 
-    Rows are data. `routes["mnli"]` reads a copy, `[N, H, K]`, `routes["mnli"] = row` writes, and
-    what lies between is plain tensor arithmetic:
+    Rows are data. `routes["mnli"]` reads a copy `[N, H, K]` and `routes["mnli"] = row` writes; new
+    rows are made by plain tensor arithmetic:
 
         halfway = torch.lerp(model.routes["mnli"], model.routes["qnli"], 0.5)
         model.add_task("between", init=halfway)
         model.routes["mnli"] += 0.1 * (model.routes["qnli"] - model.routes["rte"])
 
     A table of many tasks can be trained by rows (`RoutedModel.optimizer`). `logits` is then frozen,
-    and what trains is `touched`, an ordinary small parameter that holds the rows of the batches
-    since the last step, with an ordinary gradient: it can be clipped, scaled and logged.
+    and `touched` trains in its place: an ordinary small parameter that holds the rows of the
+    batches since the last step. Its gradient can be clipped, scaled and logged like any other.
 
     Args:
-        names: tasks, in row order.
-        shape: `(N, H, K)`: routers, heads, skills; None for a table without logits.
-        like: a tensor on the device, and of the type, that the logits are to have.
-        config: says what weights a row gives, for `nearest`; the default is the published method.
+        names: the tasks, in row order.
+        shape: `(N, H, K)`, the numbers of routers, heads and skills; None for no logits.
+        like: a tensor of the device and type that the logits get.
+        config: decides which weights a row gives, for `nearest`; default: the published method.
 
     Attributes:
+        shape: as given; None after `drop_logits`.
         logits: the table, `[T, N * H * K]`.
-        touched: `[U, N * H * K]` while the table is trained by rows, else None.
-        state_rows: `[T]` while the table is trained by rows: where its optimizer keeps the state of
-            each row, -1 for a row that never trained.
+        touched: `[U, N * H * K]` while the table is trained by rows, otherwise None.
+        state_rows: `[T]` while the table is trained by rows: the place of each row's state in its
+            optimizer, -1 for a row that never trained.
 
     Raises:
         InputError: a name is repeated, empty or reserved.
@@ -85,7 +87,7 @@ class RoutingTable(nn.Module):
         self.register_parameter("touched", None)
         self.state_rows: Tensor | None = None
         self._collected: dict[int, int] = {}
-        """Rows with a gradient that waits for a step, and where in `touched` they are."""
+        """The rows whose gradient waits for a step, with their places in `touched`."""
 
     def _add_name(self, name: str) -> None:
         if not isinstance(name, str) or not name:
@@ -98,14 +100,14 @@ class RoutingTable(nn.Module):
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
-        """Draw all logits afresh, uniform within 1e-3."""
+        """Draw all logits again, uniform within 1e-3."""
         if self.logits is not None:
             self.logits.uniform_(-INITIAL_BOUND, INITIAL_BOUND)
 
     @torch.no_grad()
     def redraw(self, row: int, seed: int) -> None:
-        """Draw one row afresh, as `reset_parameters` does, whatever device it is on."""
-        logits, _ = self._table()
+        """Draw one row again, as `reset_parameters` does, with the same numbers on every device."""
+        logits, _ = self._learned()
         drawn = torch.empty(logits.shape[1])
         generator = torch.Generator().manual_seed(seed)
         logits[row] = drawn.uniform_(-INITIAL_BOUND, INITIAL_BOUND, generator=generator).to(logits)
@@ -125,10 +127,10 @@ class RoutingTable(nn.Module):
         return iter(self._rows)
 
     def row(self, task: str | int) -> int:
-        """The row of a task, by name or by number; `MU_ROW` for `"mu"`.
+        """The number of a task's row, by name or by number; `MU_ROW` for `"mu"`.
 
         Raises:
-            InputError: no such task; the message offers the nearest names.
+            InputError: there is no such task; the message offers the nearest names.
         """
         if isinstance(task, str):
             if task == MU:
@@ -147,7 +149,7 @@ class RoutingTable(nn.Module):
 
     def __getitem__(self, task: str | int) -> Tensor:
         """A copy of the task's logits, `[N, H, K]`."""
-        logits, shape = self._table()
+        logits, shape = self._learned()
         row = self.row(task)
         if row == MU_ROW:
             return logits.new_zeros(shape)
@@ -156,20 +158,21 @@ class RoutingTable(nn.Module):
     @torch.no_grad()
     def __setitem__(self, task: str | int, values: Tensor) -> None:
         """Overwrite the task's logits; `[N, H, K]` or flat."""
-        logits, _ = self._table()
+        logits, _ = self._learned()
         row = self.row(task)
         if row == MU_ROW:
             raise InputError("'mu' is the uniform mixture and has no logits to write")
         logits[row] = self._flat(values)
 
-    def _table(self) -> tuple[nn.Parameter, tuple[int, int, int]]:
+    def _learned(self) -> tuple[nn.Parameter, tuple[int, int, int]]:
+        """The logits and the shape of a row."""
         if self.logits is None or self.shape is None:
-            raise InputError("this model has no routing logits: its tasks are not routed")
+            raise InputError("this model has no routing logits: they do not route its tasks")
         return self.logits, self.shape
 
     def _flat(self, values: Tensor, count: int | None = None) -> Tensor:
-        """One row, flat; with a count also that many rows, `[count, N * H * K]`."""
-        logits, shape = self._table()
+        """One row, flat; or, with a count, one row or as many as that, `[count, N * H * K]`."""
+        logits, shape = self._learned()
         given = tuple(values.shape)
         if not values.isfinite().all():
             raise InputError("a routing row must hold finite numbers; check the values")
@@ -182,32 +185,36 @@ class RoutingTable(nn.Module):
         )
 
     def gather(self, rows: Sequence[int]) -> Tensor:
-        """The logits `[U, N * H * K]` of rows, for the mixing of a forward.
+        """The logits `[U, N * H * K]` of rows, with a gradient if the table trains.
 
         Args:
-            rows: numbers; `MU_ROW` stands for the average, has no row, and gives any values, which
-                are not to be used.
+            rows: numbers of rows; at the place of a `MU_ROW`, which has no row, the result holds
+                arbitrary values that must not be used.
         """
         if self.touched is None:
-            logits, _ = self._table()
+            logits, _ = self._learned()
             return logits.index_select(0, self._index(rows))
         gathered: Tensor = _GatherRows.apply(self.touched, self, tuple(rows))  # type: ignore[no-untyped-call]
         return gathered
 
     def read(self, rows: Iterable[int]) -> Tensor:
-        """A copy of rows, `[U, N * H * K]`, by number; detached."""
-        logits, _ = self._table()
+        """A detached copy `[U, N * H * K]` of rows, by number."""
+        logits, _ = self._learned()
         return logits.detach().index_select(0, self._index(rows))
 
     def _index(self, rows: Iterable[int]) -> Tensor:
-        logits, _ = self._table()
+        logits, _ = self._learned()
         return index_on(logits.device, tuple(max(row, 0) for row in rows))
 
     # ---------------------------------------------------------------- training by rows
 
     def train_by_rows(self) -> nn.Parameter:
-        """Freeze the table and train, through `touched`, only the rows that batches use."""
-        logits, _ = self._table()
+        """Freeze the table, in place, and train only the rows that batches use.
+
+        Returns:
+            `touched`, the parameter that trains.
+        """
+        logits, _ = self._learned()
         self.train_whole()
         logits.requires_grad_(False)
         logits.grad = None
@@ -216,7 +223,7 @@ class RoutingTable(nn.Module):
         return self.touched
 
     def train_whole(self) -> None:
-        """Undo `train_by_rows`: the table itself is the parameter again."""
+        """Undo `train_by_rows`, in place: the table itself is the parameter again."""
         if self.touched is None:
             return
         if self.logits is not None:
@@ -227,15 +234,15 @@ class RoutingTable(nn.Module):
     def take_collected(self) -> list[int]:
         """The rows of `touched`, in its order, whose gradients no step has used yet.
 
-        They are handed out once: the next backward starts a new collection, so `touched` never
-        holds more than the rows of one step, whatever becomes of its gradient.
+        The next backward starts a new collection, even if the gradient is kept, so `touched` never
+        holds more than the rows of one step.
         """
         rows = list(self._collected)
         self._collected = {}
         return rows
 
     def _collect(self, rows: Sequence[int], gradient: Tensor) -> None:
-        """Add the gradient of gathered rows to what waits for the next step."""
+        """Add the gradient of gathered rows to the gradient that waits for the next step."""
         touched = self.touched
         if touched is None:  # training by rows ended between forward and backward
             return
@@ -251,18 +258,18 @@ class RoutingTable(nn.Module):
         if len(real) < len(rows):
             gradient = gradient[real]
         total.index_add_(0, torch.tensor(places, dtype=torch.long).to(total.device), gradient)
-        touched.grad = None  # a gradient must always have its parameter's shape
+        touched.grad = None  # torch demands that a gradient has its parameter's shape
         touched.data = self.read(self._collected)
         touched.grad = total
 
     def digest(self) -> Tensor:
-        """What stands for the names and their order in a state dict, `[32]` bytes."""
+        """A hash of the names and their order for a state dict, `[32]` bytes."""
         total = hashlib.sha256(json.dumps(list(self._rows)).encode())
         return torch.frombuffer(bytearray(total.digest()), dtype=torch.uint8)
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
-        destination.pop(prefix + "touched", None)  # a copy of a few rows, for a few moments
+        destination.pop(prefix + "touched", None)  # a temporary copy of a few rows
 
     def _load_from_state_dict(
         self, state_dict: Any, prefix: str, metadata: Any, strict: bool, missing: list[str],
@@ -273,19 +280,20 @@ class RoutingTable(nn.Module):
             missing.remove(prefix + "touched")
 
     def nearest(self, task: str | int | Tensor, k: int = 5) -> list[tuple[str, float]]:
-        """The tasks that mix skills most alike; see `polyroute.routes.nearest`.
+        """The tasks that mix skills most like a given one; see `polyroute.routes.nearest`.
 
         Args:
-            task: a name, a row number, or logits `[N, H, K]` (or flat), of a task or not.
-            k: how many.
+            task: a name, a row number, or any logits `[N, H, K]` (or flat).
+            k: the largest number of tasks to return.
 
         Returns:
             Up to k pairs of a name and a cosine in -1 to 1, best first, without the task itself.
 
         Raises:
-            InputError: no such task, another shape, or a model whose tasks are not routed.
+            InputError: there is no such task, the logits have another shape or are not finite, or
+                the model has no routing logits.
         """
-        logits, shape = self._table()
+        logits, shape = self._learned()
         whole()("k", k)
         own = MU_ROW if isinstance(task, Tensor) else self.row(task)
         row = self._flat(task) if isinstance(task, Tensor) else self[task].reshape(-1)
@@ -296,15 +304,15 @@ class RoutingTable(nn.Module):
     # ---------------------------------------------------------------- tasks
 
     def add(self, names: Sequence[str], values: Tensor | None = None) -> list[int]:
-        """Append tasks, in one copy of the table; every other row stays as it is.
+        """Append tasks, in place, with one copy of the table; every other row stays as it is.
 
         Args:
             names: the tasks.
-            values: their logits: one row for all, `[N, H, K]` (or flat), or `[n, ...]` one each;
-                fresh ones (uniform within 1e-3) by default.
+            values: their logits: one row `[N, H, K]` (or flat) for all, or `[n, ...]` with one for
+                each; by default new ones, uniform within 1e-3.
 
         Returns:
-            The new rows' numbers.
+            The numbers of the new rows.
 
         Raises:
             InputError: a name is repeated, empty or reserved, or the shape is wrong.
@@ -333,10 +341,13 @@ class RoutingTable(nn.Module):
         return list(range(before, len(self)))
 
     def keep(self, names: Sequence[str]) -> list[int]:
-        """Drop every task but these.
+        """Drop all other tasks, in place.
 
         Returns:
-            The former rows of the kept tasks, in their new order.
+            The former row numbers of the kept tasks, in their new order.
+
+        Raises:
+            InputError: a name is unknown or repeated.
         """
         rows = [self.row(name) for name in names]
         kept_names = RoutingTable(names, None)._rows  # refuses a repeated name, and "mu"
@@ -345,37 +356,38 @@ class RoutingTable(nn.Module):
             self.logits = nn.Parameter(kept, requires_grad=self.logits.requires_grad)
         if self.touched is not None and self.state_rows is not None:
             self.state_rows = self.state_rows[rows]
-            self._collected, self.touched.grad = {}, None  # of rows that had other numbers
+            self._collected, self.touched.grad = {}, None  # they refer to the former numbers
         self._rows = kept_names
         return rows
 
     def drop_logits(self) -> None:
-        """Forget the logits and keep the names."""
+        """Drop the logits, in place, and keep the names."""
         self.train_whole()
         self.logits = None
         self.shape = None
 
     def extra_repr(self) -> str:
-        """What `print(model)` shows."""
+        """The text that `print(model)` shows for the table."""
         return f"tasks={len(self)}, shape={self.shape}"
 
 
 class _GatherRows(torch.autograd.Function):
     """Rows of a frozen table, as a function of a parameter whose value it does not use.
 
-    The parameter, `touched`, makes autograd come back with the gradient of the rows. Which rows a
-    step has is not known before its forwards are done, and there may be several, so backward
-    collects them there rather than have the parameter take a gradient of its own, changing shape.
+    Because of the parameter, `touched`, autograd calls backward with the gradient of the rows. A
+    step may have several forwards, so its rows are known only after the last one. Backward
+    therefore collects rows and gradients in the table, instead of returning a gradient for
+    `touched`, whose shape changes.
     """
 
     @staticmethod
-    def forward(ctx: Any, touched: Tensor, routes: RoutingTable, rows: tuple[int, ...]) -> Tensor:
-        ctx.routes, ctx.rows, ctx.names = routes, rows, routes._rows
-        return routes.read(rows)
+    def forward(ctx: Any, touched: Tensor, table: RoutingTable, rows: tuple[int, ...]) -> Tensor:
+        ctx.table, ctx.rows, ctx.names = table, rows, table._rows
+        return table.read(rows)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[None, None, None]:
-        if ctx.names is ctx.routes._rows:  # else rows were renumbered by `keep` since
-            ctx.routes._collect(ctx.rows, gradient)
+        if ctx.names is ctx.table._rows:  # otherwise `keep` has given the rows other numbers
+            ctx.table._collect(ctx.rows, gradient)
         return None, None, None

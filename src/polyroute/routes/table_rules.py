@@ -10,7 +10,7 @@ from polyroute.routes.index import index_on
 from polyroute.routes.mixer import Mixer
 from polyroute.routes.rule import Choice, RouteRule
 from polyroute.routes.table import MU_ROW
-from polyroute.routes.weights import anneal, skill_weights, uniform_weights
+from polyroute.routes.weights import uniform_weights
 
 __all__ = ["PrivateRule", "SharedRule", "TableRule", "rule_of"]
 
@@ -22,20 +22,19 @@ class TableRule(RouteRule, name="table"):
     is_fixed = True
 
     def choose(self, rows: Sequence[int], mixer: Mixer, *, training: bool) -> Choice:
-        """The weights of `skill_weights`, moved toward uniform where `anneal_steps` says so."""
+        """The weights that the rows give, annealed by `mixer.anneal_progress`.
+
+        Raises:
+            InputError: the average is asked for while slots are open.
+        """
         inventory, device = mixer.inventory, mixer.device
         if inventory.num_sets > 1 and MU_ROW in rows:
-            raise InputError(
-                "slots have no common average: 'mu' cannot be routed while they are open"
-            )
+            raise InputError("slots have no common average: do not route 'mu' while they are open")
         sets = None if inventory.num_sets == 1 else index_on(device, tuple(rows))
         if mixer.table.logits is None or all(row == MU_ROW for row in rows):
             return Choice(mixer.uniform(len(rows)), sets)
-        shape = (len(rows), *mixer.shape)
-        logits = mixer.exact(mixer.table.gather(rows).view(shape))
-        weights = skill_weights(logits, mixer.config, training=training)
-        if mixer.anneal_progress:
-            weights = anneal(weights, mixer.anneal_progress)
+        logits = mixer.table.gather(rows).view(len(rows), *mixer.shape)
+        weights = mixer.weights_from(logits, training=training)
         if MU_ROW in rows:
             is_mu = index_on(device, tuple(row == MU_ROW for row in rows)).bool()
             weights = torch.where(is_mu.view(-1, 1, 1, 1), uniform_weights(weights), weights)
@@ -43,7 +42,7 @@ class TableRule(RouteRule, name="table"):
 
 
 class SharedRule(RouteRule, name="shared"):
-    """One skill for all tasks, taken whole; named or not, a batch has no choice."""
+    """One skill for all tasks, taken whole; a batch need not name its tasks."""
 
     needs_tasks = False
     is_fixed = True
@@ -60,7 +59,11 @@ class PrivateRule(RouteRule, name="private"):
     owns_skills = True
 
     def choose(self, rows: Sequence[int], mixer: Mixer, *, training: bool) -> Choice:
-        """The task's own skill."""
+        """The skill of each task.
+
+        Raises:
+            InputError: the average is asked for and no skill is left.
+        """
         device, num_skills = mixer.device, mixer.inventory.num_skills
         if MU_ROW not in rows:
             return Choice(None, index_on(device, tuple(rows)))
@@ -73,6 +76,6 @@ class PrivateRule(RouteRule, name="private"):
 
 
 def rule_of(config: MHRConfig) -> RouteRule:
-    """The rule that a method stands for."""
+    """The rule of a method."""
     rules = {"shared": SharedRule, "private": PrivateRule}
     return rules.get(config.method, TableRule)()

@@ -1,4 +1,4 @@
-"""The tasks of a batch: what names them, and the rows of the table that they stand for."""
+"""The tasks of a batch: how a caller names them, and the rows of the table that they have."""
 
 import inspect
 from collections.abc import Iterable, Mapping, Sequence
@@ -19,9 +19,8 @@ __all__ = [
     "Tasks",
     "check_batch",
     "find_route",
-    "find_segments",
     "named_inputs",
-    "packed",
+    "route_of_call",
 ]
 
 Tasks = str | int | Sequence[str | int] | Tensor | None
@@ -29,7 +28,7 @@ FIRST_AXIS = (
     "input_ids", "inputs_embeds", "inputs", "input_features", "input_values", "decoder_input_ids",
     "decoder_inputs_embeds", "labels",
 )  # fmt: skip
-"""Arguments of base models with one entry for each example."""
+"""Arguments of base models whose first axis counts examples."""
 
 
 @dataclass(frozen=True)
@@ -37,21 +36,24 @@ class Route:
     """What a block routes: the tasks of a batch, checked and on the host."""
 
     rows: tuple[int, ...] | None
-    """One table row per example, or one for the whole batch; `MU_ROW` stands for the average, and
-    None for the base model alone."""
+    """The numbers of the tasks' rows, one per example or one for the whole batch. `MU_ROW` stands
+    for the average of the inventory. None is the base model alone."""
     per_example: bool
-    """Whether `rows` are those of the examples, rather than one for a batch of any size."""
+    """Whether `rows` holds one number per example, not one for a batch of any size."""
     condition: Any = field(default=None, compare=False)
-    """Whatever the caller gave for the rule to look at."""
+    """What the caller gave for the rule to look at."""
+    lengths: Sequence[Sequence[int]] | None = field(default=None, compare=False)
+    """For each packed row of a batch the lengths of its examples, as the caller gave them."""
     segments: Segments | None = None
-    """Where the examples of packed rows begin and end."""
+    """Where the examples of packed rows begin and end in the batch of one call."""
 
 
 BASE = Route(None, per_example=False)
+"""The route of the base model alone."""
 
 
 def find_route(tasks: Tasks, table: RoutingTable) -> Route:
-    """The rows of a table that tasks name.
+    """The route to the rows that tasks have in a table.
 
     Args:
         tasks: one name or row number for a batch of any size; or one per example, as a list or an
@@ -59,7 +61,7 @@ def find_route(tasks: Tasks, table: RoutingTable) -> Route:
         table: the routing table.
 
     Raises:
-        InputError: an unknown task, a negative number, or an empty list.
+        InputError: a task is unknown, a number is negative, or the list is empty.
     """
     if tasks is None:
         return BASE
@@ -73,7 +75,7 @@ def find_route(tasks: Tasks, table: RoutingTable) -> Route:
             )
         return find_route(tasks.tolist(), table)
     if hasattr(tasks, "__array__"):
-        array: Any = tasks.__array__()  # numpy's, also of a column of a table
+        array: Any = tasks.__array__()  # of numpy, or a column of a pandas table
         is_number = array.dtype.kind in "iub"
         return find_route(torch.as_tensor(array) if is_number else array.tolist(), table)
     if isinstance(tasks, bytes | set | frozenset | Mapping) or not isinstance(tasks, Iterable):
@@ -88,7 +90,7 @@ def find_route(tasks: Tasks, table: RoutingTable) -> Route:
 
 
 def named_inputs(forward: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[str, Any]:
-    """The arguments of a call by name, positional ones included."""
+    """The arguments of a call by name, including positional ones."""
     try:
         names = [
             name
@@ -102,11 +104,11 @@ def named_inputs(forward: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -
 
 
 def check_batch(num_tasks: int, base_model: nn.Module, inputs: Mapping[str, Any]) -> None:
-    """Make sure that one task per example fits the arguments of a base model.
+    """Make sure that a batch has as many examples as tasks.
 
     Args:
-        num_tasks: how many tasks are given, one per example.
-        base_model: tells which of the arguments has the examples on its first axis.
+        num_tasks: the number of tasks, one per example.
+        base_model: decides which arguments count the examples on their first axis.
         inputs: the arguments by name; see `named_inputs`.
 
     Raises:
@@ -117,7 +119,7 @@ def check_batch(num_tasks: int, base_model: nn.Module, inputs: Mapping[str, Any]
     if "pixel_values" in tensors and not media_modules(base_model):
         known.add("pixel_values")
     counts = [len(value) for name, value in tensors.items() if name in known]
-    if not counts:  # a model with names of its own
+    if not counts:  # the model has names of its own for its arguments
         counts = [len(value) for value in tensors.values()]
         if num_tasks in counts[:1]:
             return
@@ -129,33 +131,30 @@ def check_batch(num_tasks: int, base_model: nn.Module, inputs: Mapping[str, Any]
             )
 
 
-def packed(
-    route: Route, lengths: Sequence[Sequence[int]] | None, inputs: Mapping[str, Any]
-) -> Route:
-    """A route for the arguments of one call: with segments, where its rows are packed.
+def route_of_call(route: Route, inputs: Mapping[str, Any]) -> Route:
+    """The route of one call: an open route, with segments if the rows of the batch are packed.
 
     Args:
-        route: as it was opened.
-        lengths: as in `find_segments`.
+        route: the open route.
         inputs: the arguments of the base model by name.
 
     Raises:
-        InputError: as `find_segments`.
+        InputError: the lengths of the route do not fit the rows or the number of tasks.
     """
     if not route.per_example:
         return route
-    return replace(route, segments=find_segments(lengths, len(route.rows or ()), inputs))
+    return replace(route, segments=_find_segments(route.lengths, len(route.rows or ()), inputs))
 
 
-def find_segments(
+def _find_segments(
     given: Sequence[Sequence[int]] | None, num_tasks: int, inputs: Mapping[str, Any]
 ) -> Segments | None:
-    """Where the examples of packed rows begin and end; None where each row is one example.
+    """Where the examples of packed rows begin and end; None if each row is one example.
 
     Args:
-        given: for each row the lengths of its examples, in tokens; padding may follow. Where this
-            is None, an example begins wherever `position_ids` are 0.
-        num_tasks: how many examples there are.
+        given: for each row the lengths of its examples, in tokens; padding may follow. If it is
+            None, an example begins wherever `position_ids` are 0.
+        num_tasks: the number of examples.
         inputs: the arguments of the base model by name.
 
     Raises:
@@ -175,28 +174,29 @@ def find_segments(
     lengths = [list(map(int, row)) for row in given]
     if len(lengths) != rows or any(not row or min(row) < 1 for row in lengths):
         raise InputError(
-            f"segments must be a list of lengths for each of the {rows} rows, not {given!r}"
+            f"segments must be a list of lengths for each of the {rows} rows, all positive, "
+            f"not {given!r}"
         )
     for row in lengths:
         if sum(row) > tokens:
             raise InputError(f"segments {row} are longer than their row of {tokens} tokens")
-        row[-1] += tokens - sum(row)  # padding
+        row[-1] += tokens - sum(row)  # padding belongs to the last example
     flat = [length for row in lengths for length in row]
     if len(flat) != num_tasks:
         raise InputError(
             f"{num_tasks} tasks were given for {len(flat)} examples in {rows} packed rows; "
-            "give one per example"
+            "give one task per example"
         )
     return Segments(tuple(flat))
 
 
 def _lengths(positions: Tensor) -> list[list[int]]:
-    """The lengths of the examples of each row, which begin where positions are 0."""
+    """The lengths of the examples of each row; an example begins where the position is 0."""
     found = []
     for row in (positions == 0).tolist():
         starts = [place for place, is_start in enumerate(row) if is_start]
         if starts[:1] != [0]:
-            raise InputError("position_ids of packed rows must begin at 0, and again for each one")
+            raise InputError("position_ids of a packed row must begin at 0 in each of its examples")
         ends = [*starts[1:], len(row)]
         found.append([end - start for start, end in zip(starts, ends, strict=True)])
     return found

@@ -1,4 +1,4 @@
-"""The weighted sum of skills, with the memory of its large gradient used again.
+"""The weighted sum of skills, which reuses the memory of its large gradient.
 
 Shape letters: n layers of a stack, U distinct tasks, H heads, K skills, r rank, D width of a head's
 block.
@@ -17,8 +17,8 @@ __all__ = ["WeightedSum"]
 class WeightedSum(torch.autograd.Function):
     """Weights `[n H, U, K]` times skills `[n, H, K, r, D]`, to `[n H, U, r D]`.
 
-    A batched product, whose gradient for the skills is as large as all of them. On a CPU fresh
-    memory of that size costs several times the arithmetic (page faults), so it is recycled.
+    The gradient of this batched product is as large as all skills together. On a CPU, page faults
+    in new memory of that size cost several times the arithmetic, so the memory is reused.
     """
 
     @staticmethod
@@ -29,7 +29,7 @@ class WeightedSum(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, Tensor | None]:
-        """Two batched products, of which the second fills memory that was used before."""
+        """Two batched products; the second one may write to reused memory."""
         w, skills = ctx.saved_tensors
         need_w, need_skills = ctx.needs_input_grad
         dw = torch.bmm(dy, skills.reshape(*w.shape[::2], -1).mT) if need_w else None
@@ -43,14 +43,15 @@ class WeightedSum(torch.autograd.Function):
 
 
 _last_gradients: MutableMapping[Tensor, torch.UntypedStorage] = WeakTensorKeyDictionary()
-"""For each stack of skills, the memory of the last gradient that was made for it."""
+"""The memory of the last gradient of each stack of skills."""
 
 
 def _recycled(skills: Tensor) -> Tensor:
-    """An uninitialised tensor of this shape, in the memory of the last one if that is free.
+    """An uninitialised tensor shaped as the skills, in the memory of the last gradient if possible.
 
-    Free is what no tensor refers to any more, as after `zero_grad()`: whoever still holds the last
-    gradient keeps it. Taking the entry out first makes sure that two threads never get the same.
+    The memory is free when no tensor refers to it any more, as after `zero_grad()`; a caller who
+    still holds the last gradient keeps it. The entry is taken out first, so two threads never get
+    the same memory.
     """
     memory = _last_gradients.pop(skills, None)
     if (

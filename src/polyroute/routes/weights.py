@@ -1,6 +1,6 @@
-"""Routing: from a task's logits to the share that each skill has in its mixture.
+"""Weights: from a task's row of logits to the share that each skill has in its mixture.
 
-Shape letters: U distinct rows (tasks, or examples when gates are noisy), N routers, H heads,
+Shape letters: U rows (of distinct tasks, or of examples if gates are noisy), N routers, H heads,
 K skills.
 """
 
@@ -19,27 +19,28 @@ EPSILON = 1e-12
 def skill_weights(logits: Tensor, config: MHRConfig, *, training: bool) -> Tensor:
     """Turn routing logits into mixing weights, in the order of the published method.
 
-        w_k = sigmoid(z_k) / sum_j sigmoid(z_j)                            (Poly and MHR)
+        w_k = sigmoid(z_k) / sum_j sigmoid(z_j)
 
+    This is Poly (Ponti et al., 2022) and, for each head, MHR (Caccia et al., 2023).
     The variants of `MHRConfig` replace the sigmoid (`gate`), drop gates (`logit_dropout`), switch
     the last skill on (`shared_skill`) or replace the normaliser (`normalization`). Noise acts in
     training only.
 
     Args:
         logits: `[U, N, H, K]`, fp32 or fp64.
-        config: the router's settings.
+        config: `gate`, `logit_dropout`, `shared_skill` and `normalization` are read.
         training: whether noise and dropout act.
 
     Returns:
         Weights `[U, N, H, K]`. With `normalization="sum"` they are non-negative and sum to one over
-        K; where every gate is zero they are zero, never NaN.
+        K; if every gate is zero, the weights are zero and not NaN.
     """
     if config.normalization == "l2":
         return torch.nn.functional.normalize(logits, dim=-1, eps=EPSILON)
     is_plain = config.gate == "sigmoid" and not config.shared_skill and not config.logit_dropout
     if is_plain and config.normalization == "sum":
-        # The ratio in log space: with very negative logits the plain quotient would fall short of
-        # one, or be 0/0 in low precision.
+        # The same quotient in log space: with very negative logits the plain one would not sum to
+        # one, or would be 0/0 in low precision.
         return torch.softmax(torch.nn.functional.logsigmoid(logits), dim=-1)
     gates = _gates(logits, config, training=training)
     if config.logit_dropout:
@@ -63,7 +64,7 @@ def _gates(logits: Tensor, config: MHRConfig, *, training: bool) -> Tensor:
 
 
 def uniform_weights(like: Tensor) -> Tensor:
-    """The mixture of every skill in equal parts (Poly-mu, MHR-mu), shaped as `like`."""
+    """Weights of the uniform mixture (Poly-mu, MHR-mu), shaped as `like`."""
     return torch.full_like(like, 1.0 / like.shape[-1])
 
 

@@ -1,12 +1,14 @@
-"""The files of a saved inventory: JSON for what it is, safetensors for the numbers.
+"""The files of a saved inventory: JSON for its description, safetensors for its numbers.
 
-    polyroute.json           format, id, config, sites, routers; rows, or where there are none tasks
+    polyroute.json           format, id, config, sites, routers; rows, or tasks if they have no rows
     inventory.safetensors    <site>.lora_a [H, K, d_in/H, r], <site>.lora_b [H, K, r, d_out/H]
-    modules.safetensors      rule.<parameter>, module.<name>: what else trained; if there is any
+    modules.safetensors      rule.<parameter>, module.<name>; only if either has trained
     routes-*.safetensors     the tasks and their rows, see `polyroute.saved.shards`
 
-The factors are in the layout of the published checkpoints, one tensor per layer, so that other
+The factors have the layout of the published checkpoints, one tensor per layer, so that other
 programs can read them. Nothing here is ever unpickled.
+
+Shape letters: T tasks, N routers, H heads, K skills, r rank.
 """
 
 import hashlib
@@ -22,7 +24,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from polyroute.config import MHRConfig
+from polyroute.config import CUSTOM, MHRConfig
 from polyroute.errors import InputError
 from polyroute.host.files import make_folder, read_metadata, read_tensors, write_json, write_tensors
 from polyroute.layer.fingerprint import SAMPLED
@@ -30,17 +32,19 @@ from polyroute.saved.hub import DESCRIPTION, MODULES, SHARDS, SKILLS
 from polyroute.saved.rows import FORMAT, SavedRoutes, read_description
 from polyroute.saved.shards import NOTE, write_rows
 
-__all__ = ["Checkpoint", "Content", "read_checkpoint", "write_checkpoint"]
+__all__ = ["Checkpoint", "Content", "read_checkpoint", "saved_config", "write_checkpoint"]
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A saved inventory: its description and skills; its routing table stays on disk."""
+    """A saved inventory: its description and its skills; the routing table stays on disk."""
 
     description: Mapping[str, Any]
+    """The contents of `polyroute.json`."""
     skills: Mapping[str, Tensor]
+    """The factors, `<site>.<factor>`."""
     saved_routes: SavedRoutes | None
-    """None where tasks have no logits."""
+    """The routing table on disk; None if tasks have no rows."""
     modules: Mapping[str, Tensor] = field(default_factory=dict)
     """The parameters of the rule, `rule.*`, and of whole modules that trained, `module.*`."""
 
@@ -56,10 +60,10 @@ class Checkpoint:
         return tuple(self.saved_routes.names())
 
     def rows(self, tasks: Sequence[str]) -> Tensor | None:
-        """The logits of some tasks, `[T, N * H * K]`, fp32; None where tasks have none.
+        """The rows of some tasks, `[T, N * H * K]`, fp32; None if tasks have no rows.
 
         Raises:
-            InputError: no such task, or a file of the routing table is damaged.
+            InputError: there is no such task, or a file of the routing table is damaged.
         """
         if self.saved_routes is None:
             return None
@@ -70,12 +74,12 @@ class Checkpoint:
 
 @dataclass(frozen=True)
 class Content:
-    """What a saved inventory consists of."""
+    """The parts of an inventory that are written."""
 
     description: Mapping[str, Any]
-    """What the inventory is; tasks and rows are added when it is written."""
+    """The entries of `polyroute.json`, without those for format, id, tasks and rows."""
     skills: Mapping[str, Tensor]
-    """The factors, by layer."""
+    """The factors, `<site>.<factor>`."""
     modules: Mapping[str, Tensor]
     """As in `Checkpoint`."""
     tasks: Sequence[str]
@@ -83,15 +87,15 @@ class Content:
     rows: Tensor | None
     """The routing table `[T, N * H * K]`, or None."""
     shape: tuple[int, int, int] | None
-    """`(N, H, K)` of a row, or None."""
+    """The shape `(N, H, K)` of a row, or None."""
 
     def identity(self) -> str:
-        """A number that the content gives: equal inventories have equal ones."""
+        """A hash of the content, equal for equal inventories."""
         described = [self.description, list(self.tasks)]
         total = hashlib.sha256(json.dumps(described).encode())
         rows = [] if self.rows is None else [self.rows]
         for tensor in (*self.skills.values(), *self.modules.values(), *rows):
-            # A large table on a CPU is hashed where it is; layers are copied one by one.
+            # On a CPU no tensor is copied; on another device they are copied one by one.
             flat = tensor.detach().cpu().reshape(-1)
             total.update(flat.view(torch.uint8).numpy().data)
         return total.hexdigest()[:16]
@@ -100,12 +104,12 @@ class Content:
 def write_checkpoint(folder: str | os.PathLike[str], content: Content) -> None:
     """Write all files, the description last.
 
-    All carry one id, which their content gives, so what an interrupted write left beside older
-    files is noticed when it is read.
+    All files carry one id, a hash of the content. If an interrupted write left new files beside
+    older ones, `read_checkpoint` therefore notices it.
 
     Args:
-        folder: where; made if missing.
-        content: what is written.
+        folder: the folder to write to; made if missing.
+        content: the inventory.
 
     Raises:
         InputError: the folder cannot be made or written.
@@ -130,10 +134,10 @@ def write_checkpoint(folder: str | os.PathLike[str], content: Content) -> None:
 
 
 def read_checkpoint(folder: str | os.PathLike[str]) -> Checkpoint:
-    """The inverse of `write_checkpoint`; the routing table is read when it is asked for.
+    """Read what `write_checkpoint` wrote; the routing table is read only when it is asked for.
 
     Raises:
-        InputError: the folder holds no inventory, or a file is damaged or of another kind.
+        InputError: the folder holds no inventory, or a file is damaged or of another format.
     """
     path = Path(folder)
     description = read_description(path)
@@ -158,11 +162,25 @@ def read_checkpoint(folder: str | os.PathLike[str]) -> Checkpoint:
     return Checkpoint(description, skills, saved_routes, *modules)
 
 
-def _check_description(description: dict[str, Any]) -> None:
-    """Make sure that every entry is of the type that the library writes.
+def saved_config(description: Mapping[str, Any]) -> MHRConfig:
+    """The settings of a saved inventory.
+
+    A granularity that was a function is not saved; the settings then have the default.
 
     Raises:
-        InputError: one is not; the message names it and not the file.
+        InputError: a setting does not exist or is out of range.
+    """
+    values = dict(description["config"])
+    if values["granularity"] == CUSTOM:
+        del values["granularity"]
+    return MHRConfig.from_dict(values)
+
+
+def _check_description(description: dict[str, Any]) -> None:
+    """Make sure that every entry has the type that the library writes.
+
+    Raises:
+        InputError: an entry has another type; the message names the entry but not the file.
     """
     tasks = description.get("tasks", [])
     routers, sites = description["routers"], description["sites"]
@@ -174,16 +192,13 @@ def _check_description(description: dict[str, Any]) -> None:
     _expect(isinstance(config, dict), "config", "an object")
     for key in ("method", "adapter", "num_heads", "rank", "granularity"):
         _expect(key in config, "config", f"complete: it lacks {key!r}")
-    named = {**config}
-    if config["granularity"] == "custom":
-        del named["granularity"]
-    settings = MHRConfig.from_dict(named)
+    settings = saved_config(description)
     skills = len(tasks) if settings.num_skills is None else settings.num_skills
     _expect(description["num_skills"] == skills, "num_skills", f"{skills}, as its config says")
     rule = description.get("rule")
     if rule is not None:
-        whole = isinstance(rule, dict) and isinstance(rule.get("name"), str)
-        _expect(whole and isinstance(rule.get("settings"), dict), "rule", "a name and settings")
+        is_named = isinstance(rule, dict) and isinstance(rule.get("name"), str)
+        _expect(is_named and isinstance(rule.get("settings"), dict), "rule", "a name and settings")
     if description["rows"] is not None:
         shape = [len(routers), settings.heads, description["num_skills"]]
         _expect(description["rows"]["shape"] == shape, "rows.shape", f"{shape}, as it must be")
@@ -197,14 +212,13 @@ def _check_description(description: dict[str, Any]) -> None:
     others = base.get("sample", [])
     _expect(isinstance(others, list), "base.sample", "a list")
     for other in others:
-        whole = isinstance(other, dict) and {"name", "dtype", "values"} <= other.keys()
-        _expect(whole and _is_sample(other["values"]), "base.sample", "a list of whole samples")
+        is_whole = isinstance(other, dict) and {"name", "dtype", "values"} <= other.keys()
+        _expect(is_whole and _is_sample(other["values"]), "base.sample", "a list of whole samples")
 
 
 def _check_site(place: str, site: Any, num_routers: int) -> None:
-    needed = ("name", "d_in", "d_out", "router", "base_sample")
     _expect(isinstance(site, dict), place, "an object")
-    for key in needed:
+    for key in ("name", "d_in", "d_out", "router", "base_sample"):
         _expect(key in site, place, f"complete: it lacks {key!r}")
     _expect(isinstance(site["name"], str), f"{place}.name", "a layer name")
     for key in ("d_in", "d_out"):
@@ -212,8 +226,8 @@ def _check_site(place: str, site: Any, num_routers: int) -> None:
     is_router = _is_whole(site["router"]) and 0 <= site["router"] < num_routers
     _expect(is_router, f"{place}.router", f"one of its {num_routers} routers")
     _expect(_is_sample(site["base_sample"]), f"{place}.base_sample", f"{SAMPLED} numbers, or null")
-    wide = site.get("out_features", site["d_out"])
-    _expect(_is_whole(wide) and wide > 0, f"{place}.out_features", "a width")
+    width = site.get("out_features", site["d_out"])
+    _expect(_is_whole(width) and width > 0, f"{place}.out_features", "a width")
 
 
 def _expect(holds: bool, name: str, what: str) -> None:

@@ -1,4 +1,4 @@
-"""Saving an inventory with its rule and routes, and filling a model with a saved one."""
+"""Saving an inventory with its rule and routing table, and filling a model with a saved one."""
 
 import os
 import warnings
@@ -11,10 +11,16 @@ from torch import Tensor
 from polyroute.config import MHRConfig
 from polyroute.errors import InputError
 from polyroute.layer.fingerprint import changed_since, sample, sample_others
-from polyroute.layer.wrapping import Wrapping
+from polyroute.layer.wrapping import Wrapping, tensors_of
 from polyroute.routes.mixer import Mixer
 from polyroute.routes.table_rules import rule_of
-from polyroute.saved.checkpoint import Checkpoint, Content, read_checkpoint, write_checkpoint
+from polyroute.saved.checkpoint import (
+    Checkpoint,
+    Content,
+    read_checkpoint,
+    saved_config,
+    write_checkpoint,
+)
 from polyroute.settings import marked
 
 __all__ = ["check_same_function", "fill", "load_checkpoint", "save_inventory"]
@@ -31,11 +37,11 @@ def save_inventory(
     """Write an inventory; see `RoutedModel.save_pretrained`.
 
     Args:
-        folder: where.
-        mixer: the inventory, the table and the rule.
-        wrapping: the base model, and its whole modules that train.
-        outside: what the rest of the base model was when the inventory was attached.
-        is_main_process: whether to write.
+        folder: the folder to write to; made if missing.
+        mixer: has the skills, the table and the rule.
+        wrapping: has the base model and its whole modules that train.
+        outside: samples of the rest of the base model, taken when the inventory was attached.
+        is_main_process: whether this process writes.
 
     Raises:
         InputError: there is nothing to save, or the folder cannot be written.
@@ -43,12 +49,13 @@ def save_inventory(
     mixer.check_memory()
     if mixer.inventory.num_skills == 0:
         raise InputError("no private adapter is left to save: add a task first")
-    lost = changed_since(wrapping.base_model, outside)
-    if lost:
+    unsaved = changed_since(wrapping.base_model, outside)
+    if unsaved:
+        named = ", ".join(unsaved[:5]) + (" ..." if len(unsaved) > 5 else "")
         warnings.warn(
-            f"{len(lost)} parameters of the base model trained or changed and are not saved with "
-            f"the inventory: {', '.join(lost[:5])}{' ...' if len(lost) > 5 else ''}; name their "
-            "modules in MHRConfig(modules_to_save=[...]) to train and save them",
+            f"{len(unsaved)} parameters of the base model trained or changed and are not saved "
+            f"with the inventory: {named}; name their modules in MHRConfig(modules_to_save=[...]) "
+            "to train and save them",
             stacklevel=3,
         )
     content = Content(
@@ -91,7 +98,7 @@ def _description(mixer: Mixer, wrapping: Wrapping) -> dict[str, Any]:
     if rule.name != rule_of(mixer.config).name:
         described["rule"] = {"name": rule.name, "settings": rule.settings()}
     if _modules(mixer, wrapping):
-        described["modules"] = True  # there is a file of them
+        described["modules"] = True  # a reader expects the file of modules
     return described
 
 
@@ -104,25 +111,33 @@ def _skills(mixer: Mixer) -> dict[str, Tensor]:
 
 
 def _modules(mixer: Mixer, wrapping: Wrapping) -> dict[str, Tensor]:
-    """What trains besides skills and routes: `rule.*` and `module.*`."""
+    """The tensors that train besides skills and rows: `rule.*` and `module.*`."""
     return {
         **{f"rule.{name}": tensor for name, tensor in mixer.rule.state_dict().items()},
-        **{f"module.{name}": tensor for name, tensor in wrapping.trained_tensors().items()},
+        **{f"module.{name}": tensor for name, tensor in tensors_of(wrapping.trained).items()},
     }
 
 
 def check_same_function(
     checkpoint: Checkpoint, mixer: Mixer, source: str | os.PathLike[str]
 ) -> None:
-    """Make sure that equal numbers in a checkpoint and in a model compute the same.
+    """Make sure that a checkpoint and a model compute the same if their numbers are equal.
+
+    Args:
+        checkpoint: the saved inventory.
+        mixer: has the settings, the tasks, the rule and the routers of the model.
+        source: the place of the checkpoint, for messages.
 
     Raises:
-        InputError: tasks, settings or routers differ.
+        InputError: tasks, settings, rules or routers differ.
     """
     source = os.fspath(source)
     if checkpoint.tasks != mixer.table.names:
-        raise InputError(f"{source} holds other tasks than this model")
-    here, there = mixer.config, MHRConfig.from_dict(_without_custom(checkpoint.description))
+        raise InputError(
+            f"{source} holds other tasks than this model; use polyroute.from_pretrained to load "
+            "another inventory"
+        )
+    here, there = mixer.config, saved_config(checkpoint.description)
     for name in marked(MHRConfig, "computes"):
         if getattr(here, name) != getattr(there, name):
             raise InputError(
@@ -142,18 +157,16 @@ def check_same_function(
         checkpoint.description["routers"][s["router"]] for s in checkpoint.description["sites"]
     ]
     if routers != [mixer.routers[i] for i in mixer.router_of_site]:
-        raise InputError(f"{source} groups layers by router in another way than this model")
-
-
-def _without_custom(description: Mapping[str, Any]) -> dict[str, Any]:
-    config = dict(description["config"])
-    if config.get("granularity") == "custom":
-        del config["granularity"]
-    return config
+        raise InputError(
+            f"{source} assigns layers to other routers than this model; use "
+            "polyroute.from_pretrained to load another inventory"
+        )
 
 
 def load_checkpoint(folder: str | os.PathLike[str], mixer: Mixer, wrapping: Wrapping) -> None:
-    """Overwrite skills, rule and routes by those of a checkpoint; see `RoutedModel.load_adapter`.
+    """Overwrite skills, rule and rows, in place, with those of a checkpoint.
+
+    See `RoutedModel.load_adapter`.
 
     Raises:
         InputError: the checkpoint has other tasks, layers, settings or sizes.
@@ -165,11 +178,16 @@ def load_checkpoint(folder: str | os.PathLike[str], mixer: Mixer, wrapping: Wrap
 
 @torch.no_grad()
 def fill(mixer: Mixer, wrapping: Wrapping, checkpoint: Checkpoint, source: str) -> None:
-    """Overwrite skills, rule and routes, in place, by a checkpoint's, which must have their shapes.
+    """Overwrite skills, rule, rows and whole modules, in place, with those of a checkpoint.
+
+    Args:
+        mixer: has the skills, the table and the rule.
+        wrapping: has the whole modules that train.
+        checkpoint: the saved inventory, with tensors of the same shapes.
+        source: the place of the checkpoint, for messages.
 
     Raises:
-        InputError: it has not (`source` says which checkpoint), or the skills have no memory.
-            Nothing was changed.
+        InputError: the shapes differ, or the skills have no memory. Nothing has changed then.
     """
     if mixer.device.type == "meta":
         raise InputError(
@@ -182,15 +200,15 @@ def fill(mixer: Mixer, wrapping: Wrapping, checkpoint: Checkpoint, source: str) 
     ]
     for expected, saved in pairs:
         _check_tensors(expected, saved, source)
-    table, logits = checkpoint.saved_routes, mixer.table.logits
-    if table is not None:
-        if logits is None or table.shape != mixer.table.shape:
+    saved_table, logits = checkpoint.saved_routes, mixer.table.logits
+    if saved_table is not None:
+        if logits is None or saved_table.shape != mixer.table.shape:
             raise InputError(
-                f"{source} does not fit: its routing rows have shape {list(table.shape)}, "
+                f"{source} does not fit: its routing rows have shape {list(saved_table.shape)}, "
                 f"those of this model {list(mixer.table.shape or ())}"
             )
-        table.check(mixer.table.names)
-        table.copy_into(logits, mixer.table.names)
+        saved_table.check(mixer.table.names)
+        saved_table.copy_into(logits, mixer.table.names)
     else:
         mixer.table.drop_logits()
     for expected, saved in pairs:
@@ -204,15 +222,18 @@ def _check_tensors(
 ) -> None:
     if saved.keys() != expected.keys():
         name = sorted(saved.keys() ^ expected.keys())[0]
-        raise InputError(f"{source} does not fit: tensor {name!r} is on one side only")
+        raise InputError(
+            f"{source} does not fit: tensor {name!r} is on one side only, in the files or in this "
+            "model"
+        )
     for name, tensor in expected.items():
         if saved[name].shape != tensor.shape:
             raise InputError(
-                f"{source} does not fit: tensor {name!r} is {list(saved[name].shape)} there "
-                f"and {list(tensor.shape)} here"
+                f"{source} does not fit: tensor {name!r} has shape {list(saved[name].shape)} there "
+                f"and {list(tensor.shape)} in this model"
             )
         if not tensor.is_floating_point():
-            continue  # a counter of a whole module, such as that of a batch norm
+            continue  # a whole module may have counters, as batch norm has
         if not saved[name].is_floating_point() or not saved[name].isfinite().all():
             raise InputError(
                 f"{source} is damaged: tensor {name!r} holds values that are not finite "

@@ -1,4 +1,4 @@
-"""Adapters in PEFT's files; a task as one: what a mixture of skills computes is a plain LoRA."""
+"""Writing adapters in PEFT's files, such as a task, whose mixture of skills is a plain LoRA."""
 
 import os
 from collections.abc import Mapping, Sequence
@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from polyroute.host.files import make_folder, write_json, write_tensors
 from polyroute.layer.factors import LoRAFactors, PlainFactors
 from polyroute.layer.sites import Site, find_endings
+from polyroute.layer.wrapping import tensors_of
 
 __all__ = [
     "CONFIG",
@@ -23,34 +24,34 @@ __all__ = [
 CONFIG = "adapter_config.json"
 TENSORS = "adapter_model.safetensors"
 ROOT = "base_model.model."
-"""What every key begins with, before the name of the layer in the base model."""
+"""The beginning of every key, before the name of the layer in the base model."""
 
 
 @dataclass(frozen=True)
 class PeftTarget:
-    """What PEFT's files say of a base model and its adapted layers; made by `peft_target`.
+    """What PEFT's files say about a base model and its adapted layers; see `peft_target`.
 
-    It holds names alone, so a result that keeps one keeps no model alive.
+    It does not refer to the base model, so an adapted task that keeps one keeps no model alive.
     """
 
     config: Mapping[str, Any]
     """The entries of `adapter_config.json` that do not depend on the adapter."""
     sites: tuple[str, ...]
-    """Names of the adapted layers in the base model."""
+    """The names of the adapted layers in the base model."""
     fan_in_fan_out: bool
     """Whether a layer stores its weight `[d_in, d_out]`, as in GPT-2."""
     modules: Mapping[str, Tensor]
-    """Tensors of whole modules that were trained beside the skills, by their full names."""
+    """The tensors of whole modules that trained beside the skills, by their full names."""
 
     def write(self, folder: str | os.PathLike[str], factors: Sequence[PlainFactors]) -> None:
-        """Write one task for PEFT, or whatever else reads its adapters.
+        """Write one task for PEFT, or for any program that reads its adapters.
 
-        The update's scale is folded into B and `lora_alpha` set to the rank, so that every loader,
-        whatever it makes of alpha, applies it once.
+        B includes the scale of the update, and `lora_alpha` is the rank, so every program that
+        reads the adapter applies the scale exactly once.
 
         Args:
-            folder: where to; made if missing.
-            factors: of one task, by site.
+            folder: the folder to write to; made if missing.
+            factors: the factors of one task, by site.
 
         Raises:
             InputError: the folder cannot be written.
@@ -82,12 +83,13 @@ def peft_target(
     sites: Sequence[Site],
     trained: Mapping[str, nn.Module] | None = None,
 ) -> PeftTarget:
-    """What PEFT's files say of a base model and its adapted layers.
+    """Gather what PEFT's files say about a base model and its adapted layers.
 
     Args:
-        base_model: for its name and family, and to find the shortest list of target modules.
+        base_model: the base model, which gives its name, its type of task and the shortest list of
+            target modules.
         sites: the adapted layers.
-        trained: whole modules that were trained beside the skills, by name.
+        trained: whole modules that trained beside the skills, by name.
     """
     config: dict[str, Any] = {
         "task_type": _task_type(base_model),
@@ -97,13 +99,9 @@ def peft_target(
     }
     if trained:
         config["modules_to_save"] = sorted(trained)
-    modules = {
-        f"{name}.{key}": tensor
-        for name, module in (trained or {}).items()
-        for key, tensor in module.state_dict().items()
-    }
     names = tuple(site.name for site in sites)
-    return PeftTarget(config, names, any(site.is_conv1d for site in sites), modules)
+    is_transposed = any(site.is_conv1d for site in sites)
+    return PeftTarget(config, names, is_transposed, tensors_of(trained or {}))
 
 
 def write_peft_folder(
@@ -113,14 +111,17 @@ def write_peft_folder(
     fields: Mapping[str, Any],
     tensors: Mapping[str, Tensor],
 ) -> None:
-    """Write an adapter as PEFT's `save_pretrained` does, whatever its method.
+    """Write an adapter of any method as PEFT's `save_pretrained` does.
 
     Args:
-        folder: where to; made if missing.
-        base_model: as for `peft_target`.
+        folder: the folder to write to; made if missing.
+        base_model: as in `peft_target`.
         sites: the adapted layers.
-        fields: settings of the method, `peft_type` among them.
-        tensors: by the name of the layer in the base model and the ending of the method.
+        fields: the settings of the method, with `peft_type`.
+        tensors: tensors by the name of their layer in the base model and the method's ending.
+
+    Raises:
+        InputError: the folder cannot be written.
     """
     peft_target(base_model, sites).write_tensors(folder, fields, tensors)
 
@@ -141,7 +142,7 @@ def _ia3_fields() -> Mapping[str, Any]:
 
 
 def _task_type(base_model: nn.Module) -> str | None:
-    """What PEFT calls the kind of the base model; None where it has no name for it."""
+    """The name that PEFT gives to the base model's type of task; None if it has no such name."""
     config = getattr(base_model, "config", None)
     if getattr(config, "is_encoder_decoder", False):
         return "SEQ_2_SEQ_LM"
@@ -152,6 +153,6 @@ def _task_type(base_model: nn.Module) -> str | None:
 
 
 def _base_name(base_model: nn.Module) -> str | None:
-    """Where transformers loaded the base model from; None if it did not."""
+    """The folder or hub id that transformers loaded the base model from; None if it did not."""
     name = getattr(getattr(base_model, "config", None), "_name_or_path", None)
     return str(name) if name else None
