@@ -443,10 +443,10 @@ def test_an_attach_that_fails_halfway_leaves_the_model_as_it_was(
     count = iter(range(100))
     original = getattr(Wrapping, step)
 
-    def fail(self: Wrapping, *args: Any) -> Any:
+    def fail(self: Wrapping, *args: Any, **kwargs: Any) -> Any:
         if next(count) == (1 if step == "put" else 0):
             raise ZeroDivisionError
-        return original(self, *args)
+        return original(self, *args, **kwargs)
 
     monkeypatch.setattr(Wrapping, step, fail)
     with pytest.raises(ZeroDivisionError):
@@ -589,3 +589,286 @@ def test_float64_merging_is_exact_to_float64() -> None:
     expected = model(x, tasks="dune")
     model.merge("dune")
     assert relative_error(model(x), expected) < 1e-14
+
+
+# ---------------------------------------------------------------- more entrances
+
+
+class Dictionaries(nn.Module):
+    """A model that takes its batch as one dictionary."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up = nn.Linear(8, 8)
+
+    def forward(self, batch: Any) -> Tensor:
+        y: Tensor = self.up(batch["x"] if isinstance(batch, dict) else batch[0])
+        return y
+
+
+@pytest.mark.parametrize("inputs", [{"x": torch.ones(4, 8)}, (torch.ones(4, 8), torch.ones(3))])
+def test_a_batch_in_one_argument_is_counted(inputs: Any) -> None:
+    model = routed(Dictionaries(), num_heads=2)
+    with pytest.raises(InputError, match=WRONG):
+        model(inputs, tasks=["amber", "birch"])
+    model(inputs, tasks=list(TASKS))
+
+
+def test_the_order_of_keywords_does_not_decide_what_the_batch_is() -> None:
+    model = routed(Names(), num_heads=2)
+    with pytest.raises(InputError, match=WRONG):
+        model(order=torch.ones(2), measurements=torch.randn(4, 8), tasks=["amber", "birch"])
+    model(order=torch.ones(2), measurements=torch.randn(4, 8), tasks=list(TASKS))
+
+
+@pytest.mark.parametrize("whole", [False, True])
+def test_a_compiled_model_counts_tasks(whole: bool) -> None:
+    torch._dynamo.reset()
+    model: Any = routed(llama(layers=1), num_heads=2)
+    ids = torch.randint(3, 40, (4, 5))
+    if whole:
+        model = torch.compile(model, backend="eager")
+    else:
+        model.compile(backend="eager")
+    with pytest.raises(InputError, match=WRONG):
+        model(input_ids=ids, tasks=["amber", "birch"])
+    model(input_ids=ids, tasks=list(TASKS))
+
+
+def test_encoder_outputs_are_counted_by_generation_too() -> None:
+    model = routed(t5(), num_heads=2)
+    ids = torch.randint(3, 40, (4, 5))
+    with model.route(list(TASKS)):
+        outputs = model.get_encoder()(input_ids=ids)
+    for given in (outputs, tuple(outputs.values())):
+        with pytest.raises(InputError, match=WRONG):
+            model(encoder_outputs=given, decoder_input_ids=ids, tasks=["amber", "birch"])
+    with pytest.raises(InputError, match=WRONG):
+        model.generate(encoder_outputs=outputs, max_new_tokens=2, tasks=["amber", "birch"])
+    model.generate(encoder_outputs=outputs, max_new_tokens=2, tasks=list(TASKS))
+
+
+def test_the_base_model_and_its_parts_count_tasks_in_a_block() -> None:
+    ids, two = torch.randint(3, 40, (4, 5)), ["amber", "birch"]
+    model, encoder = routed(llama(), num_heads=2), routed(t5(), num_heads=2)
+    calls: list[Any] = [
+        lambda: model.base_model(ids),
+        lambda: model.base_model(input_ids=ids),
+        lambda: model.base_model.generate(ids, max_new_tokens=2),
+        lambda: model.base_model.generate(ids, max_new_tokens=2, num_beams=2),
+        lambda: model.model(input_ids=ids),
+    ]
+    for call in calls:
+        with model.route(two), pytest.raises(InputError, match="2 tasks were given"):
+            call()
+        with model.route(list(TASKS)):
+            call()
+    with encoder.route(two), pytest.raises(InputError, match="2 tasks were given"):
+        encoder.get_encoder()(input_ids=ids)
+    with encoder.route(list(TASKS)):
+        encoder.get_encoder()(input_ids=ids)
+
+
+def test_packed_rows_are_not_taken_for_single_examples() -> None:
+    model = routed(llama(), num_heads=2)
+    ids = torch.randint(3, 40, (1, 8))
+    positions = torch.tensor([[0, 1, 2, 3, 0, 1, 2, 3]])
+    with pytest.raises(InputError, match=r"1 tasks were given for 2 examples in 1 packed rows"):
+        model(input_ids=ids, position_ids=positions, tasks=["amber"])
+    model(input_ids=ids, position_ids=positions, tasks="amber")
+    padded = torch.tensor([[1, 1, 0, 1, 2, 3, 4, 5]])
+    mask = torch.tensor([[0, 0, 1, 1, 1, 1, 1, 1]])
+    model(input_ids=ids, position_ids=padded, attention_mask=mask, tasks=["amber"])
+
+
+def test_packed_rows_attend_to_their_own_example_without_being_asked() -> None:
+    model = routed(llama(), num_heads=2)
+    ids = torch.randint(3, 40, (1, 8))
+    positions = torch.tensor([[0, 1, 2, 3, 4, 0, 1, 2]])
+    together = model(input_ids=ids, position_ids=positions, tasks=["amber", "dune"]).logits
+    for part, task in ((slice(0, 5), "amber"), (slice(5, 8), "dune")):
+        alone = model(input_ids=ids[:, part], tasks=task).logits
+        assert relative_error(together[:, part], alone) < 1e-5
+
+
+@pytest.mark.parametrize("segments", ["ab", [4, 4], [[4.5, 3.5]], [["4", "4"]], [[True, 7]], 8])
+def test_segments_of_another_form_are_refused(segments: Any) -> None:
+    model = routed(llama(), num_heads=2)
+    with pytest.raises(InputError, match="segments must be a list of lengths for each"):
+        model(input_ids=torch.ones(1, 8).long(), tasks=["amber", "birch"], segments=segments)
+
+
+# ---------------------------------------------------------------- more of what is lost in silence
+
+
+def test_a_trained_bias_or_weight_of_an_adapted_layer_is_named_and_noticed(tmp_path: Path) -> None:
+    for kind in ("bias", "weight"):
+        model = routed(stack(), num_heads=2)
+        with torch.no_grad():
+            getattr(model.base_model.up.base_layer, kind).add_(0.5)
+        with pytest.warns(UserWarning, match=rf"up\.{kind}"):
+            model.save_pretrained(tmp_path / kind)
+        with pytest.raises(InputError, match=r"belongs to another base model.*up"):
+            from_pretrained(stack(), tmp_path / kind)
+
+
+def test_statistics_of_batch_norms_are_named_and_noticed(tmp_path: Path) -> None:
+    def net() -> nn.Module:
+        torch.manual_seed(0)
+        return nn.Sequential(nn.Linear(4, 8), nn.BatchNorm1d(8), nn.Linear(8, 2))
+
+    model = attach(net().train(), MHRConfig(num_heads=2, num_skills=2), TASKS)
+    model(torch.randn(6, 4), tasks="amber")
+    with pytest.warns(UserWarning, match=r"1\.running_mean, 1\.running_var"):
+        model.save_pretrained(tmp_path)
+    with pytest.raises(InputError, match=r"1\.running_mean' differ"):
+        from_pretrained(net(), tmp_path)
+
+
+def test_a_change_of_a_few_rows_of_an_embedding_is_named_and_noticed(tmp_path: Path) -> None:
+    model = routed(llama(), num_heads=2)
+    with torch.no_grad():
+        model.get_input_embeddings().weight[7].add_(0.3)
+    with pytest.warns(UserWarning, match=r"model\.embed_tokens\.weight"):
+        model.save_pretrained(tmp_path)
+    with pytest.raises(InputError, match=r"model\.embed_tokens\.weight' differ"):
+        from_pretrained(llama(), tmp_path)
+
+
+def test_layers_and_parameters_that_came_after_attach_are_named(tmp_path: Path) -> None:
+    model = routed(classifier(1), num_heads=4, target_modules=["query", "classifier"])
+    model.base_model.classifier = nn.Linear(32, 8)
+    model.base_model.extra = nn.Linear(2, 2)
+    with pytest.warns(UserWarning, match=r"extra\.weight.*classifier|classifier.*extra\.weight"):
+        model.save_pretrained(tmp_path)
+    new = model.base_model.classifier
+    assert model.unload().classifier is new
+
+
+# ---------------------------------------------------------------- more layers that stand for others
+
+
+@pytest.mark.filterwarnings("ignore:.*parameters of the base model trained or changed")
+@pytest.mark.parametrize("is_tied", [True, False])
+def test_the_base_model_itself_resizes_its_vocabulary(is_tied: bool) -> None:
+    base = tied(is_tied)
+    model = routed(base, num_heads=2, target_modules=["q_proj", "lm_head"])
+    ids = batch(base)["input_ids"]
+    before = model(input_ids=ids, tasks=list(TASKS)).logits
+    base.resize_token_embeddings(48)
+    after = model(input_ids=ids, tasks=list(TASKS)).logits
+    assert after.shape[-1] == 48
+    assert relative_error(after[..., :40], before) < 1e-6
+    plain = model.unload()
+    assert plain.lm_head.weight.shape[0] == 48
+    plain.resize_token_embeddings(40)
+    assert "generate" not in vars(plain)
+    assert "resize_token_embeddings" not in vars(plain)
+
+
+def test_a_merged_model_neither_gives_nor_takes_a_state_dict() -> None:
+    model = routed(stack(), num_heads=2)
+    state = model.state_dict()
+    model.merge("amber")
+    with pytest.raises(InputError, match=r"merged with 'amber'; call unmerge\(\) first"):
+        model.state_dict()
+    with pytest.raises(InputError, match=r"merged with 'amber'; call unmerge\(\) first"):
+        model.load_state_dict(state)
+    assert model.base_model.state_dict()
+
+
+def test_attributes_of_a_linear_layer_are_set_on_the_base_layer() -> None:
+    model = routed(stack(), num_heads=2)
+    layer = model.base_model.up
+    layer.bias = None
+    assert layer.base_layer.bias is None
+    layer.out_features = 16
+    assert "out_features" not in vars(layer)
+    model(torch.randn(2, 8), tasks="amber")
+
+
+def test_a_weight_that_is_computed_cannot_be_merged() -> None:
+    base = stack()
+    nn.utils.parametrizations.weight_norm(base.up)
+    model = routed(base, num_heads=2)
+    with pytest.raises(InputError, match=r"'up' .*cannot be merged"):
+        model.merge("amber")
+
+
+# ---------------------------------------------------------------- more images and sounds
+
+
+def qwen2_audio() -> nn.Module:
+    from transformers import Qwen2AudioConfig, Qwen2AudioForConditionalGeneration
+
+    torch.manual_seed(0)
+    config = Qwen2AudioConfig(
+        audio_config={
+            "num_mel_bins": 4, "encoder_layers": 1, "encoder_attention_heads": 2, "d_model": 16,
+            "encoder_ffn_dim": 16, "max_source_positions": 4,
+        },
+        text_config={
+            "model_type": "qwen2", "vocab_size": 64, "hidden_size": 32, "intermediate_size": 48,
+            "num_hidden_layers": 1, "num_attention_heads": 4, "num_key_value_heads": 2,
+        },
+        audio_token_index=IMAGE,
+    )  # fmt: skip
+    return Qwen2AudioForConditionalGeneration(config).eval()
+
+
+def test_any_number_of_sounds_is_routed_where_the_language_part_is_adapted() -> None:
+    model = routed(qwen2_audio(), num_heads=2)
+    assert all("language_model" in site.name for site in model.sites)
+    ids = torch.randint(3, 60, (2, 12))
+    sounds = torch.randn(3, 4, 8)
+    for row, count in zip(ids, (2, 1), strict=True):
+        row[: 2 * count] = IMAGE
+    given = {
+        "input_ids": ids,
+        "attention_mask": torch.ones_like(ids),
+        "input_features": sounds,
+        "feature_attention_mask": torch.ones(3, 8).long(),
+    }
+    together = model(**given, tasks=["amber", "birch"]).logits
+    for i, part in enumerate((slice(0, 2), slice(2, 3))):
+        alone = {k: v[part] if len(v) == 3 else v[i : i + 1] for k, v in given.items()}
+        task = ["amber", "birch"][i]
+        assert relative_error(model(**alone, tasks=task).logits[0], together[i]) < 1e-5
+    tower = routed(qwen2_audio(), num_heads=2, target_modules=r".*(q_proj|fc1)")
+    with pytest.raises(InputError, match="does not show which example each belongs to"):
+        tower(**given, tasks=["amber", "birch"])
+
+
+def test_the_bridge_to_peft_adapts_the_language_part_and_refuses_ragged_images() -> None:
+    peft = pytest.importorskip("peft")
+    from polyroute import peft as pp
+
+    two = ["amber", "birch"]
+    config = pp.MHRConfig(tasks=two, num_heads=2, num_skills=2)
+    model = peft.get_peft_model(llava(), config).eval()
+    adapted = [n for n, m in model.named_modules() if isinstance(m, pp.MHRLinear)]
+    assert adapted
+    assert all("language_model" in name for name in adapted)
+    model(**with_images([2, 0]), tasks=two)
+    config = pp.MHRConfig(tasks=two, num_heads=2, num_skills=2, target_modules=EVERYWHERE)
+    model = peft.get_peft_model(llava(), config).eval()
+    with pytest.raises(InputError, match="does not show which example each belongs to"):
+        model(**with_images([2, 0]), tasks=two)
+    model(**with_images([1, 1]), tasks=two)
+    model(**with_images([2, 0]), tasks="amber")
+
+
+def test_towers_of_a_model_inside_a_model_are_found() -> None:
+    from transformers import ColQwen2Config, ColQwen2ForRetrieval
+
+    torch.manual_seed(0)
+    base = ColQwen2ForRetrieval(ColQwen2Config(vlm_config=qwen2_vl().config, embedding_dim=8))
+    model = routed(base.eval(), num_heads=2)
+    assert not any("visual" in site.name for site in model.sites)
+
+
+def test_guidance_that_doubles_the_batch_is_refused_for_several_tasks() -> None:
+    model = routed(t5(), num_heads=2)
+    ids = torch.randint(3, 40, (4, 5))
+    with pytest.raises(InputError, match="guidance_scale"):
+        model.generate(ids, tasks=list(TASKS), guidance_scale=3.0, max_new_tokens=2)

@@ -234,3 +234,72 @@ def test_adapting_many_tasks_keeps_the_module_as_it_is(tmp_path: Path) -> None:
     assert torch.equal(
         exported.base_model.model.model.norm.modules_to_save["default"].weight, before
     )
+
+
+@pytest.mark.filterwarnings("ignore:.*parameters of the base model trained or changed")
+def test_a_trained_head_that_is_resized_goes_on_training_and_is_saved(tmp_path: Path) -> None:
+    config = MHRConfig(num_heads=2, num_skills=2, modules_to_save=["lm_head"])
+    base = llama()
+    model = shake(attach(base, config, TASKS))
+    model.resize_token_embeddings(48)
+    head = base.lm_head.weight
+    assert head.requires_grad
+    assert id(head) in {id(p) for g in model.param_groups() for p in g["params"]}
+    inputs = batch(base)
+    optimizer = torch.optim.AdamW(model.param_groups(lr=1e-1))
+    before = head.detach().clone()
+    model(**inputs, tasks=list(TASKS)).loss.backward()
+    optimizer.step()
+    assert not torch.equal(before, head)
+    model.save_pretrained(tmp_path)
+    other = llama()
+    other.resize_token_embeddings(48)
+    other.model.load_state_dict(
+        {k.replace(".base_layer", ""): v for k, v in base.model.state_dict().items()}
+    )
+    again = from_pretrained(other, tmp_path)
+    expected = model(**inputs, tasks="amber").logits
+    assert torch.equal(again(**inputs, tasks="amber").logits, expected)
+    assert model.unload() is base  # a head of another size cannot be put back
+
+
+def test_tied_modules_are_not_exported_to_a_format_that_unties_them(tmp_path: Path) -> None:
+    config = llama().config
+    config.tie_word_embeddings = True
+    for name in ("lm_head", "embed_tokens"):
+        torch.manual_seed(0)
+        base = type(llama())(config)
+        settings = MHRConfig(num_heads=2, num_skills=2, modules_to_save=[name])
+        model = attach(base, settings, TASKS)
+        with pytest.raises(InputError, match="tied"):
+            model.export_peft("amber", tmp_path / name)
+        model.save_pretrained(tmp_path / f"{name} saved")
+        torch.manual_seed(0)
+        from_pretrained(type(llama())(config), tmp_path / f"{name} saved")
+
+
+def test_a_tied_embedding_trains_beside_an_adapted_head(tmp_path: Path) -> None:
+    config = llama().config
+    config.tie_word_embeddings = True
+
+    def base() -> Any:
+        torch.manual_seed(0)
+        return type(llama())(config)
+
+    settings = MHRConfig(
+        num_heads=2, num_skills=2, target_modules=["lm_head"], modules_to_save=["embed_tokens"]
+    )
+    model = attach(base(), settings, TASKS)
+    with torch.no_grad():
+        model.base_model.model.embed_tokens.weight.add_(0.1)
+    model.save_pretrained(tmp_path)
+    again = from_pretrained(base(), tmp_path)
+    inputs = batch(base())
+    assert torch.equal(again(**inputs, tasks="amber").logits, model(**inputs, tasks="amber").logits)
+
+
+def test_a_trained_module_that_was_replaced_is_named(tmp_path: Path) -> None:
+    model = attached()
+    model.base_model.classifier = nn.Linear(32, 8)
+    with pytest.warns(UserWarning, match="classifier"):
+        model.save_pretrained(tmp_path)

@@ -354,3 +354,98 @@ def test_a_copy_of_a_model_has_routes_of_its_own() -> None:
             twin(X)
         with twin.route("birch"):
             assert torch.equal(twin(X), model(X, tasks="birch"))
+
+
+class Opened:
+    """A context manager of somebody's own, which opens a block for its caller."""
+
+    def __init__(self, route: Callable[[Any], Any], task: str) -> None:
+        self.block = route(task)
+
+    def __enter__(self) -> None:
+        self.block.__enter__()
+
+    def __exit__(self, *error: object) -> None:
+        self.block.__exit__(*error)
+
+
+def test_a_block_opened_for_the_caller_is_inside_those_that_the_caller_is_in(routing: Any) -> None:
+    route, run, truth = routing
+    with route("birch"):
+        with Opened(route, "amber"):
+            assert torch.equal(run(), truth["amber"])
+            with route("cedar"):
+                assert torch.equal(run(), truth["cedar"])
+            assert torch.equal(run(), truth["amber"])
+        assert torch.equal(run(), truth["birch"])
+        with ExitStack() as blocks:
+
+            def enter(task: str) -> None:
+                blocks.enter_context(route(task))
+
+            enter("amber")
+            assert torch.equal(run(), truth["amber"])
+            enter("mu")
+            assert torch.equal(run(), truth["mu"])
+        assert torch.equal(run(), truth["birch"])
+
+
+def test_a_suspended_coroutine_routes_nobody_else(routing: Any) -> None:
+    route, run, truth = routing
+
+    class Turn:
+        def __await__(self) -> Iterator[None]:
+            yield
+
+    async def work() -> None:
+        with route("amber"):
+            await Turn()
+
+    waiting = work()
+    waiting.send(None)
+    with pytest.raises(InputError, match="no task is routed"):
+        run()
+    with Opened(route, "birch"):
+        assert torch.equal(run(), truth["birch"])
+    waiting.close()
+
+
+def test_what_a_generator_starts_elsewhere_is_in_its_block(routing: Any) -> None:
+    import contextvars
+
+    route, run, truth = routing
+
+    async def child() -> Tensor:
+        await asyncio.sleep(0)
+        return run()
+
+    async def serve(task: str) -> Any:
+        with route(task):
+            yield await asyncio.to_thread(run)
+            yield (await asyncio.gather(child()))[0]
+
+    async def main() -> None:
+        async for found in serve("amber"):
+            assert torch.equal(found, truth["amber"])
+
+    def threaded(task: str) -> Iterator[Tensor]:
+        with route(task):
+            found: list[Tensor] = []
+            context = contextvars.copy_context()
+            thread = threading.Thread(target=context.run, args=(lambda: found.append(run()),))
+            thread.start()
+            thread.join()
+            yield found[0]
+
+    asyncio.run(main())
+    assert torch.equal(next(threaded("birch")), truth["birch"])
+    gc.collect()
+
+
+def test_a_copy_of_a_part_says_that_it_has_no_routes() -> None:
+    import copy
+
+    model = routed(llama(), num_heads=4)
+    part = copy.deepcopy(model.base_model.model.layers[0].mlp)
+    with pytest.raises(InputError, match="copy the whole routed model"):
+        part(torch.randn(1, 3, 32))

@@ -344,3 +344,103 @@ def test_the_core_knows_nothing_of_the_two_rules() -> None:
         text = path.read_text(encoding="utf-8")
         assert "TokenGate" not in text, path
         assert "ConditionRule" not in text, path
+
+
+def test_a_rule_has_a_name_of_its_own_and_settings_that_are_json() -> None:
+    class Nameless(RouteRule):
+        needs_tasks = False
+
+    class Heir(TokenGate):
+        """Without a name it would be saved as its parent."""
+
+    class Odd(RouteRule, name="odd"):
+        def settings(self) -> dict[str, Any]:
+            return {"tensor": torch.ones(1)}
+
+    config = MHRConfig(num_skills=2, num_heads=1)
+    for rule in (Nameless(), Heir()):
+        with pytest.raises(InputError, match=r"class (Nameless|Heir)\(.*, name="):
+            attach(llama(), config, [], rule=rule)
+    with pytest.raises(InputError, match="settings of the rule 'odd' must be JSON"):
+        attach(llama(), config, [], rule=Odd())
+
+
+def test_a_rule_belongs_to_one_model() -> None:
+    rule = TokenGate()
+    config = MHRConfig(num_skills=2, num_heads=1)
+    attach(llama(), config, [], rule=rule)
+    with pytest.raises(InputError, match="this rule belongs to another model: make a new one"):
+        attach(llama(), config, [], rule=rule)
+
+
+@pytest.mark.parametrize(
+    "setting",
+    [{"method": "shared"}, {"method": "private"}, {"gate": "straight_through"},
+     {"normalization": "l2"}, {"logit_dropout": 0.1}, {"shared_skill": True}, {"anneal_steps": 3}],
+)  # fmt: skip
+def test_settings_of_the_table_are_refused_beside_a_rule_without_one(setting: Any) -> None:
+    config = MHRConfig(**{"num_skills": None if "method" in setting else 2, **setting})
+    with pytest.raises(InputError, match=f"{next(iter(setting))}.*rule 'token-gate'"):
+        attach(llama(), config, ["a"], rule=TokenGate())
+
+
+def test_mu_does_not_share_a_batch_with_tasks_under_a_rule_that_looks_at_the_input() -> None:
+    model = gated(llama())
+    given = batch(model.base_model)
+    with pytest.raises(InputError, match="'mu' cannot share a batch with other tasks"):
+        model(**given, tasks=["a", "mu", "a", "b"])
+    model(**given, tasks=["mu"] * 4)
+
+
+def test_the_mask_of_a_rule_is_that_of_the_batch_in_parts_too() -> None:
+    seen: list[Any] = []
+
+    class Watch(RouteRule, name="watch"):
+        needs_tasks = False
+
+        def factors(self, batch: Any, mixer: Any) -> Any:
+            seen.append(None if batch.mask is None else tuple(batch.mask.shape))
+            return mixer.mix(mixer.uniform(1), batch)
+
+    model = attach(t5(), MHRConfig(num_skills=2, num_heads=1), [], rule=Watch())
+    mask = torch.tensor([[1, 1, 1, 0], [1, 1, 1, 1]])
+    model.generate(torch.ones(2, 4).long(), attention_mask=mask, max_new_tokens=2)
+    assert seen[0] == (2, 4)  # the encoder, which generate calls on its own
+    seen.clear()
+    model = attach(llama(), MHRConfig(num_skills=2, num_heads=1), [], rule=Watch())
+    options = {"max_new_tokens": 2, "cache_implementation": "static"}
+    model.generate(torch.ones(2, 4).long(), attention_mask=mask, **options)
+    assert all(shape is None or len(shape) == 2 for shape in seen)
+
+
+def test_float64_models_have_rules_in_float64() -> None:
+    torch.manual_seed(0)
+    base = nn.Sequential(nn.Linear(4, 6)).double()
+    config = MHRConfig(num_skills=3, num_heads=2, rank=2, alpha=5.0)
+    model = shake(attach(base, config, [], rule=ConditionRule(width=2)))
+    assert {p.dtype for p in model.rule.parameters()} == {torch.float64}
+    x, condition = torch.randn(3, 4).double(), torch.randn(3, 2).double()
+    learned = tuple(model.learned())
+    assert torch.autograd.gradcheck(lambda *_: model(x, condition=condition), learned)
+
+
+def test_a_fixed_rule_of_ones_own_is_adapted_by_its_average_alone() -> None:
+    from polyroute.routes.rule import Choice
+    from polyroute.routes.table_rules import TableRule
+
+    class Sharp(TableRule, name="sharp"):
+        def choose(self, rows: Any, mixer: Any, *, training: bool) -> Choice:
+            choice = super().choose(rows, mixer, training=training)
+            assert choice.weights is not None
+            return Choice(torch.softmax(9 * choice.weights, -1), choice.sets)
+
+    base, tokenizer = base_models.llama()
+    config = MHRConfig(num_skills=3, num_heads=1, method="poly")
+    model = shake(attach(base, config, ["a"], rule=Sharp()))
+    kind, examples = kind_of(base, tokenizer), [{"input": "a cat", "target": "yes"}] * 2
+    for phase in ("z", "full"):
+        with pytest.raises(InputError, match="rule 'sharp'"):
+            adapt_many(model, {"new": examples}, kind=kind, phase=phase, steps=1)
+    adapt_many(model, {"new": examples}, kind=kind, phase="mu", steps=1)
+    with pytest.raises(InputError, match="rule 'sharp'"):
+        adapt_many(model, {"new": examples}, kind=kind, phase="mu", steps=1, init="a")

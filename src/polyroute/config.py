@@ -52,9 +52,9 @@ class MHRConfig:
         InputError: a value is out of range, or two values exclude each other.
     """
 
-    # Two marks: settings marked `computes` decide what given skills and rows compute. Settings
+    # Three marks: settings marked `computes` decide what given skills and rows compute. Settings
     # marked `whole_model` look beyond one layer; an adapter of PEFT lacks them, because PEFT makes
-    # it layer by layer.
+    # it layer by layer. Settings marked `of_table` have no effect on a rule without a table.
 
     method: Method = setting(
         "mhr", one_of(*get_args(Method)), computes=True, help="mhr, poly, shared or private."
@@ -119,30 +119,34 @@ class MHRConfig:
     dropout: float = setting(0.0, number(least=0, below=1), help="Dropout of the adapter's input.")
     """The probability with which the adapter's input is dropped in training."""
     gate: Gate = setting(
-        "sigmoid", one_of(*get_args(Gate)), computes=True,
+        "sigmoid", one_of(*get_args(Gate)), computes=True, of_table=True,
         help="sigmoid, relaxed_bernoulli or straight_through.",
     )  # fmt: skip
     """How a routing logit becomes a gate. `relaxed_bernoulli` adds noise in training only, drawn
     for each example if tasks are named per example. The mean gate of training therefore differs
     from the gate of evaluation (0.66 and 0.73 at logit 1)."""
     normalization: Normalization = setting(
-        "sum", one_of(*get_args(Normalization)), computes=True,
+        "sum", one_of(*get_args(Normalization)), computes=True, of_table=True,
         help="sum, l2 or average_correction.",
     )  # fmt: skip
     """How gates become weights. `sum`: they are divided by their sum over the skills. `l2`: the
     weights are the logits divided by their 2-norm, without a gate, and may be negative.
     `average_correction`: gates are multiplied by sqrt(heads / skills)."""
     logit_dropout: float = setting(
-        0.0, number(least=0, below=1), computes=True,
+        0.0, number(least=0, below=1), computes=True, of_table=True,
         help="Probability with which a gate is dropped in training.",
     )  # fmt: skip
     """The probability with which a gate is dropped in training."""
     shared_skill: bool = setting(
-        False, flag(), computes=True, help="The last skill is always on, for every task."
+        False,
+        flag(),
+        computes=True,
+        of_table=True,
+        help="The last skill is always on, for every task.",
     )
     """Whether the gate of the last skill is 1 for every task."""
     anneal_steps: int = setting(
-        0, whole(0), whole_model=True,
+        0, whole(0), whole_model=True, of_table=True,
         help="Last steps, over which routing moves to the uniform mixture.",
     )  # fmt: skip
     """The number of last training steps over which routing moves to the uniform mixture."""

@@ -3,6 +3,7 @@
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -10,11 +11,12 @@ from torch import Tensor, nn
 
 from polyroute.config import MHRConfig
 from polyroute.errors import InputError
+from polyroute.guards import routed_generate, routed_resize
 from polyroute.host.trainers import refuse_plain_trainer
 from polyroute.layer.factors import PlainFactors
-from polyroute.layer.fingerprint import sample_others
+from polyroute.layer.fingerprint import sample_all
 from polyroute.layer.granularity import routers_of
-from polyroute.layer.media import media_fit_examples
+from polyroute.layer.media import media_fit_examples, media_modules
 from polyroute.layer.open_route import Block, Mixture, OpenRoutes, Recomputation, is_in_backward
 from polyroute.layer.sites import Site
 from polyroute.layer.wrapping import Wrapping, find_modules
@@ -30,6 +32,7 @@ from polyroute.routes.tasks import (
     find_route,
     named_inputs,
     route_of_call,
+    takes,
 )  # fmt: skip
 
 __all__ = ["RoutedForward"]
@@ -61,6 +64,8 @@ class RoutedForward(nn.Module):
         super().__init__()
         self.sites = tuple(sites)
         routers, by_site = routers_of([site.name for site in sites], config.granularity)
+        if rule is not None:
+            rule.check_free(config)
         self.rule = rule_of(config) if rule is None else rule
         num_skills = len(tasks) if config.num_skills is None else config.num_skills
         shape = (len(routers), config.heads, num_skills) if self.rule.has_table else None
@@ -71,15 +76,19 @@ class RoutedForward(nn.Module):
         self.inventory = Inventory(sites, config, num_skills, sites[0].device)
         self.mixer = Mixer(config, self.inventory, self.routes, self.rule, routers, by_site)
         self.rule.start(self.mixer)
-        self.rule.to(sites[0].device)
+        self.rule.is_started = True
+        self.rule.to(sites[0].device, skills_like(sites).dtype)
         self.merged_task: str | None = None
         self._unmerged: dict[str, Tensor] = {}
-        self._outside = sample_others(base_model, sites, list(trained.values()))
+        self._outside = sample_all(base_model, list(trained.values()))
+        self._has_media = bool(media_modules(base_model))
         self._is_unloaded = False
         self.open_routes = OpenRoutes(self._prepare)
         self.wrapping = Wrapping(
             base_model, sites, self.open_routes, dropout=config.dropout, trained=trained
         )
+        self.wrapping.guard("generate", partial(routed_generate, self))
+        self.wrapping.guard("resize_token_embeddings", partial(routed_resize, self))
         self.base_model = base_model
         # Not `self.train`, which would also switch parts of the base model that differ in mode.
         for part in (self.inventory, self.routes, self.rule, self.mixer):
@@ -204,9 +213,7 @@ class RoutedForward(nn.Module):
         self._check_loaded()
         with self._block_of_call(tasks, condition, segments):
             if self._is_compiled:  # compiled code skips the hook that prepares the mixture
-                self._start_forward(args, kwargs)
-            elif (block := self.open_routes.now()) is not None:
-                self._check_tasks(block, named_inputs(self.base_model.forward, args, kwargs))
+                kwargs |= self._start_forward(args, kwargs)
             return self.base_model(*args, **kwargs)
 
     def generate(
@@ -228,29 +235,35 @@ class RoutedForward(nn.Module):
             InputError: no route is given, or the number of tasks is not that of the prompts.
         """
         self._check_loaded()
-        base: Any = self.base_model
         with self._block_of_call(tasks, condition, None):
-            if (block := self.open_routes.now()) is not None:
-                inputs = named_inputs(base.generate, args, kwargs)
-                self._check_tasks(block, inputs)
-                fit = self._media_fit(inputs, len(block.value.rows or (0,)))
-                self.open_routes.media_fit = fit
-            self.open_routes.forget()  # the mixture of an earlier call must not be used
-            try:
-                return base.generate(*args, **kwargs)
-            finally:
-                self.open_routes.media_fit = False
+            return self.base_model.generate(*args, **kwargs)  # type: ignore[operator]
 
     def _media_fit(self, inputs: Mapping[str, Any], num_examples: int) -> bool:
         """Whether an adapted layer sees images and is known to see as many for every example."""
         sees_media = any(site.sees_media for site in self.sites)
         return sees_media and media_fit_examples(self.base_model, inputs, num_examples)
 
-    def _check_tasks(self, block: Block, inputs: Mapping[str, Any]) -> None:
-        """Make sure that the open route has as many tasks as a call has examples."""
+    def check_tasks(self, inputs: Mapping[str, Any]) -> Route | None:
+        """Make sure that the open route has as many tasks as a call has examples.
+
+        Args:
+            inputs: the arguments of the call by name.
+
+        Returns:
+            The route of the call; None where no route is open.
+
+        Raises:
+            InputError: it has more or fewer.
+        """
+        block = self.open_routes.now()
+        if block is None:
+            return None
         route = route_of_call(block.value, inputs)
         if route.per_example and route.segments is None:
-            check_batch(len(route.rows or ()), self.base_model, inputs)
+            main = getattr(self.base_model, "main_input_name", "")
+            count = len(route.rows or ())
+            check_batch(count, inputs, main=main, has_media=self._has_media)
+        return route
 
     @property
     def _is_compiled(self) -> bool:
@@ -283,9 +296,12 @@ class RoutedForward(nn.Module):
 
     # ---------------------------------------------------------------- mixing
 
-    def _before_forward(self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if not torch.compiler.is_compiling():
-            self._start_forward(args, kwargs)
+    def _before_forward(
+        self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        if torch.compiler.is_compiling():
+            return args, kwargs
+        return args, {**kwargs, **self._start_forward(args, kwargs)}
 
     def _after_forward(self, _: nn.Module, __: tuple[Any, ...], ___: Any) -> None:
         # The mixture ends with its forward: a part that is called next mixes again.
@@ -293,10 +309,22 @@ class RoutedForward(nn.Module):
             self.open_routes.forget()
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
-    def _start_forward(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
-        if self.merged_task is None:
-            self.open_routes.forget()
-            self._prepare(named_inputs(self.base_model.forward, args, kwargs))
+    def _start_forward(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[str, Any]:
+        """Check the tasks of a forward and mix for it; what it needs besides its arguments."""
+        inputs = named_inputs(self.base_model.forward, args, kwargs)
+        is_own = self.open_routes.generating is None  # a generation repeats examples for beams
+        route = self.check_tasks(inputs) if is_own else None
+        if self.merged_task is not None:
+            return {}
+        self.open_routes.forget()
+        self._prepare(inputs)
+        # transformers keeps packed examples apart if there is neither a mask nor a cache.
+        is_packed = route is not None and route.segments is not None
+        given = ("attention_mask", "use_cache", "past_key_values")
+        if is_packed and all(inputs.get(name) is None for name in given):
+            accepts = takes(self.base_model.forward, "use_cache")
+            return {"use_cache": False} if accepts else {}
+        return {}
 
     def _prepare(self, inputs: Mapping[str, Any] | None = None) -> Mixture:
         """Mix the open route's skills for one forward; factors are mixed nowhere else."""
@@ -309,15 +337,14 @@ class RoutedForward(nn.Module):
                 "context_fn=model.checkpoint_contexts to torch.utils.checkpoint"
             )
         block = self.open_routes.now()
-        route = None if block is None else route_of_call(block.value, inputs or {})
-        mask = (inputs or {}).get("attention_mask")
-        mixture = self.mixer.mixture(
-            route, training=self.training, mask=mask if isinstance(mask, Tensor) else None
-        )
-        if mixture.num_examples and inputs is not None:
-            mixture = replace(mixture, media_fit=self._media_fit(inputs, mixture.num_examples))
-        elif self.open_routes.media_fit:
-            mixture = replace(mixture, media_fit=True)
+        given = inputs or self.open_routes.generating or {}
+        route = None if block is None else route_of_call(block.value, given)
+        mask = given.get("attention_mask")
+        if not isinstance(mask, Tensor) or mask.dim() != 2:
+            mask = None
+        mixture = self.mixer.mixture(route, training=self.training, mask=mask)
+        if mixture.num_examples and self._has_media:
+            mixture = replace(mixture, media_fit=self._media_fit(given, mixture.num_examples))
         self.open_routes.mixture = mixture
         return mixture
 
@@ -384,13 +411,20 @@ TASKS = "routes.tasks"
 
 
 def _add_digest(model: RoutedForward, state: dict[str, Any], prefix: str, _: Any) -> None:
+    _check_unmerged(model)
     state[prefix + TASKS] = model.routes.digest()
 
 
 def _check_digest(model: RoutedForward, state: dict[str, Any], prefix: str, *_: Any) -> None:
+    _check_unmerged(model)
     tasks = state.pop(prefix + TASKS, None)
     if tasks is not None and not torch.equal(tasks.cpu(), model.routes.digest()):
         raise InputError(
             "this state dict holds other tasks than this model, or the same in another order: load "
             "it into a model that was attached with the same list of tasks"
         )
+
+
+def _check_unmerged(model: RoutedForward) -> None:
+    if model.merged_task is not None:  # the base weights hold the task, so it would count twice
+        raise InputError(f"the model is merged with {model.merged_task!r}; call unmerge() first")

@@ -268,15 +268,16 @@ class RoutedModel(RoutedForward):
         return self.base_model
 
     def resize_token_embeddings(self, *args: Any, **kwargs: Any) -> Any:
-        """Resize the base model's vocabulary by its own method of this name.
+        """Resize the base model's vocabulary, as its method of this name does.
 
-        If the output embedding is adapted, it keeps its skills, which do not update new tokens.
+        An adapted output embedding keeps its skills, and new tokens have no update. If the output
+        embedding trains as a whole (`modules_to_save`), the new one does.
+
+        Raises:
+            InputError: the model is merged, or was unloaded.
         """
         self._check_loaded()
-        self.check_unmerged()
-        self.mixer.forget()
-        with self.wrapping.bare_output():
-            return self.base_model.resize_token_embeddings(*args, **kwargs)  # type: ignore[operator]
+        return self.base_model.resize_token_embeddings(*args, **kwargs)  # type: ignore[operator]
 
     # ---------------------------------------------------------------- files
 

@@ -22,10 +22,11 @@ from polyroute import config
 from polyroute.config import LAYER_SETTINGS
 from polyroute.errors import InputError
 from polyroute.exchange.peft_mhr import ADAPTERS
+from polyroute.layer.media import media_fit_examples, media_modules
 from polyroute.layer.merging import check_mergeable
 from polyroute.layer.open_route import OpenRoutes
 from polyroute.layer.routed_layer import RoutedLayer
-from polyroute.layer.sites import named_sites
+from polyroute.layer.sites import find_sites, named_sites
 from polyroute.peft_layer import MHRLinear, Opened, opened_now
 from polyroute.routes.table import RoutingTable
 from polyroute.routes.tasks import Tasks, check_batch, named_inputs
@@ -138,6 +139,10 @@ class MHRModel(BaseTuner):
                 f"{type(model).__name__} carries an inventory of polyroute.attach: call unload() "
                 "on the routed model, or save it and convert it to an adapter of PEFT"
             )
+        self._media = media_modules(model)
+        assert isinstance(peft_config, MHRConfig)
+        if self._media and peft_config.target_modules == "all-linear":
+            peft_config.target_modules = _language_layers(model, peft_config)
         if layers:
             self._open_routes, self._hooks = layers[0].open_routes, getattr(self, "_hooks", ())
             return
@@ -173,7 +178,7 @@ class MHRModel(BaseTuner):
             raise InputError(
                 f"layer {current_key!r} has an adapter of another method of PEFT: unload it first"
             )
-        site = replace(site, name=current_key)
+        site = replace(site, name=current_key, sees_media=id(target) in self._media)
         layer = MHRLinear(site, self._open_routes, adapter_name, peft_config)
         if adapter_name not in self.active_adapters:
             layer.requires_grad_(False)
@@ -227,8 +232,11 @@ def _before_forward(
         layer = _first_layer(model)
         assert layer is not None
         open_routes.running[-1] = opened = layer.opened(tasks)
-    if opened is not None and opened.per_example and (tasks is not None or not is_generating):
-        _check_batch(opened, model, named_inputs(model.forward, args, kwargs))
+    if opened is not None and opened.per_example:
+        inputs = named_inputs(model.forward, args, kwargs)
+        if tasks is not None or not is_generating:
+            _check_batch(opened, model, inputs)
+        open_routes.running[-1] = _with_media(opened, model, inputs)
     return args, kwargs
 
 
@@ -246,14 +254,32 @@ def _generate(
         inputs = named_inputs(type(model).generate, (model, *args), kwargs)
         inputs.pop("self", None)
         _check_batch(opened, model, inputs)
+        opened = _with_media(opened, model, inputs)
     with _running(open_routes, opened) if opened is not None else nullcontext():
         return type(model).generate(model, *args, **kwargs)
 
 
 def _check_batch(opened: Opened, model: nn.Module, inputs: Mapping[str, Any]) -> None:
+    main = getattr(model, "main_input_name", "")
+    check_batch(_count(opened), inputs, main=main, has_media=bool(media_modules(model)))
+
+
+def _with_media(opened: Opened, model: nn.Module, inputs: Mapping[str, Any]) -> Opened:
+    """A route that knows whether the images of a batch show whose they are."""
+    if not any(isinstance(m, MHRLinear) and m.site.sees_media for m in model.modules()):
+        return opened
+    return replace(opened, media_fit=media_fit_examples(model, inputs, _count(opened)))
+
+
+def _count(opened: Opened) -> int:
     tasks: Any = opened.tasks
-    count = len(tasks) if hasattr(tasks, "__len__") else len(list(tasks))
-    check_batch(count, model, inputs)
+    return len(tasks) if hasattr(tasks, "__len__") else len(list(tasks))
+
+
+def _language_layers(model: nn.Module, peft_config: MHRConfig) -> Any:
+    """The layers of a multimodal model that `all-linear` adapts."""
+    adapted = {name for name, m in model.named_modules() if isinstance(m, MHRLinear)}
+    return adapted or {site.name for site in find_sites(model, peft_config.settings())}
 
 
 def _keep_routes(model: nn.Module, open_routes: OpenRoutes) -> None:

@@ -1,7 +1,7 @@
 """The layer of `polyroute.peft`: a base layer, and the skills of each of its adapters."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -15,7 +15,7 @@ from polyroute.exchange.peft_mhr import ADAPTERS
 from polyroute.layer.factors import PlainFactors
 from polyroute.layer.merging import fold, restore
 from polyroute.layer.open_route import OpenRoutes, is_in_backward
-from polyroute.layer.routed_layer import check_input
+from polyroute.layer.routed_layer import check_input, check_part
 from polyroute.layer.sites import Site
 from polyroute.routes.inventory import Inventory
 from polyroute.routes.mixer import Mixer
@@ -37,6 +37,8 @@ class Opened:
     """The tasks as the caller named them."""
     per_example: bool
     """Whether `tasks` names one task per example."""
+    media_fit: bool = False
+    """Whether every example is known to have as many images and sounds as every other."""
     is_own: bool = False
     """Whether the route was opened for the running layers alone, because backward recomputes them.
     """
@@ -163,7 +165,11 @@ class MHRLinear(nn.Module, BaseTunerLayer):
         if not mixture.factors:
             return layer
         if mixture.num_examples is not None:
+            opened = opened_now(self.open_routes)
+            mixture = replace(mixture, media_fit=opened is not None and opened.media_fit)
             check_input(self.site, x, mixture)
+            if not self.open_routes.running:
+                check_part(x, mixture.num_examples)
         dropout = adapter.mixer.config.dropout if self.training else 0.0
         return partial(mixture.factors[0].apply, layer, dropout=dropout)
 

@@ -23,7 +23,7 @@ from polyroute.routes.mixer import Mixer
 from polyroute.routes.table import MU, RoutingTable
 from polyroute.routes.table_rules import rule_of
 
-__all__ = ["NEAREST", "Slots", "check_starts", "has_one_skill"]
+__all__ = ["NEAREST", "Slots", "check_starts", "has_one_skill", "has_own_rule"]
 
 NEAREST = "nearest"
 """The start of a slot at the row that `polyroute.adapting.starts` finds for its examples."""
@@ -45,6 +45,11 @@ def _plain_config(model: RoutedModel, phase: Phase) -> MHRConfig:
         config, method="private", num_skills=None, num_heads=1, combine="weight", rank=rank,
         alpha=config.scale * rank,
     )  # fmt: skip
+
+
+def has_own_rule(model: RoutedModel) -> bool:
+    """Whether skills are chosen by another rule than that of the model's method."""
+    return model.rule.name != rule_of(model.adapter_config).name
 
 
 def check_starts(model: RoutedModel, phase: Phase, inits: Collection[str]) -> None:
@@ -99,7 +104,7 @@ class Slots(AbstractContextManager["Slots"]):
 
     def __init__(self, model: RoutedModel, phase: Phase, size: int) -> None:
         model.check_phase(phase)
-        if model.rule.name != rule_of(model.adapter_config).name and phase != "mu":
+        if has_own_rule(model) and phase != "mu":
             raise InputError(
                 f"the rule {model.rule.name!r} has parameters that all tasks share, so tasks "
                 f"cannot be adapted side by side in phase {phase!r}: use phase 'mu', or train one "
@@ -110,6 +115,7 @@ class Slots(AbstractContextManager["Slots"]):
         self.model = model
         self.phase = phase
         self.names = tuple(f"slot {place}" for place in range(size))
+        self._has_own_rule = has_own_rule(model)
         self._own: dict[str, Any] = {
             "inventory": model.inventory, "routes": model.routes, "rule": model.rule,
             "mixer": model.mixer,
@@ -168,6 +174,11 @@ class Slots(AbstractContextManager["Slots"]):
         logits: Tensor | None = None
         if isinstance(init, Tensor):
             logits = init
+        elif init not in ("uniform", MU) and self._has_own_rule:
+            raise InputError(
+                f"init {init!r} starts from a row of the routing table, which the rule "
+                f"{self._own['rule'].name!r} reads in its own way: use init 'uniform'"
+            )
         elif init not in ("uniform", MU):
             source = table.row(init)
             logits = None if table.logits is None else table[source]

@@ -1,18 +1,30 @@
 """Fingerprints: a sample of the values of every weight, which identifies a base model."""
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping, MutableMapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from polyroute.errors import InputError
 from polyroute.layer.sites import COMPUTE_DTYPES, Site, is_plain
 
-__all__ = ["SAMPLED", "changed_since", "check_base", "fits_sample", "sample", "sample_others"]
+__all__ = [
+    "SAMPLED",
+    "changed_since",
+    "check_base",
+    "fits_sample",
+    "norm",
+    "sample",
+    "sample_all",
+    "sample_others",
+]
 
 SAMPLED = 8
 """The number of values in the sample of a weight."""
+SAME_NORM = 1e-7
+"""The relative difference of norms that rounding explains where all values are the same."""
 
 
 def sample(weight: Tensor | None) -> list[float] | None:
@@ -29,38 +41,94 @@ def sample(weight: Tensor | None) -> list[float] | None:
     return [round(v, 6) for v in flat[index].float().tolist()]
 
 
-def sample_others(
-    model: nn.Module, sites: Sequence[Site], but: Collection[nn.Module] = ()
-) -> list[dict[str, Any]]:
-    """Samples of every parameter outside the sites: embeddings, norms, heads.
+def norm(weight: Tensor | None) -> float | None:
+    """The 2-norm of a weight, which changes wherever it does; None where `sample` is.
 
-    They tell whether the rest of the base model is still the same.
+    It is computed anew only after the weight has changed in place.
+    """
+    if weight is None or not is_plain(weight) or weight.is_meta or not weight.numel():
+        return None
+    stamp = (weight._version, weight.data_ptr())
+    known = _norms.get(weight)
+    if known is None or known[0] != stamp:
+        whole = weight.full_tensor() if hasattr(weight, "full_tensor") else weight
+        found = torch.linalg.vector_norm(whole.detach(), dtype=torch.float64)
+        _norms[weight] = known = (stamp, float(found))
+    return known[1]
+
+
+_norms: MutableMapping[Tensor, tuple[tuple[int, int], float]] = WeakTensorKeyDictionary()
+
+
+def _named(model: nn.Module) -> dict[str, Tensor]:
+    """All parameters, and the buffers that a state dict has, by the names in the bare model."""
+    found: dict[str, Tensor] = dict(model.named_parameters())
+    for name, module in model.named_modules():
+        for key, buffer in module.named_buffers(name, recurse=False):
+            if key.rsplit(".", 1)[-1] not in module._non_persistent_buffers_set:
+                found[key] = buffer
+    return {name.replace(".base_layer.", "."): tensor for name, tensor in found.items()}
+
+
+def sample_all(model: nn.Module, but: Collection[nn.Module] = ()) -> list[dict[str, Any]]:
+    """Samples of every parameter and buffer of a model.
 
     Args:
         model: the base model.
-        sites: the adapted layers, which have samples of their own.
         but: modules to leave out, because they train and are saved whole.
 
     Returns:
-        For each parameter its `name`, its `dtype` and, as `values`, its sample.
+        For each tensor its `name`, its `dtype`, as `values` its sample, and its `norm`.
     """
-    left_out = {id(p) for module in (*(s.layer for s in sites), *but) for p in module.parameters()}
+    left_out = {id(t) for module in but for t in (*module.parameters(), *module.buffers())}
     return [
-        {"name": name, "dtype": str(parameter.dtype), "values": sample(parameter)}
-        for name, parameter in model.named_parameters()
-        if id(parameter) not in left_out
+        {
+            "name": name,
+            "dtype": str(tensor.dtype),
+            "values": sample(tensor),
+            "norm": norm(tensor),
+        }
+        for name, tensor in _named(model).items()
+        if id(tensor) not in left_out
     ]
 
 
-def changed_since(model: nn.Module, samples: Sequence[Mapping[str, Any]]) -> list[str]:
-    """The names of the parameters that differ from their samples, or that require gradients."""
-    here = dict(model.named_parameters())
+def sample_others(
+    model: nn.Module, sites: Sequence[Site], but: Collection[nn.Module] = ()
+) -> list[dict[str, Any]]:
+    """As `sample_all`, without the weights of the sites, which have samples of their own."""
+    weights = {f"{site.name}.weight" for site in sites}
+    return [one for one in sample_all(model, but) if one["name"] not in weights]
+
+
+def changed_since(
+    model: nn.Module, samples: Sequence[Mapping[str, Any]], but: Collection[nn.Module] = ()
+) -> list[str]:
+    """The names of the tensors that differ from samples, require gradients, or came later.
+
+    Args:
+        model: the base model.
+        samples: of `sample_all`.
+        but: modules to leave out, because they train and are saved whole.
+    """
+    before = {one["name"]: one for one in samples}
+    left_out = {id(t) for module in but for t in (*module.parameters(), *module.buffers())}
     return [
-        one["name"]
-        for one in samples
-        if (parameter := here.get(one["name"])) is not None
-        and (parameter.requires_grad or not fits_sample(parameter, one["values"], one["dtype"]))
+        name
+        for name, tensor in _named(model).items()
+        if id(tensor) not in left_out
+        and (name not in before or tensor.requires_grad or not _fits(tensor, before[name]))
     ]
+
+
+def _fits(tensor: Tensor, one: Mapping[str, Any]) -> bool:
+    """Whether a sample, and where it has one a norm, was taken from a tensor."""
+    if not fits_sample(tensor, one["values"], one["dtype"]):
+        return False
+    here, there = norm(tensor), one.get("norm")
+    if here is None or there is None or one["dtype"] != str(tensor.dtype):
+        return True
+    return bool(abs(here - there) <= SAME_NORM * abs(there))
 
 
 def fits_sample(weight: Tensor | None, values: Sequence[float] | None, dtype: str | None) -> bool:
@@ -99,18 +167,19 @@ def check_base(
         InputError: a weight differs; the message names it.
     """
     compared = [
-        (f"layer {site.name!r}", site.weight, saved["base_sample"], saved.get("base_dtype"))
+        (f"layer {site.name!r}", site.weight, {
+            "values": saved["base_sample"],
+            "dtype": saved.get("base_dtype"),
+            "norm": saved.get("base_norm"),
+        })
         for site, saved in zip(sites, description["sites"], strict=True)
-    ]
-    parameters = dict(model.named_parameters())
+    ]  # fmt: skip
+    here = _named(model)
     for other in description["base"].get("sample", []):
-        weight = parameters.get(other["name"])
-        if weight is not None:  # a parameter that the model lacks cannot differ
-            compared.append(
-                (f"parameter {other['name']!r}", weight, other["values"], other["dtype"])
-            )
-    for what, tensor, values, dtype in compared:
-        if not fits_sample(tensor, values, dtype):
+        if other["name"] in here:  # what the model lacks cannot differ
+            compared.append((f"parameter {other['name']!r}", here[other["name"]], other))
+    for what, tensor, one in compared:
+        if tensor is not None and not _fits(tensor, one):
             raise InputError(
                 f"{source} belongs to another base model: the weights of {what} differ from those "
                 "that it was trained on (check_base=False loads it nevertheless)"

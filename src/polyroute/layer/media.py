@@ -25,21 +25,33 @@ def media_modules(model: nn.Module) -> set[int]:
 
     The set is empty if the model takes text alone, or if its language part cannot be recognised.
     """
-    config = getattr(model, "config", None)
-    parts = getattr(config, "sub_configs", None) or {}
-    text = getattr(config, "text_config", None)
-    if text is None or len(parts) < 2 or not _placeholders(config):
-        return set()
+    found: set[int] = set()
+    for part in model.modules():
+        config: Any = getattr(part, "config", None)
+        if getattr(config, "text_config", None) is not None and _placeholders(config):
+            found |= _outside_language(part, config.text_config)
+            break
+    return found
+
+
+def _outside_language(model: nn.Module, text: Any) -> set[int]:
+    """The modules outside the language part of a model, which is built from `text`."""
     language: set[int] = set()
-    for module in model.modules():
-        if module is not model and type(getattr(module, "config", None)) is type(text):
-            language |= {id(child) for child in module.modules()}
+    around: set[int] = set()
+    parts = {
+        name: module
+        for name, module in model.named_modules()
+        if module is not model and type(getattr(module, "config", None)) is type(text)
+    }
+    for name, module in parts.items():
+        language |= {id(child) for child in module.modules()}
+        ancestors = name.split(".")
+        around |= {id(model.get_submodule(".".join(ancestors[:i]))) for i in range(len(ancestors))}
     if not language:
         return set()
     getter = getattr(model, "get_output_embeddings", None)
     output = getter() if callable(getter) else None
-    within = [m for m in model.modules() if any(id(c) in language for c in m.modules())]
-    return {id(m) for m in model.modules()} - language - {id(output)} - {id(m) for m in within}
+    return {id(m) for m in model.modules()} - language - around - {id(output)}
 
 
 def _placeholders(config: Any) -> list[int]:
@@ -67,7 +79,11 @@ def media_fit_examples(model: nn.Module, inputs: Mapping[str, Any], num_examples
     ]
     if not isinstance(ids, Tensor) or not media or len(ids) % num_examples:
         return False
-    for token in _placeholders(getattr(model, "config", None)):
+    configs = (getattr(part, "config", None) for part in model.modules())
+    tokens = next(
+        (t for config in configs if config is not None and (t := _placeholders(config))), []
+    )
+    for token in tokens:
         counts = (ids == token).sum(1)
         if bool((counts != counts[0]).any()):
             return False

@@ -32,6 +32,8 @@ def check_mergeable(base_model: nn.Module, sites: Sequence[Site]) -> None:
             reason = "is not in memory (offloaded, or on the meta device)"
         elif hasattr(weight, "full_tensor"):
             reason = "is sharded over processes"
+        elif id(site.layer.weight) not in owners:
+            reason = "is computed from other parameters"
         elif owners[id(site.layer.weight)] > 1:
             reason = "is tied to another layer"
         else:

@@ -1,17 +1,16 @@
 """The open route: which block of the caller a forward belongs to, and what its layers apply.
 
 A route belongs to the block that opened it, not to the thread. Coroutines and generators of one
-thread take turns, so the block that was opened last is not always the one that runs now. The block
-of a forward is the one opened by the nearest function on the call stack that has a block open. No
-function on the stack has one if the function that opened the block has returned, or if a coroutine
-opened it and then started the running one. Then the last open block of the context counts, except
-the blocks of suspended generators.
+thread take turns, so the block that was opened last is not always the one that runs now. A block is
+therefore found by the call stack: it holds for the function that opened it and, once that function
+has returned, for its callers. A generator or a coroutine opens blocks for itself alone. Threads and
+tasks that are started inside a block with a copy of its context are inside it too.
 """
 
 import inspect
 import sys
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from contextvars import ContextVar
 from dataclasses import dataclass
@@ -68,8 +67,8 @@ class OpenRoutes(threading.local):
         prepared_by: the index of the layer that prepared the mixture because a part of the model
             was called on its own. When that layer is called again, another forward has begun.
         prepared_for: the block that was open when that layer prepared the mixture.
-        media_fit: the value of `Mixture.media_fit` for parts that the running generation calls
-            on their own.
+        generating: the inputs of the running generation, by name; None outside of one. They stand
+            for those of the parts that it calls on their own.
         is_recomputing: whether backward recomputes a block of layers under its own mixture.
         running: what the running forwards were given without a block, innermost last.
     """
@@ -80,7 +79,7 @@ class OpenRoutes(threading.local):
         self.prepared_by: int | None = None
         self.prepared_for: Block | None = None
         self.is_recomputing = False
-        self.media_fit = False
+        self.generating: Mapping[str, Any] | None = None
         self.running: list[Any] = []
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "OpenRoutes":
@@ -96,17 +95,20 @@ class OpenRoutes(threading.local):
     def now(self) -> "Block | None":
         """The block that the calling code is in; None outside all blocks."""
         blocks = [b for b in _open_blocks.get() if b.owner is self and b.is_open]
-        if not blocks:
-            return None
-        if len(blocks) == 1 and not blocks[0].is_generators:
-            return blocks[0]
-        by_frame = {block.frame: block for block in blocks}  # the last one of each frame
+        if not blocks or (len(blocks) == 1 and not blocks[0].is_suspendable):
+            return blocks[0] if blocks else None
         frame: FrameType | None = sys._getframe(1)
         while frame is not None:
-            if id(frame) in by_frame:
-                return by_frame[id(frame)]
+            number = id(frame)
+            for block in reversed(blocks):
+                if number in block.chain:
+                    return block
             frame = frame.f_back
-        return next((block for block in reversed(blocks) if not block.is_generators), None)
+        # Nobody who opened one is running here. Those of a suspended generator or coroutine hold
+        # only for what it started elsewhere.
+        strand = _strand()
+        inherited = (b for b in reversed(blocks) if not b.is_suspendable or b.strand != strand)
+        return next(inherited, None)
 
     def forget(self) -> None:
         """Drop the mixture, so that a part of the model that is called next mixes again."""
@@ -123,35 +125,60 @@ class Block(AbstractContextManager[None]):
     def __init__(self, owner: OpenRoutes, value: Any) -> None:
         self.owner = owner
         self.value = value
-        self.frame = 0
-        self.is_generators = False
         self.is_open = False
-        self.held: FrameType | None = None
+        self.chain: tuple[int, ...] = ()
+        self.is_suspendable = False
+        self.strand: tuple[int, int] = (0, 0)
+        self._held: tuple[FrameType, ...] = ()
         self._entries: list[Block] = []
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def __enter__(self) -> None:
         entry = Block(self.owner, self.value)
-        frame = _opener(sys._getframe(1))
-        entry.frame = id(frame)
-        if frame is not None and not frame.f_code.co_flags & SUSPENDABLE:
-            # Hold the frame: once freed, its id could pass to another. Generators and coroutines
-            # close their blocks when they are freed, and would never be freed if they were held.
-            entry.held = frame
-        entry.is_generators = frame is not None and bool(frame.f_code.co_flags & GENERATORS)
+        frames = _chain(_opener(sys._getframe(1)))
+        entry.chain = tuple(map(id, frames))
+        entry.is_suspendable = bool(frames) and _is_suspendable(frames[-1])
+        entry.strand = _strand()
+        # Hold the frames: once freed, the id of one could pass to another. Generators and
+        # coroutines close their blocks when they are freed, and would never be freed if held.
+        entry._held = tuple(frames[:-1] if entry.is_suspendable else frames)
         entry.is_open = True
         self._entries.append(entry)
         _open_blocks.set((*(b for b in _open_blocks.get() if b.is_open), entry))
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def __exit__(self, *_: object) -> None:
-        frame = _opener(sys._getframe(1))
-        own = [entry for entry in self._entries if entry.frame == id(frame)]
+        opener = id(_opener(sys._getframe(1)))
+        own = [entry for entry in self._entries if entry.chain[:1] == (opener,)]
         entry = (own or self._entries)[-1]
         self._entries.remove(entry)
-        entry.held = None
+        entry._held = ()
         entry.is_open = False  # the context that is left need not be the one that was entered
         _open_blocks.set(tuple(b for b in _open_blocks.get() if b.is_open))
+
+
+def _chain(frame: FrameType | None) -> list[FrameType]:
+    """A function and its callers, up to the first that can be suspended."""
+    found = []
+    while frame is not None:
+        found.append(frame)
+        if _is_suspendable(frame):
+            break
+        frame = frame.f_back
+    return found
+
+
+def _is_suspendable(frame: FrameType) -> bool:
+    return bool(frame.f_code.co_flags & SUSPENDABLE)
+
+
+def _strand() -> tuple[int, int]:
+    """What runs code one after another: the thread, and in asyncio the task."""
+    task: Any = None
+    asyncio = sys.modules.get("asyncio")  # where nobody imported it, no loop runs
+    if asyncio is not None and asyncio._get_running_loop() is not None:
+        task = asyncio.current_task()
+    return threading.get_ident(), id(task)
 
 
 def _opener(frame: FrameType | None) -> FrameType | None:

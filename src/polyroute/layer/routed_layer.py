@@ -9,7 +9,11 @@ from polyroute.errors import InputError
 from polyroute.layer.open_route import Mixture, OpenRoutes, is_in_backward
 from polyroute.layer.sites import Site
 
-__all__ = ["RoutedLayer", "check_input"]
+__all__ = ["RoutedLayer", "check_input", "check_part"]
+
+
+OF_BASE = ("weight", "bias", "in_features", "out_features")
+"""Attributes that belong to the base layer, also where the model sets them."""
 
 
 class RoutedLayer(nn.Module):
@@ -54,7 +58,7 @@ class RoutedLayer(nn.Module):
         self.base_layer.register_parameter(name, param)
 
     def __setattr__(self, name: str, value: Any) -> None:
-        if isinstance(value, nn.Parameter):
+        if isinstance(value, nn.Parameter) or name in OF_BASE:
             setattr(self.base_layer, name, value)
         else:
             super().__setattr__(name, value)
@@ -78,7 +82,7 @@ class RoutedLayer(nn.Module):
         open_routes = self.open_routes
         mixture = open_routes.mixture
         if mixture is None or open_routes.prepared_by is not None or self._lacks_its_route():
-            mixture = self._prepared()
+            mixture = self._prepared(x)
         if not mixture.factors:
             return base(x, *args, **kwargs)  # type: ignore[no-any-return]
         if mixture.num_examples is not None:
@@ -95,7 +99,7 @@ class RoutedLayer(nn.Module):
         )
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
-    def _prepared(self) -> Mixture:
+    def _prepared(self, x: Tensor) -> Mixture:
         # The model prepares the mixture before its forward. If a part of it is called on its own
         # (the encoder, by `generate`), the first layer of the part prepares, and the layers after
         # it use the same mixture as long as the same block is open. When the first layer is called
@@ -104,10 +108,28 @@ class RoutedLayer(nn.Module):
         by_another = opened.prepared_by not in (None, self.index) and opened.prepared_for is block
         if by_another and opened.mixture is not None and not self._lacks_its_route():
             return opened.mixture
-        assert opened.prepare is not None
+        if opened.prepare is None:
+            raise InputError("a copy of a part has no routes: copy the whole routed model")
         mixture = opened.prepare()
         opened.prepared_by, opened.prepared_for = self.index, block
+        if opened.generating is None:
+            check_part(x, mixture.num_examples)
         return mixture
+
+
+def check_part(x: Tensor, num_examples: int | None) -> None:
+    """Make sure that a part of a model that is called on its own has an example for each task.
+
+    Only a generation repeats examples, and only the whole model gets packed rows.
+
+    Raises:
+        InputError: the first axis of the part's input has another length.
+    """
+    if num_examples is not None and x.dim() > 2 and len(x) != num_examples:
+        raise InputError(
+            f"{num_examples} tasks were given for a part of the model that runs on {len(x)} "
+            "examples; give one per example, or a single name for all"
+        )
 
 
 def check_input(site: Site, x: Tensor, mixture: Mixture) -> None:

@@ -1,6 +1,6 @@
 """Wrapping the chosen layers of a base model in place, all or none, and undoing that."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -58,6 +58,7 @@ class Wrapping:
         self._hooks: list[Any] = []
         self._packing: list[nn.Module] = []
         self._has_checkpointing = False
+        self._guarded: list[str] = []
         try:
             for site, layer in zip(sites, self.layers, strict=True):
                 layer.train(site.layer.training)
@@ -68,11 +69,31 @@ class Wrapping:
             self.undo(keep_trained=True)
             raise
 
-    def put(self, site: Site, module: nn.Module) -> None:
-        """Put a module in every place of the base model that the layer of a site has."""
+    def put(self, site: Site, module: nn.Module, *, instead_of: nn.Module | None = None) -> None:
+        """Put a module in every place of the base model that the layer of a site has.
+
+        Args:
+            site: the site.
+            module: the module.
+            instead_of: only where this one is now; None puts it everywhere.
+        """
         for place in site.places:
             parent, _, child = place.rpartition(".")
-            setattr(self.base_model.get_submodule(parent), child, module)
+            holder = self.base_model.get_submodule(parent)
+            if instead_of is None or getattr(holder, child) is instead_of:
+                setattr(holder, child, module)
+
+    def guard(self, name: str, method: Callable[..., Any]) -> None:
+        """Let a method of the base model, if it has it, go through another function."""
+        if hasattr(self.base_model, name):
+            vars(self.base_model)[name] = method
+            self._guarded.append(name)
+
+    def replaced(self) -> list[str]:
+        """The names of adapted layers and trained modules that the base model has lost since."""
+        here = dict(self.base_model.named_modules(remove_duplicate=False))
+        ours = dict(zip((site.name for site in self.sites), self.layers, strict=True))
+        return [name for name, m in {**ours, **self.trained}.items() if here.get(name) is not m]
 
     def _stop_fusion(self, fused: Sequence[nn.Module]) -> None:
         # torch fuses no layer that has a hook. Its encoder packs padded batches for fused layers
@@ -121,8 +142,10 @@ class Wrapping:
                 if hasattr(base, name):
                     getattr(base, name)()
                     break
-        for site in self.sites:
-            self.put(site, site.layer)
+        for site, layer in zip(self.sites, self.layers, strict=True):
+            self.put(site, site.layer, instead_of=layer)
+        for name in self._guarded:
+            vars(self.base_model).pop(name, None)
         for hook in self._hooks:
             hook.remove()
         for encoder in self._packing:
@@ -131,7 +154,9 @@ class Wrapping:
             parameter.requires_grad_(name in self._required_grad)
         if not keep_trained:
             for name, module in self.trained.items():
-                module.load_state_dict(self._before[name])
+                before, now = self._before[name], module.state_dict()
+                if all(now[n].shape == tensor.shape for n, tensor in before.items()):
+                    module.load_state_dict(before)  # else the vocabulary was resized
 
     @contextmanager
     def bare_output(self) -> Iterator[None]:
@@ -152,6 +177,8 @@ class Wrapping:
                 # Nowhere else does a site change. All parts of the model share this object.
                 object.__setattr__(wrapped.site, "layer", wrapped.base_layer)
                 self.put(wrapped.site, wrapped)
+            # A resized head or embedding is another module than the one that trained.
+            self.trained = {name: self.base_model.get_submodule(name) for name in self.trained}
             self._freeze()
 
     def _freeze(self) -> None:

@@ -181,6 +181,11 @@ class Mixer(nn.Module):
         if self.rule.is_fixed or (route is not None and set(route.rows or ()) == {MU_ROW}):
             assert route is not None
             return self._fixed(route, dtype, training=training)
+        if route is not None and MU_ROW in (route.rows or ()):
+            raise InputError(
+                f"'mu' cannot share a batch with other tasks under the rule {self.rule.name!r}, "
+                "which looks at the input: route it in a batch of its own"
+            )
         batch = Batch(route, mask, training, dtype, self.is_recording)
         segments = None if route is None else route.segments
         return self._mixture_of(self.rule.factors(batch, self), segments)

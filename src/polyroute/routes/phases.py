@@ -30,7 +30,7 @@ def check_phase(mixer: Mixer, phase: Phase) -> None:
             f"phase 'z' trains routing logits, and this model of method {method!r} has none here: "
             "use phase 'full' or 'mu'"
         )
-    if phase == "mu-uncollapsed" and not rule.has_table:
+    if phase == "mu-uncollapsed" and not (rule.has_table and rule.is_fixed):
         raise InputError(
             f"phase 'mu-uncollapsed' averages routed skills, and method {method!r} does not route "
             "any: use phase 'mu'"

@@ -8,6 +8,7 @@ and it is saved and loaded with the inventory under its name.
 Shape letters: U distinct tasks, B examples, N routers, H heads, K skills.
 """
 
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, Self
@@ -15,10 +16,12 @@ from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, Self
 import torch
 from torch import Tensor, nn
 
+from polyroute.config import MHRConfig
 from polyroute.errors import InputError, did_you_mean
 from polyroute.layer.factors import Factors
 from polyroute.layer.open_route import is_in_backward
 from polyroute.routes.tasks import Route
+from polyroute.settings import marked
 
 if TYPE_CHECKING:
     from polyroute.routes.mixer import Mixer
@@ -92,13 +95,14 @@ class RouteRule(nn.Module):
 
     def __init_subclass__(cls, name: str = "", **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
+        cls.name = name  # never that of a parent, under which another class would be loaded
         if name:
-            cls.name = name
             _rules[name] = cls
 
     def __init__(self) -> None:
         super().__init__()
         self.gates: list[Gates] = []
+        self.is_started = False
 
     def start(self, mixer: "Mixer") -> None:
         """Make the rule's parameters, once the sizes of the inventory are known; none by default.
@@ -159,6 +163,39 @@ class RouteRule(nn.Module):
         if batch.record and not is_in_backward():
             self.gates.append(Gates(site, weights, batch.mask))
         return weights
+
+    def check_free(self, config: MHRConfig) -> None:
+        """Make sure that the rule can be attached, and that no setting would be ignored.
+
+        Raises:
+            InputError: its class has no name, or settings that JSON cannot hold; it belongs to a
+                model already; or a setting of the routing table differs from its default.
+        """
+        if _rules.get(self.name) is not type(self):
+            raise InputError(
+                "the rule has no name to be saved by: write "
+                f"class {type(self).__name__}(RouteRule, name=...)"
+            )
+        if self.is_started:
+            raise InputError("this rule belongs to another model: make a new one")
+        try:
+            json.dumps(self.settings())
+        except (TypeError, ValueError) as error:
+            raise InputError(
+                f"the settings of the rule {self.name!r} must be JSON values: {error}"
+            ) from error
+        if config.method in ("shared", "private"):
+            raise InputError(
+                f"method={config.method!r} is a rule itself: leave method at its default beside "
+                f"the rule {self.name!r}"
+            )
+        defaults = MHRConfig()
+        for name in () if self.has_table else marked(MHRConfig, "of_table"):
+            if getattr(config, name) != getattr(defaults, name):
+                raise InputError(
+                    f"{name}={getattr(config, name)!r} is a setting of the routing table, which "
+                    f"the rule {self.name!r} does not have: leave it at its default"
+                )
 
     def check_fixed(self, use: str) -> None:
         """Make sure that a task is one plain adapter.

@@ -3,14 +3,14 @@
 import inspect
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import lru_cache
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from polyroute.errors import InputError
 from polyroute.layer.kernels import Segments
-from polyroute.layer.media import media_modules
 from polyroute.routes.table import RoutingTable
 
 __all__ = [
@@ -21,14 +21,14 @@ __all__ = [
     "find_route",
     "named_inputs",
     "route_of_call",
+    "takes",
 ]
 
 Tasks = str | int | Sequence[str | int] | Tensor | None
-FIRST_AXIS = (
-    "input_ids", "inputs_embeds", "inputs", "input_features", "input_values", "decoder_input_ids",
-    "decoder_inputs_embeds", "labels",
-)  # fmt: skip
-"""Arguments of base models whose first axis counts examples."""
+TEXT = ("input_ids", "inputs_embeds", "inputs", "encoder_outputs")
+MEDIA = ("input_features", "input_values", "pixel_values")
+TARGETS = ("decoder_input_ids", "decoder_inputs_embeds", "labels")
+"""Arguments of base models that have the examples on their first axis, in order of importance."""
 
 
 @dataclass(frozen=True)
@@ -89,46 +89,68 @@ def find_route(tasks: Tasks, table: RoutingTable) -> Route:
     return Route(rows, per_example=True)
 
 
-def named_inputs(forward: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[str, Any]:
-    """The arguments of a call by name, including positional ones."""
-    try:
-        names = [
-            name
-            for name, parameter in inspect.signature(forward).parameters.items()
-            if parameter.kind in (parameter.POSITIONAL_ONLY, parameter.POSITIONAL_OR_KEYWORD)
-        ]
-    except (TypeError, ValueError):  # a function without a signature
-        names = []
+def named_inputs(call: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    """The arguments of a call by name, in the order of its signature."""
+    function = getattr(call, "__func__", call)
+    names = list(_names(function))[call is not function :]
     names += [f"argument {i}" for i in range(len(names), len(args))]
-    return {**dict(zip(names, args, strict=False)), **kwargs}
+    given = {**dict(zip(names, args, strict=False)), **kwargs}
+    return {**{name: given[name] for name in names if name in given}, **given}
 
 
-def check_batch(num_tasks: int, base_model: nn.Module, inputs: Mapping[str, Any]) -> None:
+def takes(call: Any, name: str) -> bool:
+    """Whether a function has a parameter of this name."""
+    return name in _names(getattr(call, "__func__", call))
+
+
+@lru_cache(maxsize=256)
+def _names(function: Any) -> tuple[str, ...]:
+    try:
+        parameters = inspect.signature(function).parameters.values()
+    except (TypeError, ValueError):  # a function without a signature
+        return ()
+    kinds = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+    return tuple(parameter.name for parameter in parameters if parameter.kind in kinds)
+
+
+def check_batch(
+    num_tasks: int, inputs: Mapping[str, Any], *, main: str = "", has_media: bool = False
+) -> None:
     """Make sure that a batch has as many examples as tasks.
 
     Args:
         num_tasks: the number of tasks, one per example.
-        base_model: decides which arguments count the examples on their first axis.
         inputs: the arguments by name; see `named_inputs`.
+        main: the base model's name for its main input.
+        has_media: whether the model also sees images or sounds, whose number is not that of the
+            examples.
 
     Raises:
         InputError: the batch has another number of examples.
     """
-    tensors = {n: v for n, v in inputs.items() if isinstance(v, Tensor) and v.dim()}
-    known = {*FIRST_AXIS, getattr(base_model, "main_input_name", "")}
-    if "pixel_values" in tensors and not media_modules(base_model):
-        known.add("pixel_values")
-    counts = [len(value) for name, value in tensors.items() if name in known]
-    if not counts:  # the model has names of its own for its arguments
-        counts = [len(value) for value in tensors.values()]
-        if num_tasks in counts[:1]:
-            return
+    media = () if has_media else MEDIA
+    counts: list[int] = []
+    for names in ((*TEXT, *(() if has_media else (main,)), *media), TARGETS):
+        counts = counts or [n for name in names if (n := _examples(inputs.get(name))) is not None]
+    if not counts:  # the model has names of its own for its arguments: the first one counts
+        counts = [n for value in inputs.values() if (n := _examples(value)) is not None][:1]
     for count in counts:
         if count != num_tasks:
             raise InputError(
                 f"{num_tasks} tasks were given for a batch of {count} examples; "
                 "give one per example, or a single name for all"
             )
+
+
+def _examples(value: Any) -> int | None:
+    """The length of the first axis of a tensor, or of the first one in a dictionary or tuple."""
+    if isinstance(value, Tensor):
+        return len(value) if value.dim() else None
+    if isinstance(value, Mapping):
+        value = tuple(value.values())
+    if isinstance(value, tuple | list) and value:
+        return next((n for one in value if (n := _examples(one)) is not None), None)
+    return None
 
 
 def route_of_call(route: Route, inputs: Mapping[str, Any]) -> Route:
@@ -160,19 +182,19 @@ def _find_segments(
     Raises:
         InputError: the lengths do not fit the rows or the number of tasks.
     """
-    batch = next((inputs[n] for n in FIRST_AXIS if isinstance(inputs.get(n), Tensor)), None)
+    batch = next((inputs[n] for n in (*TEXT, *TARGETS) if isinstance(inputs.get(n), Tensor)), None)
     if batch is None or batch.dim() < 2:
         if given is not None:
             raise InputError("segments need a batch of tokens: give input_ids or inputs_embeds")
         return None
     rows, tokens = batch.shape[:2]
     if given is None:
-        positions = inputs.get("position_ids")
-        if num_tasks <= rows or not isinstance(positions, Tensor) or positions.dim() != 2:
+        lengths = _lengths(inputs, rows, tokens, num_tasks)
+        if lengths is None:
             return None
-        given = _lengths(positions.expand(rows, tokens))
-    lengths = [list(map(int, row)) for row in given]
-    if len(lengths) != rows or any(not row or min(row) < 1 for row in lengths):
+    elif _are_lengths(given, rows):
+        lengths = [list(row) for row in given]
+    else:
         raise InputError(
             f"segments must be a list of lengths for each of the {rows} rows, all positive, "
             f"not {given!r}"
@@ -190,13 +212,36 @@ def _find_segments(
     return Segments(tuple(flat))
 
 
-def _lengths(positions: Tensor) -> list[list[int]]:
-    """The lengths of the examples of each row; an example begins where the position is 0."""
+def _are_lengths(given: Any, rows: int) -> bool:
+    return (
+        isinstance(given, list | tuple)
+        and len(given) == rows
+        and all(isinstance(row, list | tuple) and row for row in given)
+        and all(type(length) is int and length > 0 for row in given for length in row)
+    )
+
+
+def _lengths(
+    inputs: Mapping[str, Any], rows: int, tokens: int, num_tasks: int
+) -> list[list[int]] | None:
+    """The lengths of the examples of each row, which begin where the position is 0.
+
+    None if every row is one example. Rows with padding, which an attention mask shows, are taken
+    for packed ones only if there are more tasks than rows.
+    """
+    positions = inputs.get("position_ids")
+    is_sure = num_tasks > rows
+    if not isinstance(positions, Tensor) or positions.dim() != 2:
+        return None
+    if not is_sure and isinstance(inputs.get("attention_mask"), Tensor):
+        return None
     found = []
-    for row in (positions == 0).tolist():
+    for row in (positions.expand(rows, tokens) == 0).tolist():
         starts = [place for place, is_start in enumerate(row) if is_start]
         if starts[:1] != [0]:
+            if not is_sure:
+                return None
             raise InputError("position_ids of a packed row must begin at 0 in each of its examples")
         ends = [*starts[1:], len(row)]
         found.append([end - start for start, end in zip(starts, ends, strict=True)])
-    return found
+    return None if not is_sure and all(len(row) == 1 for row in found) else found

@@ -2,7 +2,7 @@
 
 import os
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -10,7 +10,8 @@ from torch import Tensor
 
 from polyroute.config import MHRConfig
 from polyroute.errors import InputError
-from polyroute.layer.fingerprint import changed_since, sample, sample_others
+from polyroute.layer.fingerprint import changed_since, norm, sample, sample_others
+from polyroute.layer.sites import Site
 from polyroute.layer.wrapping import Wrapping, tensors_of
 from polyroute.routes.mixer import Mixer
 from polyroute.routes.table_rules import rule_of
@@ -49,13 +50,19 @@ def save_inventory(
     mixer.check_memory()
     if mixer.inventory.num_skills == 0:
         raise InputError("no private adapter is left to save: add a task first")
-    unsaved = changed_since(wrapping.base_model, outside)
+    unsaved = changed_since(wrapping.base_model, outside, list(wrapping.trained.values()))
     if unsaved:
-        named = ", ".join(unsaved[:5]) + (" ..." if len(unsaved) > 5 else "")
         warnings.warn(
             f"{len(unsaved)} parameters of the base model trained or changed and are not saved "
-            f"with the inventory: {named}; name their modules in MHRConfig(modules_to_save=[...]) "
-            "to train and save them",
+            f"with the inventory: {_listed(unsaved)}; name their modules in "
+            "MHRConfig(modules_to_save=[...]) to train and save them",
+            stacklevel=3,
+        )
+    replaced = wrapping.replaced()
+    if replaced:
+        warnings.warn(
+            f"the base model has other modules now in place of {_listed(replaced)}, so what is "
+            "saved for these has no effect on it; put the modules back, or attach anew",
             stacklevel=3,
         )
     content = Content(
@@ -70,8 +77,14 @@ def save_inventory(
         write_checkpoint(folder, content)
 
 
+def _listed(names: Sequence[str]) -> str:
+    return ", ".join(names[:5]) + (" ..." if len(names) > 5 else "")
+
+
 def _description(mixer: Mixer, wrapping: Wrapping) -> dict[str, Any]:
     base, rule = wrapping.base_model, mixer.rule
+    modules = wrapping.trained.values()
+    trained = {id(p) for module in modules for p in module.parameters()}
     described: dict[str, Any] = {
         "config": mixer.config.to_dict(),
         "num_skills": mixer.inventory.num_skills,
@@ -79,7 +92,7 @@ def _description(mixer: Mixer, wrapping: Wrapping) -> dict[str, Any]:
         "base": {
             "name": getattr(getattr(base, "config", None), "_name_or_path", None),
             "class": type(base).__name__,
-            "sample": sample_others(base, mixer.sites, list(wrapping.trained.values())),
+            "sample": sample_others(base, mixer.sites, list(modules)),
         },
         "routers": list(mixer.routers),
         "sites": [
@@ -88,8 +101,7 @@ def _description(mixer: Mixer, wrapping: Wrapping) -> dict[str, Any]:
                 "d_in": site.d_in,
                 "d_out": site.d_out,
                 "router": mixer.router_of_site[i],
-                "base_sample": sample(site.weight),
-                "base_dtype": str(site.dtype),
+                **_fingerprint(site, trained),
                 **({} if site.out_features == site.d_out else {"out_features": site.out_features}),
             }
             for i, site in enumerate(mixer.sites)
@@ -100,6 +112,16 @@ def _description(mixer: Mixer, wrapping: Wrapping) -> dict[str, Any]:
     if _modules(mixer, wrapping):
         described["modules"] = True  # a reader expects the file of modules
     return described
+
+
+def _fingerprint(site: Site, trained: Collection[int]) -> dict[str, Any]:
+    """What identifies the weight of a layer, unless it trains with a module that it is tied to."""
+    weight = None if id(getattr(site.layer, "weight", None)) in trained else site.weight
+    return {
+        "base_sample": sample(weight),
+        "base_norm": norm(weight),
+        "base_dtype": str(site.dtype),
+    }
 
 
 def _skills(mixer: Mixer) -> dict[str, Tensor]:

@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from polyroute.errors import InputError
 from polyroute.host.files import make_folder, write_json, write_tensors
 from polyroute.layer.factors import LoRAFactors, PlainFactors
 from polyroute.layer.sites import Site, find_endings
@@ -98,10 +99,28 @@ def peft_target(
         "inference_mode": True,
     }
     if trained:
+        _check_untied(base_model, trained)
         config["modules_to_save"] = sorted(trained)
     names = tuple(site.name for site in sites)
     is_transposed = any(site.is_conv1d for site in sites)
     return PeftTarget(config, names, is_transposed, tensors_of(trained or {}))
+
+
+def _check_untied(base_model: nn.Module, trained: Mapping[str, nn.Module]) -> None:
+    """Make sure that no trained weight is also another module's: PEFT would keep two of it.
+
+    Raises:
+        InputError: one is.
+    """
+    inside = {id(module) for one in trained.values() for module in one.modules()}
+    owned = {id(p) for one in trained.values() for p in one.parameters()}
+    for name, module in base_model.named_modules():
+        is_tied = any(id(p) in owned for p in module.parameters(recurse=False))
+        if is_tied and id(module) not in inside:
+            raise InputError(
+                f"{sorted(trained)} cannot be exported to PEFT: a weight that was trained is tied "
+                f"to that of {name!r}, and PEFT would untie them; save with save_pretrained instead"
+            )
 
 
 def write_peft_folder(
