@@ -62,7 +62,7 @@ class RoutedForward(nn.Module):
         self.sites = tuple(sites)
         routers, by_site = routers_of([site.name for site in sites], config.granularity)
         self.rule = rule_of(config) if rule is None else rule
-        num_skills = len(tasks) if config.num_skills is None else config.num_skills
+        num_skills = config.skills_for(len(tasks))
         shape = (len(routers), config.heads, num_skills) if self.rule.has_table else None
         trained = find_modules(base_model, config.modules_to_save, sites)
         # Everything that can fail comes before the base model is changed.
