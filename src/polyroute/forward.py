@@ -167,7 +167,7 @@ class RoutedForward(nn.Module):
     def _block_of_call(
         self, tasks: Tasks, condition: Any, segments: Any
     ) -> AbstractContextManager[None]:
-        """The block that a call opens for its arguments; an empty one if it has none of them."""
+        """The block that the arguments of a call open; one without effect if there are none."""
         if tasks is not None:
             return self.route(tasks, condition=condition, segments=segments)
         if condition is None and segments is None:
