@@ -521,7 +521,7 @@ def test_inventories_that_have_no_form_in_peft_are_refused(tmp_path: Path) -> No
         write_peft_mhr(blocks, tmp_path)
     dropped = routed(llama(), num_heads=4)
     dropped.set_phase("mu-uncollapsed")
-    with pytest.raises(InputError, match="routes were dropped"):
+    with pytest.raises(InputError, match="logits were dropped"):
         write_peft_mhr(dropped, tmp_path)
     dropped.set_phase("mu")
     write_peft_mhr(dropped, tmp_path)

@@ -157,7 +157,7 @@ def from_checkpoint(
     check_bare(base_model)
     model = RoutedModel(base_model, config, found, loaded_tasks, rule)
     if description["config"]["granularity"] != CUSTOM:
-        model.mixer.config = settings
+        model.mixer.become(settings, model.rule)
     try:
         fill(model.mixer, model.wrapping, checkpoint, source)
         if tasks is not None and saved_table is None:

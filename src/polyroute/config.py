@@ -200,6 +200,10 @@ class MHRConfig:
         if self.alpha is None:
             object.__setattr__(self, "alpha", float(self.rank))
 
+    def skills_for(self, num_tasks: int) -> int:
+        """The number of skills in an inventory with this many tasks."""
+        return num_tasks if self.num_skills is None else self.num_skills
+
     @property
     def heads(self) -> int:
         """The number of heads, the default of the method included."""

@@ -67,7 +67,7 @@ class RoutedForward(nn.Module):
         if rule is not None:
             rule.check_free(config)
         self.rule = rule_of(config) if rule is None else rule
-        num_skills = len(tasks) if config.num_skills is None else config.num_skills
+        num_skills = config.skills_for(len(tasks))
         shape = (len(routers), config.heads, num_skills) if self.rule.has_table else None
         trained = find_modules(base_model, config.modules_to_save, sites)
         # Everything that can fail comes before the base model is changed.
@@ -176,7 +176,7 @@ class RoutedForward(nn.Module):
     def _block_of_call(
         self, tasks: Tasks, condition: Any, segments: Any
     ) -> AbstractContextManager[None]:
-        """The block that a call opens for its arguments; an empty one if it has none of them."""
+        """The block that the arguments of a call open; one without effect if there are none."""
         if tasks is not None:
             return self.route(tasks, condition=condition, segments=segments)
         if condition is None and segments is None:

@@ -58,7 +58,7 @@ class LayerAdapter(nn.Module):
 
     def __init__(self, site: Site, settings: MHRConfig, tasks: Sequence[str]) -> None:
         super().__init__()
-        num_skills = len(tasks) if settings.num_skills is None else settings.num_skills
+        num_skills = settings.skills_for(len(tasks))
         self.rule = rule_of(settings)
         shape = (1, settings.heads, num_skills) if self.rule.has_table else None
         self.skills = Inventory([site], settings, num_skills)

@@ -54,7 +54,7 @@ def write_peft_mhr(model: RoutedModel, folder: str | os.PathLike[str]) -> None:
         ),
         (
             not model.rule.has_table or logits is not None,
-            "its routes were dropped by phase 'mu-uncollapsed'; use phase 'mu' instead",
+            "its routing logits were dropped by phase 'mu-uncollapsed'; use phase 'mu' instead",
         ),
         (
             not model.mixer.anneal_progress,
@@ -127,7 +127,7 @@ def from_peft_mhr(
                 published.mT if match["factor"] == "lora_a" else published
             )
     if not skills or bool(logits) != config.has_router:
-        raise InputError(f"{source} lacks skills or routes; it is not whole")
+        raise InputError(f"{source} lacks skills or routing logits: it is not whole")
     found = ForeignInventory(source, config, skills, logits, num_tasks=len(names))
     check_whole(base_model, found, fields)
     return routed_model(base_model, found, names if tasks is None else tasks)

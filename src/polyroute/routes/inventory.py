@@ -9,7 +9,7 @@ r rank, D width of a head's block (d_in / H or d_out / H).
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -102,18 +102,11 @@ class Inventory(nn.Module):
         self.factor_names = ("ia3",) if config.adapter == "ia3" else ("lora_a", "lora_b")
         for factor in self.factor_names:
             self.add_module(factor, nn.ParameterDict())
-        for stack in self.stacks:
-            for factor in self.factor_names:
-                shape = (
-                    len(stack.sites),
-                    self.heads,
-                    num_skills,
-                    self.rank,
-                    self._block(factor, stack),
-                )
-                self._stacks_of(factor)[stack.key] = nn.Parameter(
-                    torch.empty(shape, dtype=dtype, device=device)
-                )
+        for stack, factor, parameters in self._stacked():
+            block = (stack.d_in if factor == "lora_a" else stack.d_out) // self.heads
+            shape = (len(stack.sites), self.heads, num_skills, self.rank, block)
+            skills = torch.empty(shape, dtype=dtype, device=device)
+            parameters[stack.key] = nn.Parameter(skills)
         self.reset_parameters()
 
     def _stacks_of(self, factor: str) -> nn.ParameterDict:
@@ -121,8 +114,11 @@ class Inventory(nn.Module):
         assert isinstance(stacks, nn.ParameterDict)
         return stacks
 
-    def _block(self, factor: str, stack: Stack) -> int:
-        return (stack.d_in if factor == "lora_a" else stack.d_out) // self.heads
+    def _stacked(self) -> Iterator[tuple[Stack, str, nn.ParameterDict]]:
+        """Every stack with every factor, and the dictionary that has its parameter by `key`."""
+        for stack in self.stacks:
+            for factor in self.factor_names:
+                yield stack, factor, self._stacks_of(factor)
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
@@ -130,9 +126,8 @@ class Inventory(nn.Module):
 
         A is uniform within 1/sqrt(3 d_in) (`init="mttl"`) or 1/sqrt(d_in / H) (`init="peft"`).
         """
-        for stack in self.stacks:
-            for factor in self.factor_names:
-                self._reset(self._stacks_of(factor)[stack.key], factor, stack)
+        for stack, factor, parameters in self._stacked():
+            self._reset(parameters[stack.key], factor, stack)
 
     def _reset(
         self, skills: Tensor, factor: str, stack: Stack, generator: torch.Generator | None = None
@@ -154,12 +149,11 @@ class Inventory(nn.Module):
             Views `[n, H, K / sets, r, D]`.
         """
         views = []
-        for stack in self.stacks:
-            for factor in self.factor_names:
-                skills = self._stacks_of(factor)[stack.key]
-                whole = skills.grad if gradients else skills
-                assert whole is not None
-                views.append(self._set_of(whole, place))
+        for stack, _, parameters in self._stacked():
+            skills = parameters[stack.key]
+            whole = skills.grad if gradients else skills
+            assert whole is not None
+            views.append(self._set_of(whole, place))
         return views
 
     def _set_of(self, skills: Tensor, place: int) -> Tensor:
@@ -170,8 +164,8 @@ class Inventory(nn.Module):
     def redraw_set(self, place: int, seed: int) -> None:
         """Draw one set again, as `reset_parameters` does, with the same numbers on every device."""
         generator = torch.Generator().manual_seed(seed)
-        pairs = [(stack, factor) for stack in self.stacks for factor in self.factor_names]
-        for skills, (stack, factor) in zip(self.skills_of(place), pairs, strict=True):
+        for stack, factor, parameters in self._stacked():
+            skills = self._set_of(parameters[stack.key], place)
             drawn = torch.empty(skills.shape)
             self._reset(drawn, factor, stack, generator)
             skills.copy_(drawn)
@@ -333,11 +327,9 @@ class Inventory(nn.Module):
         It computes what the uniform mixture computes (Poly-mu, MHR-mu) with 1/K of the parameters.
         In output space it has as many parameters as before: it is one skill of rank K r.
         """
-        for stack in self.stacks:
-            for factor in self.factor_names:
-                stacks = self._stacks_of(factor)
-                merged = self._as_one(factor, stacks[stack.key], None, None)
-                stacks[stack.key] = nn.Parameter(merged.clone())
+        for stack, factor, parameters in self._stacked():
+            average = self._as_one(factor, parameters[stack.key], None, None)
+            parameters[stack.key] = nn.Parameter(average.clone())
         self.rank = self.rank_of_average
         self.num_skills = self.num_sets = self.heads = 1
 
@@ -352,27 +344,24 @@ class Inventory(nn.Module):
 
         If there are no skills, it is a new one, as `reset_parameters` makes it.
         """
-        for stack in self.stacks:
-            for factor in self.factor_names:
-                stacks = self._stacks_of(factor)
-                skills = stacks[stack.key]
-                if self.num_skills == 0:
-                    new = skills.new_empty(*skills.shape[:2], 1, *skills.shape[3:])
-                    self._reset(new, factor, stack)
-                elif source is None:
-                    new = skills.mean(2, keepdim=True)
-                else:
-                    new = skills[:, :, source : source + 1]
-                stacks[stack.key] = nn.Parameter(torch.cat([skills, new], dim=2))
+        for stack, factor, parameters in self._stacked():
+            skills = parameters[stack.key]
+            if self.num_skills == 0:
+                new = skills.new_empty(*skills.shape[:2], 1, *skills.shape[3:])
+                self._reset(new, factor, stack)
+            elif source is None:
+                new = skills.mean(2, keepdim=True)
+            else:
+                new = skills[:, :, source : source + 1]
+            parameters[stack.key] = nn.Parameter(torch.cat([skills, new], dim=2))
         self.num_skills += 1
 
     @torch.no_grad()
     def keep_skills(self, skills: Sequence[int]) -> None:
         """Drop all other skills, in place, and put these in the given order."""
-        for stack in self.stacks:
-            for factor in self.factor_names:
-                stacks = self._stacks_of(factor)
-                stacks[stack.key] = nn.Parameter(stacks[stack.key][:, :, list(skills)].clone())
+        for stack, _, parameters in self._stacked():
+            kept = parameters[stack.key][:, :, list(skills)]
+            parameters[stack.key] = nn.Parameter(kept.clone())
         self.num_skills = len(skills)
 
     def site_tensors(self, site: int) -> dict[str, Tensor]:

@@ -167,7 +167,7 @@ class RoutingTable(nn.Module):
     def _learned(self) -> tuple[nn.Parameter, tuple[int, int, int]]:
         """The logits and the shape of a row."""
         if self.logits is None or self.shape is None:
-            raise InputError("this model has no routing logits: they do not route its tasks")
+            raise InputError("this model has no routing logits, so its tasks have no rows")
         return self.logits, self.shape
 
     def _flat(self, values: Tensor, count: int | None = None) -> Tensor:

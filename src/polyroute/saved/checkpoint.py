@@ -193,7 +193,7 @@ def _check_description(description: dict[str, Any]) -> None:
     for key in ("method", "adapter", "num_heads", "rank", "granularity"):
         _expect(key in config, "config", f"complete: it lacks {key!r}")
     settings = saved_config(description)
-    skills = len(tasks) if settings.num_skills is None else settings.num_skills
+    skills = settings.skills_for(len(tasks))
     _expect(description["num_skills"] == skills, "num_skills", f"{skills}, as its config says")
     rule = description.get("rule")
     if rule is not None:
