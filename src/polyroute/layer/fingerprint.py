@@ -104,21 +104,22 @@ def sample_others(
 def changed_since(
     model: nn.Module, samples: Sequence[Mapping[str, Any]], but: Collection[nn.Module] = ()
 ) -> list[str]:
-    """The names of the tensors that differ from samples, require gradients, or came later.
+    """The names of the tensors that differ from samples, require gradients, came or went.
 
     Args:
         model: the base model.
         samples: of `sample_all`.
         but: modules to leave out, because they train and are saved whole.
     """
-    before = {one["name"]: one for one in samples}
+    before, here = {one["name"]: one for one in samples}, _named(model)
     left_out = {id(t) for module in but for t in (*module.parameters(), *module.buffers())}
-    return [
+    changed = [
         name
-        for name, tensor in _named(model).items()
+        for name, tensor in here.items()
         if id(tensor) not in left_out
         and (name not in before or tensor.requires_grad or not _fits(tensor, before[name]))
     ]
+    return changed + [name for name in before if name not in here]
 
 
 def _fits(tensor: Tensor, one: Mapping[str, Any]) -> bool:

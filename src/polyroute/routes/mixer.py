@@ -269,7 +269,13 @@ class Mixer(nn.Module):
     def _mixture_of(self, factors: Sequence[Factors], segments: Segments | None) -> Mixture:
         if self._has_several_devices:
             factors = [f.to(site.device) for f, site in zip(factors, self.sites, strict=True)]
-        count = factors[0].num_examples
+        counts = {n for one in factors if (n := one.num_examples) is not None}
+        if len(counts) > 1:
+            raise InputError(
+                f"the rule {self.rule.name!r} gave factors for {sorted(counts)} examples: give all "
+                "sites factors for the same examples"
+            )
+        count = next(iter(counts), None)
         return Mixture(factors, count, segments if count else None)
 
     # ---------------------------------------------------------------- for rules
