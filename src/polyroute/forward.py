@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from polyroute.config import MHRConfig
 from polyroute.errors import InputError
-from polyroute.guards import routed_generate, routed_resize
+from polyroute.guards import add_digest, check_digest, routed_generate, routed_resize
 from polyroute.host.trainers import refuse_plain_trainer
 from polyroute.layer.factors import PlainFactors
 from polyroute.layer.fingerprint import sample_all
@@ -30,9 +30,9 @@ from polyroute.routes.tasks import (
     Tasks,
     check_batch,
     find_route,
+    keeping_apart,
     named_inputs,
     route_of_call,
-    takes,
 )  # fmt: skip
 
 __all__ = ["RoutedForward"]
@@ -94,8 +94,8 @@ class RoutedForward(nn.Module):
         for part in (self.inventory, self.routes, self.rule, self.mixer):
             part.train(base_model.training)
         self.training = base_model.training
-        self.register_state_dict_post_hook(_add_digest)  # type: ignore[no-untyped-call]
-        self.register_load_state_dict_pre_hook(_check_digest)  # type: ignore[no-untyped-call]
+        self.register_state_dict_post_hook(add_digest)  # type: ignore[no-untyped-call]
+        self.register_load_state_dict_pre_hook(check_digest)  # type: ignore[no-untyped-call]
         self._hooks = (
             base_model.register_forward_pre_hook(self._before_forward, with_kwargs=True),
             base_model.register_forward_hook(self._after_forward),
@@ -318,13 +318,7 @@ class RoutedForward(nn.Module):
             return {}
         self.open_routes.forget()
         self._prepare(inputs)
-        # transformers keeps packed examples apart if there is neither a mask nor a cache.
-        is_packed = route is not None and route.segments is not None
-        given = ("attention_mask", "use_cache", "past_key_values")
-        if is_packed and all(inputs.get(name) is None for name in given):
-            accepts = takes(self.base_model.forward, "use_cache")
-            return {"use_cache": False} if accepts else {}
-        return {}
+        return {} if route is None else keeping_apart(route, inputs, self.base_model.forward)
 
     def _prepare(self, inputs: Mapping[str, Any] | None = None) -> Mixture:
         """Mix the open route's skills for one forward; factors are mixed nowhere else."""
@@ -404,27 +398,3 @@ class RoutedForward(nn.Module):
             raise InputError(
                 "this routed model was unloaded: use the base model, or attach an inventory again"
             )
-
-
-TASKS = "routes.tasks"
-"""The key of a state dict that identifies the tasks of its rows, and their order."""
-
-
-def _add_digest(model: RoutedForward, state: dict[str, Any], prefix: str, _: Any) -> None:
-    _check_unmerged(model)
-    state[prefix + TASKS] = model.routes.digest()
-
-
-def _check_digest(model: RoutedForward, state: dict[str, Any], prefix: str, *_: Any) -> None:
-    _check_unmerged(model)
-    tasks = state.pop(prefix + TASKS, None)
-    if tasks is not None and not torch.equal(tasks.cpu(), model.routes.digest()):
-        raise InputError(
-            "this state dict holds other tasks than this model, or the same in another order: load "
-            "it into a model that was attached with the same list of tasks"
-        )
-
-
-def _check_unmerged(model: RoutedForward) -> None:
-    if model.merged_task is not None:  # the base weights hold the task, so it would count twice
-        raise InputError(f"the model is merged with {model.merged_task!r}; call unmerge() first")

@@ -1,4 +1,4 @@
-"""Methods of a base model that go through its routed model, whoever calls them.
+"""What goes through a routed model although others do it: methods of its base, state dicts.
 
 A base model stays usable on its own while an inventory is attached. Two of its methods would then
 do the wrong thing in silence, so they are replaced on the base model itself.
@@ -6,10 +6,12 @@ do the wrong thing in silence, so they are replaced on the base model itself.
 
 from typing import Any
 
+import torch
+
 from polyroute.errors import InputError
 from polyroute.routes.tasks import named_inputs
 
-__all__ = ["routed_generate", "routed_resize"]
+__all__ = ["add_digest", "check_digest", "routed_generate", "routed_resize"]
 
 
 def routed_generate(model: Any, *args: Any, **kwargs: Any) -> Any:
@@ -61,8 +63,37 @@ def routed_resize(model: Any, *args: Any, **kwargs: Any) -> Any:
     Raises:
         InputError: the model is merged.
     """
-    if model.merged_task is not None:
-        raise InputError(f"the model is merged with {model.merged_task!r}; call unmerge() first")
+    _check_unmerged(model)
     model.mixer.forget()
     with model.wrapping.bare_output():
         return type(model.base_model).resize_token_embeddings(model.base_model, *args, **kwargs)
+
+
+TASKS = "routes.tasks"
+"""The key of a state dict that identifies the tasks of its rows, and their order."""
+
+
+def add_digest(model: Any, state: dict[str, Any], prefix: str, _: Any) -> None:
+    """A state-dict hook of a `RoutedModel`: say which tasks the rows are of."""
+    _check_unmerged(model)
+    state[prefix + TASKS] = model.routes.digest()
+
+
+def check_digest(model: Any, state: dict[str, Any], prefix: str, *_: Any) -> None:
+    """A hook before a `RoutedModel` loads a state dict: refuse one of other tasks.
+
+    Raises:
+        InputError: the state dict has other tasks or another order, or the model is merged.
+    """
+    _check_unmerged(model)
+    tasks = state.pop(prefix + TASKS, None)
+    if tasks is not None and not torch.equal(tasks.cpu(), model.routes.digest()):
+        raise InputError(
+            "this state dict holds other tasks than this model, or the same in another order: load "
+            "it into a model that was attached with the same list of tasks"
+        )
+
+
+def _check_unmerged(model: Any) -> None:
+    if model.merged_task is not None:  # the base weights hold the task, so it would count twice
+        raise InputError(f"the model is merged with {model.merged_task!r}; call unmerge() first")

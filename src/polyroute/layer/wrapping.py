@@ -136,12 +136,7 @@ class Wrapping:
         Args:
             keep_trained: whether the whole modules that trained keep their present values.
         """
-        if self._has_checkpointing:  # it would go on calling our context_fn
-            base: Any = self.base_model
-            for name in ("activation_checkpointing_disable", "gradient_checkpointing_disable"):
-                if hasattr(base, name):
-                    getattr(base, name)()
-                    break
+        self._stop_checkpointing()
         for site, layer in zip(self.sites, self.layers, strict=True):
             self.put(site, site.layer, instead_of=layer)
         for name in self._guarded:
@@ -153,10 +148,20 @@ class Wrapping:
         for name, parameter in self.base_model.named_parameters():
             parameter.requires_grad_(name in self._required_grad)
         if not keep_trained:
-            for name, module in self.trained.items():
-                before, now = self._before[name], module.state_dict()
-                if all(now[n].shape == tensor.shape for n, tensor in before.items()):
-                    module.load_state_dict(before)  # else the vocabulary was resized
+            self._put_back_trained()
+
+    def _stop_checkpointing(self) -> None:
+        base: Any = self.base_model
+        names = ("activation_checkpointing_disable", "gradient_checkpointing_disable")
+        here = [name for name in names if hasattr(base, name)]
+        if self._has_checkpointing and here:  # it would go on calling our context_fn
+            getattr(base, here[0])()
+
+    def _put_back_trained(self) -> None:
+        for name, module in self.trained.items():
+            before, now = self._before[name], module.state_dict()
+            if all(now[n].shape == tensor.shape for n, tensor in before.items()):
+                module.load_state_dict(before)  # otherwise the vocabulary was resized
 
     @contextmanager
     def bare_output(self) -> Iterator[None]:

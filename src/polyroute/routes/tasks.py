@@ -19,9 +19,9 @@ __all__ = [
     "Tasks",
     "check_batch",
     "find_route",
+    "keeping_apart",
     "named_inputs",
     "route_of_call",
-    "takes",
 ]
 
 Tasks = str | int | Sequence[str | int] | Tensor | None
@@ -98,9 +98,16 @@ def named_inputs(call: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> d
     return {**{name: given[name] for name in names if name in given}, **given}
 
 
-def takes(call: Any, name: str) -> bool:
-    """Whether a function has a parameter of this name."""
-    return name in _names(getattr(call, "__func__", call))
+def keeping_apart(route: Route, inputs: Mapping[str, Any], forward: Any) -> dict[str, Any]:
+    """What a base model's forward needs besides its inputs to keep packed examples apart.
+
+    transformers lets each example attend to itself alone if there is neither a mask nor a cache.
+    """
+    given = ("attention_mask", "use_cache", "past_key_values")
+    if route.segments is None or any(inputs.get(name) is not None for name in given):
+        return {}
+    has_cache = "use_cache" in _names(getattr(forward, "__func__", forward))
+    return {"use_cache": False} if has_cache else {}
 
 
 @lru_cache(maxsize=256)
