@@ -50,7 +50,12 @@ def trained(
     base, tokenizer = make()
     sizes = {"mhr": {"num_skills": 3, "num_heads": 2}, "poly": {"num_skills": 3}}.get(method, {})
     config = MHRConfig(
-        method=method, adapter=adapter, rank=1 if adapter == "ia3" else 2, dropout=dropout, **sizes
+        method=method,
+        adapter=adapter,
+        rank=1 if adapter == "ia3" else 2,
+        alpha=3.0,
+        dropout=dropout,
+        **sizes,
     )  # type: ignore[arg-type]
     model = attach(base, config, TRAINED)
     with torch.no_grad():
