@@ -1,0 +1,388 @@
+"""Plant bugs in a copy of the package, one at a time, and see the tests catch them.
+
+    python scripts/plant_bugs.py [--only NAME] [--jobs 2]
+
+A bug is a piece of source text and what replaces it. For each one the package is copied to a
+temporary folder and changed there, and a few tests run against the copy. The tests of all bugs run
+once against an unchanged copy before that, where they must pass. The exit code is 1 if a bug is not
+caught, cannot be planted, or the tests fail without one.
+"""
+
+import argparse
+import ast
+import multiprocessing
+import os
+import re
+import shutil
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import datasets  # noqa: F401 (imported once here, for all forks)
+import peft  # noqa: F401
+import pytest
+import torch
+import transformers
+
+ROOT = Path(__file__).resolve().parent.parent
+PACKAGE = ROOT / "src" / "polyroute"
+FAILED = re.compile(r"^FAILED tests/(\S+?\.py)::(\S+)", re.MULTILINE)
+
+
+@dataclass(frozen=True)
+class Bug:
+    """One change of one file, and the tests that must notice it."""
+
+    name: str
+    file: str
+    before: str
+    """Text that the file holds exactly once."""
+    after: str
+    tests: tuple[str, ...]
+    """Files of `tests/`, or single tests as `file::name`."""
+
+
+INVENTORY, MIXER = "routes/inventory.py", "routes/mixer.py"
+MIX = "        return _mix(skills, w_UnHK * scale if scale != 1.0 else w_UnHK, sets)\n"
+RULES, WEIGHTS = "routes/table_rules.py", "routes/weights.py"
+FACTORS, KERNELS = "layer/factors.py", "layer/kernels.py"
+
+BUGS = (
+    # ------------------------------------------------------------- the equations
+    Bug(
+        "the average is scaled twice", INVENTORY,
+        "merged = self._as_one(factor, stacks[stack.key], None, None)",
+        "merged = self._as_one(factor, stacks[stack.key], None, None) * (\n"
+        "                    self.scale if factor == 'lora_b' else 1.0\n"
+        "                )",
+        ("test_inventory.py",),
+    ),
+    Bug(
+        "the average forgets its scale", "routes/phases.py",
+        "alpha=scale * rank,", "alpha=float(rank),",
+        ("test_checkpoint_files.py::test_an_averaged_model_can_be_saved",),
+    ),
+    Bug(
+        "the heads of B are interleaved", INVENTORY, MIX,
+        MIX.replace("return", "mixed =")
+        + "        if factor == 'lora_b':\n"
+        "            return mixed.unflatten(-1, (self.heads, -1)).mT.flatten(-2)\n"
+        "        return mixed\n",
+        ("test_inventory.py",),
+    ),
+    Bug(
+        "alpha/rank is forgotten", INVENTORY,
+        'scale = self.scale if factor == "lora_b" else 1.0', "scale = 1.0", ("test_inventory.py",),
+    ),
+    Bug(
+        "A is scaled as well as B", INVENTORY,
+        'scale = self.scale if factor == "lora_b" else 1.0', "scale = self.scale",
+        ("test_inventory.py",),
+    ),
+    Bug(
+        "the skills of B are reversed", INVENTORY, MIX,
+        MIX.replace("skills,", "skills if factor == 'lora_a' else skills.flip(2),", 1),
+        ("test_inventory.py",),
+    ),
+    Bug(
+        "B is not zero at the start", INVENTORY,
+        'skills.fill_(1.0 if factor == "ia3" else 0.0)',
+        'skills.fill_(1.0 if factor == "ia3" else 1e-3)',
+        ("test_inventory.py",),
+    ),
+    Bug(
+        "softmax replaces the normalised sigmoid", WEIGHTS,
+        "torch.softmax(torch.nn.functional.logsigmoid(logits), dim=-1)",
+        "torch.softmax(logits, dim=-1)",
+        ("test_routing.py",),
+    ),
+    Bug(
+        "an epsilon is in the denominator", WEIGHTS,
+        "        return torch.softmax(torch.nn.functional.logsigmoid(logits), dim=-1)\n",
+        "        gates = torch.sigmoid(logits)\n"
+        "        return gates / (gates.sum(-1, keepdim=True) + EPSILON)\n",
+        ("test_routing.py",),
+    ),
+    Bug(
+        "gates are noisy in evaluation", WEIGHTS,
+        'if config.gate == "relaxed_bernoulli" and training:',
+        'if config.gate == "relaxed_bernoulli":',
+        ("test_routing.py",),
+    ),
+    Bug(
+        "annealing runs backwards", WEIGHTS,
+        "a = math.cos(math.pi / 2 * progress)", "a = math.sin(math.pi / 2 * progress)",
+        ("test_routing.py",),
+    ),
+    Bug(
+        "weights of the output space apply to A too", INVENTORY,
+        'w_UnHK = w_UnHK * scale if factor == "lora_b" else torch.ones_like(w_UnHK)',
+        'w_UnHK = w_UnHK * scale if factor == "lora_b" else w_UnHK',
+        ("test_output_space.py",),
+    ),
+    Bug(
+        "the input's gradient forgets the update", KERNELS,
+        "dx = (dy @ weight).addmm_(dz, a) if need_x else None",
+        "dx = dy @ weight if need_x else None",
+        ("test_kernels.py",),
+    ),
+    # ------------------------------------------------------------- who gets which task
+    Bug(
+        "rows get each other's task", MIXER,
+        "position = {row: i for i, row in enumerate(distinct)}",
+        "position = {row: i for i, row in enumerate(reversed(distinct))}",
+        ("test_model.py",),
+    ),
+    Bug(
+        "the gather of examples is lost", INVENTORY,
+        "elif gather is not None:", "elif gather is not None and len(gather) % mixed.shape[1]:",
+        ("test_model.py",),
+    ),
+    Bug(
+        "one id broadcasts over the batch", "routes/tasks.py",
+        "return Route(rows, per_example=True)", "return Route(rows, per_example=len(rows) > 1)",
+        ("test_model.py",),
+    ),
+    Bug(
+        "tasks outlive their block", "layer/open_route.py",
+        "entry.is_open = False  #", "entry.is_open = True  #", ("test_model.py",),
+    ),
+    Bug(
+        "the mask of the rows of mu is dropped", RULES,
+        "        if MU_ROW in rows:\n            is_mu", "        if False:\n            is_mu",
+        ("test_model.py",),
+    ),
+    Bug(
+        "private tasks take the next task's skill", RULES,
+        "return Choice(None, index_on(device, tuple(rows)))",
+        "return Choice(None, index_on(device, tuple((row + 1) % num_skills for row in rows)))",
+        ("test_inventory.py",),
+    ),
+    Bug(
+        "packed examples begin one token late", KERNELS,
+        "        return list(zip([0, *ends[:-1]], ends, strict=True))\n",
+        "        cuts = [min(end + 1, ends[-1]) for end in ends[:-1]]\n"
+        "        return list(zip([0, *cuts], [*cuts, ends[-1]], strict=True))\n",
+        ("test_packed_rows.py",),
+    ),
+    Bug(
+        "gates of examples are spread out of order", "layer/gated.py",
+        "return weights.unsqueeze(1).expand(-1, times, -1, -1).reshape(count, *shape)",
+        "return weights.unsqueeze(0).expand(times, -1, -1, -1).reshape(count, *shape)",
+        ("test_output_space.py",),
+    ),
+    Bug(
+        "a slot takes another slot's skills", RULES,
+        "else index_on(device, tuple(rows))\n",
+        "else index_on(device, tuple((r + 1) % inventory.num_sets for r in rows))\n",
+        ("test_adapt.py::test_every_slot_ends_where_it_would_end_alone",),
+    ),
+    Bug(
+        "examples of one task share their noise", MIXER,
+        "distinct = list(rows) if per_example else list(dict.fromkeys(rows))",
+        "distinct = list(dict.fromkeys(rows))",
+        ("test_model.py",),
+    ),
+    Bug(
+        "a recomputed block takes the route that is open now", "layer/routed_layer.py",
+        "            and not state.is_recomputing\n", "            and False\n",
+        ("test_gradient_checkpointing.py",),
+    ),
+    # ------------------------------------------------------------- what is kept
+    Bug(
+        "kept mixtures outlive a change", MIXER,
+        "if cached is not None and cached[0] == stamp:", "if cached is not None:",
+        ("test_model.py",),
+    ),
+    Bug(
+        "a mixture outlives its forward", "forward.py",
+        "        # Nothing that was mixed outlives its forward: a part called next mixes anew.\n"
+        "        if not torch.compiler.is_compiling():",
+        "        if False:",
+        ("test_model.py",),
+    ),
+    Bug(
+        "dropout acts in evaluation", "layer/routed_layer.py",
+        "dropout = self.dropout if self.training else 0.0", "dropout = self.dropout",
+        ("test_kernels.py",),
+    ),
+    # ------------------------------------------------------------- training
+    Bug(
+        "the base model is not frozen", "layer/wrapping.py",
+        "        self.base_model.requires_grad_(False)\n", "", ("test_model.py",),
+    ),
+    Bug(
+        "the router gets no gradient", RULES,
+        "logits = mixer.exact(mixer.table.gather(rows).view(shape))",
+        "logits = mixer.exact(mixer.table.gather(rows).view(shape)).detach()",
+        ("test_phases.py",),
+    ),
+    Bug(
+        "phase z trains the skills", "routes/phases.py",
+        'mixer.inventory.requires_grad_(phase != "z")', "mixer.inventory.requires_grad_(True)",
+        ("test_phases.py",),
+    ),
+    Bug(
+        "all rows share one clock", "routes/row_optimizer.py",
+        "clocks = list(self._clocks[places].unbind())",
+        "clocks = [self._clocks.max().clone() for _ in rows]",
+        ("test_row_optimizer.py",),
+    ),
+    Bug(
+        "Adafactor measures whole stacks", "optimizers.py",
+        "    within = tuple(range(1, tensors.ndim))\n"
+        "    norms: Tensor = torch.linalg.vector_norm(tensors, dim=within, keepdim=True)\n"
+        "    return norms / math.sqrt(tensors[0].numel())\n",
+        "    norms: Tensor = torch.linalg.vector_norm(tensors).view([1] * tensors.ndim)\n"
+        "    return norms / math.sqrt(tensors.numel())\n",
+        ("test_optimizers.py",),
+    ),
+    # ------------------------------------------------------------- merging, saving, exporting
+    Bug(
+        "merging is off by a thousandth", FACTORS,
+        "return weight + (self.b.t() @ self.a)", "return weight + 1.001 * (self.b.t() @ self.a)",
+        ("test_merging.py",),
+    ),
+    Bug(
+        "a merged bias is not scaled", FACTORS,
+        "None if bias is None else bias * scale", "bias", ("test_merging.py",),
+    ),
+    Bug(
+        "an exported task lacks its scale", "model.py",
+        "        target.write(folder, self.factors_of(task))\n",
+        "        for factors in (plain := self.factors_of(task)):\n"
+        "            vars(factors)['b'] = factors.b / self.adapter_config.scale\n"
+        "        target.write(folder, plain)\n",
+        ("test_peft_export.py",),
+    ),
+    Bug(
+        "another base model passes for the own one", "layer/fingerprint.py",
+        "tolerance = 1e-4 if dtype", "tolerance = 1e-2 if dtype", ("test_checkpoint_files.py",),
+    ),
+    Bug(
+        "a checkpoint of another scale is loaded", "config.py",
+        "None, number(above=0, optional=True), computes=True,",
+        "None, number(above=0, optional=True),",
+        ("test_checkpoint_files.py",),
+    ),
+    Bug(
+        "the parameters of a rule are not saved", "saved/inventory.py",
+        '        **{f"rule.{name}": tensor for name, tensor in mixer.rule.state_dict().items()},\n',
+        "",
+        ("test_rules.py",),
+    ),
+    Bug(
+        "whole modules are not restored", "saved/inventory.py",
+        '        **{f"module.{name}": tensor for name, tensor in'
+        " wrapping.trained_tensors().items()},\n",
+        "",
+        ("test_checkpoint_files.py",),
+    ),
+    Bug(
+        "unloading keeps what whole modules learned", "layer/wrapping.py",
+        "        if not keep_trained:\n", "        if False:\n", ("test_merging.py",),
+    ),
+    Bug(
+        "new tokens get an update of ones", INVENTORY,
+        "value=1.0 if is_ia3 else 0.0", "value=1.0", ("test_model.py",),
+    ),
+)  # fmt: skip
+
+
+def copied(folder: Path) -> Path:
+    """Copy the package to a folder."""
+    ignored = shutil.ignore_patterns("__pycache__")
+    return Path(shutil.copytree(PACKAGE, folder / "polyroute", ignore=ignored))
+
+
+def plant(bug: Bug, copy: Path) -> None:
+    """Make a bug's change in a copy of the package.
+
+    Raises:
+        SystemExit: the copy does not hold the text exactly once.
+    """
+    path = copy / bug.file
+    text = path.read_text(encoding="utf-8")
+    if (count := text.count(bug.before)) != 1:
+        sys.exit(f"{bug.name!r}: {bug.file} holds this {count} times, not once:\n{bug.before}")
+    changed = text.replace(bug.before, bug.after)
+    ast.parse(changed, bug.file)
+    path.write_text(changed, encoding="utf-8")
+
+
+def run_tests(folder: Path, tests: Sequence[str]) -> None:
+    """In a process of its own: run tests against the copy in a folder, up to the first failure."""
+    with (folder / "output").open("w") as output:
+        os.dup2(output.fileno(), 1)
+        os.dup2(output.fileno(), 2)
+    os.chdir(ROOT)
+    os.environ["PYTHONPATH"] = str(folder)
+    sys.path.insert(0, str(folder))
+    sys.dont_write_bytecode = True
+    options = ["-x", "-q", "-p", "no:cacheprovider", "--tb=short"]
+    code = pytest.main([*options, *(f"tests/{test}" for test in tests)])
+    where = str(sys.modules["polyroute"].__file__)
+    if not where.startswith(str(folder)):
+        print(f"the tests saw {where} rather than the copy")
+        code = pytest.ExitCode.INTERNAL_ERROR
+    sys.exit(code)
+
+
+def failed_test(bug: Bug | None, tests: Sequence[str], folder: Path) -> str | None:
+    """Run tests against a copy with a bug, or without one; the first that fails, if one does.
+
+    Raises:
+        SystemExit: the bug cannot be planted, or the tests cannot run.
+    """
+    copy = copied(folder)
+    if bug is not None:
+        plant(bug, copy)
+    # A fork has torch and transformers imported already, which take longer than the tests.
+    process = multiprocessing.get_context("fork").Process(target=run_tests, args=(folder, tests))
+    process.start()
+    process.join()
+    output = (folder / "output").read_text()
+    failed = FAILED.search(output)
+    if process.exitcode and failed is None:
+        what = "without a bug" if bug is None else repr(bug.name)
+        sys.exit(f"{what}: the tests cannot run:\n{output[-3000:]}")
+    return "::".join(failed.groups()) if failed else None
+
+
+def tried(bug: Bug) -> tuple[str | None, float]:
+    """The test that catches a bug, None if there is none, and the seconds that it took."""
+    began = time.monotonic()
+    with tempfile.TemporaryDirectory() as folder:
+        test = failed_test(bug, bug.tests, Path(folder))
+    return test, time.monotonic() - began
+
+
+def main() -> int:
+    """Plant the bugs and print a line for each."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--only", choices=[bug.name for bug in BUGS], help="plant this bug alone")
+    parser.add_argument("--jobs", type=int, default=2, help="bugs to plant side by side")
+    given = parser.parse_args()
+    torch.set_num_threads(1)  # a fork of a process that runs threads may wait for ever
+    for name in ("Trainer", "T5ForConditionalGeneration", "LlamaForCausalLM", "GPT2LMHeadModel"):
+        getattr(transformers, name)  # transformers imports a model when it is asked for
+    bugs = [bug for bug in BUGS if given.only in (None, bug.name)]
+    with tempfile.TemporaryDirectory() as folder:
+        tests = sorted({test for bug in bugs for test in bug.tests})
+        if (failed := failed_test(None, tests, Path(folder))) is not None:
+            sys.exit(f"{failed} fails without a bug")
+    missed = 0
+    with ThreadPoolExecutor(given.jobs) as pool:
+        for bug, (test, seconds) in zip(bugs, pool.map(tried, bugs), strict=True):
+            missed += test is None
+            print(f"{bug.name:52} {test or 'NOT CAUGHT':90} {seconds:5.1f} s", flush=True)
+    print(f"{len(bugs) - missed} of {len(bugs)} bugs were caught")
+    return 1 if missed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
