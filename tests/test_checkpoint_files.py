@@ -74,17 +74,6 @@ def test_every_setting_that_changes_the_forward_is_saved(
         assert torch.equal(loaded(**inputs, tasks=tasks).logits, expected)
 
 
-def test_whole_modules_that_train_are_saved_and_loaded(tmp_path: Path) -> None:
-    model, inputs = routed(llama(), modules_to_save=["norm"]), batch(llama())
-    with torch.no_grad():
-        model.base_model.model.norm.weight.mul_(1.5)
-    model.save_pretrained(tmp_path)
-    loaded = from_pretrained(llama(), tmp_path)
-    assert torch.equal(loaded.base_model.model.norm.weight, model.base_model.model.norm.weight)
-    expected = model(**inputs, tasks=list(TASKS)).logits
-    assert torch.equal(loaded(**inputs, tasks=list(TASKS)).logits, expected)
-
-
 def test_a_checkpoint_of_another_scale_is_not_loaded_into_a_model(saved: Path) -> None:
     other = routed(stack(), num_heads=2, num_skills=3, rank=2, alpha=4.0)
     with pytest.raises(InputError, match=r"has alpha=3\.0 and this model alpha=4\.0"):

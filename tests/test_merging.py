@@ -131,18 +131,6 @@ def test_unloading_a_merged_model_gives_a_plain_model_of_one_task() -> None:
     assert relative_error(base(x), expected) < TOLERANCE
 
 
-@pytest.mark.parametrize("merged", [False, True])
-@torch.no_grad()
-def test_whole_modules_go_back_when_unloaded_unless_a_task_is_merged(merged: bool) -> None:
-    model = routed(llama(), modules_to_save=["norm"])
-    before = model.base_model.model.norm.weight.clone()
-    model.base_model.model.norm.weight.mul_(1.5)
-    if merged:
-        model.merge("amber")
-    after = model.unload().model.norm.weight
-    assert torch.equal(after, before * 1.5 if merged else before)
-
-
 @torch.no_grad()
 def test_a_bf16_base_merges_to_within_its_own_rounding() -> None:
     model = routed(llama().bfloat16(), num_heads=4)
