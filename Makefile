@@ -10,7 +10,7 @@ demo: $(INSTALLED)
 	$(BIN)/polyroute demo --out demo-out --overwrite
 
 test: lint
-	$(BIN)/python -m pytest -q
+	$(BIN)/python -m pytest -q -n 2 --dist worksteal
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .

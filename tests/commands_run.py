@@ -1,6 +1,11 @@
 """Commands run inside the tests' own process, and what they printed and ended with."""
 
 import json
+import os
+import signal
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +41,34 @@ def refused(arguments: list[str], capsys: Capture) -> str:
     assert error.startswith("polyroute: error: ")
     assert error.count("\n") == 1
     return error
+
+
+@contextmanager
+def forked(arguments: list[str]) -> Iterator[int]:
+    """Run a command in a process of its own, which gets SIGKILL at the end of the block.
+
+    A fork spares the child the imports, which take longer than the commands of these tests.
+    """
+    child = os.fork()
+    if child == 0:
+        try:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
+            main(arguments)
+        finally:
+            os._exit(0)
+    try:
+        yield child
+    finally:
+        os.kill(child, signal.SIGKILL)
+        _, status = os.waitpid(child, 0)
+    assert os.WIFSIGNALED(status), "the command ended before it was killed"
+
+
+def wait_for(happened: Callable[[], bool], seconds: float = 120) -> None:
+    limit = time.monotonic() + seconds
+    while not happened():
+        assert time.monotonic() < limit
+        time.sleep(0.005)
 
 
 def adapt(place: Path, run: Path, out: str, *extra: str) -> list[str]:

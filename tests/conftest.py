@@ -3,6 +3,7 @@
 import os
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.pop("COLUMNS", None)  # tables are as wide as in a pipe, wherever the tests run
 
 from pathlib import Path
 

@@ -32,7 +32,8 @@ def parts(objective: str = "lm", base: str = "t5") -> tuple[RoutedModel, ModelKi
             module.p = 0.0
         elif isinstance(getattr(module, "dropout", None), float):
             module.dropout = 0.0
-    model = routed(wrapper.base_model, ("where", "truth", "count"), num_heads=4)
+    # Where a gradient is itself rounding, AdamW makes a step of it.
+    model = routed(wrapper.base_model.double(), ("where", "truth", "count"), num_heads=4)
     examples = [
         (task, "", f"{task} is {i}", ANSWERS[i % 5], [ANSWERS[i % 5], ANSWERS[(i + 1) % 5]])
         for task, size in (("where", 11), ("truth", 6), ("count", 5))

@@ -113,8 +113,12 @@ def stack(seed: int = 0, **sizes: Any) -> Stack:
 def routed(
     base: nn.Module, tasks: tuple[str, ...] = TASKS, *, seed: int = 1, **config: Any
 ) -> RoutedModel:
-    """An inventory with trained-like values: no skill is zero and tasks differ strongly."""
+    """An inventory with trained-like values: no skill is zero and tasks differ strongly.
+
+    Alpha is not the rank, so a scale that is forgotten, or applied twice, is seen everywhere.
+    """
     config.setdefault("num_skills", None if config.get("method") in ("private", "shared") else 4)
+    config.setdefault("alpha", 1.5 * config.get("rank", 4))
     model = attach(base, MHRConfig(**config), tasks)
     return shake(model, seed)
 

@@ -99,7 +99,13 @@ def save_inventory(folder: Path, method: str, tasks: Sequence[str], skills: int,
     base.add_module("up", nn.Linear(8, 16))
     base.add_module("down", nn.Linear(16, 8))
     count = None if method in ("shared", "private") else skills
-    config = pr.MHRConfig(method=method, num_skills=count, num_heads=HEADS[method], rank=1)  # type: ignore[arg-type]
+    config = pr.MHRConfig(
+        method=method,
+        num_skills=count,
+        num_heads=HEADS[method],
+        rank=1,
+        alpha=2.0,  # type: ignore[arg-type]
+    )
     model = pr.attach(base, config, list(tasks))
     if model.routes.logits is not None:
         # Tasks in a few clusters, so that there is something to see.

@@ -340,7 +340,7 @@ def test_a_model_on_the_meta_device_takes_no_memory_until_it_is_given_some(tmp_p
         base = t5()
     with pytest.raises(InputError, match="cannot be loaded onto the meta device"):
         from_pretrained(base, tmp_path)
-    model = attach(base, MHRConfig(num_heads=4, num_skills=4), TASKS)
+    model = attach(base, MHRConfig(num_heads=4, num_skills=4, alpha=6.0), TASKS)
     assert all(t.is_meta for t in (*model.parameters(), *model.buffers()))
     for use in (
         lambda: model.merge("amber"),

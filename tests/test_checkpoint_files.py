@@ -74,6 +74,12 @@ def test_every_setting_that_changes_the_forward_is_saved(
         assert torch.equal(loaded(**inputs, tasks=tasks).logits, expected)
 
 
+def test_a_checkpoint_of_another_scale_is_not_loaded_into_a_model(saved: Path) -> None:
+    other = routed(stack(), num_heads=2, num_skills=3, rank=2, alpha=4.0)
+    with pytest.raises(InputError, match=r"has alpha=3\.0 and this model alpha=4\.0"):
+        other.load_adapter(saved)
+
+
 def test_a_grouping_by_function_is_saved_by_its_result(tmp_path: Path) -> None:
     model = routed(stack(), granularity=lambda name: "ends" if name != "down" else name)
     model.save_pretrained(tmp_path)

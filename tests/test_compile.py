@@ -58,8 +58,8 @@ def test_evaluation_compiles_to_one_graph_and_sees_changed_skills() -> None:
 
 def test_generation_after_compiling_gives_the_same_tokens() -> None:
     torch._dynamo.reset()
-    model, inputs = routed(llama(), num_heads=4), batch(llama())
-    options = {"max_new_tokens": 3, "do_sample": False, "tasks": SEVERAL[0]}
+    model, inputs = routed(llama(layers=1), num_heads=4), batch(llama())
+    options = {"max_new_tokens": 2, "do_sample": False, "tasks": SEVERAL[0]}
     expected = model.generate(inputs["input_ids"], **options)
     model.compile(backend="eager")
     assert torch.equal(model.generate(inputs["input_ids"], **options), expected)

@@ -75,13 +75,18 @@ def share_sharded(folder: Path, resume: str | None = None) -> None:
 
 def test_what_would_not_be_sharded_is_refused(tmp_path: Path) -> None:
     launch(refuse, tmp_path)
+    for process in (0, 1):
+        refusals = (tmp_path / f"{process}.txt").read_text()
+        assert "shards over accelerators, and there are none" in refusals
+        assert "rowwise_routes trains in one process" in refusals
 
 
 def refuse(folder: Path) -> None:
-    with pytest.raises(InputError, match="shards over accelerators, and there are none"):
-        trainer(folder, **SHARDED)
-    with pytest.raises(InputError, match="rowwise_routes trains in one process"):
-        trainer(folder, rowwise_routes=True)
+    for settings in (SHARDED, {"rowwise_routes": True}):
+        with pytest.raises(InputError) as refused:
+            trainer(folder, **settings)
+        with (folder / f"{index()}.txt").open("a") as file:
+            print(refused.value, file=file)
 
 
 @pytest.fixture(scope="module")

@@ -1,22 +1,19 @@
 """The program as a user runs it: commands on a small suite, with tiny base models."""
 
 import json
-import os
 import shutil
-import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
 
 import pytest
 import torch
+from commands_run import forked, wait_for
 from peft import PeftModel
 from safetensors.torch import load_file
 from tiny_runs import train_arguments
 from transformers import AutoModelForSeq2SeqLM
 
 import polyroute as pr
+import polyroute.adapting.loop as loop
 from polyroute.program.cli.app import main
 
 
@@ -119,19 +116,11 @@ def test_inspecting_needs_no_base_model(run: Path, capsys: pytest.CaptureFixture
 
 
 def test_a_killed_run_resumes_to_the_same_end(place: Path) -> None:
-    longer = ["--steps", "150", "--save-steps", "10"]
+    longer = ["--steps", "100", "--save-steps", "10"]
     main(train_arguments(place, "whole", *longer))
     whole, killed = place / "whole", place / "killed"
-    command = [sys.executable, "-m", "polyroute", *train_arguments(place, "killed", *longer)]
-    with subprocess.Popen(
-        command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=os.environ
-    ) as process:
-        limit = time.monotonic() + 120
-        while not (killed / "checkpoint-20" / "trainer_state.json").exists():
-            assert process.poll() is None
-            assert time.monotonic() < limit
-            time.sleep(0.005)
-        process.send_signal(signal.SIGKILL)
+    with forked(train_arguments(place, "killed", *longer)):
+        wait_for((killed / "checkpoint-20" / "trainer_state.json").exists)
     assert not (killed / "metrics.json").exists()
     losses = [entry["loss"] for entry in read(whole / "metrics.json")["log"] if "loss" in entry]
     assert sum(losses[-5:]) < 0.9 * sum(losses[:5])
@@ -160,20 +149,13 @@ def test_adapting_resumes_where_it_stopped(run: Path, place: Path) -> None:
     assert again[1]["last_loss"] == pytest.approx(whole[1]["last_loss"], rel=1e-5)
 
 
-SAVING_ALWAYS = """
-import sys
-import polyroute.adapting.loop as training
-from polyroute.program.cli.app import main
-training.SECONDS_BETWEEN_SAVES = 0.0
-main(sys.argv[1:])
-"""
-
-
-def test_killed_adaptations_resume_to_the_same_end(run: Path, place: Path) -> None:
+def test_killed_adaptations_resume_to_the_same_end(
+    run: Path, place: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def arguments(out: str) -> list[str]:
         return [
             "adapt", str(run), "--data", str(place / "suite"), "--tasks", "all", "--shots", "8",
-            "--phase", "full", "--seeds", "0,1", "--grid", "steps=3,60", "--batch-size", "4",
+            "--phase", "full", "--seeds", "0,1", "--grid", "steps=3,40", "--batch-size", "4",
             "--optimizer", "sgd", "--lr", "0.05", "--out", str(place / out),
         ]  # fmt: skip
 
@@ -181,18 +163,12 @@ def test_killed_adaptations_resume_to_the_same_end(run: Path, place: Path) -> No
         return len(list((place / "killed-adapt" / ".running").glob("*.safetensors")))
 
     main(arguments("whole-adapt"))
-    command = [sys.executable, "-c", SAVING_ALWAYS, *arguments("killed-adapt")]
-    with subprocess.Popen(
-        command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=os.environ
-    ) as process:
-        limit = time.monotonic() + 120
-        results = place / "killed-adapt" / "results.json"
-        # The short ones are done and the long ones are under way.
-        while not (results.exists() and len(read(results)) == 4 and running() == 4):
-            assert process.poll() is None
-            assert time.monotonic() < limit
-            time.sleep(0.005)
-        process.send_signal(signal.SIGKILL)
+    results = place / "killed-adapt" / "results.json"
+    with monkeypatch.context() as patch:
+        patch.setattr(loop, "SECONDS_BETWEEN_SAVES", 0.0)
+        with forked(arguments("killed-adapt")):
+            # The short ones are done and the long ones are under way.
+            wait_for(lambda: results.exists() and len(read(results)) == 4 and running() == 4)
     done = read(results)
     main([*arguments("killed-adapt"), "--resume"])
     assert not (place / "killed-adapt" / ".running").exists()

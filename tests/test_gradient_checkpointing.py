@@ -116,6 +116,17 @@ def test_a_bare_checkpoint_never_takes_the_route_that_is_open_at_backward() -> N
             loss.backward()
 
 
+def test_a_part_that_is_recomputed_never_takes_what_another_part_was_given() -> None:
+    model, x = routed(stack()), torch.randn(2, 8, requires_grad=True)
+    parts = model.base_model
+    with model.route("amber"):
+        loss = checkpoint(parts.down, parts.up(x), use_reentrant=False).square().sum()
+    with model.route("dune"):
+        parts.up(x)
+        with pytest.raises(InputError, match=r"context_fn=model\.checkpoint_contexts"):
+            loss.backward()
+
+
 @pytest.mark.parametrize("tasks", ["cedar", ["amber", "dune"]])
 def test_a_bare_checkpoint_with_the_models_contexts_is_exact(tasks: Any) -> None:
     plain, checked = routed(Checkpointed()), routed(Checkpointed())

@@ -159,13 +159,13 @@ def test_the_plain_path_equals_the_one_that_owns_the_arithmetic(
     wrap: Callable[[nn.Module], nn.Module], per_example: bool
 ) -> None:
     torch.manual_seed(0)
-    base, x = nn.Linear(5, 6).requires_grad_(False), torch.randn(3, 4, 5)
+    base, x = nn.Linear(5, 6).requires_grad_(False), torch.randn(3, 4, 5, requires_grad=True)
     lead = (3,) if per_example else ()
     factors = [torch.randn(*lead, 2, d, requires_grad=True) for d in (5, 6)]
     results = []
     for layer in (base, wrap(copy.deepcopy(base))):
         y = apply_lora(layer, x, *factors, 0.0)
-        results.append([y, *torch.autograd.grad(y.square().sum(), factors)])
+        results.append([y, *torch.autograd.grad(y.square().sum(), [x, *factors])])
     assert all(relative_error(*pair) < 1e-6 for pair in zip(*results, strict=True))
 
 

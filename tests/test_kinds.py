@@ -154,46 +154,49 @@ def test_every_choice_of_a_row_is_scored_after_the_same_cut_prompt() -> None:
 # Encoding under datasets
 
 
+CAUSAL = {"llama": llama, "gpt2": gpt2}
 FINGERPRINT = """
 import sys
+from pathlib import Path
 from datasets import Dataset
-from datasets.fingerprint import Hasher
 from polyroute.kinds.choose import CausalKind
 from transformers import AutoTokenizer
-kind = CausalKind(AutoTokenizer.from_pretrained(sys.argv[1]), max_input=8)
-data = Dataset.load_from_disk(sys.argv[2])
-data = data.map(kind.encode, batched=True, remove_columns=data.column_names,
-                features=kind.features)
-print(data.cache_files[0]["filename"])
+for folder in map(Path, sys.argv[1:]):
+    kind = CausalKind(AutoTokenizer.from_pretrained(folder / "tokenizer"), max_input=8)
+    data = Dataset.load_from_disk(folder / "data")
+    data = data.map(kind.encode, batched=True, remove_columns=data.column_names,
+                    features=kind.features)
+    print(data.cache_files[0]["filename"])
 """
 
 
-@pytest.mark.parametrize("make", [llama, gpt2])
-def test_a_second_map_reads_the_cache_also_in_another_process(make: Maker, tmp_path: Path) -> None:
-    make()[1].save_pretrained(tmp_path / "tokenizer")
-    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "tokenizer")
-    Dataset.from_dict(EXAMPLES).save_to_disk(tmp_path / "data")
+def mapped(folder: Path, max_input: int, tokenizer: Any) -> Path:
+    """The file that encoding in this process writes, or finds."""
+    kind = CausalKind(tokenizer, max_input=max_input)
+    data = Dataset.load_from_disk(folder / "data")
+    data = data.map(
+        kind.encode, batched=True, remove_columns=data.column_names, features=kind.features
+    )
+    return Path(data.cache_files[0]["filename"])
 
-    def mapped(max_input: int) -> str:
-        kind = CausalKind(tokenizer, max_input=max_input)
-        data = Dataset.load_from_disk(tmp_path / "data")
-        data = data.map(
-            kind.encode, batched=True, remove_columns=data.column_names, features=kind.features
-        )
-        return str(data.cache_files[0]["filename"])
 
-    first = mapped(8)
-    written = Path(first).stat().st_mtime_ns
-    tokenizer(["a cat"] * 2, truncation=True, max_length=1)  # leaves its mark on the tokenizer
-    assert mapped(8) == first
-    assert mapped(9) != first
+def test_a_second_map_reads_the_cache_also_in_another_process(tmp_path: Path) -> None:
+    found, folders = [], [tmp_path / name for name in CAUSAL]
+    for folder in folders:
+        CAUSAL[folder.name]()[1].save_pretrained(folder / "tokenizer")
+        Dataset.from_dict(EXAMPLES).save_to_disk(folder / "data")
+        tokenizer = AutoTokenizer.from_pretrained(folder / "tokenizer")
+        found.append(mapped(folder, 8, tokenizer))
+        tokenizer(["a cat"] * 2, truncation=True, max_length=1)  # leaves its mark on the tokenizer
+        assert mapped(folder, 8, tokenizer) == found[-1]
+        assert mapped(folder, 9, tokenizer) != found[-1]
+    written = [file.stat().st_mtime_ns for file in found]
     other = subprocess.run(
-        [sys.executable, "-c", FINGERPRINT, tmp_path / "tokenizer", tmp_path / "data"],
-        capture_output=True, text=True, check=True,
+        [sys.executable, "-c", FINGERPRINT, *folders], capture_output=True, text=True, check=True,
         env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "PYTHONHASHSEED": "7"},
     )  # fmt: skip
-    assert other.stdout.strip() == first
-    assert Path(first).stat().st_mtime_ns == written
+    assert other.stdout.split() == list(map(str, found))
+    assert [file.stat().st_mtime_ns for file in found] == written
 
 
 def test_choices_may_begin_after_the_first_thousand_rows() -> None:

@@ -58,6 +58,16 @@ def test_a_file_imports_from_its_own_room_and_those_below(path: Path) -> None:
             assert name.split(".")[1] in BELOW[room_of(path)], f"{path.name} imports {name}"
 
 
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(FOLDER)))
+def test_no_file_is_over_400_lines_and_no_function_over_80(path: Path) -> None:
+    text = path.read_text(encoding="utf-8")
+    assert len(text.splitlines()) <= 400
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, ast.FunctionDef):
+            assert node.end_lineno is not None
+            assert node.end_lineno - node.lineno < 80, node.name
+
+
 @pytest.mark.parametrize("path", CORE, ids=lambda path: str(path.relative_to(FOLDER)))
 def test_the_core_imports_torch_and_safetensors_alone(path: Path) -> None:
     allowed = OUTSIDE | EXCEPTIONS.get(str(path.relative_to(FOLDER)), set())

@@ -45,7 +45,7 @@ def written(folder: Path, build: Build = llama, **settings: Any) -> nn.Module:
     (llama, {"layers_to_transform": [1], "target_modules": ["q_proj", "down_proj"]}),
     (llama, {"target_modules": r".*\.(q|v)_proj", "exclude_modules": r".*\.1\..*"}),
     (gpt2, {"fan_in_fan_out": True, "rank_pattern": {"c_attn": 2}}),
-], ids=str)  # fmt: skip
+], ids=lambda value: getattr(value, "__name__", str(value)))  # fmt: skip
 @torch.no_grad()
 def test_a_lora_computes_what_it_does_in_peft(
     tmp_path: Path, build: Build, settings: dict[str, Any]

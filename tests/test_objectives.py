@@ -267,7 +267,9 @@ def answers(task: str, number: int = 7) -> list[dict[str, Any]]:
 def routed(make: Maker, objective: str | Objective) -> tuple[RoutedModel, ModelKind]:
     torch.manual_seed(0)
     base, tokenizer = make()
-    model = attach(base, MHRConfig(num_skills=3, num_heads=2, rank=2), ["first", "second"])
+    model = attach(
+        base, MHRConfig(num_skills=3, num_heads=2, rank=2, alpha=3.0), ["first", "second"]
+    )
     with torch.no_grad():
         for parameter in [*model.inventory.parameters(), *model.routes.parameters()]:
             parameter.add_(0.3 * torch.randn_like(parameter))

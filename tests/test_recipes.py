@@ -7,7 +7,7 @@ import typer
 from polyroute.adapting.settings import AdaptSettings
 from polyroute.config import MHRConfig
 from polyroute.errors import InputError
-from polyroute.kinds.objectives import objective_of
+from polyroute.kinds.objectives import OBJECTIVES, objective_of
 from polyroute.program.cli.app import app
 from polyroute.program.recipes import SECTIONS, read_recipe, recipe_names
 from polyroute.program.texts import reader
@@ -29,14 +29,17 @@ def params(command: str, *arguments: str) -> dict[str, Any]:
 @pytest.mark.parametrize("name", recipe_names())
 def test_every_recipe_can_be_used_by_both_commands(name: str) -> None:
     train, adapt = (params(section, "--recipe", name) for section in SECTIONS)
-    MHRConfig(
+    config = MHRConfig(
         method=train["method"], num_skills=train["skills"], num_heads=train["heads"],
         rank=train["rank"], gate=train["gate"],
     )  # fmt: skip
-    objective_of(train["objective"])
-    objective_of(adapt["objective"])
+    assert (config.rank, config.gate) == (train["rank"], train["gate"])
+    for command in (train, adapt):
+        assert objective_of(command["objective"]) is OBJECTIVES[command["objective"]]
     names = AdaptSettings.__dataclass_fields__
-    AdaptSettings(**{key: value for key, value in adapt.items() if key in names})
+    given = {key: value for key, value in adapt.items() if key in names}
+    settings = AdaptSettings(**given)
+    assert {key: getattr(settings, key) for key in given} == given
 
 
 @pytest.mark.parametrize("name", recipe_names())

@@ -337,8 +337,13 @@ def test_a_model_may_be_cast_after_its_optimizer_was_made_and_copied_after_a_ste
 
 
 def test_an_optimizer_that_took_no_step_has_a_state_too() -> None:
-    optimizer = model_of().optimizer("full")
-    optimizer.load_state_dict(optimizer.state_dict())
+    model, other = model_of(), model_of()
+    fresh, loaded = model.optimizer("full", **RATES), other.optimizer("full", **RATES)
+    loaded.load_state_dict(fresh.state_dict())
+    assert loaded.state_dict()["table"]["row"].numel() == 0
+    for one, optimizer in ((model, fresh), (other, loaded)):
+        take_step(one, optimizer, 0, ["amber", "dune"])
+    assert_same(other, model)
 
 
 def test_evaluation_sees_what_a_step_changed() -> None:

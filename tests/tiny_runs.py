@@ -56,7 +56,7 @@ def write_base(folder: Path) -> None:
 def train_arguments(place: Path, run: str, *extra: str) -> list[str]:
     return [
         "train", "--model", str(place / "base"), "--data", str(place / "suite"), "--method", "mhr",
-        "--skills", "3", "--heads", "4", "--rank", "2", "--steps", "12", "--batch-size", "8",
-        "--save-steps", "4", "--max-input", "32", "--max-target", "16",
+        "--skills", "3", "--heads", "4", "--rank", "2", "--alpha", "3", "--steps", "12",
+        "--batch-size", "8", "--save-steps", "4", "--max-input", "32", "--max-target", "16",
         "--out", str(place / run), *extra,
     ]  # fmt: skip

@@ -37,7 +37,7 @@ SEEDS = 2**32
 """Seeds are whole numbers below this one."""
 
 
-def adapt_many(
+def adapt_many(  # noqa: PLR0913 (public: users know its keywords)
     model: RoutedModel,
     examples: Mapping[str, datasets.Dataset | Sequence[Mapping[str, Any]]],
     *,

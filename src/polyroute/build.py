@@ -75,7 +75,7 @@ def attach(
     return RoutedModel(base_model, config, found, tasks, rule)
 
 
-def from_pretrained(
+def from_pretrained(  # noqa: PLR0913 (public: the hub's keywords, as elsewhere)
     base_model: nn.Module,
     folder: str | os.PathLike[str],
     *,

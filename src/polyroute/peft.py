@@ -158,7 +158,7 @@ class MHRModel(BaseTuner):
             ),
         )
 
-    def _create_and_replace(
+    def _create_and_replace(  # noqa: PLR0913 (the signature is PEFT's)
         self,
         peft_config: PeftConfig,
         adapter_name: str,

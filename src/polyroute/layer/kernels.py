@@ -128,7 +128,7 @@ class LinearLoRAPacked(torch.autograd.Function):
     """The same for packed rows: x `[N, d_in]`, a `[B, r, d_in]`, b likewise, and the segments."""
 
     @staticmethod
-    def forward(
+    def forward(  # noqa: PLR0913 (autograd takes no keywords)
         ctx: Any,
         x: Tensor,
         weight: Tensor,

@@ -101,7 +101,7 @@ def check_answerable(suite: Suite, tasks: Sequence[str], kind: ModelKind) -> Non
             )
 
 
-def evaluate(
+def evaluate(  # noqa: PLR0913 (public: users know its keywords)
     model: RoutedModel,
     kind: ModelKind,
     suite: Suite,
