@@ -55,10 +55,10 @@ BUGS = (
     # ------------------------------------------------------------- the equations
     Bug(
         "the average is scaled twice", INVENTORY,
-        "merged = self._as_one(factor, stacks[stack.key], None, None)",
-        "merged = self._as_one(factor, stacks[stack.key], None, None) * (\n"
-        "                    self.scale if factor == 'lora_b' else 1.0\n"
-        "                )",
+        "average = self._as_one(factor, parameters[stack.key], None, None)",
+        "average = self._as_one(factor, parameters[stack.key], None, None) * (\n"
+        "                self.scale if factor == 'lora_b' else 1.0\n"
+        "            )",
         ("test_inventory.py::test_the_collapsed_average_computes_what_mu_computes",),
     ),
     Bug(
