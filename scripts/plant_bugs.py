@@ -265,7 +265,8 @@ BUGS = (
     ),
     Bug(
         "another base model passes for the own one", "layer/fingerprint.py",
-        "tolerance = 1e-4 if dtype", "tolerance = 1e-2 if dtype",
+        '    if not fits_sample(tensor, one["values"], one["dtype"]):\n        return False\n',
+        "    if tensor.numel():\n        return True\n",
         ("test_checkpoint_files.py::test_a_lightly_tuned_base_is_refused_in_the_same_type_only",),
     ),
     Bug(
