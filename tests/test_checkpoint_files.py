@@ -115,9 +115,11 @@ def test_the_files_have_the_published_layout(saved: Path) -> None:
         assert json.loads(read_metadata(saved / name)["polyroute"])["id"] == description["id"]
     assert json.loads(read_metadata(saved / ROWS)["polyroute"])["names"] == list(TASKS)
     assert set(description["base"]) == {"name", "class", "sample"}
-    assert description["base"]["sample"] == []  # every parameter is an adapted layer's
+    names = [one["name"] for one in description["base"]["sample"]]
+    assert names == ["up.bias", "down.bias", "again.bias"]  # the weights are under "sites"
+    fields = {"name", "d_in", "d_out", "router", "base_sample", "base_norm", "base_dtype"}
     for site in description["sites"]:
-        assert set(site) == {"name", "d_in", "d_out", "router", "base_sample", "base_dtype"}
+        assert set(site) == fields
         assert site["base_dtype"] == "torch.float32"
         assert len(site["base_sample"]) == 8
 

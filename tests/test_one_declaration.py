@@ -47,6 +47,9 @@ found["peft refused"] = error(lambda: pp.MHRConfig(tasks=["a"], sharpness=0))
 from polyroute.exchange.peft_mhr import write_peft_mhr
 write_peft_mhr(again, "adapter")
 found["written"] = json.load(open("adapter/adapter_config.json"))["sharpness"]
+from polyroute.exchange.mttl_export import write_mttl
+from polyroute.exchange.peft_poly import write_peft_poly
+found["others"] = [error(lambda: write(again, "out")) for write in (write_mttl, write_peft_poly)]
 from polyroute.program.options.train import TrainOptions
 from polyroute.program.options.flags import flags_of
 found["flags"] = [flag.name for flag in flags_of(TrainOptions) if "sharp" in flag.name]
@@ -77,6 +80,10 @@ def test_a_field_of_the_source_arrives_everywhere(tmp_path: Path) -> None:
     assert found["saved"] == found["loaded"] == found["written"] == 3.0
     assert "has sharpness=3.0 and this model sharpness=2.0" in found["other"]
     assert found["peft"] == [2.5] * 3
+    for program, message in zip(("mttl", "PEFT's Poly"), found["others"], strict=True):
+        assert message.startswith(
+            f"{program} has no setting 'sharpness', and this inventory has sharpness=3.0"
+        )
     assert found["peft refused"] == "sharpness must be positive, not 0"
     assert found["flags"] == ["sharpness"]
     shown = run("-m", "polyroute", "train", "--help")

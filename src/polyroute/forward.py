@@ -238,11 +238,6 @@ class RoutedForward(nn.Module):
         with self._block_of_call(tasks, condition, None):
             return self.base_model.generate(*args, **kwargs)  # type: ignore[operator]
 
-    def _media_fit(self, inputs: Mapping[str, Any], num_examples: int) -> bool:
-        """Whether an adapted layer sees images and is known to see as many for every example."""
-        sees_media = any(site.sees_media for site in self.sites)
-        return sees_media and media_fit_examples(self.base_model, inputs, num_examples)
-
     def check_tasks(self, inputs: Mapping[str, Any]) -> Route | None:
         """Make sure that the open route has as many tasks as a call has examples.
 
@@ -255,15 +250,16 @@ class RoutedForward(nn.Module):
         Raises:
             InputError: it has more or fewer.
         """
-        block = self.open_routes.now()
-        if block is None:
-            return None
-        route = route_of_call(block.value, inputs)
-        if route.per_example and route.segments is None:
+        route = self._route_of(inputs)
+        if route is not None and route.per_example and route.segments is None:
             main = getattr(self.base_model, "main_input_name", "")
             count = len(route.rows or ())
             check_batch(count, inputs, main=main, has_media=self._has_media)
         return route
+
+    def _route_of(self, inputs: Mapping[str, Any]) -> Route | None:
+        block = self.open_routes.now()
+        return None if block is None else route_of_call(block.value, inputs)
 
     @property
     def _is_compiled(self) -> bool:
@@ -313,15 +309,20 @@ class RoutedForward(nn.Module):
         """Check the tasks of a forward and mix for it; what it needs besides its arguments."""
         inputs = named_inputs(self.base_model.forward, args, kwargs)
         is_own = self.open_routes.generating is None  # a generation repeats examples for beams
-        route = self.check_tasks(inputs) if is_own else None
+        route = self.check_tasks(inputs) if is_own else self._route_of(inputs)
         if self.merged_task is not None:
             return {}
         self.open_routes.forget()
-        self._prepare(inputs)
-        return {} if route is None else keeping_apart(route, inputs, self.base_model.forward)
+        self._mix(route, inputs)
+        return keeping_apart(route, inputs, self.base_model.forward) if route and is_own else {}
 
-    def _prepare(self, inputs: Mapping[str, Any] | None = None) -> Mixture:
-        """Mix the open route's skills for one forward; factors are mixed nowhere else."""
+    def _prepare(self) -> Mixture:
+        """Mix for a part of the model that is called on its own."""
+        inputs = self.open_routes.generating or {}
+        return self._mix(self._route_of(inputs), inputs)
+
+    def _mix(self, route: Route | None, inputs: Mapping[str, Any]) -> Mixture:
+        """Mix the skills of a route for one forward; factors are mixed nowhere else."""
         if is_in_backward():
             # Backward recomputes a checkpointed block, and the route that is open now, if any, need
             # not be that of its forward.
@@ -330,15 +331,14 @@ class RoutedForward(nn.Module):
                 "model.gradient_checkpointing_enable() (non-reentrant), or pass "
                 "context_fn=model.checkpoint_contexts to torch.utils.checkpoint"
             )
-        block = self.open_routes.now()
-        given = inputs or self.open_routes.generating or {}
-        route = None if block is None else route_of_call(block.value, given)
-        mask = given.get("attention_mask")
-        if not isinstance(mask, Tensor) or mask.dim() != 2:
-            mask = None
+        mask = inputs.get("attention_mask")
+        mask = mask if isinstance(mask, Tensor) and mask.dim() == 2 else None
         mixture = self.mixer.mixture(route, training=self.training, mask=mask)
         if mixture.num_examples and self._has_media:
-            mixture = replace(mixture, media_fit=self._media_fit(given, mixture.num_examples))
+            fit = any(site.sees_media for site in self.sites) and media_fit_examples(
+                self.base_model, inputs, mixture.num_examples
+            )
+            mixture = replace(mixture, media_fit=fit)
         self.open_routes.mixture = mixture
         return mixture
 

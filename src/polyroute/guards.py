@@ -1,4 +1,4 @@
-"""What goes through a routed model although others do it: methods of its base, state dicts.
+"""Guards against misuse of a base model that carries an inventory, and of state dicts.
 
 A base model stays usable on its own while an inventory is attached. Two of its methods would then
 do the wrong thing in silence, so they are replaced on the base model itself.
@@ -63,7 +63,7 @@ def routed_resize(model: Any, *args: Any, **kwargs: Any) -> Any:
     Raises:
         InputError: the model is merged.
     """
-    _check_unmerged(model)
+    model.check_unmerged()
     model.mixer.forget()
     with model.wrapping.bare_output():
         return type(model.base_model).resize_token_embeddings(model.base_model, *args, **kwargs)
@@ -75,7 +75,7 @@ TASKS = "routes.tasks"
 
 def add_digest(model: Any, state: dict[str, Any], prefix: str, _: Any) -> None:
     """A state-dict hook of a `RoutedModel`: say which tasks the rows are of."""
-    _check_unmerged(model)
+    model.check_unmerged()
     state[prefix + TASKS] = model.routes.digest()
 
 
@@ -85,15 +85,10 @@ def check_digest(model: Any, state: dict[str, Any], prefix: str, *_: Any) -> Non
     Raises:
         InputError: the state dict has other tasks or another order, or the model is merged.
     """
-    _check_unmerged(model)
+    model.check_unmerged()
     tasks = state.pop(prefix + TASKS, None)
     if tasks is not None and not torch.equal(tasks.cpu(), model.routes.digest()):
         raise InputError(
             "this state dict holds other tasks than this model, or the same in another order: load "
             "it into a model that was attached with the same list of tasks"
         )
-
-
-def _check_unmerged(model: Any) -> None:
-    if model.merged_task is not None:  # the base weights hold the task, so it would count twice
-        raise InputError(f"the model is merged with {model.merged_task!r}; call unmerge() first")

@@ -99,7 +99,7 @@ class RoutedTransformer(InputModule):  # type: ignore[misc, unused-ignore]
         if tasks is not None and task is not None:
             raise InputError(f"these texts have their own tasks: leave out task={task!r}")
         block = self.model.open_routes.now()
-        route = None if block is None else block.value[0]
+        route = None if block is None else block.value
         if tasks is None and task is None and route is not None and route.per_example:
             raise InputError(
                 "encode() sorts texts by length, so the tasks of the open route block would go to "

@@ -23,6 +23,7 @@ from polyroute.host.files import read_json
 from polyroute.layer.sites import find_endings, named_sites
 from polyroute.model import RoutedModel
 from polyroute.routes.table_rules import rule_of
+from polyroute.settings import marked
 
 __all__ = [
     "NAMES",
@@ -41,6 +42,13 @@ HARMLESS: list[Callable[..., Any] | tuple[Callable[..., Any], str]] = [
     (pathlib.PurePosixPath, "pathlib.PosixPath"),
 ]
 """The types that a pickle may hold besides tensors, plain values and their containers."""
+
+EXAMINED = {
+    "method", "adapter", "rank", "alpha", "combine", "gate", "normalization", "logit_dropout",
+    "shared_skill",
+}  # fmt: skip
+"""The settings that each writer holds or refuses itself. A setting that is not here is refused by
+all of them, so a new one cannot be lost."""
 
 
 @dataclass(frozen=True)
@@ -197,6 +205,13 @@ def check_exportable(model: RoutedModel, program: str) -> None:
         InputError: it has one; the message names the program.
     """
     check_plain(model, program)
+    for name in set(marked(MHRConfig, "computes")) - EXAMINED:
+        value = getattr(model.adapter_config, name)
+        if value != getattr(MHRConfig(), name):
+            raise InputError(
+                f"{program} has no setting {name!r}, and this inventory has {name}={value!r}; "
+                "write each task with --format peft"
+            )
     if model.adapter_config.combine == "output":
         raise InputError(
             f"{program} averages the factors of skills, and this inventory combines what they add "
