@@ -147,7 +147,7 @@ class MHRConfig:
     """Whether the gate of the last skill is 1 for every task."""
     anneal_steps: int = setting(
         0, whole(0), whole_model=True, of_table=True,
-        help="Last steps, over which routing moves to the uniform mixture.",
+        help="Number of last steps in which routing moves to the uniform mixture.",
     )  # fmt: skip
     """The number of last training steps over which routing moves to the uniform mixture."""
 

@@ -123,7 +123,7 @@ def changed_since(
 
 
 def _fits(tensor: Tensor, one: Mapping[str, Any]) -> bool:
-    """Whether a sample, and where it has one a norm, was taken from a tensor."""
+    """Whether a tensor has the sampled values of a fingerprint, and its norm if it holds one."""
     if not fits_sample(tensor, one["values"], one["dtype"]):
         return False
     here, there = norm(tensor), one.get("norm")

@@ -104,8 +104,8 @@ class OpenRoutes(threading.local):
                 if number in block.chain:
                     return block
             frame = frame.f_back
-        # Nobody who opened one is running here. Those of a suspended generator or coroutine hold
-        # only for what it started elsewhere.
+        # No function that opened one of the blocks is running here. A block of a suspended
+        # generator or coroutine holds only for tasks and threads that it started.
         strand = _strand()
         inherited = (b for b in reversed(blocks) if not b.is_suspendable or b.strand != strand)
         return next(inherited, None)

@@ -1,4 +1,4 @@
-"""Commands: each takes one record of options, does its work and prints what it came to."""
+"""Commands: each takes one record of options, does its work and prints its result."""
 
 import inspect
 from collections.abc import Callable, Mapping
@@ -47,11 +47,11 @@ class Command(Generic[O]):
 
     @property
     def flags(self) -> list[Flag]:
-        """What it can be told."""
+        """The flags of the command."""
         return flags_of(self.options)
 
     def add_to(self, app: typer.Typer) -> None:
-        """Let an app of typer know it."""
+        """Add the command to an app of typer."""
 
         def run(context: typer.Context, **_: Any) -> None:
             self._run(lambda: self.read(context))

@@ -27,17 +27,17 @@ class ResultFiles:
     path: Path
     """All results, once they are gathered."""
     running: Path
-    """The folder of what is not done."""
+    """The folder of adaptations that are not finished."""
     order: Sequence[tuple[str, str, int]]
     """Task, label and seed of each result, as they are to be sorted."""
 
     @property
     def own(self) -> Path:
-        """The file of this process; that of the first has all that were there before."""
+        """The results file of this process; the first process also keeps the earlier results."""
         return self.path if is_first() else self.running / f"results-{index()}.json"
 
     def gather(self) -> list[dict[str, Any]]:
-        """All results of all processes, in order; they are then in one file.
+        """Collect the results of all processes in one file, in order.
 
         Raises:
             InputError: a file is damaged.

@@ -106,7 +106,7 @@ class Reading:
 
 @dataclass(frozen=True, kw_only=True)
 class RunOptions(Options):
-    """What is to happen to a run that is there."""
+    """What to do with a run that is already in the folder."""
 
     resume: bool = setting(
         False, flag(), recorded=False, panel="Run", help="Continue the run in the --out folder."
@@ -140,4 +140,4 @@ OBJECTIVE: Any = {
     "help": "What is learned: lm, t-few (compares choices) or superni (smoothed).",
     "values": ("lm", "t-few", "superni"),
 }
-"""What `setting` is given for such fields of other records."""
+"""The arguments of `setting` for fields of this kind in other records."""

@@ -69,7 +69,7 @@ class TrainOptions(PlannedOptions):
         help="Base model: folder, hub id, `demo`, or `package:NAME` (inside NAME).",
     )  # fmt: skip
     start: Path | None = setting(
-        None, help="Go on from the inventory of this run; it says what is trained on what."
+        None, help="Start from the inventory of this run, with its base model, suite and adapter."
     )
     reading: Reading = group(Reading, from_start=True)
     adapter: MHRConfig = group(MHRConfig, from_start=True, panel="Adapter and routing")
@@ -96,7 +96,7 @@ class TrainOptions(PlannedOptions):
     )  # fmt: skip
     cap: int | None = setting(
         None, whole(optional=True), panel="Training",
-        help="Size above which a task counts no more.",
+        help="Count a task with more examples as one with this many.",
     )  # fmt: skip
     seed: int = setting(
         0, whole(0, most=SEEDS - 1), panel="Training", help="Seed of initialisation and sampling."
@@ -113,7 +113,7 @@ class TrainOptions(PlannedOptions):
     report_to: str = setting("none", text(), panel="Run", help="none, tensorboard, wandb ...")
 
     def __post_init__(self) -> None:
-        """Check every value, and what excludes each other."""
+        """Check every value, and refuse options that exclude each other."""
         super().__post_init__()
         self._check_start()
         if self.rowwise and self.optimization.optimizer != "adamw":
