@@ -23,7 +23,9 @@ from polyroute.trainer import MultiTaskTrainer, MultiTaskTrainingArguments
 ANSWERS = ("yes", "no", "on the mat", "a big dog", "two")
 
 
-def parts(objective: str = "lm", base: str = "t5") -> tuple[RoutedModel, ModelKind, Dataset]:
+def parts(
+    objective: str = "lm", base: str = "t5", dtype: torch.dtype = torch.float64
+) -> tuple[RoutedModel, ModelKind, Dataset]:
     """A model and 22 rows of three tasks, with targets of different lengths."""
     wrapper, kind = made({"t5": t5, "llama": llama}[base], objective=objective)
     for module in wrapper.modules():
@@ -33,7 +35,7 @@ def parts(objective: str = "lm", base: str = "t5") -> tuple[RoutedModel, ModelKi
         elif isinstance(getattr(module, "dropout", None), float):
             module.dropout = 0.0
     # Where a gradient is itself rounding, AdamW makes a step of it.
-    model = routed(wrapper.base_model.double(), ("where", "truth", "count"), num_heads=4)
+    model = routed(wrapper.base_model.to(dtype), ("where", "truth", "count"), num_heads=4)
     examples = [
         (task, "", f"{task} is {i}", ANSWERS[i % 5], [ANSWERS[i % 5], ANSWERS[(i + 1) % 5]])
         for task, size in (("where", 11), ("truth", 6), ("count", 5))
@@ -46,7 +48,7 @@ def parts(objective: str = "lm", base: str = "t5") -> tuple[RoutedModel, ModelKi
 def trainer(folder: Path, **values: Any) -> MultiTaskTrainer:
     """On those parts, over more than one epoch, whose last batch is not full."""
     objective, base = values.pop("objective", "lm"), values.pop("base", "t5")
-    model, kind, rows = parts(objective, base)
+    model, kind, rows = parts(objective, base, values.pop("dtype", torch.float64))
     usual = {
         "max_steps": 5, "per_device_train_batch_size": 8, "report_to": [], "use_cpu": True,
         "logging_steps": 1, "weight_decay": 0.1, "adam_epsilon": 1e-3, "save_strategy": "no",

@@ -38,8 +38,9 @@ def test_micro_batches_are_one_batch(tmp_path: Path, objective: str) -> None:
 
 
 def test_bf16_trains_close_to_fp32(tmp_path: Path) -> None:
-    wide, narrow = losses(train(tmp_path / "a")), losses(train(tmp_path / "b", bf16=True))
-    assert narrow == pytest.approx(wide, rel=0.03)
+    settings = {"base": "llama", "dtype": torch.float32}  # a T5 this small amplifies rounding
+    wide, narrow = (losses(train(tmp_path / name, bf16=name == "b", **settings)) for name in "ab")
+    assert narrow == pytest.approx(wide, rel=0.01)
     assert narrow != wide
     saved = load_file(tmp_path / "b" / "inventory.safetensors")
     assert {tensor.dtype for tensor in saved.values()} == {torch.float32}

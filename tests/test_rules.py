@@ -216,6 +216,17 @@ def test_autocast_is_near_the_exact_result(name: str) -> None:
     assert all(p.grad is not None for p in model.rule.parameters())
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("combine", SPACES)
+@pytest.mark.parametrize("name", MODELS)
+def test_autocast_leaves_a_float64_model_as_it_is(name: str, combine: str) -> None:
+    model = MODELS[name](llama().double(), combine)
+    given = inputs(name, model.base_model)
+    exact = model(**given).logits
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        torch.testing.assert_close(model(**given).logits, exact, rtol=1e-6, atol=1e-6)
+
+
 @pytest.mark.parametrize("combine", SPACES)
 @pytest.mark.parametrize("name", MODELS)
 def test_it_compiles_to_one_graph(name: str, combine: str) -> None:

@@ -274,10 +274,10 @@ def _whole_layer(
 def widened(x: Tensor, *tensors: Tensor) -> list[Tensor]:
     """Tensors that meet the input `x` of a layer, cast to the widest type among them and `x`.
 
-    Under autocast they stay as they are. Types differ because some models keep single layers in
-    fp32.
+    Autocast casts them itself, unless `x` is float64. Types differ because some models keep single
+    layers in fp32.
     """
-    if torch.is_autocast_enabled(x.device.type):
+    if x.dtype != torch.float64 and torch.is_autocast_enabled(x.device.type):
         return list(tensors)
     wide = x.dtype
     for tensor in tensors:

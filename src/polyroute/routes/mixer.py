@@ -227,9 +227,10 @@ class Mixer(nn.Module):
             )
 
     def _compute_dtype(self) -> torch.dtype:
-        if torch.is_autocast_enabled(self.device.type):
-            return torch.get_autocast_dtype(self.device.type)
-        return self.sites[0].dtype
+        dtype = self.sites[0].dtype
+        if dtype == torch.float64 or not torch.is_autocast_enabled(self.device.type):
+            return dtype  # autocast leaves float64 as it is
+        return torch.get_autocast_dtype(self.device.type)
 
     def _mix_route(
         self,
