@@ -184,7 +184,7 @@ def test_the_heat_map_is_walked_by_arrow_keys(page: Page) -> None:
     page.keyboard.press("ArrowRight")
     readout = page.locator("#readout")
     expect(readout).to_have_text(
-        re.compile(r"^task1, skill 2: 0\.\d{3}\. Category b\. Routed most")
+        re.compile(r"^task1, skill 2: 0\.\d{3}\. Category b\. Most similar")
     )
     assert page.locator("tr.chosen").get_attribute("data-task") == "1"
     page.keyboard.press("Control+End")
