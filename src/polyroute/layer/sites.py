@@ -121,10 +121,12 @@ def _is_conv1d(layer: nn.Module) -> bool:
 
 def _widths(layer: nn.Module) -> tuple[int, int] | None:
     """`(d_in, d_out)` of a linear layer, quantised ones included; None for anything else."""
+    if isinstance(layer, nn.Linear):  # first, because every forward asks for it
+        return layer.in_features, layer.out_features
     if _is_conv1d(layer):
         d_in, d_out = weight_matrix(layer).shape[::-1]
         return int(d_in), int(d_out)
-    if isinstance(layer, nn.Linear) or (
+    if (
         hasattr(layer, "in_features")
         and hasattr(layer, "out_features")
         and not isinstance(layer, nn.Bilinear)

@@ -188,7 +188,14 @@ class Mixer(nn.Module):
             )
         batch = Batch(route, mask, training, dtype, self.is_recording)
         segments = None if route is None else route.segments
-        return self._mixture_of(self.rule.factors(batch, self), segments)
+        factors = self.rule.factors(batch, self)
+        counts = {n for one in factors if (n := one.num_examples) is not None}
+        if len(counts) > 1:
+            raise InputError(
+                f"the rule {self.rule.name!r} gave factors for {sorted(counts)} examples: give all "
+                "sites factors for the same examples"
+            )
+        return self._mixture_of(factors, next(iter(counts), None), segments)
 
     def _fixed(self, route: Route, dtype: torch.dtype, *, training: bool) -> Mixture:
         """The mixture of rows of the table, which is kept unless something trains."""
@@ -250,7 +257,7 @@ class Mixer(nn.Module):
             gather = index_on(self.device, tuple(position[row] for row in rows))
         with torch.autocast(self.device.type, enabled=False):
             factors = self._mix_rows(distinct, dtype, training=training, gather=gather)
-        return self._mixture_of(factors, route.segments)
+        return self._mixture_of(factors, factors[0].num_examples, route.segments)
 
     def _mix_rows(
         self,
@@ -267,16 +274,11 @@ class Mixer(nn.Module):
             weights, sets = self.uniform(len(rows)), None
         return self.inventory.mix(weights, self._routers, sets=sets, gather=gather, dtype=dtype)
 
-    def _mixture_of(self, factors: Sequence[Factors], segments: Segments | None) -> Mixture:
+    def _mixture_of(
+        self, factors: Sequence[Factors], count: int | None, segments: Segments | None
+    ) -> Mixture:
         if self._has_several_devices:
             factors = [f.to(site.device) for f, site in zip(factors, self.sites, strict=True)]
-        counts = {n for one in factors if (n := one.num_examples) is not None}
-        if len(counts) > 1:
-            raise InputError(
-                f"the rule {self.rule.name!r} gave factors for {sorted(counts)} examples: give all "
-                "sites factors for the same examples"
-            )
-        count = next(iter(counts), None)
         return Mixture(factors, count, segments if count else None)
 
     # ---------------------------------------------------------------- for rules
