@@ -37,7 +37,7 @@ def computed(
     """One layer for examples with these tasks: skills `[H, K, r, d/H]`, weights `[U, H, K]`."""
     if executor == "tokens":
         weights = w[rows].view(len(rows), *[1] * (x.dim() - 2), *w.shape[1:])
-        return WeightSpaceFactors(a, b * SCALE, weights).apply(base, x, 0.0)
+        return WeightSpaceFactors(a=a, b=b * SCALE, gate=weights).apply(base, x, 0.0)
     mixed = [_mix(a[None], w[:, None], None)[0], _mix(b[None], w[:, None] * SCALE, None)[0]]
     one = len(w) == 1
     factors = LoRAFactors(*(m[0] if one else m.index_select(0, torch.tensor(rows)) for m in mixed))
@@ -104,7 +104,7 @@ def test_tokens_are_routed_one_by_one(heads: int, axes: tuple[int, ...]) -> None
     base = nn.Linear(8, 4).double().requires_grad_(False)
     x, w = torch.randn(3, *axes, 8).double(), torch.randn(3, *axes, heads, 5).double()
     a, b = torch.randn(heads, 5, 2, 8 // heads).double(), torch.randn(heads, 5, 2, 4 // heads)
-    actual = WeightSpaceFactors(a, b.double(), w).apply(base, x, 0.0)
+    actual = WeightSpaceFactors(a=a, b=b.double(), gate=w).apply(base, x, 0.0)
     vectors = zip(x.reshape(-1, 8), w.reshape(-1, heads, 5), strict=True)
     truth = [
         reference.lora(v, base.weight, base.bias, a.mT, b.double(), own, 1.0) for v, own in vectors

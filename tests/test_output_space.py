@@ -70,7 +70,7 @@ def test_every_spread_of_weights_follows_the_equation(spread: str, data: st.Data
         of_tokens = w.expand(size, times, heads, len(ranks)).reshape(tokens, heads, -1)
     gate: Any = (lambda h: w + 0 * h.sum()) if spread == "function" else w
     per_example = spread in ("examples", "packed")
-    factors = OutputSpaceFactors(a, b, gate, tuple(ranks), per_example)
+    factors = OutputSpaceFactors(a=a, b=b, gate=gate, ranks=tuple(ranks), per_example=per_example)
     found = with_gradients(factors.apply(base, x, 0.0, segments), leaves)
     truth = with_gradients(by_loops(base, x, a, b, of_tokens, ranks), leaves)
     for ours, theirs in zip(found, truth, strict=True):
@@ -126,7 +126,7 @@ def test_many_skills_take_the_sorted_executor_and_few_do_not(
         w = torch.zeros(3, 1, skills)
         w[:, 0, 1] = 1.0
         a, b = torch.randn(skills, 4), torch.randn(skills, 4)
-        y = OutputSpaceFactors(a, b, w, (1,) * skills, top_k=1).apply(base, x, 0.0)
+        y = OutputSpaceFactors(a=a, b=b, gate=w, ranks=(1,) * skills, top_k=1).apply(base, x, 0.0)
         torch.testing.assert_close(y, base(x) + x @ a[1:2].t() @ b[1:2])
     assert used == ["apply_output_space", "apply_sorted"]
 

@@ -15,6 +15,7 @@ from polyroute.layer.sites import Site, find_sites, named_sites
 from polyroute.layer.wrapping import check_bare
 from polyroute.model import RoutedModel
 from polyroute.routes.rule import RouteRule, rule_named
+from polyroute.routes.tasks import check_list
 from polyroute.saved.checkpoint import Checkpoint, read_checkpoint, saved_config
 from polyroute.saved.hub import DESCRIPTION, FILES, MODULES, SKILLS, locate
 from polyroute.saved.inventory import fill
@@ -57,8 +58,7 @@ def attach(
         raise InputError(
             f"tasks must be a list of names, not {tasks!r}: their order is that of the rows"
         )
-    if isinstance(tasks, str):
-        raise InputError(f"tasks must be a list of names, not the single string {tasks!r}")
+    check_list(tasks)
     tasks = tuple(tasks)
     if config.method == "private" and not tasks:
         raise InputError("method='private' has one skill per task: name at least one task")
@@ -148,8 +148,7 @@ def from_checkpoint(
         _check_widths(site, described, source)
     if check_base:
         check_weights(base_model, found, description, source)
-    if isinstance(tasks, str):
-        raise InputError(f"tasks must be a list of names, not the single string {tasks!r}")
+    check_list(tasks)
     # Without a table all tasks are loaded and then some are kept: private skills are in one file.
     loaded_tasks = checkpoint.tasks if tasks is None or saved_table is None else tuple(tasks)
     saved = description.get("rule")

@@ -148,10 +148,12 @@ class MHRModel(BaseTuner):
             return
         self._open_routes = OpenRoutes()
         if hasattr(model, "generate"):
-            vars(model)["generate"] = partial(_generate, self._open_routes, model)
+            vars(model)["generate"] = partial(
+                _generate, self._open_routes, bool(self._media), model
+            )
         self._hooks = (
             model.register_forward_pre_hook(
-                partial(_before_forward, self._open_routes), with_kwargs=True
+                partial(_before_forward, self._open_routes, bool(self._media)), with_kwargs=True
             ),
             model.register_forward_hook(
                 partial(_after_forward, self._open_routes), always_call=True
@@ -219,7 +221,11 @@ def _running(open_routes: OpenRoutes, opened: Opened | None) -> Iterator[None]:
 
 
 def _before_forward(
-    open_routes: OpenRoutes, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    open_routes: OpenRoutes,
+    has_media: bool,
+    model: nn.Module,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """Open the route that the base model's forward was given, or stay in the open one."""
     tasks = kwargs.pop("tasks", None)
@@ -235,8 +241,9 @@ def _before_forward(
     if opened is not None and opened.per_example:
         inputs = named_inputs(model.forward, args, kwargs)
         if tasks is not None or not is_generating:
-            _check_batch(opened, model, inputs)
-        open_routes.running[-1] = _with_media(opened, model, inputs)
+            _check_batch(opened, model, inputs, has_media=has_media)
+        if has_media:
+            open_routes.running[-1] = _with_media(opened, model, inputs)
     return args, kwargs
 
 
@@ -245,7 +252,12 @@ def _after_forward(open_routes: OpenRoutes, *_: Any) -> None:
 
 
 def _generate(
-    open_routes: OpenRoutes, model: Any, *args: Any, tasks: Tasks = None, **kwargs: Any
+    open_routes: OpenRoutes,
+    has_media: bool,
+    model: Any,
+    *args: Any,
+    tasks: Tasks = None,
+    **kwargs: Any,
 ) -> Any:
     """The base model's own `generate`, with a check that there are as many prompts as tasks."""
     layer = _first_layer(model)
@@ -253,15 +265,18 @@ def _generate(
     if opened is not None and opened.per_example:
         inputs = named_inputs(type(model).generate, (model, *args), kwargs)
         inputs.pop("self", None)
-        _check_batch(opened, model, inputs)
-        opened = _with_media(opened, model, inputs)
+        _check_batch(opened, model, inputs, has_media=has_media)
+        if has_media:
+            opened = _with_media(opened, model, inputs)
     with _running(open_routes, opened) if opened is not None else nullcontext():
         return type(model).generate(model, *args, **kwargs)
 
 
-def _check_batch(opened: Opened, model: nn.Module, inputs: Mapping[str, Any]) -> None:
+def _check_batch(
+    opened: Opened, model: nn.Module, inputs: Mapping[str, Any], *, has_media: bool
+) -> None:
     main = getattr(model, "main_input_name", "")
-    check_batch(_count(opened), inputs, main=main, has_media=bool(media_modules(model)))
+    check_batch(_count(opened), inputs, main=main, has_media=has_media)
 
 
 def _with_media(opened: Opened, model: nn.Module, inputs: Mapping[str, Any]) -> Opened:

@@ -23,6 +23,7 @@ from polyroute.host.files import read_json
 from polyroute.layer.sites import find_endings, named_sites
 from polyroute.model import RoutedModel
 from polyroute.routes.table_rules import rule_of
+from polyroute.routes.tasks import check_list
 from polyroute.settings import marked
 
 __all__ = [
@@ -161,8 +162,7 @@ def _copy(to: Tensor, values: Tensor, name: str, source: str) -> None:
 
 def _task_names(found: ForeignInventory, tasks: Sequence[str] | None) -> list[str]:
     rows = next((len(logits) for logits in found.logits.values()), None)
-    if isinstance(tasks, str):
-        raise InputError(f"tasks must be a list of names, not the single string {tasks!r}")
+    check_list(tasks)
     if tasks is None:
         count = found.num_tasks if rows is None else rows
         digits = max(4, len(str(count - 1)))

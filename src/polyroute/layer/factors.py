@@ -122,66 +122,67 @@ class IA3Factors:
         return replace(self, scale=self.scale.to(device))
 
 
-@dataclass(frozen=True)
-class WeightSpaceFactors:
-    """LoRA skills, and a gate that averages their factors."""
+@dataclass(frozen=True, kw_only=True)
+class GatedFactors:
+    """LoRA skills, and a gate that chooses among them for each token."""
 
     a: Tensor
-    """`[H, K, r, d_in/H]`."""
     b: Tensor
-    """`[H, K, r, d_out/H]`, its scale included."""
     gate: Gate
-    """Weights over the K skills; see `polyroute.layer.gated.weights_of_tokens`."""
+    """Weights over the skills; see `polyroute.layer.gated.weights_of_tokens`."""
     per_example: bool = False
     """Whether the gate is `[B, H, K]`, the weights of each example."""
 
     @property
     def num_examples(self) -> int | None:
         """B if the gate belongs to the examples."""
-        return _examples_of(self.gate, per_example=self.per_example)
+        return len(self.gate) if self.per_example and isinstance(self.gate, Tensor) else None
+
+    def to(self, device: torch.device) -> Self:
+        """The skills and the gate's weights on another device.
+
+        A gate that is a function computes on the device of its input.
+        """
+        gate = self.gate.to(device) if isinstance(self.gate, Tensor) else self.gate
+        return replace(self, a=self.a.to(device), b=self.b.to(device), gate=gate)
+
+    def _weights(self, x: Tensor, segments: Segments | None) -> Tensor:
+        return weights_of_tokens(self.gate, x, per_example=self.per_example, segments=segments)
+
+
+@dataclass(frozen=True, kw_only=True)
+class WeightSpaceFactors(GatedFactors):
+    """Skills whose factors the gate averages: a `[H, K, r, d_in/H]`, b `[H, K, r, d_out/H]`.
+
+    The scale is included in `b`.
+    """
 
     def apply(
         self, base: nn.Module, x: Tensor, dropout: float, segments: Segments | None = None
     ) -> Tensor:
         """base(x) + x a^T b, with a and b mixed for each token."""
-        w = weights_of_tokens(self.gate, x, per_example=self.per_example, segments=segments)
-        return apply_weight_space(base, x, self.a, self.b, w, dropout)
-
-    def to(self, device: torch.device) -> Self:
-        """The skills and the gate's weights on another device."""
-        return replace(
-            self, a=self.a.to(device), b=self.b.to(device), gate=_moved(self.gate, device)
-        )
+        return apply_weight_space(base, x, self.a, self.b, self._weights(x, segments), dropout)
 
 
-@dataclass(frozen=True)
-class OutputSpaceFactors:
-    """LoRA skills of any ranks, and a gate that averages their updates of the output."""
+@dataclass(frozen=True, kw_only=True)
+class OutputSpaceFactors(GatedFactors):
+    """Skills of any ranks, whose updates of the output the gate averages.
 
-    a: Tensor
-    """All ranks of all skills that adapt the layer, `[R, d_in]`, skill after skill."""
-    b: Tensor
-    """`[R, d_out]`, its scale included."""
-    gate: Gate
-    """Weights over the skills; see `polyroute.layer.gated.weights_of_tokens`. With H heads each of
-    the H blocks of the output has weights of its own."""
+    `a` `[R, d_in]` and `b` `[R, d_out]`, its scale included, hold the ranks of all skills that
+    adapt the layer, skill after skill. With H heads each of the H blocks of the output has weights
+    of its own.
+    """
+
     ranks: tuple[int, ...]
     """The rank of each skill; 0 if the skill does not adapt the layer."""
-    per_example: bool = False
-    """Whether the gate is `[B, H, K]`, the weights of each example."""
     top_k: int | None = None
     """The largest number of weights of a token that are not zero; None if it is not known."""
-
-    @property
-    def num_examples(self) -> int | None:
-        """B if the gate belongs to the examples."""
-        return _examples_of(self.gate, per_example=self.per_example)
 
     def apply(
         self, base: nn.Module, x: Tensor, dropout: float, segments: Segments | None = None
     ) -> Tensor:
         """base(x) + sum_k w_k (x a_k^T) b_k."""
-        w = weights_of_tokens(self.gate, x, per_example=self.per_example, segments=segments)
+        w = self._weights(x, segments)
         heads, skills = w.shape[-2:]
         if (
             heads == 1
@@ -202,18 +203,3 @@ class OutputSpaceFactors:
             return w_NHK.repeat_interleave(self.ranks[0], -1)
         skill_of_rank = [skill for skill, rank in enumerate(self.ranks) for _ in range(rank)]
         return w_NHK.index_select(-1, torch.tensor(skill_of_rank, device=w_NHK.device))
-
-    def to(self, device: torch.device) -> Self:
-        """The skills and the gate's weights on another device."""
-        return replace(
-            self, a=self.a.to(device), b=self.b.to(device), gate=_moved(self.gate, device)
-        )
-
-
-def _moved(gate: Gate, device: torch.device) -> Gate:
-    """The gate on a device; a gate that is a function computes on the device of its input."""
-    return gate.to(device) if isinstance(gate, Tensor) else gate
-
-
-def _examples_of(gate: Gate, *, per_example: bool) -> int | None:
-    return len(gate) if per_example and isinstance(gate, Tensor) else None

@@ -18,9 +18,10 @@ __all__ = [
     "norm",
     "sample",
     "sample_all",
-    "sample_others",
 ]
 
+PIECE = 1 << 18
+"""The number of values that are squared at once, so that their copy in fp64 stays in the cache."""
 SAMPLED = 8
 """The number of values in the sample of a weight."""
 SAME_NORM = 1e-7
@@ -52,8 +53,9 @@ def norm(weight: Tensor | None) -> float | None:
     known = _norms.get(weight)
     if known is None or known[0] != stamp:
         whole = weight.full_tensor() if hasattr(weight, "full_tensor") else weight
-        found = torch.linalg.vector_norm(whole.detach(), dtype=torch.float64)
-        _norms[weight] = known = (stamp, float(found))
+        pieces = (piece.double() for piece in whole.detach().flatten().split(PIECE))
+        squares = torch.stack([torch.dot(piece, piece) for piece in pieces])
+        _norms[weight] = known = (stamp, float(squares.sum().sqrt()))
     return known[1]
 
 
@@ -70,17 +72,24 @@ def _named(model: nn.Module) -> dict[str, Tensor]:
     return {name.replace(".base_layer.", "."): tensor for name, tensor in found.items()}
 
 
-def sample_all(model: nn.Module, but: Collection[nn.Module] = ()) -> list[dict[str, Any]]:
+def _ids_in(modules: Collection[nn.Module]) -> set[int]:
+    return {id(t) for module in modules for t in (*module.parameters(), *module.buffers())}
+
+
+def sample_all(
+    model: nn.Module, but: Collection[nn.Module] = (), sites: Sequence[Site] = ()
+) -> list[dict[str, Any]]:
     """Samples of every parameter and buffer of a model.
 
     Args:
         model: the base model.
         but: modules to leave out, because they train and are saved whole.
+        sites: layers whose weights are left out, because they have samples of their own.
 
     Returns:
         For each tensor its `name`, its `dtype`, as `values` its sample, and its `norm`.
     """
-    left_out = {id(t) for module in but for t in (*module.parameters(), *module.buffers())}
+    left_out, weights = _ids_in(but), {f"{site.name}.weight" for site in sites}
     return [
         {
             "name": name,
@@ -89,16 +98,8 @@ def sample_all(model: nn.Module, but: Collection[nn.Module] = ()) -> list[dict[s
             "norm": norm(tensor),
         }
         for name, tensor in _named(model).items()
-        if id(tensor) not in left_out
+        if id(tensor) not in left_out and name not in weights
     ]
-
-
-def sample_others(
-    model: nn.Module, sites: Sequence[Site], but: Collection[nn.Module] = ()
-) -> list[dict[str, Any]]:
-    """As `sample_all`, without the weights of the sites, which have samples of their own."""
-    weights = {f"{site.name}.weight" for site in sites}
-    return [one for one in sample_all(model, but) if one["name"] not in weights]
 
 
 def changed_since(
@@ -112,7 +113,7 @@ def changed_since(
         but: modules to leave out, because they train and are saved whole.
     """
     before, here = {one["name"]: one for one in samples}, _named(model)
-    left_out = {id(t) for module in but for t in (*module.parameters(), *module.buffers())}
+    left_out = _ids_in(but)
     changed = [
         name
         for name, tensor in here.items()

@@ -18,6 +18,7 @@ __all__ = [
     "find_endings",
     "find_sites",
     "fused_layers",
+    "is_match",
     "is_plain",
     "named_sites",
     "output_embedding",
@@ -135,7 +136,8 @@ def _widths(layer: nn.Module) -> tuple[int, int] | None:
     return None
 
 
-def _is_match(name: str, pattern: str | tuple[str, ...]) -> bool:
+def is_match(name: str, pattern: str | tuple[str, ...]) -> bool:
+    """Whether a name matches a regular expression whole, or has one of several endings."""
     if isinstance(pattern, str):
         return re.fullmatch(pattern, name) is not None
     return any(name == ending or name.endswith("." + ending) for ending in pattern)
@@ -165,13 +167,13 @@ def find_sites(model: nn.Module, config: MHRConfig) -> list[Site]:
                 and module is not output
                 and id(module) not in inside_attention | sees_media
                 if target == "all-linear"
-                else _is_match(name, target)
+                else is_match(name, target)
             )
         ]
         chosen = [
             (name, module)
             for name, module in targeted
-            if exclude is None or not _is_match(name, exclude)
+            if exclude is None or not is_match(name, exclude)
         ]
         _check_exclusions(exclude, [name for name, _ in targeted], model)
     except re.error as error:
@@ -291,7 +293,7 @@ def find_endings(model: nn.Module, sites: Sequence[Site]) -> list[str]:
         for name, module in model.named_modules()
         if name
         and (name in originals or _widths(module) is not None)
-        and _is_match(name, tuple(endings))
+        and is_match(name, tuple(endings))
     }
     return endings if selected == names else sorted(names)
 
@@ -308,7 +310,7 @@ def _check_all_matched(
     linear = {n.rsplit(".", 1)[-1] for n, m in model.named_modules() if n and _widths(m)}
     if not isinstance(target, str):
         for ending in target:
-            if not any(_is_match(name, (ending,)) for name in chosen):
+            if not any(is_match(name, (ending,)) for name in chosen):
                 raise InputError(
                     f"target module {ending!r} matches no layer of {type(model).__name__}; "
                     f"{did_you_mean(ending, linear)}"
@@ -328,7 +330,7 @@ def _check_exclusions(
     linear = [n for n, m in model.named_modules() if n and _widths(m)]
     known = {*linear, *targeted}
     for pattern in [exclude] if isinstance(exclude, str) else [(ending,) for ending in exclude]:
-        if not any(_is_match(name, pattern) for name in known):
+        if not any(is_match(name, pattern) for name in known):
             shown = pattern if isinstance(pattern, str) else pattern[0]
             endings = {name.rsplit(".", 1)[-1] for name in linear}
             raise InputError(

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from polyroute.errors import InputError, did_you_mean
 from polyroute.layer.open_route import OpenRoutes
 from polyroute.layer.routed_layer import RoutedLayer
-from polyroute.layer.sites import Site, fused_layers, output_embedding
+from polyroute.layer.sites import Site, fused_layers, is_match, output_embedding
 
 __all__ = ["Wrapping", "check_bare", "find_modules", "tensors_of"]
 
@@ -218,9 +218,7 @@ def find_modules(
     adapted = {id(site.layer): site.name for site in sites}
     for ending in endings or ():
         matches = {
-            name: module
-            for name, module in model.named_modules()
-            if name == ending or name.endswith("." + ending)
+            name: module for name, module in model.named_modules() if is_match(name, (ending,))
         }
         if not matches:
             endings_here = {name.rsplit(".", 1)[-1] for name, _ in model.named_modules() if name}

@@ -315,10 +315,12 @@ class Inventory(nn.Module):
         if dtype is not None:
             a_HKrD, b_HKrD = a_HKrD.to(dtype), b_HKrD.to(dtype)
         if self.combine == "weight":
-            return WeightSpaceFactors(a_HKrD, b_HKrD, gate, per_example)
+            return WeightSpaceFactors(a=a_HKrD, b=b_HKrD, gate=gate, per_example=per_example)
         ranks = (self.rank,) * self.num_skills
         a, b = (t.permute(1, 2, 0, 3).flatten(0, 1).flatten(1) for t in (a_HKrD, b_HKrD))
-        return OutputSpaceFactors(a, b, gate, ranks, per_example, top_k)
+        return OutputSpaceFactors(
+            a=a, b=b, gate=gate, per_example=per_example, ranks=ranks, top_k=top_k
+        )
 
     @torch.no_grad()
     def average(self) -> None:

@@ -18,6 +18,7 @@ __all__ = [
     "Route",
     "Tasks",
     "check_batch",
+    "check_list",
     "find_route",
     "keeping_apart",
     "named_inputs",
@@ -87,6 +88,16 @@ def find_route(tasks: Tasks, table: RoutingTable) -> Route:
     if not rows:
         raise InputError("no tasks given: name one task per example")
     return Route(rows, per_example=True)
+
+
+def check_list(tasks: object) -> None:
+    """Make sure that a list of names was given, since a single name is a sequence of letters.
+
+    Raises:
+        InputError: it is a single name.
+    """
+    if isinstance(tasks, str):
+        raise InputError(f"tasks must be a list of names, not the single string {tasks!r}")
 
 
 def named_inputs(call: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[str, Any]:

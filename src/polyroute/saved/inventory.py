@@ -10,7 +10,7 @@ from torch import Tensor
 
 from polyroute.config import MHRConfig
 from polyroute.errors import InputError
-from polyroute.layer.fingerprint import changed_since, norm, sample, sample_others
+from polyroute.layer.fingerprint import changed_since, norm, sample, sample_all
 from polyroute.layer.sites import Site
 from polyroute.layer.wrapping import Wrapping, tensors_of
 from polyroute.routes.mixer import Mixer
@@ -92,7 +92,7 @@ def _description(mixer: Mixer, wrapping: Wrapping) -> dict[str, Any]:
         "base": {
             "name": getattr(getattr(base, "config", None), "_name_or_path", None),
             "class": type(base).__name__,
-            "sample": sample_others(base, mixer.sites, list(modules)),
+            "sample": sample_all(base, list(modules), mixer.sites),
         },
         "routers": list(mixer.routers),
         "sites": [
