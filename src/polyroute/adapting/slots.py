@@ -124,7 +124,7 @@ class Slots(AbstractContextManager["Slots"]):
         config = _plain_config(model, phase) if is_plain else model.adapter_config
         has_logits = phase in ("full", "z", "random") and not is_plain
         shape = model.routes.shape if has_logits else None
-        self.routes = RoutingTable(self.names, shape, next(model.inventory.parameters()), config)
+        self.routes = RoutingTable(self.names, shape, model.inventory.like, config)
         self.inventory = model.inventory
         if phase != "z":
             count = size * (1 if is_plain else model.inventory.num_skills)

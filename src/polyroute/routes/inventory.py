@@ -109,8 +109,15 @@ class Inventory(nn.Module):
             parameters[stack.key] = nn.Parameter(skills)
         self.reset_parameters()
 
+    @property
+    def like(self) -> Tensor:
+        """Some of the skills, for their type and device."""
+        # Every forward asks several times, and `next(self.parameters())` is slow.
+        skills: Tensor = self._stacks_of(self.factor_names[0])[self.stacks[0].key]
+        return skills
+
     def _stacks_of(self, factor: str) -> nn.ParameterDict:
-        stacks = self.get_submodule(factor)
+        stacks = self._modules[factor]
         assert isinstance(stacks, nn.ParameterDict)
         return stacks
 
@@ -260,12 +267,15 @@ class Inventory(nn.Module):
                     # Gather once for all layers of the stack, not once in each layer.
                     mixed = mixed.index_select(1, gather)
                 # Unbind once: indexing layer by layer costs a zero-filled copy each in backward.
-                for site, one in zip(stack.sites, mixed.unbind(0), strict=True):
-                    out[site].append(one)
-        return [
-            _plain(site, factors, is_ia3=self.adapter == "ia3")
-            for site, factors in zip(self.sites, out, strict=True)
-        ]
+                for place, one in zip(stack.sites, mixed.unbind(0), strict=True):
+                    out[place].append(one)
+        adapter = IA3Factors if self.adapter == "ia3" else LoRAFactors
+        for site, factors in zip(self.sites, out, strict=True):
+            # Output units that were added to the layer later have no update.
+            if added := site.out_features - site.d_out:
+                neutral = 1.0 if self.adapter == "ia3" else 0.0
+                factors[-1] = pad(factors[-1], (0, added), value=neutral)
+        return [adapter(*factors) for factors in out]
 
     def _mixed(
         self, stack: Stack, factor: str, weights: Tensor | None, router: Tensor, sets: Tensor | None
@@ -382,12 +392,3 @@ class Inventory(nn.Module):
         if "lora_a" in tensors:
             tensors["lora_a"] = tensors["lora_a"].transpose(-1, -2)
         return tensors
-
-
-def _plain(site: Site, factors: Sequence[Tensor], *, is_ia3: bool) -> PlainFactors:
-    """The factors of a site; output units that were added to the layer later have no update."""
-    added = site.out_features - site.d_out
-    last = factors[-1]
-    if added:
-        last = pad(last, (0, added), value=1.0 if is_ia3 else 0.0)
-    return IA3Factors(last) if is_ia3 else LoRAFactors(factors[0], last)

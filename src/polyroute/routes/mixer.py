@@ -64,6 +64,9 @@ class Mixer(nn.Module):
         self._parts = (inventory, table, rule)
         self._has_several_devices = len({site.device for site in inventory.sites}) > 1
         self.router_of_site = tuple(router_of_site)
+        self._router_of_layer = [
+            tuple(router_of_site[site] for site in stack.sites) for stack in inventory.stacks
+        ]
         self.routers = tuple(routers)
         self.anneal_progress = 0.0
         self.is_recording = False
@@ -98,7 +101,7 @@ class Mixer(nn.Module):
     @property
     def device(self) -> torch.device:
         """The device that holds the skills and mixes them."""
-        return next(self.inventory.parameters()).device
+        return self.inventory.like.device
 
     def learned(self) -> list[nn.Parameter]:
         """All parameters that can train: of the skills, the rule, the table or its touched rows."""
@@ -314,8 +317,7 @@ class Mixer(nn.Module):
 
     def uniform(self, count: int) -> Tensor:
         """The weights of the average of the skills, `[count, N, H, K]`."""
-        parameter = next(self.inventory.parameters())
-        return parameter.new_full((count, *self.shape), 1.0 / self.shape[-1])
+        return self.inventory.like.new_full((count, *self.shape), 1.0 / self.shape[-1])
 
     def exact(self, numbers: Tensor) -> Tensor:
         """Numbers in the type that weights are computed in: fp32, or fp64 if the skills are."""
@@ -323,18 +325,15 @@ class Mixer(nn.Module):
 
     @property
     def _exact_dtype(self) -> torch.dtype:
-        skills = next(self.inventory.parameters()).dtype
-        return torch.promote_types(torch.promote_types(skills, torch.float32), self.sites[0].dtype)
+        skills = torch.promote_types(self.inventory.like.dtype, torch.float32)
+        return torch.promote_types(skills, self.sites[0].dtype)
 
     @property
     def _routers(self) -> list[Tensor]:
         """For each stack `[n]`, the router of each of its layers."""
         # Not kept as buffers, because a buffer loses its values on the way from the meta device.
-        router = self.router_of_site
-        return [
-            index_on(self.device, tuple(router[site] for site in stack.sites))
-            for stack in self.inventory.stacks
-        ]
+        device = self.device
+        return [index_on(device, routers) for routers in self._router_of_layer]
 
     # ---------------------------------------------------------------- one task
 

@@ -181,7 +181,8 @@ def route_of_call(route: Route, inputs: Mapping[str, Any]) -> Route:
     Raises:
         InputError: the lengths of the route do not fit the rows or the number of tasks.
     """
-    if not route.per_example:
+    is_plain = route.lengths is None and inputs.get("position_ids") is None
+    if is_plain or not route.per_example:
         return route
     return replace(route, segments=_find_segments(route.lengths, len(route.rows or ()), inputs))
 
