@@ -295,7 +295,7 @@ BUGS = (
     ),
     Bug(
         "new tokens get an update of ones", INVENTORY,
-        "value=1.0 if is_ia3 else 0.0", "value=1.0",
+        'neutral = 1.0 if self.adapter == "ia3" else 0.0', "neutral = 1.0",
         ("test_inputs.py::test_the_vocabulary_is_resized_under_an_adapted_head",),
     ),
 )  # fmt: skip
