@@ -11,7 +11,8 @@ SCRIPT = Path(__file__).parents[1] / "scripts" / "plant_bugs.py"
 
 def _script() -> Any:
     spec = importlib.util.spec_from_file_location("plant_bugs", SCRIPT)
-    assert spec is not None and spec.loader is not None
+    assert spec is not None
+    assert spec.loader is not None
     script = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(script)
     return script

@@ -59,7 +59,7 @@ def losses_of(
         order += [number for number, *_ in chunk]
         parts.append(weighted.detach())
     sums = np.zeros(len(batches))
-    np.add.at(sums, order, torch.cat(parts).double().cpu().numpy())  # one look at the device
+    np.add.at(sums, order, torch.cat(parts).cpu().double().numpy())  # one look at the device
     found: list[float] = sums.tolist()
     return found
 

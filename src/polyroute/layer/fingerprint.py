@@ -53,6 +53,8 @@ def norm(weight: Tensor | None) -> float | None:
     known = _norms.get(weight)
     if known is None or known[0] != stamp:
         whole = weight.full_tensor() if hasattr(weight, "full_tensor") else weight
+        if whole.device.type == "mps":  # it has no float64
+            whole = whole.cpu()
         pieces = (piece.double() for piece in whole.detach().flatten().split(PIECE))
         squares = torch.stack([torch.dot(piece, piece) for piece in pieces])
         _norms[weight] = known = (stamp, float(squares.sum().sqrt()))

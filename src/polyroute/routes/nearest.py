@@ -42,11 +42,11 @@ def nearest_rows(
         return skill_weights(rows.to(wide), config, training=False).flatten(1)
 
     chunks = torch.split(logits, max(1, COMPARED_AT_ONCE // row.numel()))
-    total = torch.zeros(row.numel(), dtype=torch.float64, device=logits.device)
+    total = torch.zeros(row.numel(), dtype=torch.float64)  # on the CPU: MPS has no float64
     for chunk in chunks:
-        total += weights(chunk).sum(0, dtype=torch.float64)
+        total += weights(chunk).mean(0).cpu().double() * len(chunk)
     weights_1W = weights(row.unsqueeze(0))
-    mean = (total / len(logits)).to(weights_1W.dtype)
+    mean = (total / len(logits)).to(weights_1W)
     query = normalize(weights_1W - mean, dim=-1)[0]
     found = torch.cat([normalize(weights(chunk) - mean, dim=-1) @ query for chunk in chunks])
     found.clamp_(-1.0, 1.0)  # rounding may exceed the bounds
