@@ -15,7 +15,7 @@ from users_study import AVERAGE, WAYS, Study, fit, name
 from polyroute.adapt import Adapted
 from polyroute.demo.suite import answer
 from polyroute.host.files import write_json
-from polyroute.kinds.batches import log_probs
+from polyroute.kinds.predictions import Predictions
 from polyroute.layer.factors import LoRAFactors
 from polyroute.model import RoutedModel
 
@@ -127,7 +127,10 @@ def costs(study: Study, model: RoutedModel, who: Ints, half: str, route: str | N
         )
         logits = model(**batch, use_cache=False).logits
         found.append(
-            -log_probs(logits, batch["labels"])[:, 0].view(-1, study.settings.shots).mean(1)
+            -Predictions.of(logits, batch["labels"])
+            .log_probs()[:, 0]
+            .view(-1, study.settings.shots)
+            .mean(1)
         )
     return np.asarray(torch.cat(found).double().numpy())
 

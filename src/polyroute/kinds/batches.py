@@ -1,4 +1,4 @@
-"""Batches: encoded rows as tensors, and the losses of a model on them.
+"""Batches: encoded rows as tensors.
 
 Shape letters are those of `polyroute.kinds.base`.
 """
@@ -9,7 +9,6 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F  # noqa: N812 - torch's own name for it
 from torch.nn.utils.rnn import pad_sequence
 
 from polyroute.errors import InputError
@@ -24,12 +23,9 @@ __all__ = [
     "evaluating",
     "flat_choices",
     "flat_tasks",
-    "log_probs",
     "on_device_of",
     "padded",
     "tasks_of",
-    "token_loss",
-    "token_losses",
 ]
 
 Ids = list[int]
@@ -99,34 +95,6 @@ def flat_choices(rows: Sequence[Row]) -> Tensor:
 def flat_tasks(rows: Sequence[Row]) -> list[str]:
     """The task of each of the N choices."""
     return [row["task"] for row in rows for _ in row["choice_ids"]]
-
-
-def token_loss(model: nn.Module, batch: Mapping[str, Any]) -> Tensor:
-    """The model's own loss: the mean over the labelled tokens of the batch."""
-    loss: Tensor = model(**on_device_of(model, batch), use_cache=False).loss
-    return loss
-
-
-def token_losses(logits_NLV: Tensor, labels_NL: Tensor, label_smoothing: float = 0.0) -> Tensor:
-    """Cross-entropy of every label, 0 for ignored labels: `[N, L]`, at least float32."""
-    taken_NL = labels_NL != IGNORED
-    dtype = torch.promote_types(logits_NLV.dtype, torch.float32)
-    loss_NL = torch.zeros(labels_NL.shape, dtype=dtype, device=labels_NL.device)
-    # Only labelled places are computed in float32, which saves memory; there is no sum by index,
-    # which keeps it deterministic.
-    loss_NL[taken_NL] = F.cross_entropy(
-        logits_NLV[taken_NL].to(dtype),
-        labels_NL[taken_NL],
-        label_smoothing=label_smoothing,
-        reduction="none",
-    )
-    return loss_NL
-
-
-def log_probs(logits_NLV: Tensor, labels_NL: Tensor) -> Tensor:
-    """Log-probability of each row's labels, and the same per token: `[N, 2]`, float32."""
-    sum_N = -token_losses(logits_NLV, labels_NL).float().sum(1)
-    return torch.stack([sum_N, sum_N / (labels_NL != IGNORED).sum(1)], dim=1)
 
 
 def on_device_of(model: nn.Module, batch: Mapping[str, Any]) -> dict[str, Any]:

@@ -1,9 +1,10 @@
 """The kind of decoder-only models."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from torch import Tensor, nn
+from torch.nn import functional as F  # noqa: N812 - torch's own name for it
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
 
 from polyroute.errors import InputError
@@ -12,10 +13,13 @@ from polyroute.kinds.batches import (
     Ids,
     Row,
     flat_tasks,
+    on_device_of,
     padded,
     tasks_of,
 )
 from polyroute.kinds.objectives import Objective
+from polyroute.kinds.predictions import Predictions, has_own_terms, predict
+from polyroute.kinds.shared_prompts import can_share, shared_rows
 from polyroute.kinds.text import TextKind
 
 __all__ = ["CausalKind"]
@@ -96,22 +100,43 @@ class CausalKind(TextKind):
         return self._batch(prompts, targets, tasks_of(rows))
 
     def _choices(self, rows: Sequence[Row]) -> dict[str, Any]:
-        # All choices of a row get the same prompt, which leaves room for the longest choice.
         prompts = [
-            self._fitted(row["prompt_ids"], self.limit - max(map(len, row["choice_ids"])))
-            for row in rows
+            prompt
+            for row, prompt in zip(rows, self._prompts_before_choices(rows), strict=True)
             for _ in row["choice_ids"]
         ]
         choices = [choice for row in rows for choice in row["choice_ids"]]
         return self._batch(prompts, choices, flat_tasks(rows))
 
-    def _target_logits(self, model: nn.Module, batch: dict[str, Any]) -> tuple[Tensor, Tensor]:
-        labels_BL = batch.pop("labels")  # without labels the model computes no loss
-        logits_BLV = model(**batch, use_cache=False).logits
-        return logits_BLV[:, :-1], labels_BL[:, 1:]
+    def _prompts_before_choices(self, rows: Sequence[Row]) -> list[Ids]:
+        """The prompt of each row, which leaves room for the longest of its choices."""
+        return [
+            self._fitted(row["prompt_ids"], self.limit - max(map(len, row["choice_ids"])))
+            for row in rows
+        ]
 
-    def _choice_logits(self, model: nn.Module, batch: dict[str, Any]) -> tuple[Tensor, Tensor]:
-        return self._target_logits(model, batch)
+    def _target_predictions(self, model: nn.Module, batch: dict[str, Any]) -> Predictions:
+        labels_BL = F.pad(batch.pop("labels")[:, 1:], (0, 1), value=IGNORED)
+        places_n = (labels_BL != IGNORED).flatten().nonzero()[:, 0]
+        return predict(model, batch, places_n, labels_BL)
+
+    def _choice_predictions(self, model: nn.Module, batch: dict[str, Any]) -> Predictions:
+        return self._target_predictions(model, batch)
+
+    def _mean_loss(self, model: nn.Module, batch: Mapping[str, Any]) -> Tensor:
+        if has_own_terms(model):
+            return super()._mean_loss(model, batch)
+        return self._target_predictions(model, on_device_of(model, batch)).mean_loss()
+
+    def _scored(self, model: nn.Module, rows: Sequence[Row]) -> Predictions:
+        prompts = self._prompts_before_choices(rows)
+        shared = shared_rows(prompts, [row["choice_ids"] for row in rows], self._pad)
+        if not can_share(model, rows[0]["task"], shared.sees.shape[-1]):
+            return super()._scored(model, rows)
+        inputs = {**shared.arguments(model), "places": shared.places, "labels": shared.labels}
+        batch = on_device_of(model, inputs)
+        places_n, labels_NL = batch.pop("places"), batch.pop("labels")
+        return predict(model, {**batch, "tasks": tasks_of(rows)}, places_n, labels_NL)
 
     def generate(
         self,

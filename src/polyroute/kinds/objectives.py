@@ -16,7 +16,8 @@ from torch import Tensor
 from torch.nn import functional as F  # noqa: N812 - torch's own name for it
 
 from polyroute.errors import InputError, did_you_mean
-from polyroute.kinds.batches import IGNORED, Row, token_losses
+from polyroute.kinds.batches import IGNORED, Row
+from polyroute.kinds.predictions import Predictions
 from polyroute.settings import check_settings, number, one_of, setting
 
 __all__ = [
@@ -79,18 +80,15 @@ class Objective:
         right = lengths.pop(row["label"])
         return [1 if self.per == "example" else right, 1, sum(lengths)]
 
-    def target_losses(self, logits_BLV: Tensor, labels_BL: Tensor) -> Tensor:
+    def target_losses(self, targets: Predictions) -> Tensor:
         """The only term of an objective without choices, summed over each row: `[B, 1]`."""
-        return token_losses(logits_BLV, labels_BL, self.label_smoothing).sum(1, keepdim=True)
+        return targets.losses(self.label_smoothing).sum(1, keepdim=True)
 
-    def choice_losses(
-        self, logits_NLV: Tensor, labels_NL: Tensor, index_BC: Tensor, gold_B: Tensor
-    ) -> Tensor:
+    def choice_losses(self, choices: Predictions, index_BC: Tensor, gold_B: Tensor) -> Tensor:
         """The terms of an objective with choices, weighted and summed over each row: `[B, 3]`.
 
         Args:
-            logits_NLV: the logits of every choice of every row.
-            labels_NL: the tokens of the choices; -100 is ignored.
+            choices: the predictions of every choice of every row.
             index_BC: the indices, among the N, of a row's choices; -1 if it has fewer than C.
             gold_B: the index of the right choice.
 
@@ -101,12 +99,12 @@ class Objective:
         is_gold_BC = torch.arange(index_BC.shape[1], device=gold_B.device) == gold_B[:, None]
         index_BC = index_BC.clamp_min(0)  # -1 may become any index: it is masked below
         gold_N = index_BC[is_gold_BC]
-        taken_NL = labels_NL != IGNORED
-        loss_NL = token_losses(logits_NLV, labels_NL)
+        taken_NL = choices.labels != IGNORED
+        loss_NL = choices.losses()
         loss_N = loss_NL.sum(1)
         target_B = loss_N[gold_N]
         if self.label_smoothing:
-            target_B = self.target_losses(logits_NLV[gold_N], labels_NL[gold_N])[:, 0]
+            target_B = self.target_losses(choices)[gold_N, 0]
         score_N = -loss_N / taken_NL.sum(1, dtype=loss_N.dtype) ** self.length_norm
         score_BC = score_N[index_BC].masked_fill(~is_choice_BC, -torch.inf)
         choice_B = F.cross_entropy(score_BC, gold_B, reduction="none")

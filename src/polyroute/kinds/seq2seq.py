@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from transformers import AutoModelForSeq2SeqLM
 from transformers.modeling_outputs import BaseModelOutput
 
@@ -17,6 +17,7 @@ from polyroute.kinds.batches import (
     padded,
     tasks_of,
 )
+from polyroute.kinds.predictions import Predictions
 from polyroute.kinds.text import TextKind
 
 __all__ = ["Seq2SeqKind"]
@@ -59,10 +60,10 @@ class Seq2SeqKind(TextKind):
             "owners": torch.tensor([i for i, row in enumerate(rows) for _ in row["choice_ids"]]),
         }
 
-    def _target_logits(self, model: nn.Module, batch: dict[str, Any]) -> tuple[Tensor, Tensor]:
-        return model(**batch, use_cache=False).logits, batch["labels"]
+    def _target_predictions(self, model: nn.Module, batch: dict[str, Any]) -> Predictions:
+        return Predictions.of(model(**batch, use_cache=False).logits, batch["labels"])
 
-    def _choice_logits(self, model: nn.Module, batch: dict[str, Any]) -> tuple[Tensor, Tensor]:
+    def _choice_predictions(self, model: nn.Module, batch: dict[str, Any]) -> Predictions:
         labels_NL, owners_N = batch.pop("labels"), batch.pop("owners")
         tasks = batch.pop("choice_tasks")
         # The first call computes the encoder states. It calls `model` itself, with one arbitrary
@@ -79,7 +80,7 @@ class Seq2SeqKind(TextKind):
             tasks=tasks,
             use_cache=False,
         ).logits
-        return logits_NLV, labels_NL
+        return Predictions.of(logits_NLV, labels_NL)
 
     def generate(
         self,

@@ -4,7 +4,8 @@ Shape letters are those of `polyroute.kinds.base`.
 """
 
 from abc import abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from itertools import chain
 from typing import Any
 
 import torch
@@ -12,18 +13,26 @@ from torch import Tensor, nn
 
 from polyroute.kinds.base import ModelKind
 from polyroute.kinds.batches import (
+    Ids,
     Row,
     choice_counts,
     choice_index,
     choice_labels,
     evaluating,
-    log_probs,
     on_device_of,
-    token_loss,
 )
 from polyroute.kinds.objectives import LM, term_weights
+from polyroute.kinds.predictions import Predictions
 
 __all__ = ["TextKind"]
+
+TOKENS_AT_ONCE = 16_384
+"""The most tokens of a forward that scores choices, padding included; bounds its activations."""
+LABELS_AT_ONCE = 2_048
+"""The most tokens of choices that are scored at once: over a vocabulary of 50,000, their logits and
+the softmax of these take 1 GB."""
+LABELS_TOGETHER = 512
+"""The most tokens of choices of one row that are scored in the same sequence."""
 
 
 class TextKind(ModelKind):
@@ -51,12 +60,21 @@ class TextKind(ModelKind):
         """A batch for all choices of rows, ordered by row, then choice, on the CPU."""
 
     @abstractmethod
-    def _target_logits(self, model: nn.Module, batch: dict[str, Any]) -> tuple[Tensor, Tensor]:
-        """Logits `[B, L, V]` and labels `[B, L]` of a batch from `_targets`."""
+    def _target_predictions(self, model: nn.Module, batch: dict[str, Any]) -> Predictions:
+        """The predictions of a batch from `_targets`."""
 
     @abstractmethod
-    def _choice_logits(self, model: nn.Module, batch: dict[str, Any]) -> tuple[Tensor, Tensor]:
-        """Logits `[N, L, V]` and labels `[N, L]` of a batch from `_choices`."""
+    def _choice_predictions(self, model: nn.Module, batch: dict[str, Any]) -> Predictions:
+        """The predictions of a batch from `_choices`."""
+
+    def _mean_loss(self, model: nn.Module, batch: Mapping[str, Any]) -> Tensor:
+        """The mean loss over all labels of a batch from `_targets`."""
+        loss: Tensor = model(**on_device_of(model, batch), use_cache=False).loss
+        return loss
+
+    def _scored(self, model: nn.Module, rows: Sequence[Row]) -> Predictions:
+        """The predictions of all choices of rows, ordered by row, then choice."""
+        return self._choice_predictions(model, on_device_of(model, self._choices(rows)))
 
     def collate(self, rows: Sequence[Row]) -> dict[str, Any]:
         """See `ModelKind.collate`.
@@ -75,9 +93,9 @@ class TextKind(ModelKind):
         return batch
 
     def loss(self, model: nn.Module, batch: Mapping[str, Any]) -> Tensor:
-        """The objective on the batch; for `lm`, the base model's own loss."""
+        """The objective on the batch; for `lm`, the mean cross-entropy over its labels."""
         if self.objective == LM:
-            return token_loss(model, batch)
+            return self._mean_loss(model, batch)
         sums_T = self.row_losses(model, batch).sum(0)
         weights_T: Tensor = batch["term_weights"].to(sums_T)
         return sums_T @ weights_T
@@ -87,9 +105,10 @@ class TextKind(ModelKind):
         batch = on_device_of(model, batch)
         batch.pop("term_weights", None)
         if not self.needs_choices:
-            return self.objective.target_losses(*self._target_logits(model, batch))
+            return self.objective.target_losses(self._target_predictions(model, batch))
         index_BC, gold_B = batch.pop("choice_index"), batch.pop("gold")
-        return self.objective.choice_losses(*self._choice_logits(model, batch), index_BC, gold_B)
+        choices = self._choice_predictions(model, batch)
+        return self.objective.choice_losses(choices, index_BC, gold_B)
 
     def row_counts(self, rows: Sequence[Row]) -> list[list[int]]:
         """See `ModelKind.row_counts`; the objective says whether tokens or examples count."""
@@ -103,9 +122,38 @@ class TextKind(ModelKind):
         return len(choices), (len(row["prompt_ids"]), max(map(len, choices))), {}
 
     def scores(self, model: nn.Module, rows: Sequence[Row]) -> list[Tensor]:
-        """See `ModelKind.scores`."""
+        """See `ModelKind.scores`; long rows and rows with many choices are computed in parts."""
         counts = choice_counts(rows)
-        batch = on_device_of(model, self._choices(rows))
         with evaluating(model):
-            logits_NLV, labels_NL = self._choice_logits(model, batch)
-        return list(torch.split(log_probs(logits_NLV, labels_NL), counts))
+            found = [
+                self._scored(model, part).log_probs() for part in _parts(chain(*map(_split, rows)))
+            ]
+        return list(torch.split(torch.cat(found), counts))
+
+
+def _split(row: Row) -> Iterator[Row]:
+    """A row as rows with some of its choices each."""
+    group: list[Ids] = []
+    for ids in row["choice_ids"]:
+        if group and sum(map(len, group)) + len(ids) > LABELS_TOGETHER:
+            yield {**row, "choice_ids": group}
+            group = []
+        group.append(ids)
+    yield {**row, "choice_ids": group}
+
+
+def _parts(rows: Iterable[Row]) -> Iterator[list[Row]]:
+    """Rows in groups that fit into memory."""
+    part: list[Row] = []
+    longest = labels = choices = 0
+    for row in rows:
+        own = row["choice_ids"]
+        length = max(longest, len(row["prompt_ids"]) + max(map(len, own)))
+        count, total = choices + len(own), labels + sum(map(len, own))
+        if part and (length * count > TOKENS_AT_ONCE or total > LABELS_AT_ONCE):
+            yield part
+            part, length = [], len(row["prompt_ids"]) + max(map(len, own))
+            count, total = len(own), sum(map(len, own))
+        part.append(row)
+        longest, choices, labels = length, count, total
+    yield part
