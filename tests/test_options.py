@@ -100,7 +100,7 @@ def test_no_flag_is_declared_twice_and_each_is_explained(command: Command[Any]) 
 def test_what_goes_on_from_a_run_takes_base_model_and_adapter_from_it() -> None:
     fixed = {flag.name for flag in flags_of(TrainOptions) if flag.marks.get("from_start")}
     adapter = {option_of(one) for one in fields(MHRConfig)}
-    assert fixed == {"model", "dtype", "max_input", "max_target", *adapter}
+    assert fixed == {"model", "dtype", "max_input", "max_target", "prompt", "system", *adapter}
 
 
 def test_a_value_that_is_completed_is_one_that_is_known() -> None:

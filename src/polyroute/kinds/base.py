@@ -97,14 +97,11 @@ class ModelKind(ABC):
             the index of the target among the choices, or -1.
         """
         choices = [row or [] for row in examples["choices"]]
-        prompts = list(
-            starmap(prompt, zip(examples["instruction"], examples["input"], strict=True))
-        )
         texts = list(dict.fromkeys(chain(examples["target"], *choices)))  # label sets repeat
         ids = dict(zip(texts, self._target_ids(texts), strict=True))
         return {
             "task": list(examples["task"]),
-            "prompt_ids": self._prompt_ids(prompts),
+            "prompt_ids": self._example_ids(examples),
             "target_ids": [ids[text] for text in examples["target"]],
             "choice_ids": [[ids[text] for text in row] for row in choices],
             "label": [
@@ -112,6 +109,11 @@ class ModelKind(ABC):
                 for row, target in zip(choices, examples["target"], strict=True)
             ],
         }
+
+    def _example_ids(self, examples: Mapping[str, list[Any]]) -> list[Ids]:
+        """The token ids of the prompts of examples, cut to length."""
+        pairs = zip(examples["instruction"], examples["input"], strict=True)
+        return self._prompt_ids(list(starmap(prompt, pairs)))
 
     @abstractmethod
     def _prompt_ids(self, texts: list[str]) -> list[Ids]:
@@ -208,6 +210,11 @@ class ModelKind(ABC):
         ids = (self.tokenizer.pad_token_id, self.tokenizer.eos_token_id, 0)
         return next(i for i in ids if isinstance(i, int))
 
+    @property
+    def _ends(self) -> list[int]:
+        """The tokens that end an answer."""
+        return [self.tokenizer.eos_token_id]
+
     def _tokens(self, texts: list[str], *, special: bool) -> list[Ids]:
         # Not truncated here, because truncation would change the state of the tokenizer.
         encoded = self.tokenizer(texts, add_special_tokens=special, verbose=False)
@@ -248,7 +255,7 @@ class ModelKind(ABC):
                 num_beams=num_beams,
                 do_sample=False,
                 pad_token_id=self._pad,
-                eos_token_id=self.tokenizer.eos_token_id,
+                eos_token_id=self._ends,
             )
         return out
 

@@ -17,6 +17,7 @@ from polyroute.kinds.batches import (
     padded,
     tasks_of,
 )
+from polyroute.kinds.chat import ChatTemplate, template_of
 from polyroute.kinds.objectives import Objective
 from polyroute.kinds.predictions import Predictions, has_own_terms, predict
 from polyroute.kinds.shared_prompts import can_share, shared_rows
@@ -24,9 +25,15 @@ from polyroute.kinds.text import TextKind
 
 __all__ = ["CausalKind"]
 
+MESSAGES = ("instruction", "input", "system", "history")
+"""The columns of examples that a chat is made of."""
+
 
 class CausalKind(TextKind):
     """Decoder-only models, such as Llama: one sequence of prompt, newline, target and end token.
+
+    An instruct model is prompted by its chat template instead, and its target is the assistant's
+    answer through the end of its turn.
 
     If a sequence is longer than `max_input + max_target` or than the model's positions, the
     beginning of its prompt is cut (a BOS token stays), never its target. A batch has `input_ids`,
@@ -47,8 +54,21 @@ class CausalKind(TextKind):
         max_target: int = 64,
         max_positions: int | None = None,
         objective: str | Objective = "lm",
+        prompt: str | ChatTemplate = "auto",
     ) -> None:
-        """Set the lengths, in tokens, and the objective; see `ModelKind`."""
+        """Set the lengths, in tokens, the objective and the prompts; see `ModelKind`.
+
+        Args:
+            tokenizer: see `ModelKind`.
+            max_input: see `ModelKind`.
+            max_target: see `ModelKind`.
+            max_positions: see `ModelKind`.
+            objective: see `ModelKind`.
+            prompt: `"chat"`, `"plain"`, `"auto"`, or a chat template; see `polyroute.kinds.chat`.
+
+        Raises:
+            InputError: see `ModelKind` and `polyroute.kinds.chat.template_of`.
+        """
         super().__init__(
             tokenizer,
             max_input=max_input,
@@ -58,6 +78,18 @@ class CausalKind(TextKind):
         )
         self.limit = min(max_input + max_target, self.max_positions)
         self.max_target = min(max_target, self.limit - 1)  # a prompt token must precede it
+        self.template = template_of(prompt, tokenizer)
+
+    def _example_ids(self, examples: Mapping[str, list[Any]]) -> list[Ids]:
+        if self.template is None:
+            return super()._example_ids(examples)
+        # However long its answer, no part of the template is ever cut.
+        room = self.limit - self.max_target
+        columns = [name for name in MESSAGES if name in examples]
+        return [
+            self.template.prompt_ids(dict(zip(columns, row, strict=True)), room)
+            for row in zip(*(examples[name] for name in columns), strict=True)
+        ]
 
     def _prompt_ids(self, texts: list[str]) -> list[Ids]:
         prompts = self._tokens([text + "\n" for text in texts], special=True)
@@ -70,7 +102,14 @@ class CausalKind(TextKind):
             ids = ids[:-1]
         return ids or [eos]  # GPT-2 was trained on texts that follow an end token
 
+    @property
+    def _ends(self) -> list[int]:
+        own = [] if self.template is None else [self.template.end]
+        return list(dict.fromkeys([*own, *super()._ends]))
+
     def _target_ids(self, texts: list[str]) -> list[Ids]:
+        if self.template is not None:
+            return [self._cut(ids, self.max_target) for ids in self.template.answer_ids(texts)]
         targets = self._tokens(texts, special=False)
         return [self._cut([*ids, self.tokenizer.eos_token_id], self.max_target) for ids in targets]
 

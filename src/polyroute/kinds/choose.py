@@ -1,5 +1,7 @@
 """Finding the kind of a base model."""
 
+from typing import Any
+
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.models.auto.modeling_auto import (
@@ -10,11 +12,20 @@ from transformers.models.auto.modeling_auto import (
 from polyroute.errors import InputError
 from polyroute.kinds.base import ModelKind
 from polyroute.kinds.causal import CausalKind
+from polyroute.kinds.chat import ChatTemplate
 from polyroute.kinds.encoder import EncoderKind
 from polyroute.kinds.objectives import Objective
 from polyroute.kinds.seq2seq import Seq2SeqKind
 
-__all__ = ["CausalKind", "EncoderKind", "ModelKind", "Seq2SeqKind", "kind_class", "kind_of"]
+__all__ = [
+    "CausalKind",
+    "ChatTemplate",
+    "EncoderKind",
+    "ModelKind",
+    "Seq2SeqKind",
+    "kind_class",
+    "kind_of",
+]
 
 
 def kind_of(
@@ -24,6 +35,7 @@ def kind_of(
     max_input: int = 256,
     max_target: int = 64,
     objective: str | Objective = "lm",
+    prompt: str | ChatTemplate = "auto",
 ) -> ModelKind:
     """Make the kind of a base model, as its config says.
 
@@ -34,15 +46,27 @@ def kind_of(
         max_input: the most tokens of a prompt.
         max_target: the most tokens of a target or choice.
         objective: the loss: `"lm"`, `"t-few"`, `"superni"`, or an `Objective`.
+        prompt: how a decoder-only model is prompted: by its chat template (`"chat"`, or a
+            `ChatTemplate`), by the text alone (`"plain"`), or by its template if it has one
+            (`"auto"`).
 
     Raises:
         InputError: the model is no transformers model or has an unknown architecture, the tokenizer
-            lacks an end token that is needed, or the kind does not support the objective.
+            lacks an end token or a chat template that is needed, or the kind does not support the
+            objective or the prompt.
     """
     config, architecture = _described(model_or_config)
     positions = getattr(config, "max_position_embeddings", None)
-    return _class_of(config, architecture)(
+    found = _class_of(config, architecture)
+    chat: dict[str, Any] = {"prompt": prompt} if issubclass(found, CausalKind) else {}
+    if not chat and prompt not in ("auto", "plain"):
+        raise InputError(
+            f"a chat template is for decoder-only models, and this one is {found.name}: use "
+            "prompt='plain'"
+        )
+    return found(
         tokenizer,
+        **chat,
         max_input=max_input,
         max_target=max_target,
         max_positions=positions if isinstance(positions, int) and positions > 0 else None,

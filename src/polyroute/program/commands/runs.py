@@ -3,10 +3,10 @@
 import os
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from polyroute.errors import InputError
-from polyroute.kinds.choose import ModelKind, kind_of
+from polyroute.kinds.choose import ChatTemplate, ModelKind, kind_of
 from polyroute.kinds.objectives import Objective
 from polyroute.loading import load_base
 from polyroute.program.options.shared import Reading
@@ -15,6 +15,9 @@ from polyroute.saved.hub import DESCRIPTION, Snapshot, locate
 from polyroute.saved.runs import read_run
 
 __all__ = ["BaseModel", "base_of", "beside", "inventory_of", "load"]
+
+BEFORE = {"dtype": "float32", "prompt": "plain", "system": None}
+"""What runs of older versions, which do not say so, did."""
 
 
 @dataclass(frozen=True)
@@ -31,12 +34,12 @@ class BaseModel:
         Raises:
             InputError: the folder is no run's, or the run says nothing of a base model.
         """
-        config = {"dtype": "float32", **read_run(run)["config"]}
-        kinds = {"model": str, **{one.name: one.type for one in fields(Reading)}}
+        config = {**BEFORE, **read_run(run)["config"]}
+        kinds: dict[str, Any] = {"model": str, **{one.name: one.type for one in fields(Reading)}}
         for name, kind in kinds.items():
             if name not in config:
                 raise InputError(f"{run} was not written by `polyroute train`")
-            if type(config[name]) is not kind:
+            if type(config[name]) not in (get_args(kind) or (kind,)):
                 raise InputError(f"{Path(run) / 'run.json'} is damaged: {name} is {config[name]!r}")
         return cls(
             config["model"], Reading(**{one.name: config[one.name] for one in fields(Reading)})
@@ -59,9 +62,14 @@ def load(base: BaseModel, *, objective: str | Objective = "lm") -> tuple[Any, Mo
     """
     reading = base.reading
     model, tokenizer = load_base(base.name, dtype=reading.dtype)
+    prompt: str | ChatTemplate = reading.prompt
+    if reading.system is not None:
+        if prompt == "plain":
+            raise InputError("--system is for chats: leave it out with --prompt plain")
+        prompt = ChatTemplate(tokenizer, reading.system)
     kind = kind_of(
         model, tokenizer, max_input=reading.max_input, max_target=reading.max_target,
-        objective=objective,
+        objective=objective, prompt=prompt,
     )  # fmt: skip
     return model, kind
 

@@ -22,7 +22,7 @@ from typing import Any
 
 from polyroute.program import texts
 from polyroute.program.recipes import recipe_names
-from polyroute.settings import check_settings, flag, setting, text, whole
+from polyroute.settings import check_settings, flag, one_of, setting, text, whole
 
 __all__ = [
     "CONFIG",
@@ -98,6 +98,14 @@ class Reading:
     )
     max_input: int = setting(256, whole(), help="Most tokens of a prompt.")
     max_target: int = setting(64, whole(), help="Most tokens of a target.")
+    prompt: str = setting(
+        "auto", one_of("auto", "chat", "plain"),
+        help="chat: by the model's chat template. plain: by the text alone. auto: chat if it has "
+        "a template.",
+    )  # fmt: skip
+    system: str | None = setting(
+        None, text(optional=True), help="System message of every chat [the template's own]."
+    )
 
     def __post_init__(self) -> None:
         """Check every value."""
