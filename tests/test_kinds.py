@@ -2,6 +2,7 @@ import os
 import pickle
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +37,7 @@ from transformers import (
 
 from polyroute.errors import InputError
 from polyroute.kinds.choose import CausalKind, EncoderKind, Seq2SeqKind, kind_of
+from polyroute.study.examples import encoded_records
 
 # Choosing the kind
 
@@ -96,6 +98,8 @@ def test_encode_gives_prompt_target_choices_and_label() -> None:
         "target_ids": ids("yes", "free text", "off the list"),
         "choice_ids": [ids("no", "yes"), [], ids("no")],
         "label": [1, -1, -1],
+        "prompt_cut": [0, 0, 0],
+        "target_cut": [0, 0, 0],
     }
 
 
@@ -115,11 +119,12 @@ def test_a_bos_is_added_where_the_tokenizer_adds_one_and_survives_the_cut(bos: b
     assert kind.tokenizer.decode(ids) == expected
 
 
-def test_a_long_seq2seq_input_and_target_keep_their_end_token() -> None:
+def test_a_long_seq2seq_input_keeps_its_end_token_and_a_long_target_does_not() -> None:
     _, kind = made(t5, max_input=4, max_target=3)
     row = as_rows(kind.encode(columns(("a", "", "abcdefgh", "vwxyz", ["vwxyz"]))))[0]
     texts = [kind.tokenizer.decode(i) for i in (row["prompt_ids"], row["target_ids"])]
-    assert texts == ["abc</s>", "vw</s>"]
+    assert texts == ["abc</s>", "vwx"]  # it would learn to stop at the end token
+    assert (row["prompt_cut"], row["target_cut"]) == (5, 3)
     assert row["choice_ids"] == [row["target_ids"]]
 
 
@@ -398,3 +403,40 @@ def test_an_encoder_has_no_generation() -> None:
     assert not kind.supports_generation
     with pytest.raises(InputError, match="has no generation; use tasks with choices"):
         kind.generate(model, as_rows(kind.encode(EXAMPLES)))
+
+
+# Nothing is cut in silence
+
+
+@pytest.mark.parametrize("make", [t5, llama])
+def test_what_was_cut_is_said_with_its_number_and_setting(make: Maker) -> None:
+    _, kind = made(make, max_input=8, max_target=8)
+    given = [
+        {"instruction": "Do", "input": "it " * count, "target": "yes " * length}
+        for count, length in ((1, 1), (9, 1), (20, 7), (1, 3))
+    ]
+    with pytest.warns(UserWarning, match="too long") as caught:
+        rows = encoded_records(given, "a", kind)
+    cut = [max(row["prompt_cut"] for row in rows), max(row["target_cut"] for row in rows)]
+    said = [str(warning.message) for warning in caught]
+    assert said == [
+        f"2 of 4 prompts are too long, by up to {cut[0]} tokens, and {kind.cut_part} is left out: "
+        "raise max_input, which is 8",
+        f"2 of 4 answers are too long, by up to {cut[1]} tokens, and the rest is left out: raise "
+        "max_target, which is 8",
+    ]
+
+
+def test_an_instruction_stays_where_the_input_is_cut() -> None:
+    _, kind = made(llama, max_input=16, max_target=4)
+    given = [{"instruction": "Do this", "input": "a long story", "target": "yes"}]
+    with pytest.warns(UserWarning, match="1 of 1 prompts"):
+        row = encoded_records(given, "a", kind)[0]
+    assert kind.tokenizer.decode(row["prompt_ids"]) == "Do this\ng story\n"
+
+
+def test_what_is_short_enough_is_not_spoken_of() -> None:
+    _, kind = made(llama)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        encoded_records([{"input": "short", "target": "yes"}], "a", kind)

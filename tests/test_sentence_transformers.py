@@ -52,7 +52,7 @@ def encoder(folder: Path, **config: Any) -> SentenceTransformer:
 def of_kind(model: SentenceTransformer, texts: list[str], tasks: list[str]) -> np.ndarray:
     """What `EncoderKind` computes for the same texts."""
     kind = kind_of(model[0].model, model.tokenizer)
-    inputs = kind._inputs(kind._prompt_ids(texts))
+    inputs = kind._inputs(kind._target_ids(texts))
     with evaluating(model):
         return kind._embedded(model[0].model, inputs, tasks).numpy()
 

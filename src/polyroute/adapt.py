@@ -29,7 +29,7 @@ from polyroute.model import Phase, RoutedModel
 from polyroute.saved.peft_export import peft_target
 from polyroute.settings import whole
 from polyroute.study.evaluate import Questions, questions, score_rows
-from polyroute.study.examples import encoded, encoded_records
+from polyroute.study.examples import encoded, encoded_records, warn_of_cuts
 
 __all__ = ["SuiteSlots", "adapt_many", "adapt_suite", "check_learned", "check_new"]
 
@@ -130,9 +130,12 @@ class SuiteSlots:
         """
         before = {(r["task"], r["seed"], r["label"]) for r in self.done}
         slots = []
+        trains = {}
         for task in self.tasks:
             check_new(model, task)
-            train = encoded(self.suite, task, "train", kind)
+            trains[task] = encoded(self.suite, task, "train", kind)
+        warn_of_cuts(trains.values(), kind)
+        for task, train in trains.items():
             for (label, variant), seed in itertools.product(self.choices.items(), self.seeds):
                 if (task, seed, label) not in before:
                     slots.append(_slot(task, seed, label, variant, train))
@@ -227,7 +230,8 @@ class _SuiteScores:
 
     def _questions(self, task: str, split: str) -> Questions:
         if (task, split) not in self._asked:  # many slots are scored on the same rows
-            self._asked[task, split] = questions(self.suite, task, split, self.kind)
+            asked = self._asked[task, split] = questions(self.suite, task, split, self.kind)
+            warn_of_cuts([asked.rows], self.kind)
         return self._asked[task, split]
 
 

@@ -36,6 +36,9 @@ class ModelKind(ABC):
     auto_class: ClassVar[Any]
     """The transformers class that loads such a model."""
 
+    cut_part: ClassVar[str] = "their end"
+    """What a prompt loses if it is too long."""
+
     features: ClassVar[Features] = Features(
         {
             "task": Value("string"),
@@ -43,6 +46,8 @@ class ModelKind(ABC):
             "target_ids": [Value("int32")],
             "choice_ids": [[Value("int32")]],
             "label": Value("int64"),
+            "prompt_cut": Value("int32"),
+            "target_cut": Value("int32"),
         }
     )
     """The columns of `encode`, for `Dataset.map(..., features=kind.features)`. Without them, if the
@@ -94,34 +99,54 @@ class ModelKind(ABC):
 
         Returns:
             The columns of `features`. `choice_ids` is empty for a row without choices; `label` is
-            the index of the target among the choices, or -1.
+            the index of the target among the choices, or -1. `prompt_cut` and `target_cut` are the
+            numbers of tokens that the prompt, and the target or a choice, lost to be short enough.
         """
         choices = [row or [] for row in examples["choices"]]
         texts = list(dict.fromkeys(chain(examples["target"], *choices)))  # label sets repeat
-        ids = dict(zip(texts, self._target_ids(texts), strict=True))
+        whole = dict(zip(texts, self._target_ids(texts), strict=True))
+        ids = {text: self._cut_target(whole[text]) for text in texts}
+        answers = [[target, *row] for target, row in zip(examples["target"], choices, strict=True)]
+        longest = [max(len(ids[text]) for text in row) for row in answers]
+        prompts = self._prompts(examples, longest)
         return {
             "task": list(examples["task"]),
-            "prompt_ids": self._example_ids(examples),
+            "prompt_ids": [cut for cut, _ in prompts],
             "target_ids": [ids[text] for text in examples["target"]],
             "choice_ids": [[ids[text] for text in row] for row in choices],
             "label": [
                 row.index(target) if target in row else -1
                 for row, target in zip(choices, examples["target"], strict=True)
             ],
+            "prompt_cut": [max(0, length - len(cut)) for cut, length in prompts],
+            "target_cut": [
+                max(len(whole[text]) - len(ids[text]) for text in row) for row in answers
+            ],
         }
 
-    def _example_ids(self, examples: Mapping[str, list[Any]]) -> list[Ids]:
-        """The token ids of the prompts of examples, cut to length."""
-        pairs = zip(examples["instruction"], examples["input"], strict=True)
-        return self._prompt_ids(list(starmap(prompt, pairs)))
+    def _prompts(
+        self, examples: Mapping[str, list[Any]], longest: Sequence[int]
+    ) -> list[tuple[Ids, int]]:
+        """The token ids of the prompts of examples, cut to length, and their whole lengths.
 
-    @abstractmethod
-    def _prompt_ids(self, texts: list[str]) -> list[Ids]:
-        """The token ids of prompts, cut to length."""
+        Args:
+            examples: see `encode`.
+            longest: for each example the number of tokens of its longest target or choice.
+        """
+        pairs = zip(examples["instruction"], examples["input"], strict=True)
+        prompts = self._target_ids(list(starmap(prompt, pairs)))
+        return [(self._cut(ids, self.max_input), len(ids)) for ids in prompts]
 
     @abstractmethod
     def _target_ids(self, texts: list[str]) -> list[Ids]:
-        """The token ids of targets or choices, cut to length."""
+        """The token ids of targets or choices, with the special tokens around them."""
+
+    def _cut_target(self, ids: Ids) -> Ids:
+        """A target of `max_target` tokens at most.
+
+        One that is cut has no end token, or the model would learn to stop there.
+        """
+        return ids[: self.max_target]
 
     @abstractmethod
     def collate(self, rows: Sequence[Row]) -> dict[str, Any]:

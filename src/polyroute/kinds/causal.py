@@ -20,13 +20,14 @@ from polyroute.kinds.batches import (
 from polyroute.kinds.chat import ChatTemplate, template_of
 from polyroute.kinds.objectives import Objective
 from polyroute.kinds.predictions import Predictions, has_own_terms, predict
+from polyroute.kinds.prompts import PlainText, fitted, prompt_text
 from polyroute.kinds.shared_prompts import can_share, shared_rows
 from polyroute.kinds.text import TextKind
 
 __all__ = ["CausalKind"]
 
-MESSAGES = ("instruction", "input", "system", "history")
-"""The columns of examples that a chat is made of."""
+MESSAGES = ("task", "instruction", "input", "system", "history")
+"""The columns of examples that a prompt is made of, or that its errors name."""
 
 
 class CausalKind(TextKind):
@@ -45,6 +46,7 @@ class CausalKind(TextKind):
 
     name = "causal"
     auto_class = AutoModelForCausalLM
+    cut_part = "the beginning of their input"
 
     def __init__(
         self,
@@ -80,27 +82,20 @@ class CausalKind(TextKind):
         self.max_target = min(max_target, self.limit - 1)  # a prompt token must precede it
         self.template = template_of(prompt, tokenizer)
 
-    def _example_ids(self, examples: Mapping[str, list[Any]]) -> list[Ids]:
-        if self.template is None:
-            return super()._example_ids(examples)
-        # However long its answer, no part of the template is ever cut.
-        room = self.limit - self.max_target
-        columns = [name for name in MESSAGES if name in examples]
-        return [
-            self.template.prompt_ids(dict(zip(columns, row, strict=True)), room)
-            for row in zip(*(examples[name] for name in columns), strict=True)
-        ]
-
-    def _prompt_ids(self, texts: list[str]) -> list[Ids]:
-        prompts = self._tokens([text + "\n" for text in texts], special=True)
-        return [self._fitted(self._open(ids), self.limit) for ids in prompts]
-
-    def _open(self, ids: Ids) -> Ids:
-        """The ids without the end token that some tokenizers add; never empty."""
-        eos = self.tokenizer.eos_token_id
-        if ids[-1:] == [eos]:
-            ids = ids[:-1]
-        return ids or [eos]  # GPT-2 was trained on texts that follow an end token
+    def _prompts(
+        self, examples: Mapping[str, list[Any]], longest: Sequence[int]
+    ) -> list[tuple[Ids, int]]:
+        names = [name for name in MESSAGES if name in examples]
+        columns = zip(*(examples[name] for name in names), strict=True)
+        rows = [dict(zip(names, row, strict=True)) for row in columns]
+        prompter = self.template or PlainText(self.tokenizer)
+        whole = prompter.ids([prompt_text(prompter, row) for row in rows])
+        found = []
+        for row, ids, answer in zip(rows, whole, longest, strict=True):
+            # In a chat there is room for every answer, since nothing may be cut from its ids later.
+            room = self.limit - (answer if self.template is None else self.max_target)
+            found.append((ids if len(ids) <= room else fitted(prompter, row, room), len(ids)))
+        return found
 
     @property
     def _ends(self) -> list[int]:
@@ -109,9 +104,8 @@ class CausalKind(TextKind):
 
     def _target_ids(self, texts: list[str]) -> list[Ids]:
         if self.template is not None:
-            return [self._cut(ids, self.max_target) for ids in self.template.answer_ids(texts)]
-        targets = self._tokens(texts, special=False)
-        return [self._cut([*ids, self.tokenizer.eos_token_id], self.max_target) for ids in targets]
+            return self.template.answer_ids(texts)
+        return [[*ids, self.tokenizer.eos_token_id] for ids in self._tokens(texts, special=False)]
 
     def _fitted(self, prompt: Ids, room: int) -> Ids:
         """The last `room` ids of a prompt; its BOS token is kept."""

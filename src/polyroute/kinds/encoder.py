@@ -77,11 +77,11 @@ class EncoderKind(ModelKind):
             )
         self.scale = scale
 
-    def _prompt_ids(self, texts: list[str]) -> list[Ids]:
-        return [self._cut(ids, self.max_input) for ids in self._tokens(texts, special=True)]
-
     def _target_ids(self, texts: list[str]) -> list[Ids]:
-        return [self._cut(ids, self.max_target) for ids in self._tokens(texts, special=True)]
+        return self._tokens(texts, special=True)
+
+    def _cut_target(self, ids: Ids) -> Ids:
+        return self._cut(ids, self.max_target)  # the frame of a text stays around it
 
     def _pairs(self, rows: Sequence[Row]) -> dict[str, Any]:
         """The batch without its labels."""

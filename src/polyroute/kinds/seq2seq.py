@@ -34,15 +34,10 @@ class Seq2SeqKind(TextKind):
     name = "seq2seq"
     auto_class = AutoModelForSeq2SeqLM
 
-    def _prompt_ids(self, texts: list[str]) -> list[Ids]:
-        return [self._ended(ids, self.max_input) for ids in self._tokens(texts, special=True)]
-
     def _target_ids(self, texts: list[str]) -> list[Ids]:
-        return [self._ended(ids, self.max_target) for ids in self._tokens(texts, special=True)]
-
-    def _ended(self, ids: Ids, length: int) -> Ids:
         eos = self.tokenizer.eos_token_id
-        return self._cut(ids if ids[-1:] == [eos] else [*ids, eos], length)
+        ids = self._tokens(texts, special=True)
+        return [one if one[-1:] == [eos] else [*one, eos] for one in ids]
 
     def _targets(self, rows: Sequence[Row]) -> dict[str, Any]:
         return {

@@ -21,7 +21,7 @@ from polyroute.errors import InputError
 from polyroute.host.progress import progress
 from polyroute.kinds.choose import ModelKind
 from polyroute.model import RoutedModel
-from polyroute.study.examples import encoded, prompt_lengths
+from polyroute.study.examples import encoded, prompt_lengths, warn_of_cuts
 
 __all__ = [
     "Questions",
@@ -129,8 +129,9 @@ def evaluate(  # noqa: PLR0913 (public: users know its keywords)
         model.routes.row(task if route is None else route)
     check_answerable(suite, tasks, kind)
     found = []
-    for task in progress(tasks, "evaluating"):
-        asked = questions(suite, task, split, kind)
+    all_asked = {task: questions(suite, task, split, kind) for task in tasks}
+    warn_of_cuts([asked.rows for asked in all_asked.values()], kind)
+    for task, asked in progress(list(all_asked.items()), "evaluating"):
         score, normalised = score_rows(
             model, kind, asked, route=route or task, batch_size=batch_size
         )

@@ -1,6 +1,7 @@
 """Encoded examples: the rows of a suite's tasks as token ids, which `datasets` caches on disk."""
 
-from collections.abc import Mapping, Sequence
+import warnings
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import datasets
@@ -16,7 +17,14 @@ from polyroute.host.progress import progress
 from polyroute.kinds.batches import Row
 from polyroute.kinds.choose import ModelKind
 
-__all__ = ["encoded", "encoded_mixture", "encoded_records", "prompt_lengths", "task_sizes"]
+__all__ = [
+    "encoded",
+    "encoded_mixture",
+    "encoded_records",
+    "prompt_lengths",
+    "task_sizes",
+    "warn_of_cuts",
+]
 
 OPTIONAL = {"instruction": "", "input": "", "choices": None, "split": "train"}
 """What a record may leave out, with the value that it then has."""
@@ -55,6 +63,7 @@ def encoded_records(records: Sequence[Mapping[str, Any]], task: str, kind: Model
         whole.append({**OPTIONAL, **record, "task": task})
         check_record(whole[-1], task, where)
     columns = kind.encode({name: [record[name] for record in whole] for name in COLUMNS})
+    warn_of_cuts([columns], kind)
     names = list(columns)
     return [dict(zip(names, row, strict=True)) for row in zip(*columns.values(), strict=True)]
 
@@ -64,7 +73,38 @@ def encoded_mixture(
 ) -> datasets.Dataset:
     """One split of several tasks, one task after the other."""
     bar = progress(tasks, "reading tasks")
-    return datasets.concatenate_datasets([encoded(suite, task, split, kind) for task in bar])
+    rows = datasets.concatenate_datasets([encoded(suite, task, split, kind) for task in bar])
+    warn_of_cuts([rows], kind)
+    return rows
+
+
+def warn_of_cuts(
+    tables: Iterable[datasets.Dataset | Mapping[str, Sequence[int]]], kind: ModelKind
+) -> None:
+    """Warn if prompts or answers of encoded rows were too long and lost tokens.
+
+    Args:
+        tables: encoded rows, or their columns.
+        kind: how they were encoded.
+    """
+    lost: dict[str, list[npt.NDArray[np.int64]]] = {"prompt_cut": [], "target_cut": []}
+    for table in tables:
+        for name, found in lost.items():
+            is_table = isinstance(table, datasets.Dataset)
+            column = _arrow_column(table, name).to_numpy() if is_table else table[name]
+            found.append(np.asarray(column, dtype=np.int64))
+    prompts, targets = (np.concatenate(found) for found in lost.values())
+    consequences = (
+        ("prompts", prompts, f"{kind.cut_part} is left out", "max_input", kind.max_input),
+        ("answers", targets, "the rest is left out", "max_target", kind.max_target),
+    )
+    for what, tokens, consequence, setting, limit in consequences:
+        if tokens.any():
+            warnings.warn(
+                f"{np.count_nonzero(tokens):,} of {len(tokens):,} {what} are too long, by up to "
+                f"{tokens.max():,} tokens, and {consequence}: raise {setting}, which is {limit}",
+                stacklevel=2,
+            )
 
 
 def task_sizes(rows: datasets.Dataset) -> list[int]:

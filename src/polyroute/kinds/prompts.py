@@ -1,0 +1,95 @@
+"""Prompts of decoder-only models: what precedes an answer, and what goes if it is too long."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any, Protocol
+
+from transformers import PreTrainedTokenizerBase
+
+from polyroute.data.suite import prompt
+from polyroute.errors import InputError
+from polyroute.kinds.batches import Ids
+
+__all__ = ["Message", "PlainText", "Prompter", "fitted", "prompt_text"]
+
+Message = Mapping[str, str]
+"""One turn of a conversation: its `role` and its `content`."""
+
+
+class Prompter(Protocol):
+    """Makes prompts of conversations."""
+
+    def text(self, system: str | None, messages: Sequence[Message]) -> str:
+        """The text of a prompt, up to where the answer begins."""
+
+    def ids(self, texts: list[str]) -> list[Ids]:
+        """The token ids of such texts."""
+
+
+class PlainText:
+    """Prompts without a chat template: the texts of all turns, each on lines of its own."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
+        self.tokenizer = tokenizer
+
+    def text(self, system: str | None, messages: Sequence[Message]) -> str:
+        """See `Prompter`; a newline precedes the answer."""
+        parts = [system or "", *(message["content"] for message in messages)]
+        return "\n".join(part for part in parts if part) + "\n"
+
+    def ids(self, texts: list[str]) -> list[Ids]:
+        """See `Prompter`; the end token that some tokenizers add is left out."""
+        eos = self.tokenizer.eos_token_id
+        encoded = self.tokenizer(texts, add_special_tokens=True, verbose=False)
+        opened = [ids[:-1] if ids[-1:] == [eos] else ids for ids in encoded["input_ids"]]
+        return [ids or [eos] for ids in opened]  # GPT-2 was trained on texts after an end token
+
+
+def prompt_text(prompter: Prompter, example: Mapping[str, Any]) -> str:
+    """The text of an example's prompt.
+
+    Args:
+        prompter: makes it.
+        example: `instruction`, `input` and, if it has them, `system` and `history`, a list of
+            messages.
+    """
+    user = {"role": "user", "content": prompt(example["instruction"], example["input"])}
+    return prompter.text(example.get("system"), [*(example.get("history") or []), user])
+
+
+def fitted(prompter: Prompter, example: Mapping[str, Any], room: int) -> Ids:
+    """The token ids of a prompt that is too long, cut to `room` tokens.
+
+    The oldest turns of its history go first, then the beginning of its input. Its instruction goes
+    only if there is no input, and its system message never goes.
+
+    Args:
+        prompter: makes it.
+        example: see `prompt_text`.
+        room: the most tokens.
+
+    Raises:
+        InputError: what never goes is longer.
+    """
+    left = dict(example)
+    while True:
+        ids = prompter.ids([prompt_text(prompter, left)])[0]
+        if len(ids) <= room:
+            return ids
+        name = "input" if left["input"] else "instruction"
+        if left.get("history"):
+            left["history"] = left["history"][2:]
+        elif left[name]:
+            left[name] = _without(prompter, left[name], len(ids) - room)
+        else:
+            raise InputError(
+                f"task {example.get('task', '')!r} has a system message or a chat template of more "
+                f"than {room} tokens: raise max_input"
+            )
+
+
+def _without(prompter: Any, text: str, count: int) -> str:
+    """A text without at least its first `count` tokens."""
+    tokenizer = prompter.tokenizer
+    ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+    shorter = str(tokenizer.decode(ids[count:])).lstrip() if len(ids) > count else ""
+    return shorter if len(shorter) < len(text) else text[count:]
