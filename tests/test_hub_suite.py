@@ -1,4 +1,5 @@
 import csv
+import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -225,6 +226,26 @@ def test_edited_data_is_read_again(folder: Path) -> None:
     text = (folder / "nli.csv").read_text()
     (folder / "nli.csv").write_text(text + "A,B,1,c,d,1\n")
     assert len(put(folder, x=task()).split("x", "train")) == 3
+
+
+@pytest.mark.parametrize(
+    ("file", "changes"),
+    [
+        ("nli.csv", {}),
+        ("nli.csv", {"data_files": {"train": ["n*.csv"]}}),
+        ("tables/nli.csv", {"path": "tables", "data_files": None}),
+    ],
+)
+def test_local_data_of_the_same_size_and_time_is_read_again(
+    folder: Path, file: str, changes: dict[str, Any]
+) -> None:
+    text, place = (folder / "nli.csv").read_text(), folder / file
+    place.parent.mkdir(exist_ok=True)
+    for weather in ("rains", "hails"):
+        place.write_text(text.replace("rains", weather))
+        os.utime(place, (1.6e9, 1.6e9))
+        read = put(folder, x=task(**changes)).split("x", "train")["input"][0]
+        assert read == f"It {weather}. It is wet."
 
 
 def test_two_tasks_of_the_same_rows_keep_their_names(folder: Path) -> None:

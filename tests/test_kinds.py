@@ -28,6 +28,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.testing import assert_close
 from transformers import (
+    AutoConfig,
+    AutoModel,
     AutoTokenizer,
     ByT5Tokenizer,
     MPNetConfig,
@@ -36,7 +38,7 @@ from transformers import (
 )
 
 from polyroute.errors import InputError
-from polyroute.kinds.choose import CausalKind, EncoderKind, Seq2SeqKind, kind_of
+from polyroute.kinds.choose import AFTER_PADDING, CausalKind, EncoderKind, Seq2SeqKind, kind_of
 from polyroute.study.examples import encoded_records
 
 # Choosing the kind
@@ -362,6 +364,23 @@ def test_an_encoder_cannot_learn_from_a_row_without_choices_or_with_a_target_off
         kind.collate(off)
 
 
+@pytest.mark.parametrize("pad", [1, 3])
+@pytest.mark.parametrize("family", sorted(AFTER_PADDING - {"esm", "mpnet", "xmod"}))
+def test_positions_that_begin_after_the_padding_are_all_that_a_text_can_use(
+    family: str, pad: int
+) -> None:
+    tokenizer = word_tokenizer(frame=True)
+    config = AutoConfig.for_model(
+        family, vocab_size=len(tokenizer), hidden_size=16, num_hidden_layers=1,
+        num_attention_heads=2, intermediate_size=32, max_position_embeddings=36, pad_token_id=pad,
+    )  # fmt: skip
+    model = AutoModel.from_config(config).eval()
+    kind = kind_of(config, tokenizer)
+    assert kind.max_input == kind_of(model, tokenizer).max_input == 36 - pad - 1
+    rows = as_rows(kind.encode(columns(("a", "", "cat " * 60, "yes", ["yes", "no"]))))
+    assert kind.scores(Routed(model), rows)[0].isfinite().all()
+
+
 # Generation
 
 
@@ -388,6 +407,66 @@ def test_generation_greedily_continues_the_prompt() -> None:
         ids.append(int(model.base_model(input_ids=torch.tensor([ids])).logits[0, -1].argmax()))
     expected = kind.tokenizer.decode(ids[len(row["prompt_ids"]) :], skip_special_tokens=True)
     assert kind.generate(model, [row], max_new_tokens=5) == [expected.strip()]
+
+
+SHIPPED: dict[str, Any] = {
+    "repetition_penalty": 5.0,
+    "no_repeat_ngram_size": 1,
+    "suppress_tokens": list(range(5, 15)),
+    "forced_eos_token_id": 3,
+    "min_length": 30,
+    "do_sample": True,
+    "temperature": 9.0,
+    "return_dict_in_generate": True,
+    "stop_strings": ["a"],
+    "num_return_sequences": 1,
+    "prompt_lookup_num_tokens": 2,
+    "cache_implementation": "static",
+    "a setting of the future": 1,
+}
+
+
+@text_model
+@pytest.mark.parametrize("num_beams", [1, 3])
+def test_what_the_base_ships_for_generation_changes_no_answer(make: Maker, num_beams: int) -> None:
+    model, kind = made(make)
+    rows = as_rows(kind.encode(EXAMPLES))
+    plain = kind.generate(model, rows, max_new_tokens=6, num_beams=num_beams)
+    own = model.base_model.generation_config
+    for name, value in SHIPPED.items():
+        setattr(own, name, value)
+    shipped = own.to_dict()
+    assert kind.generate(model, rows, max_new_tokens=6, num_beams=num_beams) == plain
+    assert model.base_model.generation_config is own
+    assert own.to_dict() == shipped
+
+
+def test_an_answer_ends_at_the_end_tokens_of_the_tokenizer_and_of_the_base() -> None:
+    model, kind = made(gpt2)
+    row = as_rows(kind.encode(EXAMPLES))[0]
+
+    def words() -> list[str]:
+        return kind.generate(model, [row], max_new_tokens=6)[0].split()  # one token each
+
+    whole = words()
+    last = next(word for word in whole if word != whole[0])
+    ended = whole[: whole.index(last) + 1]
+    assert len(ended) < len(whole)
+    end = kind.tokenizer.convert_tokens_to_ids(last)
+    for ends in ([0, end], end):
+        model.base_model.generation_config.eos_token_id = ends
+        assert words() == ended
+    model.base_model.generation_config.eos_token_id = None
+    kind.tokenizer.eos_token = last
+    assert words() == ended
+
+
+def test_an_encoder_decoder_keeps_the_tokens_that_begin_its_answers() -> None:
+    model, kind = made(t5)
+    row = as_rows(kind.encode(EXAMPLES))[:1]
+    assert not kind.generate(model, row, max_new_tokens=4)[0].startswith("b")
+    model.base_model.generation_config.forced_bos_token_id = ord("b") + 3  # as mBART's language
+    assert kind.generate(model, row, max_new_tokens=4)[0].startswith("b")
 
 
 def test_a_long_prompt_leaves_room_for_what_is_generated() -> None:

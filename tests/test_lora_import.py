@@ -10,6 +10,12 @@ import torch
 from models import batch, gpt2, llama, relative_error, routed, stack, t5
 from safetensors.torch import load_file, save_file
 from torch import nn
+from transformers import (
+    CLIPVisionConfig,
+    LlamaConfig,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
+)
 
 from polyroute import InputError
 from polyroute.exchange import read_inventory
@@ -37,6 +43,16 @@ def written(folder: Path, build: Build = llama, **settings: Any) -> nn.Module:
     return model
 
 
+def llava() -> nn.Module:
+    """A vision-language model whose layers had other names before transformers 5."""
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1}
+    text = LlamaConfig(**sizes, vocab_size=64, num_attention_heads=4, initializer_range=0.2)
+    vision = CLIPVisionConfig(**sizes, num_attention_heads=4, image_size=8, patch_size=4)
+    config = LlavaConfig(vision_config=vision, text_config=text, image_token_index=63)
+    return LlavaForConditionalGeneration(config).eval()
+
+
 @pytest.mark.parametrize(("build", "settings"), [
     (t5, {}),
     (llama, {"use_rslora": True}),
@@ -54,6 +70,59 @@ def test_a_lora_computes_what_it_does_in_peft(
     ours = read_inventory(build(), tmp_path, tasks=["mine"])
     expected = theirs(**inputs).logits
     assert relative_error(build()(**inputs).logits, expected) > 1e-3
+    assert relative_error(ours(**inputs, tasks="mine").logits, expected) < 1e-5
+
+
+def renamed(folder: Path, name: Callable[[str], str]) -> None:
+    """Give the tensors of an adapter other names."""
+    file = folder / "adapter_model.safetensors"
+    save_file({name(key): tensor for key, tensor in load_file(file).items()}, file)
+
+
+@torch.no_grad()
+def test_a_lora_of_the_output_layer_comes_with_a_copy_of_it(tmp_path: Path) -> None:
+    theirs, inputs = written(tmp_path, target_modules=["q_proj", "lm_head"]), batch(llama())
+    saved = load_file(tmp_path / "adapter_model.safetensors")
+    assert "base_model.model.lm_head.base_layer.weight" in saved
+    ours = read_inventory(llama(), tmp_path, tasks=["mine"])
+    assert relative_error(ours(**inputs, tasks="mine").logits, theirs(**inputs).logits) < 1e-5
+    half = llama().bfloat16()
+    assert "lm_head" in [site.name for site in read_inventory(half, tmp_path).sites]
+    other = llama()
+    other.lm_head.weight.mul_(1.01)
+    with pytest.raises(InputError, match=r"lm_head\.base_layer\.weight' with other values than"):
+        read_inventory(other, tmp_path)
+
+
+@torch.no_grad()
+def test_keys_may_hold_the_name_of_the_adapter(tmp_path: Path) -> None:
+    theirs, inputs = written(tmp_path), batch(llama())
+    renamed(tmp_path, lambda key: key.replace(".weight", ".default.weight"))
+    ours = read_inventory(llama(), tmp_path, tasks=["mine"])
+    assert relative_error(ours(**inputs, tasks="mine").logits, theirs(**inputs).logits) < 1e-5
+    renamed(tmp_path, lambda key: key.replace("A.default", "A.french"))
+    with pytest.raises(InputError, match=r"several adapters \(default, french\): save each"):
+        read_inventory(llama(), tmp_path)
+
+
+@pytest.mark.parametrize("form", [None, "peft"])
+def test_adapters_in_sub_folders_are_named(tmp_path: Path, form: str | None) -> None:
+    written(tmp_path / "checkpoint-9")
+    written(tmp_path / "checkpoint-8" / "french")
+    with pytest.raises(InputError, match=r"one of them: checkpoint-8/french, checkpoint-9$"):
+        read_inventory(llama(), tmp_path, form=form)
+
+
+@torch.no_grad()
+def test_names_of_layers_from_older_transformers_are_read_as_in_peft(tmp_path: Path) -> None:
+    written(tmp_path, llava, target_modules=r".*language_model.*\.(q|v)_proj")
+    now = "base_model.model.model.language_model."
+    renamed(tmp_path, lambda key: key.replace(now, "base_model.model.language_model.model."))
+    theirs = peft.PeftModel.from_pretrained(llava(), tmp_path).eval()
+    ours = read_inventory(llava(), tmp_path, tasks=["mine"])
+    inputs = {"input_ids": torch.randint(3, 60, (2, 6))}
+    expected = theirs(**inputs).logits
+    assert relative_error(llava()(**inputs).logits, expected) > 1e-3
     assert relative_error(ours(**inputs, tasks="mine").logits, expected) < 1e-5
 
 

@@ -1,4 +1,6 @@
 import json
+import os
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -82,6 +84,15 @@ def test_a_template_is_a_task_of_its_data_set(folder: Path) -> None:
     row = {"task": tasks[0], "instruction": "", "target": "yes", "choices": None}
     train = suite.split(tasks[0], "train")
     assert train.to_list() == [{**row, "input": f"Question {i}?"} for i in numbers(train)]
+
+
+def test_rows_of_the_same_size_and_time_are_read_again(folder: Path) -> None:
+    file = folder / "trec_which" / "train-00000-of-00001.parquet"
+    for word in ("Does", "Will"):
+        prompts(folder, "trec_which", 5, inputs_pretokenized=f"{word} it?")
+        os.utime(file, (1.6e9, 1.6e9))
+        assert opened(folder).split("trec/None/which", "train")["input"][0] == f"{word} it?"
+        shutil.rmtree(file.parent)
 
 
 def test_data_sets_may_be_the_tasks(folder: Path) -> None:

@@ -131,6 +131,15 @@ def test_an_adapter_becomes_an_inventory_and_back_with_every_bit(tmp_path: Path)
     assert back.peft_config["default"].settings() == model.peft_config["default"].settings()
 
 
+@torch.no_grad()
+def test_an_adapter_of_the_output_layer_comes_with_a_copy_of_it(tmp_path: Path) -> None:
+    model = new(target_modules=["q_proj", "lm_head"])
+    model.save_pretrained(tmp_path)
+    ours, inputs = read_inventory(llama(), tmp_path), batch(llama())
+    expected = model(**inputs, tasks="birch").logits
+    assert relative_error(ours(**inputs, tasks="birch").logits, expected) < TOLERANCE
+
+
 # -------------------------------------------------------------------- what PEFT does with adapters
 
 

@@ -6,7 +6,7 @@ from typing import Any
 import datasets
 import pytest
 import torch
-from base_models import llama
+from base_models import llama, t5
 from transformers import Trainer, TrainingArguments
 
 from polyroute import InputError, MHRConfig, RoutedModel, attach, from_pretrained
@@ -87,3 +87,11 @@ def test_a_model_that_is_not_routed_and_columns_that_vanish_are_refused(tmp_path
         RoutedTrainer(plain, arguments(tmp_path))
     with pytest.raises(InputError, match="remove_unused_columns must stay False"):
         RoutedTrainer(routed(), arguments(tmp_path, remove_unused_columns=True))
+
+
+def test_smoothing_that_would_not_shift_the_labels_is_refused(tmp_path: Path) -> None:
+    args = arguments(tmp_path, label_smoothing_factor=0.1)
+    with pytest.raises(InputError, match="would compare each token with itself instead"):
+        RoutedTrainer(routed(), args)
+    of_t5 = attach(t5()[0], MHRConfig(num_skills=2, num_heads=2, rank=1), ["a"])
+    RoutedTrainer(of_t5, args)

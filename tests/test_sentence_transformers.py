@@ -14,6 +14,7 @@ pytest.importorskip("sentence_transformers", minversion="6.0")
 
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.base.modules import Transformer
+from sentence_transformers.sentence_transformer.evaluation import InformationRetrievalEvaluator
 from sentence_transformers.sentence_transformer.modules import Normalize, Pooling
 
 from polyroute import InputError
@@ -74,6 +75,26 @@ def test_every_text_may_have_a_task_of_its_own(folder: Path) -> None:
         found = model.encode(mixed, batch_size=batch_size)
         np.testing.assert_allclose(found, of_kind(model, TEXTS, TASKS), atol=1e-6)
     np.testing.assert_allclose(model.encode(mixed[0]), found[0], atol=1e-6)
+
+
+@pytest.mark.parametrize("tasks", [("amber", "birch"), ("query", "document", "birch")])
+def test_queries_and_documents_have_the_tasks_that_are_routed(
+    folder: Path, tasks: tuple[str, ...]
+) -> None:
+    model = encoder(folder, tasks=tasks)
+    expected = of_kind(model, TEXTS, ["birch"] * 4)
+    own = [{"text": text, "task": "birch"} for text in TEXTS]
+    for encode in (model.encode_query, model.encode_document):
+        with model[0].model.route("birch"):
+            np.testing.assert_allclose(encode(TEXTS), expected, atol=1e-6)
+        np.testing.assert_allclose(encode(own), expected, atol=1e-6)
+        clash = "'(query|document)' is a kind of text" if "query" in tasks else "no task is routed"
+        with pytest.raises(InputError, match=clash):
+            encode(TEXTS)
+    queries, documents = ({str(i): text for i, text in enumerate(TEXTS)} for _ in range(2))
+    evaluator = InformationRetrievalEvaluator(queries, documents, {i: {i} for i in queries})
+    with model[0].model.route("birch"):
+        assert evaluator(model)["cosine_accuracy@1"] == 1
 
 
 def test_a_saved_encoder_loads_with_its_inventory(folder: Path, tmp_path: Path) -> None:

@@ -65,6 +65,79 @@ def test_what_cannot_be_trained_is_refused(parts: Any, tmp_path: Path) -> None:
             MultiTaskTrainer(one, kind, arguments_, data)
 
 
+@pytest.mark.parametrize(("hook", "message"), [
+    ("compute_metrics", "score answers with polyroute.evaluate"),
+    ("preprocess_logits_for_metrics", "score answers with polyroute.evaluate"),
+    ("compute_loss_func", "the kind computes the loss: give it an objective"),
+    ("data_collator", "the kind makes the batches"),
+    ("optimizer_cls_and_kwargs", "args.optim names the optimizer"),
+])  # fmt: skip
+def test_what_trainer_would_not_use_is_refused(
+    parts: Any, tmp_path: Path, hook: str, message: str
+) -> None:
+    model, kind, rows = parts
+    with pytest.raises(InputError, match=f"{hook} would not be used: .*{message}"):
+        MultiTaskTrainer(model, kind, arguments(tmp_path), rows, **{hook: print})
+
+
+def test_an_order_of_rows_that_tasks_would_override_is_refused(parts: Any, tmp_path: Path) -> None:
+    model, kind, rows = parts
+    args = arguments(tmp_path, train_sampling_strategy="group_by_length")
+    with pytest.raises(InputError, match="'group_by_length' has no effect: temperature and cap"):
+        MultiTaskTrainer(model, kind, args, rows)
+
+
+BEST: dict[str, Any] = {
+    "eval_strategy": "steps", "eval_steps": 1, "save_steps": 1, "load_best_model_at_end": True,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("metric", "several"), [
+    (None, False), ("loss", False), ("eval_loss", False), ("few_loss", True),
+    ("eval_all_loss", True),
+])  # fmt: skip
+def test_the_best_model_is_that_of_the_least_loss(
+    parts: Any, tmp_path: Path, metric: str | None, several: bool
+) -> None:
+    model, kind, rows = parts
+    sets = {"all": rows, "few": rows.select(range(2))} if several else rows
+    args = arguments(tmp_path, **BEST, metric_for_best_model=metric)
+    trainer = MultiTaskTrainer(model, kind, args, rows, sets)
+    trainer.train()
+    assert trainer.state.best_metric is not None
+
+
+@pytest.mark.parametrize(("metric", "several"), [
+    ("accuracy", False), ("eval_accuracy", True), (None, True), ("loss", True), ("all_loss", False),
+])  # fmt: skip
+def test_a_best_model_by_what_is_not_measured_is_refused_before_training(
+    parts: Any, tmp_path: Path, metric: str | None, several: bool
+) -> None:
+    model, kind, rows = parts
+    sets = {"all": rows, "few": rows.select(range(2))} if several else rows
+    args = arguments(tmp_path, **BEST, metric_for_best_model=metric)
+    with pytest.raises(InputError, match=r"best_model='\w+' is not measured, .*'eval_\w*loss'"):
+        MultiTaskTrainer(model, kind, args, rows, sets)
+
+
+def test_a_subclass_may_measure_more(parts: Any, tmp_path: Path) -> None:
+    class Measured(MultiTaskTrainer):
+        def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
+            return {**super().evaluate(*args, **kwargs), "eval_accuracy": 0.5}
+
+    model, kind, rows = parts
+    args = arguments(tmp_path, **BEST, metric_for_best_model="accuracy")
+    trainer = Measured(model, kind, args, rows, rows)
+    trainer.train()
+    assert trainer.state.best_metric == 0.5
+
+
+def test_predictions_are_refused(parts: Any, tmp_path: Path) -> None:
+    model, kind, rows = parts
+    with pytest.raises(InputError, match=r"no predict: .*polyroute\.evaluate"):
+        MultiTaskTrainer(model, kind, arguments(tmp_path), rows).predict(rows)
+
+
 def test_a_merged_model_is_not_trained(parts: Any, tmp_path: Path) -> None:
     model, kind, rows = parts
     args = arguments(tmp_path)

@@ -30,6 +30,8 @@ except ImportError as error:
 __all__ = ["RoutedTransformer"]
 
 FOLDER = "inventory"
+KINDS_OF_TEXT = ("query", "document")
+"""What sentence-transformers itself passes as `task`, in `encode_query` and `encode_document`."""
 
 
 class RoutedTransformer(InputModule):  # type: ignore[misc, unused-ignore]
@@ -39,6 +41,9 @@ class RoutedTransformer(InputModule):  # type: ignore[misc, unused-ignore]
     `{"text": ..., "task": ...}` gives each text its task; `encode` sorts texts by length, so a task
     must travel with its text. Without either, the task of an open `model.route` block applies, if
     it names one task.
+
+    `encode_query`, `encode_document` and the evaluators that call them pass a `task` of their own,
+    which is no task of the inventory: give these texts that have tasks, or open a `route` block.
     """
 
     forward_kwargs = {"task"}  # noqa: RUF012 - the type in the base class
@@ -78,7 +83,7 @@ class RoutedTransformer(InputModule):  # type: ignore[misc, unused-ignore]
         Raises:
             InputError: some texts of a batch have a task and others have none.
         """
-        kwargs.pop("task", None)  # sentence-transformers has its own tasks, such as "query"
+        kwargs.pop("task", None)  # `forward` gets it, too
         tasks = [text["task"] for text in inputs if isinstance(text, Mapping) and "task" in text]
         texts = [text["text"] for text in inputs] if len(tasks) == len(inputs) else inputs
         if 0 < len(tasks) < len(inputs):
@@ -92,14 +97,22 @@ class RoutedTransformer(InputModule):  # type: ignore[misc, unused-ignore]
         """Embed tokens with their tasks.
 
         Raises:
-            InputError: a text has no task, two tasks or an unknown task, or a route block with one
-                task per example is open.
+            InputError: a text has no task, two tasks or an unknown task, a route block with one
+                task per example is open, or `task` may mean a task or a kind of text.
         """
         tasks = features.pop("tasks", None)
-        if tasks is not None and task is not None:
-            raise InputError(f"these texts have their own tasks: leave out task={task!r}")
         block = self.model.open_routes.now()
         route = None if block is None else block.value
+        if task in KINDS_OF_TEXT:
+            if tasks is None and route is None and task in self.model.tasks:
+                raise InputError(
+                    f"task={task!r} is a kind of text in sentence-transformers, and a task of this "
+                    "inventory, too: open a model.route block, or give "
+                    "{'text': ..., 'task': ...} for each text"
+                )
+            task = None
+        if tasks is not None and task is not None:
+            raise InputError(f"these texts have their own tasks: leave out task={task!r}")
         if tasks is None and task is None and route is not None and route.per_example:
             raise InputError(
                 "encode() sorts texts by length, so the tasks of the open route block would go to "

@@ -2,11 +2,12 @@
 
 from collections.abc import Iterator, Mapping
 from functools import partial
-from typing import Any
+from typing import Any, NoReturn
 
 import datasets
 import torch
 from torch import Tensor, nn
+from transformers import Trainer
 from transformers.training_args import OptimizerNames
 
 from polyroute.data.sampling import TaskSampler
@@ -15,7 +16,13 @@ from polyroute.kinds.choose import ModelKind
 from polyroute.model import Phase, RoutedModel
 from polyroute.optimizers import LayerAdafactor
 from polyroute.study.examples import task_sizes
-from polyroute.training.arguments import MultiTaskTrainingArguments, check_multi_task
+from polyroute.training.arguments import (
+    LOSS_ALONE,
+    MultiTaskTrainingArguments,
+    check_best_metric,
+    check_hooks,
+    check_multi_task,
+)
 from polyroute.training.callbacks import NextEpoch
 from polyroute.training.routed_trainer import RoutedTrainer, check_routed
 from polyroute.training.row_weights import collate, rows_in_batch, share_of_loss, weigh
@@ -38,7 +45,7 @@ class MultiTaskTrainer(RoutedTrainer):
         args: `MultiTaskTrainingArguments`.
         train_dataset: encoded rows, task after task (`polyroute.study.examples.encoded_mixture`).
         eval_dataset: the same, for the evaluation loss; or several by name.
-        **kwargs: passed on to `Trainer`.
+        **kwargs: passed on to `Trainer`; those that would have no effect are refused.
 
     Raises:
         InputError: a row's task has no route in the model, the model is not routed or is merged, or
@@ -58,6 +65,8 @@ class MultiTaskTrainer(RoutedTrainer):
     ) -> None:
         check_routed(model)
         check_multi_task(args)
+        check_hooks(kwargs)
+        self._check_best_metric(args, eval_dataset)
         _check_rows(model, "train_dataset", train_dataset)
         if isinstance(eval_dataset, Mapping):
             for name, rows in eval_dataset.items():
@@ -81,6 +90,19 @@ class MultiTaskTrainer(RoutedTrainer):
 
     def _check_arguments(self) -> None:
         check_multi_task(self.args)
+        self._check_best_metric(self.args, self.eval_dataset)
+
+    def _check_best_metric(self, args: MultiTaskTrainingArguments, eval_dataset: object) -> None:
+        if type(self).evaluate is Trainer.evaluate:  # a subclass may measure more
+            check_best_metric(args, eval_dataset)
+
+    def predict(self, *args: Any, **kwargs: Any) -> NoReturn:
+        """Not available.
+
+        Raises:
+            InputError: always.
+        """
+        raise InputError(f"there is no predict: {LOSS_ALONE}")
 
     def _get_train_sampler(self, train_dataset: Any = None) -> TaskSampler:
         rows = self.train_dataset if train_dataset is None else train_dataset
@@ -167,7 +189,7 @@ class MultiTaskTrainer(RoutedTrainer):
         prediction_loss_only: bool,
         ignore_keys: list[str] | None = None,
     ) -> tuple[Tensor, None, None]:
-        """The loss alone; answers are scored by `polyroute.study.evaluate`."""
+        """The loss alone; answers are scored by `polyroute.evaluate`."""
         with torch.no_grad(), self.compute_loss_context_manager():
             return self.compute_loss(model, self._prepare_inputs(inputs)).detach(), None, None
 

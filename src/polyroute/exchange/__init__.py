@@ -10,7 +10,7 @@ from polyroute.errors import InputError, did_you_mean
 from polyroute.exchange.lora import from_lora
 from polyroute.exchange.mttl import HYPER_PARAMETERS, Layout, from_mttl
 from polyroute.exchange.mttl_export import write_mttl
-from polyroute.exchange.peft_folder import peft_type_of
+from polyroute.exchange.peft_folder import adapters_inside, peft_type_of
 from polyroute.exchange.peft_mhr import from_peft_mhr, write_peft_mhr
 from polyroute.exchange.peft_poly import from_peft_poly, write_peft_poly
 from polyroute.host.files import check_place
@@ -56,6 +56,10 @@ def read_inventory(
     if form in PEFT_READERS:
         read = PEFT_READERS[form]
         return read(base_model, place, tasks=tasks, allow_pickle=allow_pickle)
+    if form is None and not (place / HYPER_PARAMETERS).is_file():
+        inside = adapters_inside(place)
+        if inside:
+            raise InputError(f"{place} is no checkpoint: {inside}")
     layout: Layout | None = "mttl-main" if form == "mttl-main" else "mttl" if form else None
     return from_mttl(base_model, place, tasks=tasks, layout=layout, allow_pickle=allow_pickle)
 

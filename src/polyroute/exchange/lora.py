@@ -21,13 +21,15 @@ from torch.nn.functional import pad
 from polyroute.config import MHRConfig
 from polyroute.errors import InputError
 from polyroute.exchange.foreign import ForeignInventory, routed_model
-from polyroute.exchange.peft_folder import check_whole, read_peft_folder
+from polyroute.exchange.peft_folder import check_whole, names_now, read_peft_folder
 from polyroute.model import RoutedModel
 from polyroute.saved.peft_export import ROOT
 
 __all__ = ["from_lora"]
 
-KEY = re.compile(rf"{re.escape(ROOT)}(?P<layer>.+)\.lora_(?P<part>A|B)\.weight")
+KEY = re.compile(
+    rf"{re.escape(ROOT)}(?P<layer>.+)\.lora_(?P<part>A|B)(?:\.(?P<adapter>[^.]+))?\.weight"
+)
 CHANGED_BASE = ("modules_to_save", "trainable_token_indices", "lora_bias")
 """Settings of adapters that also hold weights of the base model or biases."""
 OTHER_FUNCTION = (
@@ -63,9 +65,28 @@ def from_lora(
             base model.
     """
     path, source = Path(folder), os.fspath(folder)
-    fields, tensors = read_peft_folder(path, "LORA", allow_pickle=allow_pickle)
+    fields, tensors = read_peft_folder(base_model, path, "LORA", allow_pickle=allow_pickle)
     _check_plain(fields, source)
+    layers = _layers(tensors, source)
+    ranks = [_checked_rank(layer, parts, fields, source) for layer, parts in layers.items()]
+    rank = max(ranks)
+    names = names_now(base_model, layers)
+    skills: dict[str, Tensor] = {}
+    for (name, parts), own in zip(layers.items(), ranks, strict=True):
+        scaled = parts["B"].float() * _scale(name, fields, own, source)
+        layer = names[name]
+        skills[f"{layer}.lora_a"] = pad(parts["A"].float().t(), (0, rank - own))[None, None]
+        skills[f"{layer}.lora_b"] = pad(scaled.t(), (0, 0, 0, rank - own))[None, None]
+    config = MHRConfig(method="shared", rank=rank, dropout=fields.get("lora_dropout") or 0.0)
+    found = ForeignInventory(source, config, skills, {})
+    check_whole(base_model, found, fields)
+    return routed_model(base_model, found, [path.resolve().name] if tasks is None else tasks)
+
+
+def _layers(tensors: Mapping[str, Any], source: str) -> dict[str, dict[str, Tensor]]:
+    """The two matrices of each layer; an adapter's name in the keys, as in memory, is left out."""
     layers: dict[str, dict[str, Tensor]] = {}
+    adapters: set[str] = set()
     for key, tensor in tensors.items():
         match = KEY.fullmatch(key)
         if match is None or not isinstance(tensor, Tensor) or tensor.dim() != 2:
@@ -73,20 +94,16 @@ def from_lora(
                 f"{source} holds {key!r}, which is no part of a LoRA of linear layers; embeddings "
                 "and trained weights of the base model cannot be imported"
             )
+        adapters.add(match["adapter"] or "")
         layers.setdefault(match["layer"], {})[match["part"]] = tensor
     if not layers:
         raise InputError(f"{source} holds no adapter: no key of it ends in .lora_A.weight")
-    ranks = [_checked_rank(layer, parts, fields, source) for layer, parts in layers.items()]
-    rank = max(ranks)
-    skills: dict[str, Tensor] = {}
-    for (layer, parts), own in zip(layers.items(), ranks, strict=True):
-        scaled = parts["B"].float() * _scale(layer, fields, own, source)
-        skills[f"{layer}.lora_a"] = pad(parts["A"].float().t(), (0, rank - own))[None, None]
-        skills[f"{layer}.lora_b"] = pad(scaled.t(), (0, 0, 0, rank - own))[None, None]
-    config = MHRConfig(method="shared", rank=rank, dropout=fields.get("lora_dropout") or 0.0)
-    found = ForeignInventory(source, config, skills, {})
-    check_whole(base_model, found, fields)
-    return routed_model(base_model, found, [path.resolve().name] if tasks is None else tasks)
+    if len(adapters) > 1:
+        raise InputError(
+            f"{source} holds several adapters ({', '.join(sorted(adapters - {''}))}): save each in "
+            "a folder of its own"
+        )
+    return layers
 
 
 def _check_plain(fields: Mapping[str, Any], source: str) -> None:

@@ -1,22 +1,25 @@
 """Reading the folders that PEFT's `save_pretrained` writes, for any method."""
 
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from polyroute.errors import InputError
 from polyroute.exchange.foreign import ForeignInventory, read_pickle
 from polyroute.host.files import read_json, read_tensors
 from polyroute.layer.sites import find_sites
-from polyroute.saved.peft_export import CONFIG, TENSORS
+from polyroute.saved.peft_export import CONFIG, ROOT, TENSORS
 
-__all__ = ["check_whole", "peft_type_of", "read_peft_folder"]
+__all__ = ["adapters_inside", "check_whole", "names_now", "peft_type_of", "read_peft_folder"]
 
 PICKLE = "adapter_model.bin"
+MOST_NAMES = 8
+"""As many sub-folders are named in an error message."""
 
 
 def peft_type_of(folder: str | os.PathLike[str]) -> str | None:
@@ -34,23 +37,40 @@ def peft_type_of(folder: str | os.PathLike[str]) -> str | None:
     return str(fields.get("peft_type"))
 
 
+def adapters_inside(folder: str | os.PathLike[str]) -> str:
+    """What to do with a folder whose sub-folders hold adapters; empty if none does."""
+    place = Path(folder)
+    found = sorted(p.parent for form in ("*/", "*/*/") for p in place.glob(form + CONFIG))
+    if not found:
+        return ""
+    names = [str(path.relative_to(place)) for path in found]
+    some = ", ".join(names[:MOST_NAMES]) + (", ..." if len(names) > MOST_NAMES else "")
+    return f"adapters are in its sub-folders, so name one of them: {some}"
+
+
 def read_peft_folder(
-    folder: str | os.PathLike[str], peft_type: str, *, allow_pickle: bool
+    base_model: nn.Module, folder: str | os.PathLike[str], peft_type: str, *, allow_pickle: bool
 ) -> tuple[dict[str, Any], Mapping[str, Any]]:
     """Read the settings and the tensors of an adapter.
 
+    PEFT saves a copy of the embeddings or of the output layer beside an adapter of them. The
+    tensors are without such copies.
+
     Args:
+        base_model: the model that the adapter was trained on.
         folder: a folder that PEFT wrote.
         peft_type: the method that the adapter must have.
         allow_pickle: read `adapter_model.bin` if there are no safetensors; see `read_pickle`.
 
     Raises:
-        InputError: the folder holds no adapter of this method, or its files are damaged.
+        InputError: the folder holds no adapter of this method, its files are damaged, or a copy
+            is not what the base model has.
     """
     path, source = Path(folder), os.fspath(folder)
     found = peft_type_of(path)
     if found is None:
-        raise InputError(f"{source} is no PEFT checkpoint: there is no {CONFIG} in it")
+        inside = adapters_inside(path) or f"there is no {CONFIG} in it"
+        raise InputError(f"{source} is no PEFT checkpoint: {inside}")
     if found != peft_type:
         raise InputError(
             f"{source} holds an adapter of PEFT type {found!r}, but {peft_type!r} is needed"
@@ -59,7 +79,32 @@ def read_peft_folder(
         tensors: Mapping[str, Any] = read_tensors(path / TENSORS)
     else:
         tensors = read_pickle(path / PICKLE, allowed=allow_pickle)
-    return read_json(path / CONFIG), tensors
+    own = base_model.state_dict()
+    copies = {
+        key: weight
+        for key in tensors
+        if (weight := own.get(key.removeprefix(ROOT).replace(".base_layer.", "."))) is not None
+    }
+    for key, weight in copies.items():
+        if not _is_copy(tensors[key], weight):
+            raise InputError(
+                f"{source} holds {key!r} with other values than the base model has: load the base "
+                "model that it was trained on; modules_to_save and other trained weights of the "
+                "base model cannot be imported"
+            )
+    return read_json(path / CONFIG), {k: v for k, v in tensors.items() if k not in copies}
+
+
+def _is_copy(tensor: Any, weight: Tensor) -> bool:
+    """Whether a tensor has the values of a weight of the base model, in the precision of either."""
+    if weight.is_meta:  # it has no values yet
+        return True
+    if not isinstance(tensor, Tensor) or tensor.shape != weight.shape:
+        return False
+    weight = weight.to(tensor.device)
+    return torch.equal(weight.to(tensor.dtype), tensor) or torch.equal(
+        weight, tensor.to(weight.dtype)
+    )
 
 
 def check_whole(base_model: nn.Module, found: ForeignInventory, fields: Mapping[str, Any]) -> None:
@@ -81,3 +126,31 @@ def check_whole(base_model: nn.Module, found: ForeignInventory, fields: Mapping[
             f"{found.source} has no adapter for layer {missing[0]!r}, which its settings choose: "
             "it is not whole, or belongs to another base model"
         )
+
+
+def names_now(base_model: nn.Module, layers: Iterable[str]) -> dict[str, str]:
+    """What the base model calls layers whose names may be those of older versions of transformers.
+
+    transformers renamed parts of some models, such as the language model of LLaVA, and knows how.
+    """
+    there = {name for name, _ in base_model.named_modules()}
+    names = {layer: layer for layer in layers}
+    older = [layer for layer in names if layer not in there]
+    renamings = _renamings(base_model) if older else []
+    for layer in older:
+        key = f"{layer}.weight"
+        for renaming in renamings:
+            key, _ = renaming.rename_source_key(key)
+        if key.removesuffix(".weight") in there:
+            names[layer] = key.removesuffix(".weight")
+    return names
+
+
+def _renamings(base_model: nn.Module) -> list[Any]:
+    from transformers import PreTrainedModel
+    from transformers.conversion_mapping import get_model_conversion_mapping
+    from transformers.core_model_loading import WeightRenaming
+
+    if not isinstance(base_model, PreTrainedModel):
+        return []
+    return [r for r in get_model_conversion_mapping(base_model) if isinstance(r, WeightRenaming)]

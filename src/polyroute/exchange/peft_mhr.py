@@ -12,7 +12,6 @@ with `ia3` `[1, H, K, 1, d_out/H]` in place of both for (IA)^3. Every layer has 
 import os
 import re
 from collections.abc import Sequence
-from pathlib import Path
 
 from torch import Tensor, nn
 
@@ -101,7 +100,7 @@ def from_peft_mhr(
             model.
     """
     source = os.fspath(folder)
-    fields, tensors = read_peft_folder(Path(folder), "MHR", allow_pickle=allow_pickle)
+    fields, tensors = read_peft_folder(base_model, folder, "MHR", allow_pickle=allow_pickle)
     names = fields.get("tasks")
     if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
         raise InputError(f"{source} has no list of task names in {CONFIG}; it is damaged")

@@ -65,7 +65,7 @@ def from_peft_poly(
             base model.
     """
     source, path = os.fspath(folder), Path(folder)
-    fields, tensors = read_peft_folder(path, "POLY", allow_pickle=allow_pickle)
+    fields, tensors = read_peft_folder(base_model, path, "POLY", allow_pickle=allow_pickle)
     config = _config(fields, source)
     if tasks is None and (path / NAMES).is_file():
         tasks = read_names(path / NAMES)

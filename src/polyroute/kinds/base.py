@@ -22,6 +22,7 @@ from polyroute.data.suite import prompt
 from polyroute.errors import InputError
 from polyroute.kinds.batches import Ids, Row, evaluating, on_device_of, padded
 from polyroute.kinds.objectives import Objective, objective_of
+from polyroute.kinds.search import plain_search
 
 __all__ = ["UNBOUNDED", "ModelKind"]
 
@@ -216,6 +217,8 @@ class ModelKind(ABC):
     ) -> list[str]:
         """Answer each row with text, by greedy or beam search without sampling.
 
+        Nothing of the base model's generation config applies but its start and end tokens.
+
         Args:
             model: the routed model.
             rows: encoded rows, all in one batch.
@@ -272,15 +275,16 @@ class ModelKind(ABC):
         num_beams: int,
     ) -> Tensor:
         batch = on_device_of(model, inputs)
+        settings = plain_search(
+            model,
+            ends=self._ends,
+            pad=self._pad,
+            max_new_tokens=max_new_tokens,
+            num_beams=num_beams,
+        )
         with evaluating(model):
             out: Tensor = model.generate(  # type: ignore[operator]  # nn.Module hides methods
-                **batch,
-                tasks=tasks,
-                max_new_tokens=max_new_tokens,
-                num_beams=num_beams,
-                do_sample=False,
-                pad_token_id=self._pad,
-                eos_token_id=self._ends,
+                **batch, tasks=tasks, generation_config=settings
             )
         return out
 

@@ -27,6 +27,12 @@ __all__ = [
     "kind_of",
 ]
 
+AFTER_PADDING = {
+    "camembert", "data2vec-text", "esm", "ibert", "longformer", "luke", "mpnet", "roberta",
+    "roberta-prelayernorm", "xlm-roberta", "xlm-roberta-xl", "xmod",
+}  # fmt: skip
+"""The types of models that number positions from the padding id on, as RoBERTa does."""
+
 
 def kind_of(
     model_or_config: nn.Module | PreTrainedConfig,
@@ -56,7 +62,6 @@ def kind_of(
             objective or the prompt.
     """
     config, architecture = _described(model_or_config)
-    positions = getattr(config, "max_position_embeddings", None)
     found = _class_of(config, architecture)
     chat: dict[str, Any] = {"prompt": prompt} if issubclass(found, CausalKind) else {}
     if not chat and prompt not in ("auto", "plain"):
@@ -69,7 +74,7 @@ def kind_of(
         **chat,
         max_input=max_input,
         max_target=max_target,
-        max_positions=positions if isinstance(positions, int) and positions > 0 else None,
+        max_positions=_usable_positions(config),
         objective=objective,
     )
 
@@ -95,6 +100,16 @@ def _described(model_or_config: nn.Module | PreTrainedConfig) -> tuple[PreTraine
             f"a {type(model_or_config).__name__} is of no known kind: give a transformers model"
         )
     return model.config, type(model).__name__
+
+
+def _usable_positions(config: PreTrainedConfig) -> int | None:
+    """The most tokens that a model has positions for; None if its config sets no limit."""
+    positions = getattr(config, "max_position_embeddings", None)
+    if not isinstance(positions, int) or positions < 1:
+        return None
+    if config.model_type in AFTER_PADDING:
+        return positions - 1 - (config.pad_token_id or 0)
+    return positions
 
 
 def _class_of(config: PreTrainedConfig, architecture: str) -> type[ModelKind]:

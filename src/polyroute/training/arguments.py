@@ -1,15 +1,33 @@
 """The arguments of multi-task training, and which of them routing cannot follow."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 from transformers import TrainingArguments
 from transformers.training_args import OptimizerNames
 
-from polyroute.errors import InputError
+from polyroute.errors import InputError, did_you_mean
 
-__all__ = ["MultiTaskTrainingArguments", "check_arguments", "check_multi_task"]
+__all__ = [
+    "LOSS_ALONE",
+    "MultiTaskTrainingArguments",
+    "check_arguments",
+    "check_best_metric",
+    "check_hooks",
+    "check_multi_task",
+]
 
 ROWWISE_OPTIMS = ("adamw_torch", "adamw_torch_fused")
+LOSS_ALONE = "MultiTaskTrainer computes the loss alone: score answers with polyroute.evaluate"
+HOOKS = {
+    "compute_metrics": LOSS_ALONE,
+    "preprocess_logits_for_metrics": LOSS_ALONE,
+    "compute_loss_func": "the kind computes the loss: give it an objective, or use RoutedTrainer",
+    "data_collator": "the kind makes the batches: use RoutedTrainer for a collator of your own",
+    "optimizer_cls_and_kwargs": "args.optim names the optimizer: set it, or give optimizers",
+}
+"""Arguments of `Trainer` that multi-task training would not use, and what to do instead."""
 
 
 @dataclass
@@ -82,7 +100,43 @@ def check_multi_task(args: object) -> None:
             f"label_smoothing_factor={args.label_smoothing_factor} has no effect on the loss of a "
             "kind; leave it at 0"
         )
+    for name, usual in (("train_sampling_strategy", "random"), ("group_by_length", False)):
+        value = getattr(args, name, usual)
+        if value != usual:
+            raise InputError(
+                f"{name}={value!r} has no effect: temperature and cap say how tasks are drawn; "
+                f"leave it at {usual!r}"
+            )
     _check_optimizer(args)
+
+
+def check_hooks(options: Mapping[str, Any]) -> None:
+    """Refuse arguments of `Trainer` that multi-task training would not use.
+
+    Raises:
+        InputError: the message says what to do instead.
+    """
+    for name, instead in HOOKS.items():
+        if options.get(name) is not None:
+            raise InputError(f"{name} would not be used: {instead}")
+
+
+def check_best_metric(args: TrainingArguments, eval_dataset: object) -> None:
+    """Refuse a `metric_for_best_model` that evaluation during training does not give.
+
+    Raises:
+        InputError: the message names what there is.
+    """
+    metric = args.metric_for_best_model
+    if metric is None or args.eval_strategy == "no":
+        return
+    sets = eval_dataset if isinstance(eval_dataset, Mapping) else ()
+    losses = [f"eval_{name}_loss" for name in sets] or ["eval_loss"]
+    if f"eval_{metric.removeprefix('eval_')}" not in losses:
+        raise InputError(
+            f"metric_for_best_model={metric!r} is not measured, because MultiTaskTrainer computes "
+            f"the loss alone; {did_you_mean(metric, losses)}"
+        )
 
 
 def _check_optimizer(args: MultiTaskTrainingArguments) -> None:

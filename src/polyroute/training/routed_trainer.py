@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import nn
 from transformers import Trainer, TrainingArguments
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from transformers.trainer_utils import HubStrategy
 from transformers.utils.generic import find_labels
 
@@ -48,6 +49,7 @@ class RoutedTrainer(Trainer):
     def __init__(self, model: RoutedModel, args: TrainingArguments, **kwargs: Any) -> None:
         check_routed(model)
         check_arguments(args)
+        _check_smoothing(model.base_model, args)
         with accepted(model, loss_kwargs=_uses_loss_kwargs(model.base_model)):
             super().__init__(model=model, args=args, **kwargs)
         if args.label_names is None:
@@ -154,6 +156,16 @@ def check_routed(model: object) -> None:
             f"model must be routed, not a {type(model).__name__}: see polyroute.attach"
         )
     model.check_unmerged()
+
+
+def _check_smoothing(base_model: nn.Module, args: TrainingArguments) -> None:
+    # `Trainer` shifts the labels of models that it knows by the name of their class.
+    is_decoder = type(base_model).__name__ in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values()
+    if args.label_smoothing_factor and is_decoder:
+        raise InputError(
+            f"label_smoothing_factor={args.label_smoothing_factor} would compare each token with "
+            "itself instead of the next: leave it at 0, and smooth in a compute_loss_func"
+        )
 
 
 def _uses_loss_kwargs(base_model: nn.Module) -> bool:

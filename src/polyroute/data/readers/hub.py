@@ -21,6 +21,7 @@ in the file is ever run.
 
 from collections.abc import Iterator, Mapping
 from functools import cache, partial
+from glob import glob
 from pathlib import Path
 from typing import Any
 
@@ -143,6 +144,7 @@ def _loaded(
     path, name = str(entry["path"]), entry.get("name")
     if path not in _LOCAL and (folder / path).is_dir():
         path = str(folder / path)
+    options["files"] = _local_files(path, options.get("data_files"))
     if splits:
         found = {
             ours: load(where, path, name, split=theirs, **options)
@@ -166,6 +168,26 @@ def _beside(folder: Path, files: Any) -> Any:
     if isinstance(files, list):
         return [_beside(folder, part) for part in files]
     return files if "://" in str(files) else str(folder / str(files))
+
+
+def _local_files(path: str, data_files: Any) -> list[Path]:
+    """The files on this machine that the rows come from."""
+    inside = [
+        file
+        for file in sorted(Path(path).rglob("*"))
+        if file.is_file() and not any(part.startswith(".") for part in file.relative_to(path).parts)
+    ]
+    # Not Path.glob, which takes no absolute pattern.
+    named = (glob(name, recursive=True) for name in _names(data_files))  # noqa: PTH207
+    return inside + [Path(file) for files in named for file in sorted(files)]
+
+
+def _names(files: Any) -> list[str]:
+    """All names of files in what `_beside` made."""
+    if isinstance(files, dict | list):
+        parts = files.values() if isinstance(files, dict) else files
+        return [name for part in parts for name in _names(part)]
+    return [] if files is None else [files]
 
 
 def _records(

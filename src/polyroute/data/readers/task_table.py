@@ -22,7 +22,7 @@ __all__ = ["TableSuite", "TaskSource", "TaskTable", "file_key", "load", "load_fi
 
 # Part of every cache key. Raise it when the checks or the columns change; otherwise tables of
 # older versions stay in use.
-_TABLE_VERSION = 2
+_TABLE_VERSION = 3
 
 _FORMATS = {".parquet": "parquet", ".jsonl": "json", ".json": "json"}
 
@@ -163,31 +163,38 @@ def _derived(record: Mapping[str, Any]) -> TaskInfo:
 
 
 def file_key(path: Path) -> list[Any]:
-    """A value that changes when a file does, for the key of a `TaskSource`.
+    """A value that changes when the content of a file does, for the key of a `TaskSource`.
+
+    The size and the time of a file say too little: archives and copies keep both.
 
     Raises:
         InputError: the file cannot be read.
     """
     try:
-        stat = path.stat()
+        with path.open("rb") as file:
+            return [str(path), hashlib.file_digest(file, "blake2b").hexdigest()]
     except OSError as error:
         raise cannot_read(path, error) from error
-    return [str(path), stat.st_size, stat.st_mtime_ns]
 
 
-def load(what: str, path: str, name: str | None = None, **options: Any) -> Any:
+def load(
+    what: str, path: str, name: str | None = None, *, files: Sequence[Path] = (), **options: Any
+) -> Any:
     """Load rows with `datasets.load_dataset`, quietly.
 
     Args:
         what: the beginning of error messages.
         path: a data set on the hub, or a format such as `"parquet"`.
         name: a configuration of the data set.
+        files: the local files of the rows, which are prepared again when their content changes.
         **options: options of `datasets.load_dataset`: `split`, `data_files`, `revision`,
             `cache_dir`.
 
     Raises:
         InputError: the rows cannot be loaded.
     """
+    if files:
+        options["cache_dir"] = _cache_of(files, options.get("cache_dir"))
     try:
         with quiet_datasets():
             return datasets.load_dataset(path, name, **options)
@@ -200,6 +207,13 @@ def load(what: str, path: str, name: str | None = None, **options: Any) -> Any:
             f"{what}: {place} cannot be loaded ({reason}); check the name and the files, and "
             "that the hub can be reached"
         ) from error
+
+
+def _cache_of(files: Sequence[Path], cache_dir: str | None) -> str:
+    """The part of the cache for what is in local files now; `datasets` looks at their times."""
+    key = json.dumps([file_key(path) for path in files])
+    root = Path(cache_dir or datasets.config.HF_DATASETS_CACHE)
+    return str(root / "local" / hashlib.sha256(key.encode()).hexdigest()[:32])
 
 
 def load_files(place: Path, split: str, cache_dir: str | Path | None) -> datasets.Dataset | None:
@@ -226,6 +240,7 @@ def load_files(place: Path, split: str, cache_dir: str | Path | None) -> dataset
     return load(
         str(paths[0]),
         _FORMATS[paths[0].suffix],
+        files=paths,
         data_files=[str(path) for path in paths],
         split="train",
         cache_dir=None if cache_dir is None else str(cache_dir),
