@@ -14,6 +14,7 @@ import pytest
 import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from pages import DOCS, run_page
 
 from polyroute.data.open import open_suite
 from polyroute.data.readers.conversations import Turn, examples
@@ -524,3 +525,25 @@ def test_a_yaml_file_reads_the_splits_of_saved_data(tmp_path: Path) -> None:
     assert suite(split={"validation": "test"}).splits("mine") == ("validation",)
     with pytest.raises(InputError, match=re.escape("has no split 'tests'; did you mean 'test'")):
         suite(split={"test": "tests"}).splits("mine")
+
+
+DATA_PAGE = (DOCS / "data.md").read_text(encoding="utf-8")
+
+
+def test_the_file_that_the_page_shows_is_trained_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    section = DATA_PAGE.split("## Files as you have them")[1].split("## Tables")[0]
+    (tmp_path / "section.md").write_text(section, encoding="utf-8")
+    run_page(tmp_path / "section.md")
+    (promised,) = re.findall(r"first line of the output is `([^`]+)`", section)
+    assert capsys.readouterr().out.splitlines()[0] == promised
+    assert (tmp_path / "runs" / "alpaca" / "metrics.json").is_file()
+
+
+def test_the_page_lists_every_shape_with_its_columns() -> None:
+    rows = re.findall(r"^\| ([^|]+) \| ([^|]+) \| [^|]+ \|$", DATA_PAGE, flags=re.MULTILINE)
+    for shape in SHAPES:
+        lines = [columns for name, columns in rows if name == shape.name]
+        assert any(shape.needs <= set(re.findall(r"`(\w+)`", columns)) for columns in lines)
