@@ -311,11 +311,14 @@ def test_a_folder_may_hold_files_and_saved_data_of_all_shapes(
 
 
 @pytest.mark.parametrize("suffix", [".jsonl", ".csv"])
-def test_files_that_are_called_after_splits_are_one_task(tmp_path: Path, suffix: str) -> None:
+@pytest.mark.parametrize("shape", FLAT)
+def test_files_that_are_called_after_splits_are_one_task(
+    tmp_path: Path, shape: str, suffix: str
+) -> None:
     folder = tmp_path / "poems"
     folder.mkdir()
     for split in ("train", "test"):
-        put(folder, FLAT["question and answer"][0], split, suffix)
+        put(folder, FLAT[shape][0], split, suffix)
     suite = opened(folder)
     assert (suite.tasks, suite.splits("poems")) == (("poems",), ("train", "test"))
     assert opened(folder / f"test{suffix}").splits("poems") == ("test",)
@@ -547,3 +550,11 @@ def test_the_page_lists_every_shape_with_its_columns() -> None:
     for shape in SHAPES:
         lines = [columns for name, columns in rows if name == shape.name]
         assert any(shape.needs <= set(re.findall(r"`(\w+)`", columns)) for columns in lines)
+
+
+def test_a_yaml_file_reads_saved_data_again_after_a_change(tmp_path: Path) -> None:
+    entry = {"path": "saved", "columns": {"input": "text", "target": "label"}}
+    (tmp_path / "mine.yaml").write_text(yaml.safe_dump({"tasks": {"mine": entry}}))
+    for number, name in ((1, "yes"), (0, "no")):
+        save(labelled([number]), tmp_path / "saved")
+        assert read(tmp_path / "mine.yaml")[0]["target"] == name

@@ -84,18 +84,23 @@ def is_table(path: Path) -> bool:
 def is_tabular(folder: Path) -> bool:
     """Whether a folder holds tables rather than JSONL records that name their own splits."""
     return is_saved(folder) or any(
-        path.suffix != ".jsonl" or _name(path)[1] is not None or _is_foreign(path)
+        path.suffix != ".jsonl" or Path(path.stem).suffix[1:] in SPLITS or _is_foreign(path)
         for path in _tables(folder)
     )
 
 
 def _is_foreign(path: Path) -> bool:
-    """Whether the first line of a JSONL file is not one of polyroute's own records."""
+    """Whether the first line of a JSONL file is not one of polyroute's own records.
+
+    A record has a split, so in `test.jsonl` records are of a task with that name.
+    """
     try:
         _, first = next(read_objects(path))
     except (InputError, StopIteration):
         return False
-    return bool(first) and not OWN.needs & set(first)
+    if not OWN.needs & set(first):
+        return bool(first)
+    return path.stem in SPLITS and "split" not in first
 
 
 def _tables(folder: Path) -> list[Path]:
@@ -216,8 +221,12 @@ class _Table:
         say(f"reading {name} as {shape.name}: {examples:,} {unit}{of_tasks}")
 
     def _key(self, *more: str) -> list[Any]:
-        keys = [[split, *rows_file_key(path)] for split, path in self.files.items()]
-        return [self.task, *more, *keys]
+        return [self.task, *more, *self._file_keys]
+
+    @cached_property
+    def _file_keys(self) -> list[Any]:
+        # Once, because a file may hold hundreds of tasks, all of which come from one reading.
+        return [[split, *rows_file_key(path)] for split, path in self.files.items()]
 
     def _records(self) -> Iterator[dict[str, Any]]:
         return checked(self._chosen(), None if self._names_tasks else self.task, self.task)
