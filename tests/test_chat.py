@@ -12,6 +12,7 @@ from polyroute.errors import InputError
 from polyroute.kinds.causal import CausalKind
 from polyroute.kinds.chat import ChatTemplate, template_of
 from polyroute.kinds.seq2seq import Seq2SeqKind
+from polyroute.study.examples import encoded_records
 
 CHATML = (
     "{% for m in messages %}{% if loop.first and m['role'] != 'system' %}<|im_start|>system\n"
@@ -206,3 +207,23 @@ def test_equal_templates_encode_under_one_fingerprint() -> None:
     assert Hasher.hash(CausalKind(copy.deepcopy(tok)).encode) == before
     other = CausalKind(tok, prompt=ChatTemplate(tok, system="Be short"))
     assert Hasher.hash(other.encode) != before
+
+
+@pytest.mark.parametrize("make", [CausalKind, Seq2SeqKind])
+def test_without_a_template_a_conversation_is_its_texts(make: Any) -> None:
+    tok = tokenizer(None)
+    history = [{"role": "user", "content": "Hello"}, {"role": "assistant", "content": "Hi"}]
+    ids = make(tok).encode(example(system="Be short", history=history))["prompt_ids"][0]
+    text = tok.decode(ids, skip_special_tokens=True).rstrip()
+    assert text == "Be short\nHello\nHi\nName a fruit\nIt is yellow"
+
+
+def test_records_in_python_may_be_conversations() -> None:
+    kind = CausalKind(tokenizer(CHATML))
+    history = [{"role": "user", "content": "Hello"}, {"role": "assistant", "content": "Hi"}]
+    record = {"input": "And?", "target": "Bye", "system": "Be short", "history": history}
+    text = kind.tokenizer.decode(encoded_records([record], "a", kind)[0]["prompt_ids"])
+    assert [part.split("<|im_end|>")[0] for part in text.split("\n") if part] == [
+        "<|im_start|>system", "Be short", "<|im_start|>user", "Hello", "<|im_start|>assistant",
+        "Hi", "<|im_start|>user", "And?", "<|im_start|>assistant",
+    ]  # fmt: skip

@@ -1,4 +1,5 @@
 import csv
+import json
 import os
 import shutil
 from pathlib import Path
@@ -150,6 +151,8 @@ WRONG: list[tuple[dict[str, Any], str]] = [
     (task(split={"test": True}), "split: 'test' must be the name of a split"),
     (task(role="test"), "'role' must be one of train, held-out, not \"test\""),
     (task(USUAL, metric="accuracy"), "the metric accuracy needs choices"),
+    (task({"messages": "a", "input": "b"}), "'messages' is the whole example; remove the other"),
+    (task({"messages": 5}), "'messages' must be the name of a column"),
 ]
 
 
@@ -165,6 +168,9 @@ def test_a_wrong_description_is_refused_at_once(
     ("entry", "message"),
     [
         (task({**USUAL, "input": "premis"}), "'premis' names no column; did you mean 'premise'"),
+        (task({**USUAL, "target": "labl"}), "the target 'labl' names no column; did you mean 'lab"),
+        (task({**USUAL, "target": 5}), "5 must be a text; put it in quotes"),
+        (task({**USUAL, "target": ["label"]}), "must be a text; put it in quotes"),
         (task({**USUAL, "input": "{premis}"}), "needs the column 'premis'.*'premise'"),
         (task({**USUAL, "input": "{premise"}), "write {{ for a brace"),
         (task({**USUAL, "input": "{premise.__class__}"}), r"needs the column 'premise.__class__'"),
@@ -182,6 +188,14 @@ def test_a_wrong_description_is_refused_at_once(
         (task(data_files="gone.csv"), r"task 'x': csv cannot be loaded .*gone\.csv"),
         (task(data_files=None), "the path 'csv' is a format; add 'data_files'"),
         (local(USUAL, split={"test": "dev"}), "cannot be loaded"),
+        (task(USUAL), "row 0 of 'train': the column 'label' is a number.*\"{label}\".*labels"),
+        (task({**USUAL, "input": "label"}), "row 0 of 'train': the column 'label' is a number"),
+        (local({**USUAL, "input": "endings"}), "row 0 of 'train': the column 'endings' is a list"),
+        (local({**USUAL, "input": "Of {endings}"}), "the column 'endings' is a list, not text"),
+        (local({**USUAL, "target": "endings"}), "row 0 of 'train': the column 'endings' is a list"),
+        (local({**USUAL, "target": "endings", "labels": LABELS}), "'endings' is a list"),
+        (local({"messages": "premise"}), "row 0 of 'train': the column 'premise' is a string, not"),
+        (local({"messages": "premis"}), "the messages 'premis' names no column; did you mean"),
         (task(data_files={"dev": "nli.csv"}), "has the splits dev; say which of them to use"),
     ],
 )
@@ -268,3 +282,58 @@ def test_a_name_of_another_kind_is_refused(folder: Path, changes: dict[str, Any]
 def test_labels_must_be_texts_by_value(folder: Path) -> None:
     with pytest.raises(InputError, match="'labels' must be a list or a mapping"):
         put(folder, one=task({"input": "premise", "target": "label", "labels": 5}))
+
+
+def put_rows(folder: Path, rows: list[dict[str, Any]], **columns: Any) -> Suite:
+    """A suite of one task whose rows are JSON."""
+    (folder / "rows.json").write_text(json.dumps(rows))
+    return put(folder, x=task(columns, path="json", data_files="rows.json"))
+
+
+@pytest.mark.parametrize(
+    ("cell", "message"),
+    [
+        (None, "row 1 of 'train': the column 'a' is null, but an answer needs a text"),
+        (True, "row 1 of 'train': the column 'a' is a boolean, .*labels: {false: "),
+        (3.5, "row 1 of 'train': the column 'a' is a number, not text"),
+        ({"b": "c"}, "the target 'a' names no column; did you mean 'a.b'"),
+        ([{"b": "c"}], "row 1 of 'train': the column 'a' is a list"),
+    ],
+)
+def test_a_target_that_is_no_text_is_refused(folder: Path, cell: Any, message: str) -> None:
+    first = "text" if cell is None else cell
+    rows = [{"q": "?", "a": first}, {"q": "?", "a": cell}]
+    shown = message if cell is None else message.replace("row 1", "row 0")
+    with pytest.raises(InputError, match=shown):
+        put_rows(folder, rows, input="q", target="a").splits("x")
+
+
+def test_braces_write_numbers_as_text_and_labels_name_them(folder: Path) -> None:
+    rows = [{"q": 1, "score": 3.5, "so": True, "note": None}]
+    suite = put_rows(folder, rows, input="{q}{note}", target="{score}")
+    assert suite.split("x", "train")[0] | {"task": ""} == {
+        "task": "", "instruction": "", "input": "1", "target": "3.5", "choices": None,
+    }  # fmt: skip
+    labels = {False: "no", True: "yes"}
+    named = put_rows(folder, rows, input="{q}", target="so", labels=labels)
+    assert named.split("x", "train")["target"][:] == ["yes"]
+
+
+def test_an_option_or_a_reference_must_not_be_null(folder: Path) -> None:
+    rows = [{"q": "?", "a": "x", "b": "y"}, {"q": "?", "a": "x", "b": None}]
+    for key in ("choices", "references"):
+        with pytest.raises(InputError, match="row 1 of 'train': the column 'b' is null"):
+            put_rows(folder, rows, input="q", target="a", **{key: ["a", "b"]}).splits("x")
+
+
+def test_a_class_label_without_a_name_is_refused(folder: Path) -> None:
+    features = {"q": datasets.Value("string"), "a": datasets.ClassLabel(names=LABELS)}
+    whole = datasets.Dataset.from_dict(
+        {"q": ["?", "?"], "a": [1, -1]}, features=datasets.Features(features)
+    )
+    with quiet_datasets():
+        whole.to_parquet(folder / "local" / "test-00000-of-00001.parquet")
+        (folder / "local" / "train-00000-of-00001.parquet").unlink()
+        (folder / "local" / "validation-00000-of-00001.parquet").unlink()
+    with pytest.raises(InputError, match="row 1 of 'test': the column 'a' is -1, which names no"):
+        put(folder, x=local({"input": "q", "target": "a"})).splits("x")

@@ -318,9 +318,9 @@ def test_a_path_without_a_suite_is_refused(folder: Path) -> None:
         open_suite(folder)
     with pytest.raises(InputError, match="there is no suite at"):
         open_suite(folder / "gone")
-    (folder / "a.jsonl").touch()
-    with pytest.raises(InputError, match="is a file; give the folder"):
-        open_suite(folder / "a.jsonl")
+    (folder / "notes.txt").touch()
+    with pytest.raises(InputError, match=r"is a file of no known format; give a \.json, \.jsonl"):
+        open_suite(folder / "notes.txt")
     with pytest.raises(InputError, match=r"cannot read .*check that it exists"):
         open_suite(folder / ("x" * 300))
 

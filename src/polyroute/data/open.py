@@ -11,7 +11,7 @@ from polyroute.data.readers.p3 import P3Suite, is_p3
 from polyroute.data.readers.p3_settings import P3Settings
 from polyroute.data.readers.p3_training import P3
 from polyroute.data.readers.superni import SuperNiSettings, SuperNiSuite
-from polyroute.data.readers.tabular import TabularSuite, is_tabular
+from polyroute.data.readers.tabular import TabularSuite, is_table, is_tabular
 from polyroute.data.suite import Suite
 from polyroute.errors import InputError
 
@@ -22,7 +22,8 @@ def open_suite(path: str | Path, *, cache_dir: str | Path | None = None, **optio
     """Open a suite with the reader that its path calls for.
 
     - a folder with one JSONL file of records per task: `JsonlSuite`
-    - a folder with CSV or Parquet files, or JSONL files of one split each: `TabularSuite`
+    - a JSON, JSONL, CSV, TSV or Parquet file, a folder with several such files, or a folder that
+      `save_to_disk` of `datasets` wrote: `TabularSuite`
     - a YAML file that says which columns of which data sets make a task: `HubSuite`
     - a folder with `tasks/` and `splits/default/`: `SuperNiSuite`
     - `"bigscience/P3"`, or a folder with prompt templates or few-shot files of T0: `P3Suite`
@@ -54,6 +55,8 @@ def _reader(path: str | Path) -> tuple[Any, Any]:
     place = Path(path).expanduser()
     if place.suffix in (".yaml", ".yml"):
         return HubSuite, None
+    if os.path.isfile(place) and is_table(place):  # noqa: PTH113 - as below
+        return TabularSuite, None
     # Unlike Path.is_dir, this is False for a name that no file system allows.
     if not os.path.isdir(place):  # noqa: PTH112
         if str(path) == P3:

@@ -6,7 +6,9 @@ Each line is one record:
      "split": "train", "validation" or "test"}
 
 A record may also have `references`, a list of all acceptable answers with the target among them,
-and `task`, which must then be the name of the file. Any other key is ignored.
+and `task`, which must then be the name of the file. An example of a conversation may have `system`,
+its system prompt, and `history`, its earlier turns as a list of `{"role": "user" or "assistant",
+"content": str}`. Any other key is ignored.
 """
 
 import json
@@ -30,12 +32,16 @@ __all__ = [
 ]
 
 _TEXT_FIELDS = ("instruction", "input", "target", "split")
+_TURN = ("role", "content")
+_SPEAKERS = ("user", "assistant")
 FEATURES = datasets.Features(
     {
         **{name: datasets.Value("string") for name in COLUMNS if name != "choices"},
         "choices": datasets.List(datasets.Value("string")),
         "references": datasets.List(datasets.Value("string")),
         "split": datasets.ClassLabel(names=list(SPLITS)),
+        "system": datasets.Value("string"),
+        "history": datasets.List({name: datasets.Value("string") for name in _TURN}),
     }
 )
 
@@ -50,32 +56,33 @@ def read_records(path: Path) -> Iterator[dict[str, Any]]:
 
 
 def checked(
-    records: Iterable[tuple[str, Mapping[str, Any]]], task: str, place: str
+    records: Iterable[tuple[str, Mapping[str, Any]]], task: str | None, place: str
 ) -> Iterator[dict[str, Any]]:
-    """Check the records of one task, one by one; yields them with the fields of `FEATURES`.
+    """Check records one by one; yields them with the fields of `FEATURES`.
 
     Args:
         records: the records, each with a description of where it comes from.
-        task: the name of the task.
+        task: the name of their task; None if each record has the name of its own as `task`.
         place: a description of where all records come from.
 
     Raises:
         InputError: there is no record, or one of them is malformed or has other fields than the
-            first.
+            first of its task.
     """
-    first: dict[str, bool] | None = None
+    first: dict[str, dict[str, bool]] = {}
     for where, record in records:
-        check_record(record, task, where)
+        its_task = record["task"] if task is None else task
+        check_record(record, its_task, where)
         lists = {name: record.get(name) is not None for name in ("choices", "references")}
-        first = first or lists
+        expected = first.setdefault(its_task, lists)
         for name, there in lists.items():
-            if there != first[name]:
+            if there != expected[name]:
                 raise InputError(
                     f"{where}: the field {name!r} is {json_type(record.get(name))} but the first "
                     f"record differs; give {name} to every record of a task or to none"
                 )
-        yield {**{name: record.get(name) for name in FEATURES}, "task": task}
-    if first is None:
+        yield {**{name: record.get(name) for name in FEATURES}, "task": its_task}
+    if not first:
         raise InputError(f"{place} holds no record; remove the file or add one record per line")
 
 
@@ -145,9 +152,33 @@ def check_record(record: Mapping[str, Any], task: str, where: str) -> None:
         raise InputError(f"{where}: 'instruction' and 'input' are both empty; fill one of them")
     if record["choices"] is not None:
         _check_choices(record["choices"], record["target"], where)
+    _check_additions(record, where)
+
+
+def _check_additions(record: Mapping[str, Any], where: str) -> None:
+    """Check the fields that most records lack."""
     if record.get("references") is not None:
         _check_list(record["references"], "references", where)
         _check_among(record["target"], record["references"], "references", where)
+    if record.get("system") is not None:
+        _check_text(record["system"], f"{where}: the field 'system'")
+    if record.get("history") is not None:
+        _check_history(record["history"], f"{where}: the field 'history'")
+
+
+def _check_history(turns: Any, what: str) -> None:
+    if not isinstance(turns, list):
+        raise InputError(f"{what} must be a list of turns or null, not {json_type(turns)}")
+    for number, turn in enumerate(turns, start=1):
+        if not isinstance(turn, dict) or set(turn) != set(_TURN):
+            raise InputError(f"{what}: turn {number} must be an object of a role and a content")
+        for name in _TURN:
+            _check_text(turn[name], f"{what}: the {name} of turn {number}")
+        if turn["role"] not in _SPEAKERS:
+            raise InputError(
+                f"{what}: the role of turn {number} is {turn['role']!r} but must be one of "
+                f"{', '.join(_SPEAKERS)}"
+            )
 
 
 def _check_choices(choices: Any, target: str, where: str) -> None:
@@ -196,7 +227,8 @@ def json_type(value: Any) -> str:
     if value is None:
         return "null"
     names = {str: "a string", bool: "a boolean", list: "a list", dict: "an object"}
-    return names.get(type(value), "a number")
+    usual = "a number" if isinstance(value, int | float) else f"a {type(value).__name__}"
+    return names.get(type(value), usual)
 
 
 def cannot_read(path: Path, error: OSError) -> InputError:

@@ -14,6 +14,7 @@ from polyroute.errors import InputError, did_you_mean
 from polyroute.host.progress import progress
 
 __all__ = [
+    "CHAT",
     "COLUMNS",
     "METRICS",
     "RESERVED_TASK",
@@ -38,6 +39,8 @@ METRICS: tuple[str, ...] = get_args(Metric)
 ROLES: tuple[str, ...] = get_args(Role)
 SPLITS = ("train", "validation", "test")
 COLUMNS = ("task", "instruction", "input", "target", "choices")
+CHAT = ("system", "history")
+"""The further columns of a task whose examples come from conversations."""
 
 # Stands for the average of the inventory wherever a task can be named. It equals
 # `polyroute.routes.table.MU`; a test holds the two equal, so that data need not import routes.
@@ -92,7 +95,9 @@ class Suite(Protocol):
         Returns:
             At least one row, with the columns task, instruction, input, target (strings) and
             choices (a list of strings, or None for free text). If several answers are acceptable,
-            there is a column references (a list of strings, the target among them).
+            there is a column references (a list of strings, the target among them). If examples of
+            the task come from conversations, there is a column system (the system prompt, or None)
+            or history (the turns before the input, each with role and content, or None), or both.
 
         Raises:
             InputError: the suite has no such task, the task has no such split, or its data is

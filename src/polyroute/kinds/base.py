@@ -11,17 +11,17 @@ D embedding, T terms of a loss.
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from itertools import chain, starmap
+from itertools import chain
 from typing import Any, ClassVar, Literal
 
 from datasets import Features, Value
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
-from polyroute.data.suite import prompt
 from polyroute.errors import InputError
 from polyroute.kinds.batches import Ids, Row, evaluating, on_device_of, padded
 from polyroute.kinds.objectives import Objective, objective_of
+from polyroute.kinds.prompts import joined, rows_of, turns
 from polyroute.kinds.search import plain_search
 
 __all__ = ["UNBOUNDED", "ModelKind"]
@@ -96,7 +96,8 @@ class ModelKind(ABC):
 
         Args:
             examples: the columns `task`, `instruction`, `input`, `target` and `choices` (a list
-                of texts, or None).
+                of texts, or None). Conversations have `system` (a text, or None) and `history` (a
+                list of messages with `role` and `content`, or None) too.
 
         Returns:
             The columns of `features`. `choice_ids` is empty for a row without choices; `label` is
@@ -134,8 +135,8 @@ class ModelKind(ABC):
             examples: see `encode`.
             longest: for each example the number of tokens of its longest target or choice.
         """
-        pairs = zip(examples["instruction"], examples["input"], strict=True)
-        prompts = self._target_ids(list(starmap(prompt, pairs)))
+        texts = [joined(row.get("system"), turns(row)) for row in rows_of(examples)]
+        prompts = self._target_ids(texts)
         return [(self._cut(ids, self.max_input), len(ids)) for ids in prompts]
 
     @abstractmethod

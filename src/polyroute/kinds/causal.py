@@ -20,14 +20,11 @@ from polyroute.kinds.batches import (
 from polyroute.kinds.chat import ChatTemplate, template_of
 from polyroute.kinds.objectives import Objective
 from polyroute.kinds.predictions import Predictions, has_own_terms, predict
-from polyroute.kinds.prompts import PlainText, fitted, prompt_text
+from polyroute.kinds.prompts import PlainText, fitted, prompt_text, rows_of
 from polyroute.kinds.shared_prompts import can_share, shared_rows
 from polyroute.kinds.text import TextKind
 
 __all__ = ["CausalKind"]
-
-MESSAGES = ("task", "instruction", "input", "system", "history")
-"""The columns of examples that a prompt is made of, or that its errors name."""
 
 
 class CausalKind(TextKind):
@@ -85,9 +82,7 @@ class CausalKind(TextKind):
     def _prompts(
         self, examples: Mapping[str, list[Any]], longest: Sequence[int]
     ) -> list[tuple[Ids, int]]:
-        names = [name for name in MESSAGES if name in examples]
-        columns = zip(*(examples[name] for name in names), strict=True)
-        rows = [dict(zip(names, row, strict=True)) for row in columns]
+        rows = rows_of(examples)
         prompter = self.template or PlainText(self.tokenizer)
         whole = prompter.ids([prompt_text(prompter, row) for row in rows])
         found = []

@@ -5,14 +5,49 @@ from typing import Any, Protocol
 
 from transformers import PreTrainedTokenizerBase
 
-from polyroute.data.suite import prompt
+from polyroute.data.suite import CHAT, prompt
 from polyroute.errors import InputError
 from polyroute.kinds.batches import Ids
 
-__all__ = ["Message", "PlainText", "Prompter", "fitted", "prompt_text"]
+__all__ = [
+    "Message",
+    "PlainText",
+    "Prompter",
+    "fitted",
+    "joined",
+    "prompt_text",
+    "rows_of",
+    "turns",
+]
+
+COLUMNS = ("task", "instruction", "input", *CHAT)
+"""The columns of examples that a prompt is made of, or that its errors name."""
 
 Message = Mapping[str, str]
 """One turn of a conversation: its `role` and its `content`."""
+
+
+def rows_of(examples: Mapping[str, list[Any]]) -> list[dict[str, Any]]:
+    """Examples by column as examples by row, as far as prompts are made of them."""
+    names = [name for name in COLUMNS if name in examples]
+    columns = zip(*(examples[name] for name in names), strict=True)
+    return [dict(zip(names, row, strict=True)) for row in columns]
+
+
+def turns(example: Mapping[str, Any]) -> list[Message]:
+    """The messages of an example up to its answer, without its system message.
+
+    Args:
+        example: `instruction`, `input` and, if it has one, `history`, a list of messages.
+    """
+    user = {"role": "user", "content": prompt(example["instruction"], example["input"])}
+    return [*(example.get("history") or []), user]
+
+
+def joined(system: str | None, messages: Sequence[Message]) -> str:
+    """The texts of a conversation, each on lines of its own."""
+    parts = [system or "", *(message["content"] for message in messages)]
+    return "\n".join(part for part in parts if part)
 
 
 class Prompter(Protocol):
@@ -33,8 +68,7 @@ class PlainText:
 
     def text(self, system: str | None, messages: Sequence[Message]) -> str:
         """See `Prompter`; a newline precedes the answer."""
-        parts = [system or "", *(message["content"] for message in messages)]
-        return "\n".join(part for part in parts if part) + "\n"
+        return joined(system, messages) + "\n"
 
     def ids(self, texts: list[str]) -> list[Ids]:
         """See `Prompter`; the end token that some tokenizers add is left out."""
@@ -49,11 +83,9 @@ def prompt_text(prompter: Prompter, example: Mapping[str, Any]) -> str:
 
     Args:
         prompter: makes it.
-        example: `instruction`, `input` and, if it has them, `system` and `history`, a list of
-            messages.
+        example: see `turns`; it may have a `system` message too.
     """
-    user = {"role": "user", "content": prompt(example["instruction"], example["input"])}
-    return prompter.text(example.get("system"), [*(example.get("history") or []), user])
+    return prompter.text(example.get("system"), turns(example))
 
 
 def fitted(prompter: Prompter, example: Mapping[str, Any], room: int) -> Ids:

@@ -11,7 +11,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from polyroute.data.records import check_record
-from polyroute.data.suite import COLUMNS, Suite, quiet_datasets
+from polyroute.data.suite import CHAT, COLUMNS, Suite, quiet_datasets
 from polyroute.errors import InputError
 from polyroute.host.progress import progress
 from polyroute.kinds.batches import Row
@@ -48,7 +48,7 @@ def encoded_records(records: Sequence[Mapping[str, Any]], task: str, kind: Model
 
     Args:
         records: each has `target`, `instruction` or `input` or both, and, if the task has choices,
-            `choices`.
+            `choices`. One from a conversation may have `system` and `history`, a list of messages.
         task: the task that they are examples of.
         kind: how the base model reads them.
 
@@ -62,7 +62,9 @@ def encoded_records(records: Sequence[Mapping[str, Any]], task: str, kind: Model
             raise InputError(f"{where} must be a dictionary, not a {type(record).__name__}")
         whole.append({**OPTIONAL, **record, "task": task})
         check_record(whole[-1], task, where)
-    columns = kind.encode({name: [record[name] for record in whole] for name in COLUMNS})
+    columns = kind.encode(
+        {name: [record.get(name) for record in whole] for name in (*COLUMNS, *CHAT)}
+    )
     warn_of_cuts([columns], kind)
     names = list(columns)
     return [dict(zip(names, row, strict=True)) for row in zip(*columns.values(), strict=True)]

@@ -15,8 +15,8 @@
         role: held-out
         metric: accuracy
 
-Each text of a record is given as the name of a column, or as a text with columns in braces. Nothing
-in the file is ever run.
+Each text of a record is given as the name of a column, or as a text with columns in braces; or
+`messages` names a column of conversations. Nothing in the file is ever run.
 """
 
 from collections.abc import Iterator, Mapping
@@ -27,7 +27,8 @@ from typing import Any
 
 import datasets
 
-from polyroute.data.readers.hub_columns import COLUMN_KEYS, record_of
+from polyroute.data.readers.files import is_saved, load_saved, rows_file_key, saved_splits
+from polyroute.data.readers.hub_columns import COLUMN_KEYS, records_of
 from polyroute.data.readers.roles import check_entry, check_names
 from polyroute.data.readers.task_table import TableSuite, TaskSource, load, rows_key
 from polyroute.data.records import checked
@@ -79,14 +80,7 @@ def _source(
     task: str, entry: Any, where: str, folder: Path, cache_dir: str | Path | None
 ) -> TaskSource:
     entry = _mapping(entry, _TASK_KEYS, where, needs=("path", "columns"))
-    columns = _mapping(entry["columns"], COLUMN_KEYS, f"{where}, columns", needs=("input",))
-    if ("target" in columns) == ("answer" in columns):
-        raise InputError(
-            f"{where}, columns: give either 'target', the text of the answer, or 'answer', its "
-            "place among the choices from 0"
-        )
-    if "answer" in columns and "choices" not in columns:
-        raise InputError(f"{where}, columns: 'answer' is a place among 'choices'; add them")
+    columns = _columns(entry["columns"], f"{where}, columns")
     splits = _mapping(entry.get("split", {}), SPLITS, f"{where}, split")
     for split, theirs in splits.items():
         if not isinstance(theirs, str):
@@ -94,9 +88,6 @@ def _source(
     for key in ("path", "name", "revision"):
         if not isinstance(entry.get(key, ""), str | None):
             raise InputError(f"{where}: {key!r} must be a text; put it in quotes")
-    labels = columns.get("labels")
-    if not isinstance(labels, list | dict | None):
-        raise InputError(f"{where}, columns: 'labels' must be a list or a mapping of texts")
     rows = cache(partial(_loaded, entry, splits, where, folder, cache_dir))
 
     def records() -> Iterator[Mapping[str, Any]]:
@@ -111,9 +102,31 @@ def _source(
             columns,
             splits,
             {name: rows_key(part) for name, part in rows().items()},
+            *_saved_key(folder / entry["path"]),
         ],
         info=_info(entry, columns, where),
     )
+
+
+def _columns(entry: Any, where: str) -> dict[str, Any]:
+    columns = _mapping(entry, COLUMN_KEYS, where)
+    if "messages" in columns:
+        if len(columns) > 1:
+            raise InputError(f"{where}: 'messages' is the whole example; remove the other keys")
+        if not isinstance(columns["messages"], str):
+            raise InputError(f"{where}: 'messages' must be the name of a column")
+        return columns
+    _mapping(columns, COLUMN_KEYS, where, needs=("input",))
+    if ("target" in columns) == ("answer" in columns):
+        raise InputError(
+            f"{where}: give either 'target', the text of the answer, or 'answer', its "
+            "place among the choices from 0"
+        )
+    if "answer" in columns and "choices" not in columns:
+        raise InputError(f"{where}: 'answer' is a place among 'choices'; add them")
+    if not isinstance(columns.get("labels"), list | dict | None):
+        raise InputError(f"{where}: 'labels' must be a list or a mapping of texts")
+    return columns
 
 
 def _info(entry: Mapping[str, Any], columns: Mapping[str, Any], where: str) -> TaskInfo:
@@ -139,10 +152,14 @@ def _loaded(
     }
     if "data_files" in entry:
         options["data_files"] = _beside(folder, entry["data_files"])
+        if entry["path"] == "csv" and str(entry["data_files"]).endswith(".tsv"):
+            options["sep"] = "\t"
     elif entry["path"] in _LOCAL:
         raise InputError(f"{where}: the path {entry['path']!r} is a format; add 'data_files'")
     path, name = str(entry["path"]), entry.get("name")
     if path not in _LOCAL and (folder / path).is_dir():
+        if is_saved(folder / path):
+            return _saved(folder / path, splits, where)
         path = str(folder / path)
     options["files"] = _local_files(path, options.get("data_files"))
     if splits:
@@ -159,6 +176,24 @@ def _loaded(
                 f"such as split: {{train: {next(iter(whole))}}}"
             )
     return {split: part.flatten() for split, part in found.items()}
+
+
+def _saved(folder: Path, splits: Mapping[str, str], where: str) -> dict[str, datasets.Dataset]:
+    """The rows of each split of what `save_to_disk` wrote; all are for training if it has none."""
+    found = {split or "train": path for split, path in saved_splits(folder).items()}
+    for theirs in splits.values():
+        if theirs not in found:
+            raise InputError(
+                f"{where}, split: {folder} has no split {theirs!r}; {did_you_mean(theirs, found)}"
+            )
+    chosen = splits or {split: split for split in found}
+    return {ours: load_saved(found[theirs]).flatten() for ours, theirs in chosen.items()}
+
+
+def _saved_key(place: Path) -> list[Any]:
+    """What changes when `save_to_disk` writes other rows to the same files."""
+    paths = saved_splits(place).values() if is_saved(place) else ()
+    return [rows_file_key(path) for path in paths]
 
 
 def _beside(folder: Path, files: Any) -> Any:
@@ -194,10 +229,11 @@ def _records(
     rows: Mapping[str, datasets.Dataset], columns: Mapping[str, Any], where: str
 ) -> Iterator[tuple[str, dict[str, Any]]]:
     for split, part in rows.items():
-        record = record_of(columns, part.features, where)
+        records = records_of(columns, part.features, where)
         for number, row in enumerate(part):
             place = f"{where}, row {number} of {split!r}"
-            yield place, {**record(row, place), "split": split}
+            for record in records(row, place):
+                yield place, {**record, "split": split}
 
 
 def _mapping(

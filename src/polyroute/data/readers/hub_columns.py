@@ -1,25 +1,31 @@
-"""Turning a row of any data set into a record, as the columns of a YAML file say."""
+"""Turning a row of any data set into records, as the columns of a YAML file say."""
 
 import string
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from typing import Any
 
 import datasets
 
+from polyroute.data.readers.conversations import examples, turns_of
+from polyroute.data.records import json_type
 from polyroute.errors import InputError, did_you_mean
 
-__all__ = ["COLUMN_KEYS", "record_of"]
+__all__ = ["COLUMN_KEYS", "records_of"]
 
-_Text = Callable[[Mapping[str, Any]], str]
+_Row = Mapping[str, Any]
+_Text = Callable[[_Row, str], str]
+"""Makes a text of a row; the other argument is the beginning of error messages."""
 
-COLUMN_KEYS = ("instruction", "input", "target", "labels", "choices", "answer", "references")
+COLUMN_KEYS = (
+    "instruction", "input", "target", "labels", "choices", "answer", "references", "messages",
+)  # fmt: skip
 
 
-def record_of(
+def records_of(
     columns: Mapping[str, Any], features: Mapping[str, Any], where: str
-) -> Callable[[Mapping[str, Any], str], dict[str, Any]]:
-    """Make the function that turns a row into a record without its split.
+) -> Callable[[_Row, str], Iterable[dict[str, Any]]]:
+    """Make the function that turns a row into its records without a split.
 
     Args:
         columns: the columns of the YAML file, by `COLUMN_KEYS`.
@@ -28,54 +34,95 @@ def record_of(
 
     Raises:
         InputError: a column is missing in the data, or a text is malformed. The function raises it
-            if the answer of a row is not among the known ones.
+            if a cell is not what its column is used for.
     """
+    if "messages" not in columns:
+        record = _record_of(columns, features, where)
+        return lambda row, place: [record(row, place)]
+    column = columns["messages"]
+    if column not in features:
+        raise _no_column("messages", column, features, where)
+    usual = {"instruction": "", "choices": None}
+
+    def records(row: _Row, place: str) -> Iterable[dict[str, Any]]:
+        what = f"{place}: the column {column!r}"
+        return ({**usual, **each} for each in examples(turns_of(row[column], what), what))
+
+    return records
+
+
+def _record_of(
+    columns: Mapping[str, Any], features: Mapping[str, Any], where: str
+) -> Callable[[_Row, str], dict[str, Any]]:
+    for key in ("input", "target"):
+        wanted = columns.get(key)
+        if isinstance(wanted, str) and wanted not in features and "{" not in wanted:
+            raise _no_column(key, wanted, features, where)
     text = partial(_text, columns=list(features), where=where)
+    answer_text = partial(text, may_be_null=False)
     instruction, given = text(columns.get("instruction", "")), text(columns["input"])
-    if _is_constant(columns["input"], features):
-        raise InputError(
-            f"{where}: the input {columns['input']!r} names no column; "
-            f"{did_you_mean(str(columns['input']), features)}"
-        )
     labels = columns.get("labels")
     if isinstance(labels, list):
         labels = dict(enumerate(labels))
-    named = {str(value): text(label) for value, label in (labels or {}).items()}
+    named = {str(value): answer_text(label) for value, label in (labels or {}).items()}
     listed = columns.get("choices", list(labels.values()) if labels else None)
-    choices = _list_of(listed, features, text)
-    references = _list_of(columns.get("references"), features, text)
+    choices = _list_of(listed, features, answer_text)
+    references = _list_of(columns.get("references"), features, answer_text)
     target = columns.get("target")
-    feature = None if target is None else features.get(target)
-    target_text = None if target is None else text(target)
+    target_text = None if target is None else _target(target, features, named, answer_text(target))
 
-    def answer(row: Mapping[str, Any], options: Any, place: str) -> str:
-        if target_text is None:
-            return _chosen(row, columns["answer"], options, place)
-        value = target_text(row)
-        if named:
-            if value not in named:
-                raise InputError(
-                    f"{place}: 'labels' has no {value!r}; {did_you_mean(value, named)}"
-                )
-            return named[value](row)
-        if isinstance(feature, datasets.ClassLabel):
-            return str(feature.int2str(int(value)))
-        return value
-
-    def record(row: Mapping[str, Any], place: str) -> dict[str, Any]:
-        options = None if choices is None else choices(row)
+    def record(row: _Row, place: str) -> dict[str, Any]:
+        options = None if choices is None else choices(row, place)
         return {
-            "instruction": instruction(row),
-            "input": given(row),
-            "target": answer(row, options, place),
+            "instruction": instruction(row, place),
+            "input": given(row, place),
+            "target": (
+                _chosen(row, columns["answer"], options, place)
+                if target_text is None
+                else target_text(row, place)
+            ),
             "choices": options,
-            "references": None if references is None else references(row),
+            "references": None if references is None else references(row, place),
         }
 
     return record
 
 
-def _chosen(row: Mapping[str, Any], column: str, options: Any, place: str) -> str:
+def _target(
+    wanted: str, features: Mapping[str, Any], named: Mapping[str, _Text], text: _Text
+) -> _Text:
+    """The function that makes the target: a text, or the name of a class."""
+    feature: Any = features.get(wanted)
+
+    def name_of_class(row: _Row, place: str) -> str:
+        number, most = row[wanted], feature.num_classes - 1
+        if number is None or not 0 <= number <= most:
+            raise InputError(
+                f"{place}: the column {wanted!r} is {'null' if number is None else number}, which "
+                f"names no class (0 to {most}); remove the rows without a label"
+            )
+        return str(feature.int2str(number))
+
+    def label(row: _Row, place: str) -> str:
+        value = row.get(wanted)
+        # Labels may stand for numbers and for true and false, which are no texts.
+        shown = str(value) if isinstance(value, bool | int | float) else text(row, place)
+        if shown not in named:
+            raise InputError(f"{place}: 'labels' has no {shown!r}; {did_you_mean(shown, named)}")
+        return named[shown](row, place)
+
+    if named:
+        return label
+    return name_of_class if isinstance(feature, datasets.ClassLabel) else text
+
+
+def _no_column(key: str, wanted: Any, features: Mapping[str, Any], where: str) -> InputError:
+    return InputError(
+        f"{where}: the {key} {wanted!r} names no column; {did_you_mean(str(wanted), features)}"
+    )
+
+
+def _chosen(row: _Row, column: str, options: Any, place: str) -> str:
     try:
         number = int(row[column])
         if number < 0:
@@ -88,29 +135,25 @@ def _chosen(row: Mapping[str, Any], column: str, options: Any, place: str) -> st
         ) from error
 
 
-def _is_constant(wanted: Any, features: Mapping[str, Any]) -> bool:
-    return wanted not in features and "{" not in str(wanted)
-
-
 def _list_of(
     wanted: Any, features: Mapping[str, Any], text: Callable[[Any], _Text]
-) -> Callable[[Mapping[str, Any]], Any] | None:
+) -> Callable[[_Row, str], Any] | None:
     """The function that makes a list from a row: a list column, or a list of texts."""
     if wanted is None:
         return None
     if isinstance(wanted, list):
         texts = [text(entry) for entry in wanted]
-        return lambda row: [entry(row) for entry in texts]
+        return lambda row, place: [entry(row, place) for entry in texts]
     text(f"{{{wanted}}}")  # refuses a missing column
-    return lambda row: row[wanted]
+    return lambda row, place: row[wanted]
 
 
-def _text(wanted: Any, *, columns: list[str], where: str) -> _Text:
+def _text(wanted: Any, *, columns: list[str], where: str, may_be_null: bool = True) -> _Text:
     """The function that makes a text from a row: a column, or a text with columns in braces."""
     if not isinstance(wanted, str):  # YAML reads a bare yes or 1 as something else
         raise InputError(f"{where}: {wanted!r} must be a text; put it in quotes")
     if wanted in columns:
-        return lambda row: _shown(row[wanted])
+        return lambda row, place: _shown(row, wanted, place, may_be_null)
     # Only names of columns may stand between braces, so that nothing else of a row is reachable.
     try:
         parts = list(string.Formatter().parse(wanted))
@@ -124,10 +167,39 @@ def _text(wanted: Any, *, columns: list[str], where: str) -> _Text:
                 f"{where}: {wanted!r} needs the column {column!r}, which the data does not have; "
                 f"{did_you_mean(column, columns)}"
             )
-    return lambda row: "".join(
-        literal + ("" if column is None else _shown(row[column])) for literal, column, *_ in parts
-    )
+
+    def filled(row: _Row, place: str) -> str:
+        return "".join(
+            literal + ("" if name is None else _shown(row, name, place, may_be_null, True))
+            for literal, name, *_ in parts
+        )
+
+    return filled
 
 
-def _shown(value: Any) -> str:
-    return "" if value is None else str(value)
+def _shown(row: _Row, column: str, place: str, may_be_null: bool, in_braces: bool = False) -> str:
+    """The text of a cell; a number is one only where braces ask for it."""
+    value = row[column]
+    if isinstance(value, str):
+        return value
+    what = f"{place}: the column {column!r} is"
+    if value is None:
+        if may_be_null:
+            return ""
+        raise InputError(f"{what} null, but an answer needs a text; remove the row")
+    if isinstance(value, bool):
+        raise InputError(
+            f"{what} a boolean, not text; if it is the target, add "
+            'labels: {false: "no", true: "yes"}; otherwise write it as text'
+        )
+    if not isinstance(value, int | float):
+        raise InputError(
+            f"{what} {json_type(value)}, not text; write the part that you mean in a column of its "
+            "own"
+        )
+    if not in_braces:
+        raise InputError(
+            f'{what} a number, not text; write "{{{column}}}" to use numbers as text, or, if it is '
+            "the target, name its values with labels"
+        )
+    return str(value)

@@ -54,11 +54,13 @@ def _task_files(folder: Path) -> dict[str, Path]:
         entries = sorted(folder.iterdir())
     except FileNotFoundError:
         raise InputError(
-            f"there is no suite at {folder}; give a folder with one .jsonl file per task"
+            f"there is no suite at {folder}; give a file of examples, or a folder with a .jsonl "
+            "file for each task"
         ) from None
     except NotADirectoryError:
         raise InputError(
-            f"{folder} is a file; give the folder that holds the .jsonl files of the suite"
+            f"{folder} is a file of no known format; give a .json, .jsonl, .csv, .tsv or .parquet "
+            "file, or the folder that holds the .jsonl files of the suite"
         ) from None
     except OSError as error:
         raise cannot_read(folder, error) from error

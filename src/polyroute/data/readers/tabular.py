@@ -1,68 +1,106 @@
-"""A folder of tables: CSV, Parquet or JSONL files with one example per row.
+"""Tables: files of one example, or one conversation, per row, in a shape that people have.
 
-A file is named `<task>.csv`, or `<task>.<split>.csv` if each split has its own file. Otherwise a
-column `split` names the split of each row; without one, all rows are for training. The columns are
-`input` and `target`, and optionally `instruction`, `choices` and `references`; others are ignored.
-An optional `roles.json` has the same form as in a folder of JSONL records.
+The path is a file, a folder of files, or what `save_to_disk` of `datasets` wrote. A file is named
+`<task>.csv`, or `<task>.<split>.csv` if each split has its own file. Otherwise a column `split`
+names the split of each row; without one, all rows are for training. A column `task` divides the
+rows among tasks. `polyroute.data.readers.shapes` lists the other columns. In a folder, an optional
+`roles.json` has the same form as in a folder of JSONL records.
 """
 
-import csv
-import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from functools import partial
-from itertools import chain, starmap
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from functools import cached_property, partial
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
-import pyarrow as pa
-import pyarrow.parquet as pq
+import datasets
+import numpy as np
+import numpy.typing as npt
 
+from polyroute.data.readers.files import (
+    SUFFIXES,
+    Rows,
+    class_names,
+    is_saved,
+    read_rows,
+    rows_file_key,
+    saved_splits,
+)
 from polyroute.data.readers.roles import check_names, read_roles
-from polyroute.data.readers.task_table import TableSuite, TaskSource, file_key
+from polyroute.data.readers.shapes import OWN, Row, Shape, recognised
+from polyroute.data.readers.task_table import TableSuite, TaskSource, written
 from polyroute.data.records import cannot_read, checked, read_objects
 from polyroute.data.suite import SPLITS
-from polyroute.errors import InputError, did_you_mean
+from polyroute.errors import InputError
+from polyroute.host.output import say
 
-__all__ = ["TabularSuite", "is_tabular"]
+__all__ = ["TabularSuite", "is_table", "is_tabular"]
 
-_Rows = Iterator[tuple[str, dict[str, Any]]]
+_MOST_CHOICES = 100
+"""Of more labels than this, the model writes one instead of ranking all."""
 
 
 class TabularSuite(TableSuite):
-    """A suite kept as a folder of CSV, Parquet or JSONL tables.
+    """A suite kept as tables: a file, a folder of files, or a data set saved by `datasets`.
+
+    Opening looks at the first row of each file. If the rows name their tasks, the file is read at
+    once; otherwise, when its task is first used. Then a note says in which shape it was read.
 
     Args:
-        path: the folder; `~` is expanded.
+        path: the file or folder; `~` is expanded.
         cache_dir: where the tables are cached; None for the usual cache of `datasets`.
 
     Raises:
-        InputError: the folder cannot be listed or holds no table, two files define the same split
-            of a task, a task has the reserved name, or `roles.json` is malformed.
+        InputError: the path cannot be read or holds no table, two files define the same split of a
+            task, a task has the reserved name, or `roles.json` is malformed.
     """
 
     def __init__(self, path: str | Path, *, cache_dir: str | Path | None = None) -> None:
-        folder = Path(path).expanduser().resolve()
-        tasks = _task_files(folder)
-        check_names([(task, next(iter(files.values()))) for task, files in tasks.items()])
-        infos = read_roles(folder / "roles.json", tasks)
-        sources = {
-            task: TaskSource(
-                place=", ".join(map(str, files.values())),
-                records=partial(_records, task, files),
-                key=partial(_key, files),
-                info=infos.get(task),
-            )
-            for task, files in tasks.items()
-        }
-        super().__init__(folder.name, sources, cache_dir)
+        place = Path(path).expanduser().resolve()
+        in_folder = place.is_dir() and not is_saved(place)
+        sources: dict[str, TaskSource] = {}
+        names: list[tuple[str, Path]] = []
+        for task, files in _task_files(place).items():
+            for name, source in _Table(task, files, in_folder).sources(cache_dir).items():
+                if name in sources:
+                    raise InputError(
+                        f"{sources[name].place} and {source.place} both give rows of the task "
+                        f"{name!r}; rename the task in one of them, or put all its rows into one"
+                    )
+                sources[name] = source
+                names.append((name, next(iter(files.values()))))
+        check_names(names)
+        infos = read_roles(place / "roles.json", sources) if in_folder else {}
+        described = {t: replace(source, info=infos.get(t)) for t, source in sources.items()}
+        super().__init__(_name(place)[0] if place.is_file() else place.name, described, cache_dir)
+
+
+def is_table(path: Path) -> bool:
+    """Whether the name of a file says that it holds rows."""
+    return path.is_file() and path.suffix in SUFFIXES
 
 
 def is_tabular(folder: Path) -> bool:
     """Whether a folder holds tables rather than JSONL records that name their own splits."""
-    return any(
-        path.suffix in (".csv", ".parquet") or (path.suffix == ".jsonl" and _name(path)[1])
+    return is_saved(folder) or any(
+        path.suffix != ".jsonl" or Path(path.stem).suffix[1:] in SPLITS or _is_foreign(path)
         for path in _tables(folder)
     )
+
+
+def _is_foreign(path: Path) -> bool:
+    """Whether the first line of a JSONL file is not one of polyroute's own records.
+
+    A record has a split, so in `test.jsonl` records are of a task with that name.
+    """
+    try:
+        _, first = next(read_objects(path))
+    except (InputError, StopIteration):
+        return False
+    if not OWN.needs & set(first):
+        return bool(first)
+    return path.stem in SPLITS and "split" not in first
 
 
 def _tables(folder: Path) -> list[Path]:
@@ -71,19 +109,45 @@ def _tables(folder: Path) -> list[Path]:
         entries = sorted(folder.iterdir())
     except OSError as error:
         raise cannot_read(folder, error) from error
-    return [p for p in entries if p.suffix in _READERS and not p.name.startswith(".")]
+    return [
+        path
+        for path in entries
+        if not path.name.startswith(".")
+        and (is_saved(path) or (is_table(path) and (path.suffix != ".json" or _has_rows(path))))
+    ]
+
+
+def _has_rows(path: Path) -> bool:
+    """Whether a JSON file looks like a list of rows, or rows line by line, not like settings."""
+    if path.name == "roles.json":
+        return False
+    try:
+        with path.open("rb") as file:
+            starts = [line.lstrip(b"\xef\xbb\xbf \t")[:1] for line in islice(file, 2)]
+    except OSError as error:
+        raise cannot_read(path, error) from error
+    return starts[:1] == [b"["] or starts == [b"{", b"{"]
 
 
 def _name(path: Path) -> tuple[str, str | None]:
-    """The task of a file, and its split if the name of the file says so."""
+    """The task of a file, and its split if the name of the file says so.
+
+    The task of `train.csv` has the name of its folder.
+    """
+    if path.is_dir():
+        return path.name, None
+    if path.stem in SPLITS and path.parent.name:
+        return path.parent.name, path.stem
     task, _, split = path.stem.rpartition(".")
     return (task, split) if task and split in SPLITS else (path.stem, None)
 
 
-def _task_files(folder: Path) -> dict[str, dict[str | None, Path]]:
+def _task_files(place: Path) -> dict[str, dict[str | None, Path]]:
     """The files of each task by split; the only file of a task, with all splits, is under None."""
+    if is_saved(place):
+        return {place.name: saved_splits(place)}
     tasks: dict[str, dict[str | None, Path]] = {}
-    for path in _tables(folder):
+    for path in [place] if place.is_file() else _tables(place):
         task, split = _name(path)
         files = tasks.setdefault(task, {})
         for other in (files[taken] for taken in files if None in (taken, split) or taken == split):
@@ -91,125 +155,133 @@ def _task_files(folder: Path) -> dict[str, dict[str | None, Path]]:
                 f"{other} and {path.name} both give rows of the task {task!r}; keep one file, or "
                 f"one for each split, such as {task}.train{path.suffix}"
             )
-        files[split] = path
+        files.update(saved_splits(path) if path.is_dir() else {split: path})
     if not tasks:
-        raise InputError(f"{folder} holds no .csv, .parquet or .jsonl file; a suite has some")
+        raise InputError(
+            f"{place} holds no .csv, .parquet or .jsonl file; a suite has some, or .tsv or .json "
+            "files, or folders that save_to_disk wrote"
+        )
     return tasks
 
 
-def _key(files: Mapping[str | None, Path]) -> list[Any]:
-    return [[split, *file_key(path)] for split, path in files.items()]
+@dataclass(frozen=True)
+class _Table:
+    """The files of one task, or of the tasks that their rows name."""
 
+    task: str
+    files: Mapping[str | None, Path]
+    in_folder: bool
+    """Whether the table is one of those in a folder, so that many may be read."""
 
-def _records(task: str, files: Mapping[str | None, Path]) -> Iterator[dict[str, Any]]:
-    return checked(chain.from_iterable(starmap(_rows, files.items())), task, task)
-
-
-def _rows(split: str | None, path: Path) -> _Rows:
-    is_empty = True
-    for where, row in _READERS[path.suffix](path):
-        yield where, _record(row, split, where)
-        is_empty = False
-    if is_empty:
-        raise InputError(f"{path} holds no row; remove the file or add rows")
-
-
-def _record(row: Mapping[str, Any], split: str | None, where: str) -> dict[str, Any]:
-    """Make a record of a row: fill in what may be left out, and read lists from text."""
-    own = row.get("split") or None
-    if split and own and own != split:
-        raise InputError(
-            f"{where}: the column 'split' is {own!r} but the file is for {split!r}; move the row "
-            "or remove the column"
-        )
-    record = {
-        "instruction": row.get("instruction") or "",
-        "split": split or own or "train",
-        "choices": _listed(row.get("choices"), f"{where}: the column 'choices'"),
-        "references": _listed(row.get("references"), f"{where}: the column 'references'"),
-    }
-    return {**{name: row[name] for name in ("input", "target") if name in row}, **record}
-
-
-def _listed(value: Any, what: str) -> Any:
-    """The list in a cell, given as JSON or with `|` between its entries."""
-    if not isinstance(value, str):
-        return value
-    text = value.strip()
-    if not text.startswith("["):
-        return [part.strip() for part in text.split("|")] if text else None
-    try:
-        return json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise InputError(
-            f"{what} begins like a JSON list but is not valid ({error}); write it as "
-            '["yes", "no"] or as yes|no'
-        ) from error
-
-
-def _check_columns(path: Path, names: Sequence[str]) -> None:
-    for name in ("input", "target"):
-        if name not in names:
-            raise InputError(
-                f"{path} has no column {name!r}; add it, or rename a column "
-                f"({did_you_mean(name, names)})"
+    def sources(self, cache_dir: str | Path | None) -> dict[str, TaskSource]:
+        """Where the records of each task come from."""
+        place = ", ".join(map(str, self.files.values()))
+        whole = TaskSource(place, self._records, self._key, when_read=self._tell)
+        if not self._names_tasks:
+            return {self.task: whole}
+        rows = written(whole, cache_dir)
+        # In Arrow, so that a column of a large file never becomes a list of Python objects.
+        codes = rows.data.column("task").combine_chunks().dictionary_encode()
+        names = codes.dictionary.to_pylist()
+        self._tell(len(rows), f" of {len(names)} task{'s'[: len(names) > 1]}")
+        of_task = codes.indices.to_numpy()
+        return {
+            name: TaskSource(
+                place,
+                partial(_selected, rows, np.flatnonzero(of_task == code)),
+                partial(self._key, name),
             )
-    for name in names:
-        if list(names).count(name) > 1:
-            raise InputError(f"{path} has two columns {name!r}; rename one of them")
+            for code, name in enumerate(names)
+        }
 
+    @cached_property
+    def _first(self) -> tuple[Row, Shape]:
+        """The first row of all, and its shape."""
+        path = next(iter(self.files.values()))
+        where, cells = next(read_rows(path))
+        row = Row(cells, where, path, class_names(path))
+        return row, recognised(row)
 
-def _csv_rows(path: Path) -> _Rows:
-    try:
-        with path.open(encoding="utf-8-sig", newline="") as file:
-            reader = csv.reader(file, strict=True)
-            names = next(reader, None)
-            if names is None:
-                raise InputError(f"{path} is empty; its first line must name the columns")
-            _check_columns(path, names)
-            for cells in reader:
-                where = f"{path}, line {reader.line_num}"
-                if len(cells) != len(names):
-                    if not cells:  # an empty line
-                        continue
+    @cached_property
+    def _names_tasks(self) -> bool:
+        """Whether the rows name their tasks; a file that cannot be read is refused on first use."""
+        try:
+            return "task" in self._first[0].cells
+        except InputError:
+            return False
+
+    def _tell(self, examples: int, of_tasks: str = "") -> None:
+        shape = self._first[1]
+        if shape is OWN and self.in_folder and not of_tasks:
+            return  # nothing was guessed, and a folder may hold hundreds of such files
+        paths = list(self.files.values())
+        names = [paths[0].parent] if paths[0].is_dir() and None not in self.files else paths
+        name = ", ".join(path.name for path in names)
+        unit = "example" if examples == 1 else "examples"
+        say(f"reading {name} as {shape.name}: {examples:,} {unit}{of_tasks}")
+
+    def _key(self, *more: str) -> list[Any]:
+        return [self.task, *more, *self._file_keys]
+
+    @cached_property
+    def _file_keys(self) -> list[Any]:
+        # Once, because a file may hold hundreds of tasks, all of which come from one reading.
+        return [[split, *rows_file_key(path)] for split, path in self.files.items()]
+
+    def _records(self) -> Iterator[dict[str, Any]]:
+        return checked(self._chosen(), None if self._names_tasks else self.task, self.task)
+
+    def _chosen(self) -> Rows:
+        """The records, with the labels of their task to choose from if they have labels."""
+        if not self._first[1].is_classes:
+            yield from self._rows()
+            return
+        labels: dict[str, set[str]] = {}
+        for _, record in self._rows():
+            labels.setdefault(record["task"], set()).add(record["target"])
+        listed = {
+            task: sorted(found) if 2 <= len(found) <= _MOST_CHOICES else None
+            for task, found in labels.items()
+        }
+        for where, record in self._rows():
+            yield where, {**record, "choices": listed[record["task"]]}
+
+    def _rows(self) -> Rows:
+        """The records, as they stand in the files one after the other."""
+        shape = self._first[1]
+        for split, path in self.files.items():
+            names = class_names(path)
+            is_first = True
+            for where, cells in read_rows(path):
+                row = Row(cells, where, path, names)
+                if is_first and recognised(row) is not shape:
                     raise InputError(
-                        f"{where}: the row has {len(cells)} cells but the first line "
-                        f'{len(names)}; put "..." around a cell that holds a comma'
+                        f"{path} has other columns than {self._first[0].path}; give the rows of "
+                        f"{self.task!r} the same columns in every file"
                     )
-                yield where, dict(zip(names, cells, strict=True))
-    except OSError as error:
-        raise cannot_read(path, error) from error
-    except UnicodeDecodeError as error:
-        raise InputError(f"{path} is not UTF-8 ({error.reason}); save it as UTF-8") from error
-    except csv.Error as error:
-        raise InputError(
-            f"{path}, line {reader.line_num}: not valid CSV ({error}); correct the quotes, or "
-            "keep long texts as JSONL or Parquet"
-        ) from error
+                is_first = False
+                usual = {**self._of_row(row, split), "instruction": "", "choices": None}
+                system = row.optional("system") or None
+                for record in shape.records(row):
+                    yield where, {**usual, **record, "system": record.get("system") or system}
+
+    def _of_row(self, row: Row, split: str | None) -> dict[str, Any]:
+        """The task and the split of a row."""
+        own = row.cells.get("split") or None
+        if split and own and own != split:
+            raise InputError(
+                f"{row.where}: the column 'split' is {own!r} but the file is for {split!r}; move "
+                "the row or remove the column"
+            )
+        if "task" in row.cells and not self._names_tasks:
+            raise InputError(
+                f"{row.where}: the row has a column 'task' but the first has none; give it to "
+                "every row or to none"
+            )
+        task = row.text("task") if self._names_tasks else self.task
+        return {"task": task, "split": split or own or "train"}
 
 
-def _parquet_rows(path: Path) -> _Rows:
-    try:
-        with pq.ParquetFile(path) as file:
-            _check_columns(path, file.schema_arrow.names)
-            number = 0
-            for batch in file.iter_batches(batch_size=1000):
-                for row in batch.to_pylist():
-                    number += 1
-                    yield f"{path}, row {number}", row
-    except (pa.ArrowException, OSError) as error:
-        reason = str(error).splitlines()[0]
-        raise InputError(
-            f"{path} is not a readable Parquet file ({reason}); write it again"
-        ) from error
-
-
-def _jsonl_rows(path: Path) -> _Rows:
-    return read_objects(path)
-
-
-_READERS: Mapping[str, Callable[[Path], _Rows]] = {
-    ".csv": _csv_rows,
-    ".parquet": _parquet_rows,
-    ".jsonl": _jsonl_rows,
-}
+def _selected(rows: datasets.Dataset, places: npt.NDArray[np.int64]) -> Iterator[dict[str, Any]]:
+    for batch in rows.select(places).with_format("arrow").iter(batch_size=1000):
+        yield from batch.to_pylist()

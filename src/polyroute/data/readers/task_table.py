@@ -15,10 +15,19 @@ import datasets
 import numpy as np
 
 from polyroute.data.records import FEATURES, cannot_read
-from polyroute.data.suite import COLUMNS, SPLITS, TaskInfo, check_tasks, quiet_datasets
+from polyroute.data.suite import CHAT, COLUMNS, SPLITS, TaskInfo, check_tasks, quiet_datasets
 from polyroute.errors import InputError, did_you_mean
 
-__all__ = ["TableSuite", "TaskSource", "TaskTable", "file_key", "load", "load_files", "rows_key"]
+__all__ = [
+    "TableSuite",
+    "TaskSource",
+    "TaskTable",
+    "file_key",
+    "load",
+    "load_files",
+    "rows_key",
+    "written",
+]
 
 # Part of every cache key. Raise it when the checks or the columns change; otherwise tables of
 # older versions stay in use.
@@ -40,6 +49,8 @@ class TaskSource:
     info: TaskInfo | Callable[[], TaskInfo] | None = None
     """The description of the task, or a function that reads it; None to derive it from the first
     record."""
+    when_read: Callable[[int], None] | None = None
+    """Called with the number of records when the task is first used."""
 
 
 class TaskTable:
@@ -52,7 +63,7 @@ class TaskTable:
     def __init__(self, task: str, source: TaskSource, cache_dir: str | Path | None) -> None:
         self._task = task
         self._place = source.place
-        self.rows = _written(source, cache_dir)
+        self.rows = written(source, cache_dir)
         # Read as an array, without a Python object for each record.
         self._codes = self.rows.data.column("split").to_numpy()
 
@@ -85,7 +96,10 @@ class TaskTable:
         # A range becomes a slice of the table, which is faster than a list of rows.
         chosen = self.rows.select(range(first, last + 1) if contiguous else places)
         several = ["references"] if self.rows[0]["references"] is not None else []
-        return chosen.select_columns([*COLUMNS, *several])
+        # Examples of one conversation differ: its first has no history.
+        table = self.rows.data
+        chat = [name for name in CHAT if table.column(name).null_count < table.num_rows]
+        return chosen.select_columns([*COLUMNS, *several, *chat])
 
 
 class TableSuite:
@@ -145,6 +159,8 @@ class TableSuite:
         if task not in self._tables:
             source = self._sources[task]
             table = TaskTable(task, source, self._cache_dir)
+            if source.when_read:
+                source.when_read(len(table.rows))
             has_choices = table.has_choices
             if source.info and self.info(task).has_choices != has_choices:
                 raise InputError(
@@ -253,8 +269,12 @@ def rows_key(rows: datasets.Dataset) -> list[Any]:
     return [rows.num_rows, *(str(file["filename"]) for file in rows.cache_files)]
 
 
-def _written(source: TaskSource, cache_dir: str | Path | None) -> datasets.Dataset:
-    """The table of a task, which is written on first use."""
+def written(source: TaskSource, cache_dir: str | Path | None) -> datasets.Dataset:
+    """The table of all records of a source, which is written on first use.
+
+    Raises:
+        InputError: the data is malformed, or the cache cannot be written.
+    """
     key = json.dumps([_TABLE_VERSION, *source.key()])
     try:
         with quiet_datasets():

@@ -1,0 +1,224 @@
+"""Files of rows: JSON, JSONL, CSV, TSV, Parquet, and what `save_to_disk` of `datasets` wrote.
+
+A file is read row by row; only a JSON list is read whole. Nothing in a file is ever run.
+"""
+
+import csv
+import json
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import datasets
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from polyroute.data.readers.task_table import file_key
+from polyroute.data.records import cannot_read, json_type, read_objects
+from polyroute.data.suite import SPLITS, quiet_datasets
+from polyroute.errors import InputError
+
+__all__ = [
+    "SUFFIXES",
+    "Rows",
+    "class_names",
+    "is_saved",
+    "load_saved",
+    "read_rows",
+    "rows_file_key",
+    "saved_splits",
+]
+
+Rows = Iterator[tuple[str, dict[str, Any]]]
+"""Rows by column, each with a description of where it is."""
+
+_BATCH = 1000
+
+
+def read_rows(path: Path) -> Rows:
+    """The rows of a file, or of a folder that holds one saved `datasets.Dataset`.
+
+    Raises:
+        InputError: the file cannot be read, is malformed, or holds no row.
+    """
+    read = _saved_rows if path.is_dir() else _READERS[path.suffix]
+    is_empty = True
+    for where, row in read(path):
+        yield where, row
+        is_empty = False
+    if is_empty:
+        raise InputError(f"{path} holds no row; remove the file or add rows")
+
+
+def class_names(path: Path) -> dict[str, list[str]]:
+    """The names of the classes, by column, that a Parquet file or a saved data set declares.
+
+    Raises:
+        InputError: the file cannot be read.
+    """
+    if path.is_dir():
+        features = load_saved(path).features
+    elif path.suffix == ".parquet":
+        try:
+            features = datasets.Features.from_arrow_schema(pq.read_schema(path))
+        except (pa.ArrowException, OSError, ValueError) as error:
+            raise _bad_parquet(path, error) from error
+    else:
+        return {}
+    return {
+        column: list(feature.names)
+        for column, feature in features.items()
+        if isinstance(feature, datasets.ClassLabel)
+    }
+
+
+def is_saved(folder: Path) -> bool:
+    """Whether `save_to_disk` wrote the folder: one data set, or a dictionary of splits."""
+    return (folder / "state.json").is_file() or (folder / "dataset_dict.json").is_file()
+
+
+def saved_splits(folder: Path) -> dict[str | None, Path]:
+    """The saved data sets of a folder by split; the only one, without a split, is under None.
+
+    Raises:
+        InputError: a dictionary of splits has none that a suite may have.
+    """
+    if (folder / "state.json").is_file():
+        return {None: folder}
+    found: dict[str | None, Path] = {s: folder / s for s in SPLITS if is_saved(folder / s)}
+    if not found:
+        others = ", ".join(sorted(each.name for each in folder.iterdir() if each.is_dir()))
+        raise InputError(
+            f"{folder} has the splits {others or 'of no name'}; save it again with splits that "
+            f"are called {', '.join(SPLITS)}"
+        )
+    return found
+
+
+def load_saved(folder: Path) -> datasets.Dataset:
+    """The rows of one data set that `save_to_disk` wrote, memory-mapped.
+
+    Raises:
+        InputError: the folder cannot be read.
+    """
+    try:
+        with quiet_datasets():
+            return datasets.load_from_disk(str(folder))
+    # The library raises these for files that are missing or damaged.
+    except (OSError, ValueError, KeyError, TypeError, pa.ArrowException) as error:
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise InputError(
+            f"{folder} is not a readable data set ({reason}); write it again with save_to_disk"
+        ) from error
+
+
+def rows_file_key(path: Path) -> list[Any]:
+    """A value that changes when a file or a saved data set does, for the key of a `TaskSource`.
+
+    Raises:
+        InputError: the file cannot be read.
+    """
+    if not path.is_dir():
+        return file_key(path)
+    return [file_key(each) for each in sorted(path.iterdir()) if each.is_file()]
+
+
+def _saved_rows(folder: Path) -> Rows:
+    batches = load_saved(folder).with_format("arrow").iter(batch_size=_BATCH)
+    yield from _numbered(folder, (row for batch in batches for row in batch.to_pylist()))
+
+
+def _numbered(path: Path, rows: Iterable[dict[str, Any]]) -> Rows:
+    for number, row in enumerate(rows, start=1):
+        yield f"{path}, row {number}", row
+
+
+def _refuse_twins(path: Path, names: Iterable[str]) -> None:
+    for name, count in Counter(names).items():
+        if count > 1:
+            raise InputError(f"{path} has two columns {name!r}; rename one of them")
+
+
+def _csv_rows(path: Path) -> Rows:
+    try:
+        with path.open(encoding="utf-8-sig", newline="") as file:
+            reader = csv.reader(file, strict=True, delimiter="\t" if path.suffix == ".tsv" else ",")
+            names = next(reader, None)
+            if names is None:
+                raise InputError(f"{path} is empty; its first line must name the columns")
+            _refuse_twins(path, names)
+            for cells in reader:
+                where = f"{path}, line {reader.line_num}"
+                if len(cells) != len(names):
+                    if not cells:  # an empty line
+                        continue
+                    between = "tab" if path.suffix == ".tsv" else "comma"
+                    raise InputError(
+                        f"{where}: the row has {len(cells)} cells but the first line "
+                        f'{len(names)}; put "..." around a cell that holds a {between}'
+                    )
+                yield where, dict(zip(names, cells, strict=True))
+    except OSError as error:
+        raise cannot_read(path, error) from error
+    except UnicodeDecodeError as error:
+        raise _not_utf8(path, error) from error
+    except csv.Error as error:
+        raise InputError(
+            f"{path}, line {reader.line_num}: not valid CSV ({error}); correct the quotes, or "
+            "keep long texts as JSONL or Parquet"
+        ) from error
+
+
+def _not_utf8(path: Path, error: UnicodeDecodeError) -> InputError:
+    return InputError(f"{path} is not UTF-8 ({error.reason}); save it as UTF-8")
+
+
+def _parquet_rows(path: Path) -> Rows:
+    try:
+        with pq.ParquetFile(path) as file:
+            _refuse_twins(path, file.schema_arrow.names)
+            batches = file.iter_batches(batch_size=_BATCH)
+            yield from _numbered(path, (row for batch in batches for row in batch.to_pylist()))
+    except (pa.ArrowException, OSError) as error:
+        raise _bad_parquet(path, error) from error
+
+
+def _bad_parquet(path: Path, error: Exception) -> InputError:
+    reason = str(error).splitlines()[0]
+    return InputError(f"{path} is not a readable Parquet file ({reason}); write it again")
+
+
+def _json_rows(path: Path) -> Rows:
+    """The rows of a JSON list; a file that does not begin with a bracket is read as JSONL."""
+    try:
+        with path.open(encoding="utf-8-sig") as file:
+            start = next((line.lstrip()[0] for line in file if line.strip()), "")
+            if start != "[":
+                yield from read_objects(path)
+                return
+            file.seek(0)
+            rows = json.load(file)
+    except OSError as error:
+        raise cannot_read(path, error) from error
+    except UnicodeDecodeError as error:
+        raise _not_utf8(path, error) from error
+    except (ValueError, RecursionError) as error:
+        raise InputError(
+            f"{path} is not valid JSON ({error}); write a list of objects, one for each example"
+        ) from error
+    for where, row in _numbered(path, rows):
+        if not isinstance(row, dict):
+            raise InputError(f"{where}: a row must be a JSON object, not {json_type(row)}")
+        yield where, row
+
+
+_READERS: Mapping[str, Callable[[Path], Rows]] = {
+    ".csv": _csv_rows,
+    ".tsv": _csv_rows,
+    ".parquet": _parquet_rows,
+    ".jsonl": read_objects,
+    ".json": _json_rows,
+}
+SUFFIXES = tuple(_READERS)
+"""How the names of files of rows end."""
