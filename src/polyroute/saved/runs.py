@@ -20,6 +20,7 @@ import torch
 from polyroute.errors import InputError
 from polyroute.host.files import check_place, make_folder, read_json, write_json
 from polyroute.host.processes import is_first
+from polyroute.saved.base_names import is_packaged
 from polyroute.saved.hub import DESCRIPTION as INVENTORY
 from polyroute.saved.hub import MODULES, SHARDS, SKILLS
 
@@ -253,7 +254,7 @@ def _absolute(config: Mapping[str, Any]) -> dict[str, Any]:
     result = dict(config)
     for key in PATHS:
         value = result.get(key)
-        if isinstance(value, str) and value != "demo" and not value.startswith("package:"):
+        if isinstance(value, str) and not is_packaged(value):
             local = Path(value).expanduser()
             if local.exists():
                 result[key] = os.path.abspath(local)  # noqa: PTH100 - resolve() follows links

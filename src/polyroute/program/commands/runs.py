@@ -1,20 +1,22 @@
 """Runs that commands read: their inventory, and the base model it was trained on."""
 
 import os
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any, get_args
 
 from polyroute.errors import InputError
+from polyroute.host.dtypes import AUTO, DTYPES, settled_dtype
+from polyroute.host.output import say
 from polyroute.kinds.choose import ChatTemplate, ModelKind, kind_of
 from polyroute.kinds.objectives import Objective
 from polyroute.loading import load_base
-from polyroute.program.options.shared import Reading
+from polyroute.program.options.shared import Given, Reading
 from polyroute.saved.checkpoint import Checkpoint, read_checkpoint
 from polyroute.saved.hub import DESCRIPTION, Snapshot, locate
 from polyroute.saved.runs import read_run
 
-__all__ = ["BaseModel", "base_of", "beside", "inventory_of", "load"]
+__all__ = ["BaseModel", "base_of", "beside", "inventory_of", "load", "settled"]
 
 BEFORE = {"dtype": "float32", "prompt": "plain", "system": None}
 """What runs of older versions, which do not say so, did."""
@@ -48,6 +50,31 @@ class BaseModel:
     def to_dict(self) -> dict[str, Any]:
         """The options of `polyroute train` that it stands for."""
         return {"model": self.name, **asdict(self.reading)}
+
+
+def settled(
+    reading: Reading, given: Given, resumed: str | os.PathLike[str] | None = None
+) -> tuple[Reading, Given]:
+    """What was asked for, with the type that `--dtype auto` comes to.
+
+    Args:
+        reading: how a base model is to be loaded.
+        given: what `run.json` is to keep of it.
+        resumed: the run that is resumed, whose type stays; None of a fresh run.
+    """
+    if reading.dtype != AUTO:
+        return reading, given
+    dtype = here = settled_dtype(AUTO)
+    does = "multiplies" if here == "bfloat16" else "does not multiply"
+    why = f"this hardware {does} bfloat16 fast"
+    before = None if resumed is None else read_run(resumed)["config"].get("dtype", "float32")
+    if before in DTYPES:
+        dtype, why = before, f"the run in {resumed} was started with it"
+        if before != here:
+            why += f", although this hardware would have {here}"
+    say(f"--dtype auto is {dtype}: {why}")
+    recorded = {**given.recorded, "dtype": dtype}
+    return replace(reading, dtype=dtype), replace(given, recorded=recorded)
 
 
 def load(base: BaseModel, *, objective: str | Objective = "lm") -> tuple[Any, ModelKind]:

@@ -21,7 +21,7 @@ from polyroute.model import RoutedModel
 from polyroute.optimizers import summary
 from polyroute.program.commands.checkpoints import TRAINER_STATE, last_checkpoint
 from polyroute.program.commands.folder import RunFolder
-from polyroute.program.commands.runs import BaseModel, inventory_of, load
+from polyroute.program.commands.runs import BaseModel, inventory_of, load, settled
 from polyroute.program.commands.tasks import chosen_tasks
 from polyroute.program.commands.training import SaveWhenStopped, diverged, make_trainer
 from polyroute.program.options.train import TrainOptions
@@ -66,6 +66,9 @@ def train_run(options: TrainOptions) -> Result:
     if start is not None:
         options = _continued(options, start)
     folder = RunFolder("train", options.out, options, inputs)
+    resumed = folder.path if options.resume else None
+    reading, given = settled(options.reading, options.given, resumed)
+    options = replace(options, reading=reading, given=given)
     trainer, tasks = _prepared(options, start, folder.path)
     optimization = summary(asdict(options.optimization))
     config = {**options.given.recorded, "tasks": list(tasks), "optimization": optimization}

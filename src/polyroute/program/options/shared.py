@@ -20,6 +20,7 @@ from dataclasses import MISSING, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from polyroute.host.dtypes import AUTO, DTYPES
 from polyroute.program import texts
 from polyroute.program.recipes import recipe_names
 from polyroute.settings import check_settings, flag, one_of, setting, text, whole
@@ -94,8 +95,10 @@ class Reading:
     """How a base model is loaded, and how much it reads."""
 
     dtype: str = setting(
-        "float32", text(), help="Type of the base model: float32, bfloat16 or float16."
-    )
+        "float32", text(), values=(AUTO, *DTYPES),
+        help="Type of the base model: float32, bfloat16, float16, or auto: bfloat16 where the "
+        "hardware multiplies it fast, else float32.",
+    )  # fmt: skip
     max_input: int = setting(256, whole(), help="Most tokens of a prompt.")
     max_target: int = setting(64, whole(), help="Most tokens of a target.")
     prompt: str = setting(

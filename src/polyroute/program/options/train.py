@@ -66,7 +66,8 @@ class TrainOptions(PlannedOptions):
     out: Path = setting(REQUIRED, recorded=False, help="Folder of the run.")
     model: str | None = setting(
         None, text(optional=True), from_start=True,
-        help="Base model: folder, hub id, `demo`, or `package:NAME` (inside NAME).",
+        help="Base model: folder, hub id, file.gguf, user/repo:file.gguf, `demo`, `smollm2`, or "
+        "`package:NAME` (inside NAME).",
     )  # fmt: skip
     start: Path | None = setting(
         None, help="Start from the inventory of this run, with its base model, suite and adapter."
