@@ -118,7 +118,8 @@ def baselines(
 ) -> Baselines:
     """Score the most frequent training target and, if there are choices, a random choice.
 
-    With choices an answer scores 1 if it is the target; free text is scored by `metric`. If several
+    With choices an answer scores 1 if it is the target; free text is scored by `metric`. There is no
+    majority where the choices differ from example to example. If several
     targets are equally frequent, the one that comes first in `train` is taken.
 
     Args:
@@ -139,6 +140,8 @@ def baselines(
             targets.update(batch["target"])
     majority = targets.most_common(1)[0][0] if targets else None
     hits = chances = 0.0
+    first = test[0]["choices"]
+    fixed = all(row is None or set(row) == set(first) for row in test["choices"])
     rows = zip(test["target"], test["choices"], acceptable_answers(test), strict=True)
     for target, choices, answers in rows:
         if majority is not None and choices is None:
@@ -146,8 +149,9 @@ def baselines(
         else:
             hits += majority == target
         chances += 0.0 if choices is None else 1 / len(choices)
-    has_choices = test[0]["choices"] is not None
-    share = None if majority is None else hits / len(test)
+    has_choices = first is not None
+    # Where every example has choices of its own, no answer is frequent.
+    share = None if majority is None or not fixed else hits / len(test)
     return Baselines(share, chances / len(test) if has_choices else None)
 
 

@@ -21,6 +21,7 @@ from polyroute.errors import InputError
 from polyroute.host.progress import progress
 from polyroute.kinds.choose import ModelKind
 from polyroute.model import RoutedModel
+from polyroute.study.base_alone import BaseAlone
 from polyroute.study.examples import encoded, prompt_lengths, warn_of_cuts
 
 __all__ = [
@@ -102,7 +103,7 @@ def check_answerable(suite: Suite, tasks: Sequence[str], kind: ModelKind) -> Non
 
 
 def evaluate(  # noqa: PLR0913 (public: users know its keywords)
-    model: RoutedModel,
+    model: RoutedModel | BaseAlone,
     kind: ModelKind,
     suite: Suite,
     tasks: Sequence[str],
@@ -110,33 +111,40 @@ def evaluate(  # noqa: PLR0913 (public: users know its keywords)
     route: str | None = None,
     split: str = "test",
     batch_size: int = 32,
+    max_examples: int | None = None,
 ) -> list[TaskScore]:
     """Score the model on one split of each task.
 
     Args:
-        model: the routed model.
+        model: the routed model, or a base model alone.
         kind: how its base model answers.
         suite: where the tasks are.
         tasks: their names.
         route: the task, or `"mu"`, that all examples are routed as; None routes each as itself.
         split: a split of the suite.
         batch_size: examples in a forward.
+        max_examples: the most examples of each task, the same ones each time; None for all.
 
     Raises:
         InputError: a task has no route or no such split, or cannot be answered.
     """
-    for task in tasks:
-        model.routes.row(task if route is None else route)
+    if isinstance(model, RoutedModel):
+        for task in tasks:
+            model.routes.row(task if route is None else route)
     check_answerable(suite, tasks, kind)
     found = []
-    all_asked = {task: questions(suite, task, split, kind) for task in tasks}
+    chosen = {task: _some(suite.split(task, split), max_examples) for task in tasks}
+    all_asked = {
+        task: questions(suite, task, split, kind).select(places) for task, places in chosen.items()
+    }
     warn_of_cuts([asked.rows for asked in all_asked.values()], kind)
     for task, asked in progress(list(all_asked.items()), "evaluating"):
         score, normalised = score_rows(
             model, kind, asked, route=route or task, batch_size=batch_size
         )
         train = suite.split(task, "train") if "train" in suite.splits(task) else None
-        simple = baselines(train, suite.split(task, split), metric=asked.metric)
+        test = suite.split(task, split).select(chosen[task])
+        simple = baselines(train, test, metric=asked.metric)
         count = len(asked.rows)
         found.append(
             TaskScore(task, asked.metric, score, normalised, simple.majority, simple.chance, count)
@@ -144,8 +152,15 @@ def evaluate(  # noqa: PLR0913 (public: users know its keywords)
     return found
 
 
+def _some(rows: datasets.Dataset, count: int | None) -> Sequence[int]:
+    """The places of some rows, drawn with one seed, in order."""
+    if count is None or count >= len(rows):
+        return range(len(rows))
+    return sorted(np.random.default_rng(0).permutation(len(rows))[:count].tolist())
+
+
 def score_rows(
-    model: RoutedModel,
+    model: RoutedModel | BaseAlone,
     kind: ModelKind,
     asked: Questions,
     *,
@@ -179,7 +194,10 @@ def score_rows(
 
 
 def _accuracy(
-    model: RoutedModel, kind: ModelKind, batches: Iterator[list[dict[str, Any]]], num_rows: int
+    model: RoutedModel | BaseAlone,
+    kind: ModelKind,
+    batches: Iterator[list[dict[str, Any]]],
+    num_rows: int,
 ) -> tuple[float, float]:
     """The share of rows whose label has the best score, by sum and by mean over tokens."""
     hits, is_warned = [0.0, 0.0], False

@@ -7,33 +7,68 @@ from rich.markup import escape
 from rich.table import Table
 
 from polyroute.build import loaded
-from polyroute.data.suite import held_out_tasks, validate
+from polyroute.data.suite import Suite, held_out_tasks, validate
 from polyroute.errors import InputError
 from polyroute.host.files import check_place, make_folder, read_json, write_json
 from polyroute.host.output import Result
+from polyroute.kinds.choose import ModelKind
 from polyroute.loading import load_suite
+from polyroute.model import RoutedModel
 from polyroute.program.commands.adapted import number
-from polyroute.program.commands.runs import base_of, beside, inventory_of
+from polyroute.program.commands.runs import (
+    BaseModel,
+    base_of,
+    beside,
+    inventory_of,
+    load,
+    settled,
+)
 from polyroute.program.commands.tasks import chosen_tasks
 from polyroute.program.options.finished import EvaluateOptions
 from polyroute.saved.hub import locate
+from polyroute.study.base_alone import BaseAlone
 from polyroute.study.evaluate import TaskScore, evaluate, macro_average
 
 __all__ = ["evaluate_run"]
 
 
 def evaluate_run(options: EvaluateOptions) -> Result:
-    """Score a run and write the scores beside it.
+    """Score a run, or a base model alone, and write the scores.
 
     Raises:
-        InputError: the run, the data or a name cannot be used.
+        InputError: the run, the base model, the data or a name cannot be used.
     """
-    data, split, zero_shot = options.source.data, options.split, options.zero_shot
-    name = f"evaluate-{'zero-shot-' if zero_shot else ''}{split}.json"
-    path = options.out or beside(options.run) / name
+    path = _place_of(options)
+    _check_place(path)
+    scores = _scores_of_base(options) if options.run is None else _scores_of_run(options)
+    make_folder(path.parent)
+    content = {
+        "run": None if options.run is None else str(options.run),
+        "model": options.model,
+        "data": options.source.data,
+        "split": options.split,
+        "zero_shot": options.zero_shot,
+        "macro_average": macro_average(scores),
+        "tasks": [score.to_dict() for score in scores],
+    }
+    write_json(path, content)
+    return Result({"out": path, **content}, (_table_of(scores), f"scores are in {path}"))
+
+
+def _place_of(options: EvaluateOptions) -> Path:
+    """The file of the scores."""
+    if options.run is None or options.out is not None:
+        assert options.out is not None
+        return options.out
+    name = f"evaluate-{'zero-shot-' if options.zero_shot else ''}{options.split}.json"
+    return beside(options.run) / name
+
+
+def _scores_of_run(options: EvaluateOptions) -> list[TaskScore]:
+    assert options.run is not None
+    data, zero_shot = options.source.data, options.zero_shot
     run = Path(locate(options.run))
     checkpoint = inventory_of(run)
-    _check_place(path)
     suite = load_suite(data, options.source.reader)
     base, kind = base_of(run)
     trained = tuple(t for t in checkpoint.tasks if t in suite.tasks)
@@ -41,7 +76,7 @@ def evaluate_run(options: EvaluateOptions) -> Result:
         suite, options.source.tasks, held_out_tasks(suite) if zero_shot else trained, kind,
         none=f"{data} holds no task out" if zero_shot else f"{data} has none of the tasks of {run}",
     )  # fmt: skip
-    validate(suite, tasks, needs=["train", split])
+    validate(suite, tasks, needs=[options.split])
     route = "mu" if zero_shot else None
     with loaded(base, checkpoint, run) as model:
         for task in tasks:
@@ -51,20 +86,33 @@ def evaluate_run(options: EvaluateOptions) -> Result:
                     "average of the skills, or adapt to it with `polyroute adapt`"
                 )
         model.eval()
-        scores = evaluate(
-            model, kind, suite, tasks, route=route, split=split, batch_size=options.batch_size
-        )
-    make_folder(path.parent)
-    content = {
-        "run": str(options.run),
-        "data": data,
-        "split": split,
-        "zero_shot": zero_shot,
-        "macro_average": macro_average(scores),
-        "tasks": [score.to_dict() for score in scores],
-    }
-    write_json(path, content)
-    return Result({"out": path, **content}, (_table_of(scores), f"scores are in {path}"))
+        return _scores(options, model, kind, suite, tasks, route)
+
+
+def _scores_of_base(options: EvaluateOptions) -> list[TaskScore]:
+    assert options.model is not None
+    suite = load_suite(options.source.data, options.source.reader)
+    reading, _ = settled(options.reading, options.given)
+    base, kind = load(BaseModel(options.model, reading))
+    tasks = chosen_tasks(
+        suite, options.source.tasks, suite.tasks, kind, none=f"{options.source.data} has no task"
+    )
+    validate(suite, tasks, needs=[options.split])
+    return _scores(options, BaseAlone(base), kind, suite, tasks, None)
+
+
+def _scores(
+    options: EvaluateOptions,
+    model: RoutedModel | BaseAlone,
+    kind: ModelKind,
+    suite: Suite,
+    tasks: Sequence[str],
+    route: str | None,
+) -> list[TaskScore]:
+    return evaluate(
+        model, kind, suite, tasks, route=route, split=options.split,
+        batch_size=options.batch_size, max_examples=options.max_test,
+    )  # fmt: skip
 
 
 def _check_place(path: Path) -> None:

@@ -5,7 +5,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from polyroute.program.options.flags import group
+from polyroute.errors import InputError
+from polyroute.program.options.flags import flags_of, group
 from polyroute.program.options.shared import (
     CONFIG,
     READER,
@@ -31,13 +32,36 @@ __all__ = [
 class EvaluateOptions(Options):
     """Options of `polyroute evaluate`."""
 
-    run: Path = setting(REQUIRED, argument=True, help=RUN_HELP)
+    run: Path | None = setting(
+        None, argument=True, help=f"{RUN_HELP} Leave it out to score a base model alone."
+    )
+    model: str | None = setting(
+        None, text(optional=True), from_run=True, help="Base model to score alone, as in train."
+    )
+    reading: Reading = group(Reading, from_run=True, panel="A base model alone")
     source: Source = group(Source)
     zero_shot: bool = setting(False, flag(), help="Route every task as the average of the skills.")
     split: str = setting("test", text(), help="train, validation or test.")
     batch_size: int = setting(32, whole(), help="Examples in a forward.")
+    max_test: int | None = setting(
+        None, whole(optional=True), help="Most examples of each task, drawn with one seed [all]."
+    )
     out: Path | None = setting(None, help="JSON file [RUN/evaluate-SPLIT.json].")
     config: Path | None = setting(None, **CONFIG)
+
+    def __post_init__(self) -> None:
+        """Check every value, and that either a run or a base model is scored."""
+        super().__post_init__()
+        if self.run is None and self.model is None:
+            raise InputError("name a run, or with --model a base model to score alone")
+        if self.run is None and self.zero_shot:
+            raise InputError("--zero-shot is for a run: leave it out with --model")
+        if self.run is None and self.out is None:
+            raise InputError("say with --out where the scores of a base model alone go")
+        for each in flags_of(type(self)):
+            place = self.given.places.get(each.name)
+            if self.run is not None and each.marks.get("from_run") and place is not None:
+                raise InputError(f"{place} comes from the run; leave it out, or leave out the run")
 
 
 @dataclass(frozen=True, kw_only=True)
