@@ -20,6 +20,7 @@ import polyroute.loading
 from polyroute.errors import InputError
 from polyroute.gguf import cache_folder
 from polyroute.host import dtypes
+from polyroute.host.files import whole_folder
 from polyroute.loading import check_base, load_base, load_suite
 from polyroute.program.cli.app import main
 
@@ -156,6 +157,15 @@ def test_an_interrupted_write_leaves_nothing(
     load_base(str(file))
 
 
+def test_the_folder_of_a_faster_process_stays(tmp_path: Path) -> None:
+    folder = tmp_path / "made"
+    with whole_folder(folder) as place:
+        (place / "ours").touch()
+        folder.mkdir()
+        (folder / "theirs").touch()
+    assert [path.name for path in tmp_path.rglob("*") if path.is_file()] == ["theirs"]
+
+
 def test_a_missing_package_is_one_sentence(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     without_gguf(monkeypatch)
     with pytest.raises(InputError, match=r"needs the package gguf: install it with `pip install g"):
@@ -278,5 +288,10 @@ def test_a_run_keeps_what_auto_was(
         "would have float32"
     ) in capsys.readouterr().out
     assert "with dtype='bfloat16', not 'float32'" in refused([*train, "--resume", "-q"], capsys)
+    main(["export", str(run), "--format", "peft-mhr", "--out", str(tmp_path / "foreign")])
+    monkeypatch.setattr(dtypes, "has_fast_bfloat16", lambda: True)
+    imported = ["import", str(tmp_path / "foreign"), "--model", str(file), "--dtype", "auto"]
+    main([*imported, "--out", str(tmp_path / "imported")])
+    assert read(tmp_path / "imported" / "run.json")["config"]["dtype"] == "bfloat16"
     main(["evaluate", str(run), *common, "--batch-size", "8"])
     assert json.loads((run / "evaluate-test.json").read_text())["tasks"]
