@@ -20,6 +20,7 @@ import polyroute.loading
 from polyroute.errors import InputError
 from polyroute.gguf import cache_folder
 from polyroute.host import dtypes
+from polyroute.host.files import whole_folder
 from polyroute.loading import check_base, load_base, load_suite
 from polyroute.program.cli.app import main
 
@@ -89,7 +90,7 @@ def test_a_file_is_dequantised_once_and_not_in_silence(
 ) -> None:
     first, _ = load_base(str(file))
     out, error = capsys.readouterr()
-    assert "dequantising tiny: its weights to float32, once, into " + str(cache) in out
+    assert "dequantising tiny once, into " + str(cache) in out
     assert "de-quantizing" not in error  # the bar of transformers is for terminals
     without_gguf(monkeypatch)  # the cache needs neither the package nor the file's name
     again, _ = load_base(str(file))
@@ -133,7 +134,7 @@ def test_a_damaged_cache_is_made_again(
     damage(folder)
     capsys.readouterr()
     again, tokenizer = load_base(str(file))
-    assert "once, into" in capsys.readouterr().out
+    assert "dequantising tiny once, into" in capsys.readouterr().out
     assert torch.equal(first, logits(again))
     assert tokenizer("he")["input_ids"] == [259]
 
@@ -154,6 +155,15 @@ def test_an_interrupted_write_leaves_nothing(
     assert not list(cache.rglob("*.safetensors"))
     assert ["-tokenizer-" in path.name for path in cache.iterdir()] == [True]
     load_base(str(file))
+
+
+def test_the_folder_of_a_faster_process_stays(tmp_path: Path) -> None:
+    folder = tmp_path / "made"
+    with whole_folder(folder) as place:
+        (place / "ours").touch()
+        folder.mkdir()
+        (folder / "theirs").touch()
+    assert [path.name for path in tmp_path.rglob("*") if path.is_file()] == ["theirs"]
 
 
 def test_a_missing_package_is_one_sentence(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -278,5 +288,10 @@ def test_a_run_keeps_what_auto_was(
         "would have float32"
     ) in capsys.readouterr().out
     assert "with dtype='bfloat16', not 'float32'" in refused([*train, "--resume", "-q"], capsys)
+    main(["export", str(run), "--format", "peft-mhr", "--out", str(tmp_path / "foreign")])
+    monkeypatch.setattr(dtypes, "has_fast_bfloat16", lambda: True)
+    imported = ["import", str(tmp_path / "foreign"), "--model", str(file), "--dtype", "auto"]
+    main([*imported, "--out", str(tmp_path / "imported")])
+    assert read(tmp_path / "imported" / "run.json")["config"]["dtype"] == "bfloat16"
     main(["evaluate", str(run), *common, "--batch-size", "8"])
     assert json.loads((run / "evaluate-test.json").read_text())["tasks"]

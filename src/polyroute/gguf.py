@@ -10,13 +10,13 @@ from contextlib import AbstractContextManager, nullcontext, redirect_stderr
 from pathlib import Path
 from typing import Any
 
+import torch
 import transformers
 from huggingface_hub import constants
 from transformers import AutoConfig, AutoTokenizer, PreTrainedModel
 
 from polyroute.errors import InputError, reason
 from polyroute.host import progress
-from polyroute.host.dtypes import DTYPES
 from polyroute.host.files import read_json, whole_folder, write_json
 from polyroute.host.output import say
 from polyroute.kinds.choose import kind_class
@@ -79,9 +79,9 @@ def _make(folder: Path, file: Path, dtype: str | None) -> None:
             f"{file.name} is a GGUF file, which needs the package gguf: install it with "
             "`pip install gguf`"
         )
-    part = "its config and tokenizer" if dtype is None else f"its weights to {dtype}"
     described = None if dtype is None else dequantised(file)
-    say(f"dequantising {file.stem}: {part}, once, into {folder}")
+    work = "reading config and tokenizer of" if described is None else "dequantising"
+    say(f"{work} {file.stem} once, into {folder}")
     try:
         with whole_folder(folder) as place, _bar_on_a_terminal():
             if dtype is None or described is None:
@@ -119,7 +119,7 @@ def _load(file: Path, described: Path, dtype: str) -> PreTrainedModel:
     if hasattr(transformers, "GgufConfig"):  # older versions always dequantise
         options["quantization_config"] = transformers.GgufConfig(dequantize=True)
     model, info = kind_class(config).auto_class.from_pretrained(
-        file.parent, config=config, gguf_file=str(file.absolute()), dtype=DTYPES[dtype],
+        file.parent, config=config, gguf_file=str(file.absolute()), dtype=getattr(torch, dtype),
         output_loading_info=True, **options,
     )  # fmt: skip
     missing = missing_weights(info)

@@ -13,7 +13,7 @@ from polyroute.data.open import open_suite
 from polyroute.data.suite import Suite
 from polyroute.errors import InputError, reason
 from polyroute.gguf import SUFFIX, dequantised, missing_weights
-from polyroute.host.dtypes import DTYPES, settled_dtype
+from polyroute.host.dtypes import settled_dtype
 from polyroute.kinds.choose import kind_class
 from polyroute.saved.base_names import GGUF_ID, PACKAGES
 
@@ -48,7 +48,7 @@ def load_base(
     try:
         kind = kind_class(AutoConfig.from_pretrained(source))
         model, info = kind.auto_class.from_pretrained(
-            source, dtype=DTYPES[dtype], output_loading_info=True
+            source, dtype=getattr(torch, dtype), output_loading_info=True
         )
         if dtype == "bfloat16" and not torch.accelerator.is_available():
             # The backward of torch's fused attention takes half the time of a bf16 step on a CPU.

@@ -1,15 +1,16 @@
-"""Types of a base model's weights, by name, and which of them this machine multiplies fast."""
+"""Types of a base model's weights, by name, and which of them this machine multiplies fast.
+
+The command line's help needs the names, so torch is imported only where it is asked.
+"""
 
 from pathlib import Path
-
-import torch
 
 from polyroute.errors import InputError, did_you_mean
 
 __all__ = ["AUTO", "DTYPES", "has_fast_bfloat16", "settled_dtype"]
 
 AUTO = "auto"
-DTYPES = {str(d).removeprefix("torch."): d for d in (torch.float32, torch.bfloat16, torch.float16)}
+DTYPES = ("float32", "bfloat16", "float16")
 BFLOAT16_FLAGS = {"amx_bf16", "avx512_bf16"}
 """Either of these says that a CPU has instructions for products of bfloat16."""
 
@@ -29,6 +30,8 @@ def settled_dtype(name: str) -> str:
 
 def has_fast_bfloat16() -> bool:
     """Whether the accelerator or, where there is none, the CPU has instructions for bfloat16."""
+    import torch
+
     if torch.cuda.is_available():
         return bool(torch.cuda.is_bf16_supported(including_emulation=False))
     if torch.accelerator.is_available():
@@ -38,6 +41,8 @@ def has_fast_bfloat16() -> bool:
 
 def _cpu_flags() -> set[str]:
     """The names of the instruction sets of the CPU, as far as they are known."""
+    import torch
+
     capabilities = getattr(torch.cpu, "get_capabilities", None)  # older versions lack it
     if capabilities is not None:
         return {name for name, value in capabilities().items() if value is True}
