@@ -32,6 +32,7 @@ from polyroute.saved.checkpoint import read_checkpoint
 from polyroute.saved.runs import machine
 from polyroute.study.alignment import alignment
 from polyroute.study.alignment_callback import AlignmentCallback
+from polyroute.study.base_alone import BaseAlone
 from polyroute.study.evaluate import evaluate, questions, score_rows
 from polyroute.study.examples import encoded, encoded_mixture
 from polyroute.trainer import MultiTaskTrainer, MultiTaskTrainingArguments
@@ -340,24 +341,10 @@ def finetune(
     return results
 
 
-class _Unrouted(nn.Module):
-    """A base model that takes tasks and does not look at them."""
-
-    def __init__(self, base: nn.Module) -> None:
-        super().__init__()
-        self.base = base
-
-    def forward(self, *args: Any, tasks: Any = None, **kwargs: Any) -> Any:
-        return self.base(*args, **kwargs)
-
-    def generate(self, *args: Any, tasks: Any = None, **kwargs: Any) -> Any:
-        return self.base.generate(*args, **kwargs)
-
-
 def _finetuned(
     base: nn.Module, kind: ModelKind, rows: Sequence[Row], settings: AdaptSettings, seed: int
 ) -> nn.Module:
-    model = _Unrouted(base).eval().requires_grad_(True)
+    model = BaseAlone(base).eval().requires_grad_(True)
     optimizer = torch.optim.AdamW(model.parameters(), settings.lr, weight_decay=0.0)
     rising = max(1, round(settings.warmup * settings.steps))
     schedule = torch.optim.lr_scheduler.LambdaLR(

@@ -35,7 +35,7 @@ class Baselines:
 
     Attributes:
         majority: the mean score, 0 to 1, of answering every test example with the most frequent
-            training target; None without a training split.
+            training target; None without a training split, or where choices differ by example.
         chance: the expected score, 0 to 1, of a random choice; None for free text.
     """
 
@@ -118,9 +118,9 @@ def baselines(
 ) -> Baselines:
     """Score the most frequent training target and, if there are choices, a random choice.
 
-    With choices an answer scores 1 if it is the target; free text is scored by `metric`. There is no
-    majority where the choices differ from example to example. If several
-    targets are equally frequent, the one that comes first in `train` is taken.
+    With choices an answer scores 1 if it is the target; free text is scored by `metric`. If several
+    targets are equally frequent, the one that comes first in `train` is taken. There is no majority
+    where the choices differ from example to example.
 
     Args:
         train: a split with the column `target`; None for a task without a training split.
