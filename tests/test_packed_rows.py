@@ -8,6 +8,7 @@ from models import TASKS, batch, gpt2, llama, relative_error, routed, t5
 from torch import Tensor, nn
 
 from polyroute import InputError, RoutedModel
+from polyroute.layer import kernels
 from polyroute.layer.kernels import plain_executors
 
 LENGTHS = (4, 1, 7)
@@ -46,12 +47,13 @@ def with_gradients(model: RoutedModel, outputs: list[Tensor]) -> list[Tensor]:
     return [*outputs, *torch.autograd.grad(loss, learned)]
 
 
-@pytest.mark.parametrize("plain", [False, True], ids=["fused", "plain"])
+@pytest.mark.parametrize("executor", ["padded", "looped", "plain"])
 @pytest.mark.parametrize("settings", SETTINGS, ids=str)
 @pytest.mark.parametrize("make", [llama, gpt2])
 def test_outputs_and_gradients_are_those_of_the_unpacked_batch(
-    make: Any, settings: dict[str, Any], plain: bool
+    make: Any, settings: dict[str, Any], executor: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(kernels, "SHORT", 99 if executor == "padded" else 0)
     model = routed(make(), **settings).double()
     apart = examples()
     expected = with_gradients(
@@ -59,7 +61,7 @@ def test_outputs_and_gradients_are_those_of_the_unpacked_batch(
     )
     for given in ({"segments": [list(LENGTHS)]}, {}):
         inputs = packed(apart)
-        if plain:
+        if executor == "plain":
             with plain_executors():
                 logits = model(**inputs, tasks=NAMES, **given).logits
         else:

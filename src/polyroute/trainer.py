@@ -76,10 +76,12 @@ class MultiTaskTrainer(RoutedTrainer):
         self.kind = kind
         phase: Phase = args.phase  # type: ignore[assignment]
         model.set_phase(phase)
+        # Compiled code would be compiled again for every shape of packed rows.
+        packed = not args.torch_compile and kind.can_pack(model, model.tasks[0])
         super().__init__(
             model,
             args,
-            data_collator=partial(collate, kind),
+            data_collator=partial(collate, kind, packed=packed),
             train_dataset=train_dataset,
             eval_dataset=eval_dataset,
             **kwargs,

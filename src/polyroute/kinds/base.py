@@ -162,6 +162,19 @@ class ModelKind(ABC):
                 them.
         """
 
+    def collate_packed(self, rows: Sequence[Row]) -> dict[str, Any]:
+        """A training batch as `collate` makes it, with less padding if that is possible."""
+        return self.collate(rows)
+
+    def can_pack(self, model: nn.Module, task: str) -> bool:
+        """Whether a model computes batches from `collate_packed` as those from `collate`.
+
+        Args:
+            model: the routed model, on which it is tried.
+            task: a task of its.
+        """
+        return False
+
     @abstractmethod
     def loss(self, model: nn.Module, batch: Mapping[str, Any]) -> Tensor:
         """The training loss of a batch from `collate`: a scalar on the model's device."""

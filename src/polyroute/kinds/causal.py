@@ -19,6 +19,7 @@ from polyroute.kinds.batches import (
 )
 from polyroute.kinds.chat import ChatTemplate, template_of
 from polyroute.kinds.objectives import Objective
+from polyroute.kinds.packing import can_pack, packed_rows
 from polyroute.kinds.predictions import Predictions, has_own_terms, predict
 from polyroute.kinds.prompts import PlainText, fitted, prompt_text, rows_of
 from polyroute.kinds.shared_prompts import can_share, shared_rows
@@ -121,11 +122,14 @@ class CausalKind(TextKind):
 
     def _targets(self, rows: Sequence[Row]) -> dict[str, Any]:
         targets = [row["target_ids"] for row in rows]
-        prompts = [
+        return self._batch(self._prompts_before(rows, targets), targets, tasks_of(rows))
+
+    def _prompts_before(self, rows: Sequence[Row], targets: Sequence[Ids]) -> list[Ids]:
+        """The prompt of each row, which leaves room for its target."""
+        return [
             self._fitted(row["prompt_ids"], self.limit - len(target))
             for row, target in zip(rows, targets, strict=True)
         ]
-        return self._batch(prompts, targets, tasks_of(rows))
 
     def _choices(self, rows: Sequence[Row]) -> dict[str, Any]:
         prompts = [
@@ -138,12 +142,24 @@ class CausalKind(TextKind):
 
     def _prompts_before_choices(self, rows: Sequence[Row]) -> list[Ids]:
         """The prompt of each row, which leaves room for the longest of its choices."""
-        return [
-            self._fitted(row["prompt_ids"], self.limit - max(map(len, row["choice_ids"])))
-            for row in rows
-        ]
+        return self._prompts_before(rows, [max(row["choice_ids"], key=len) for row in rows])
+
+    def collate_packed(self, rows: Sequence[Row]) -> dict[str, Any]:
+        """See `ModelKind.collate_packed`; for its tensors see `polyroute.kinds.packing`."""
+        targets = [row["target_ids"] for row in rows]
+        prompts = self._prompts_before(rows, targets)
+        limit = self.max_positions
+        batch = packed_rows(prompts, targets, tasks_of(rows), pad=self._pad, limit=limit)
+        return self.collate(rows) if batch is None else {**batch, **self._term_weights(rows)}
+
+    def can_pack(self, model: nn.Module, task: str) -> bool:
+        """See `ModelKind.can_pack`; batches that compare choices are not packed."""
+        return not self.needs_choices and not has_own_terms(model) and can_pack(model, task)
 
     def _target_predictions(self, model: nn.Module, batch: dict[str, Any]) -> Predictions:
+        if "places" in batch:
+            places_n, labels_BT = batch.pop("places"), batch.pop("labels")
+            return predict(model, batch, places_n, labels_BT)
         labels_BL = F.pad(batch.pop("labels")[:, 1:], (0, 1), value=IGNORED)
         places_n = (labels_BL != IGNORED).flatten().nonzero()[:, 0]
         return predict(model, batch, places_n, labels_BL)

@@ -88,9 +88,13 @@ class TextKind(ModelKind):
             batch = {**self._choices(rows), **chosen}
         else:
             batch = self._targets(rows)
-        if self.objective != LM:
-            batch["term_weights"] = torch.tensor(term_weights(self.row_counts(rows)))
-        return batch
+        return {**batch, **self._term_weights(rows)}
+
+    def _term_weights(self, rows: Sequence[Row]) -> dict[str, Tensor]:
+        """The column of a batch that only `lm` does without."""
+        if self.objective == LM:
+            return {}
+        return {"term_weights": torch.tensor(term_weights(self.row_counts(rows)))}
 
     def loss(self, model: nn.Module, batch: Mapping[str, Any]) -> Tensor:
         """The objective on the batch; for `lm`, the mean cross-entropy over its labels."""

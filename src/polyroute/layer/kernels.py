@@ -4,7 +4,8 @@ The shape of the factors decides which executor applies them:
 
 - one task in the batch: factors `[r, d]`, one 2-D product for all tokens of all examples;
 - several tasks: factors `[B, r, d]`, one batched product over the examples;
-- several tasks in packed rows: factors `[B, r, d]`, one 2-D product for each example.
+- several tasks in packed rows: factors `[B, r, d]`, one batched product if the examples are short,
+  and otherwise one 2-D product for each.
 
 `polyroute.layer.gated` has the executors for weights that differ from token to token.
 
@@ -20,6 +21,7 @@ Shape letters: B examples, N tokens, M tokens of one example, r rank.
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import accumulate
 from typing import Any
 
@@ -31,6 +33,9 @@ from torch.nn import functional as F  # noqa: N812 (its name everywhere)
 from polyroute.layer.sites import weight_matrix
 
 __all__ = ["Segments", "apply_ia3", "apply_lora", "plain_executors", "widened"]
+
+SHORT = 512
+"""The mean length, in tokens, below which packed examples are multiplied as one padded batch."""
 
 
 @dataclass(frozen=True)
@@ -45,6 +50,33 @@ class Segments:
         """The first token of each example, and the token after its last."""
         ends = list(accumulate(self.lengths))
         return list(zip([0, *ends[:-1]], ends, strict=True))
+
+    @cached_property
+    def is_short(self) -> bool:
+        """Whether examples are so short that batched products beat one product for each."""
+        return sum(self.lengths) < SHORT * len(self.lengths)
+
+    def padded(self, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+        """How tokens lie in a batch of one example a row, padded to the longest one, M tokens.
+
+        Returns:
+            `[B M]`, the token at each place of that batch; `[B, M, 1]`, whether there is one; and
+            `[N]`, the place of each token.
+        """
+        if device not in self._padded:
+            lengths = torch.tensor(self.lengths)
+            starts = lengths.cumsum(0) - lengths
+            place = torch.arange(int(lengths.max()))
+            is_token = place < lengths[:, None]
+            token = torch.where(is_token, starts[:, None] + place, 0).flatten()
+            back = is_token.flatten().nonzero()[:, 0]
+            found = (token, is_token[..., None], back)
+            self._padded[device] = tuple(one.to(device) for one in found)  # type: ignore[assignment]
+        return self._padded[device]
+
+    @cached_property
+    def _padded(self) -> dict[torch.device, tuple[Tensor, Tensor, Tensor]]:
+        return {}
 
     def spread(self, of_examples: Tensor) -> Tensor:
         """Repeat the entry of each example for all of its tokens: `[B, ...]` to `[N, ...]`."""
@@ -138,10 +170,15 @@ class LinearLoRAPacked(torch.autograd.Function):
         segments: Segments,
     ) -> Tensor:
         y = F.linear(x, weight, bias)
-        z = x.new_empty(len(x), a.shape[1])
-        for i, (start, end) in enumerate(segments.bounds):
-            z[start:end] = _down(x[start:end], a[i])
-            y[start:end].addmm_(z[start:end], b[i])
+        if segments.is_short:
+            token, is_token, back = segments.padded(x.device)
+            z = _down(x.index_select(0, token).view(len(a), -1, x.shape[1]), a) * is_token
+            y += torch.bmm(z, b).flatten(0, 1).index_select(0, back)
+        else:
+            z = x.new_empty(len(x), a.shape[1])
+            for i, (start, end) in enumerate(segments.bounds):
+                z[start:end] = _down(x[start:end], a[i])
+                y[start:end].addmm_(z[start:end], b[i])
         ctx.save_for_backward(x, weight, a, b, z)
         ctx.segments = segments
         return y
@@ -152,19 +189,44 @@ class LinearLoRAPacked(torch.autograd.Function):
             return _backward_once(LinearLoRAPacked, ctx, dy)
         x, weight, a, b, z = ctx.saved_tensors
         need_x, _, _, need_a, need_b, _ = ctx.needs_input_grad
-        da = torch.empty_like(a) if need_a else None
-        db = torch.empty_like(b) if need_b else None
         dx = dy @ weight if need_x else None
-        for i, (start, end) in enumerate(ctx.segments.bounds):
-            dy_i = dy[start:end]
-            dz = _down(dy_i, b[i])
-            if da is not None:
-                da[i] = dz.t() @ x[start:end]
-            if db is not None:
-                db[i] = z[start:end].t() @ dy_i
-            if dx is not None:
-                dx[start:end].addmm_(dz, a[i])
-        return dx, None, None, da, db, None
+        backward = _padded_backward if ctx.segments.is_short else _looped_backward
+        da, db = backward(ctx.segments, dy, dx, x, (a, b, z))
+        return dx, None, None, da if need_a else None, db if need_b else None, None
+
+
+Saved = tuple[Tensor, Tensor, Tensor]
+"""The factors a and b, and the product z of the input with a."""
+
+
+def _padded_backward(
+    segments: Segments, dy: Tensor, dx: Tensor | None, x: Tensor, saved: Saved
+) -> tuple[Tensor, Tensor]:
+    """The gradients of a and b; that of the input is added to `dx`."""
+    a, b, z = saved
+    token, is_token, back = segments.padded(x.device)
+    dy_BMo = dy.index_select(0, token).view(len(a), -1, dy.shape[1])
+    dz = _down(dy_BMo, b) * is_token
+    x_BMd = x.index_select(0, token).view(len(a), -1, x.shape[1])
+    if dx is not None:
+        dx += torch.bmm(dz, a).flatten(0, 1).index_select(0, back)
+    return torch.bmm(dz.transpose(1, 2), x_BMd), torch.bmm(z.transpose(1, 2), dy_BMo)
+
+
+def _looped_backward(
+    segments: Segments, dy: Tensor, dx: Tensor | None, x: Tensor, saved: Saved
+) -> tuple[Tensor, Tensor]:
+    """The same, example by example."""
+    a, b, z = saved
+    da, db = torch.empty_like(a), torch.empty_like(b)
+    for i, (start, end) in enumerate(segments.bounds):
+        dy_i = dy[start:end]
+        dz = _down(dy_i, b[i])
+        da[i] = dz.t() @ x[start:end]
+        db[i] = z[start:end].t() @ dy_i
+        if dx is not None:
+            dx[start:end].addmm_(dz, a[i])
+    return da, db
 
 
 def _backward_once(function: Any, ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:

@@ -24,9 +24,10 @@ WEIGHTS = "step_weights"
 """Column of a batch: what the terms of each row are multiplied with, `[B, T]`."""
 
 
-def collate(kind: ModelKind, rows: Sequence[Row]) -> dict[str, Any]:
+def collate(kind: ModelKind, rows: Sequence[Row], *, packed: bool = False) -> dict[str, Any]:
     """The batch of a kind, with what its rows count."""
-    return {**kind.collate(rows), COUNTS: torch.tensor(kind.row_counts(rows))}
+    batch = kind.collate_packed(rows) if packed else kind.collate(rows)
+    return {**batch, COUNTS: torch.tensor(kind.row_counts(rows))}
 
 
 def rows_in_batch(batch: dict[str, Any]) -> int:

@@ -1,0 +1,155 @@
+"""Batches whose examples are packed into rows, against the same batches with padding."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from test_shared_prompts import OTHERS, SHARING, gpt2, kind, llama, routed
+from torch import Tensor, nn
+from torch.testing import assert_close
+
+import polyroute as pr
+from polyroute.kinds import packing
+from polyroute.kinds.batches import IGNORED
+from polyroute.kinds.objectives import OBJECTIVES, Objective
+from polyroute.kinds.packing import _filled, can_pack, packed_rows
+
+Maker = Callable[..., nn.Module]
+PACKING = {name: SHARING[name] for name in ("llama", "qwen", "gemma", "gpt2")}
+
+
+def rows(count: int = 7) -> list[dict[str, Any]]:
+    draw = torch.Generator().manual_seed(3)
+
+    def ids(count: int) -> list[int]:
+        return torch.randint(3, 64, (count,), generator=draw).tolist()
+
+    lengths = (11, 2, 5, 1, 8, 3, 4)[:count]
+    return [
+        {"task": "abc"[i % 3], "prompt_ids": ids(length), "target_ids": [*ids(1 + i % 3), 1],
+         "choice_ids": [], "label": -1}
+        for i, length in enumerate(lengths)
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize("objective", ["lm", "superni"])
+@pytest.mark.parametrize("make", PACKING.values(), ids=PACKING)
+def test_packed_batches_have_the_same_loss_and_gradients(
+    make: Maker, objective: str, attention: str
+) -> None:
+    model, its = routed(make, attention).train(), kind(objective=objective)
+    assert its.can_pack(model, "a")
+    plain, packed = its.collate(rows()), its.collate_packed(rows())
+    assert packed["input_ids"].numel() < 0.8 * plain["input_ids"].numel()
+    losses = [its.loss(model, batch) for batch in (packed, plain)]
+    assert_close(*losses, atol=1e-5, rtol=1e-5)
+    found, expected = (torch.autograd.grad(loss, model.learned()) for loss in losses)
+    for one, other in zip(found, expected, strict=True):
+        assert_close(one, other, atol=1e-5, rtol=1e-4)
+
+
+def test_the_losses_of_rows_keep_their_order() -> None:
+    model, its = routed(llama), kind()
+    batches = (its.collate_packed(rows()), its.collate(rows()))
+    found, expected = (its.row_losses(model, batch) for batch in batches)
+    assert_close(found, expected, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("make", OTHERS.values(), ids=OTHERS)
+def test_a_model_is_tried_before_it_gets_packed_rows(make: Maker) -> None:
+    model = routed(make)
+    plain, packed = kind().collate(rows()), kind().collate_packed(rows())
+    if kind().can_pack(model, "a"):
+        assert_close(kind().loss(model, packed), kind().loss(model, plain), atol=1e-5, rtol=1e-5)
+
+
+def test_a_model_whose_examples_see_each_other_is_noticed() -> None:
+    model = routed(llama)
+    inner = model.base_model.model
+    plain = inner.forward
+
+    def leaking(*args: Any, position_ids: Tensor | None = None, **kwargs: Any) -> Any:
+        return plain(*args, position_ids=None, **kwargs)
+
+    inner.forward = leaking
+    assert not can_pack(model, "a")
+
+
+def test_what_compares_choices_is_not_packed() -> None:
+    assert not kind(objective="t-few").can_pack(routed(llama), "a")
+    assert kind(objective=Objective(label_smoothing=0.1)).can_pack(routed(llama), "a")
+    assert "superni" in OBJECTIVES
+
+
+def test_padding_stays_within_the_positions(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(packing, "MULTIPLES", (1,))
+    batch = packed_rows([[5] * 9, [6], [7], [8]], [[1]] * 4, list("abca"), pad=0, limit=10)
+    assert batch is not None
+    assert batch["input_ids"].shape == (2, 10)
+    assert batch["position_ids"].tolist() == [list(range(10)), [0, 1, 0, 1, 0, 1, 2, 3, 4, 5]]
+    model = routed(gpt2)
+    ids, positions = batch["input_ids"], batch["position_ids"]
+    model(input_ids=ids, position_ids=positions, tasks=batch["tasks"])
+
+
+def test_a_batch_without_much_padding_is_left_as_it_is() -> None:
+    assert packed_rows([[5] * 9, [6] * 8], [[1], [1]], ["a", "b"], pad=0, limit=99) is None
+    batch = kind().collate_packed([row for row in rows() if len(row["prompt_ids"]) == 11])
+    assert "places" not in batch
+
+
+def test_rows_are_made_longer_where_that_saves_tokens() -> None:
+    prompts = [[5] * 100] + [[6] * 60] * 9
+    batch = packed_rows(prompts, [[1]] * 10, ["a"] * 10, pad=0, limit=999)
+    assert batch is not None
+    rows, tokens = batch["input_ids"].shape
+    assert rows * tokens < 1.15 * 650
+
+
+@given(st.lists(st.integers(1, 30), min_size=1, max_size=20))
+def test_every_example_is_packed_once_and_fits(lengths: list[int]) -> None:
+    filled = _filled(lengths, max(lengths))
+    assert sorted(one for row in filled for one in row) == list(range(len(lengths)))
+    assert all(sum(lengths[one] for one in row) <= max(lengths) for row in filled)
+    assert len(filled) <= len(lengths)
+
+
+@given(st.lists(st.tuples(st.integers(1, 9), st.integers(1, 4)), min_size=1, max_size=8))
+def test_places_predict_the_labels(sizes: list[tuple[int, int]]) -> None:
+    prompts = [[100 + i] * size for i, (size, _) in enumerate(sizes)]
+    targets = [[200 + 10 * i + j for j in range(size)] for i, (_, size) in enumerate(sizes)]
+    names = [str(i) for i in range(len(sizes))]
+    batch = packed_rows(prompts, targets, names, pad=0, limit=99)
+    if batch is None:
+        return
+    flat, places = batch["input_ids"].flatten(), batch["places"]
+    assert flat[places + 1].tolist() == [token for target in targets for token in target]
+    assert (batch["labels"] != IGNORED).sum() == len(places)
+    starts = flat[(batch["position_ids"] == 0).flatten()]
+    assert [str(int(one) - 100) for one in starts] == batch["tasks"]
+
+
+def test_training_packs_and_ends_where_padding_ends(tmp_path: Any) -> None:
+    import datasets
+
+    ends = []
+    for packs in (True, False):
+        model, its = routed(llama), kind()
+        table = datasets.Dataset.from_list(sorted(rows(), key=lambda row: row["task"]))
+        arguments = pr.MultiTaskTrainingArguments(
+            str(tmp_path), max_steps=3, per_device_train_batch_size=4, report_to=[], use_cpu=True,
+            disable_tqdm=True, save_strategy="no", dataloader_pin_memory=False, seed=1,
+        )  # fmt: skip
+        if not packs:
+            its.can_pack = lambda *_: False  # type: ignore[method-assign]
+        trainer = pr.MultiTaskTrainer(model, its, arguments, table)
+        batch = trainer.data_collator([dict(row) for row in rows()])
+        assert ("places" in batch) == packs
+        trainer.train()
+        ends.append([parameter.detach().clone() for parameter in model.learned()])
+    for one, other in zip(*ends, strict=True):
+        assert_close(one, other, atol=1e-5, rtol=1e-4)
