@@ -1,0 +1,233 @@
+"""SmolLM2-135M on a CPU: a training step and the scoring of choices, against PEFT as it is used.
+
+    python benchmarks/smollm2.py [--rounds 5] [--threads 2]
+
+Contenders: PEFT LoRA as users run it (transformers' defaults, padded rows, the model's own loss of
+all logits, each choice a row with its own copy of the prompt), PEFT Poly likewise, and polyroute as
+`polyroute train` and `polyroute evaluate` run it. Each has the base model in bfloat16. They take
+turns, A B C, C B A. Printed are medians, and medians of the ratio to PEFT LoRA within a round; all
+is written to `results/smollm2.json`. Peak memory is that of a process of its own.
+
+The texts are random tokens. Their lengths are drawn once: prompts of 20 to 200 tokens around a
+median of 70, targets of 2 to 6, and ten choices of 2 to 6. 16 rows of 8 tasks make a batch.
+"""
+
+import argparse
+import json
+import statistics
+import subprocess
+import sys
+import time
+import warnings
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import peft
+import torch
+from measure import STATUS
+from torch import Tensor
+
+import polyroute as pr
+from polyroute.kinds.batches import IGNORED, padded
+from polyroute.loading import load_base
+
+RESULTS = Path(__file__).parent / "results" / "smollm2.json"
+TASKS = [f"task{i}" for i in range(8)]
+RANK = 4
+TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+REFERENCE = "PEFT LoRA"
+ROWS_AT_ONCE = 16
+"""Rows of a forward in which PEFT's models score choices."""
+
+
+def drawn(rows: int, seed: int) -> list[dict[str, Any]]:
+    """Encoded rows of random tokens."""
+    random = np.random.default_rng(seed)
+
+    def ids(count: int) -> list[int]:
+        return [int(i) for i in random.integers(10, 40_000, count)]
+
+    found = []
+    for _ in range(rows):
+        length = int(np.clip(np.exp(random.normal(np.log(70), 0.5)), 20, 200))
+        choices = [[*ids(int(random.integers(1, 6))), 2] for _ in range(10)]
+        found.append(
+            {"task": TASKS[int(random.integers(8))], "prompt_ids": ids(length),
+             "target_ids": choices[0], "choice_ids": choices, "label": 0}
+        )  # fmt: skip
+    return found
+
+
+class Contender:
+    """A model, and what is timed of it."""
+
+    trained: Sequence[torch.nn.Parameter]
+    loss: Callable[[list[dict[str, Any]]], Tensor]
+    scores: Callable[[list[dict[str, Any]]], Any]
+
+    def step(self, rows: list[dict[str, Any]]) -> None:
+        """One training step."""
+        self.loss(rows).backward()  # type: ignore[no-untyped-call]
+        self.optimizer.step()
+        for parameter in self.trained:
+            parameter.grad = None
+
+    def start(self) -> "Contender":
+        """Make the optimizer."""
+        self.optimizer = torch.optim.AdamW(self.trained, lr=1e-6, fused=True)
+        return self
+
+
+def through_polyroute(base: Any, tokenizer: Any) -> Contender:
+    one = Contender()
+    config = pr.MHRConfig(num_skills=8, num_heads=8, rank=RANK, target_modules=TARGETS)
+    model = pr.attach(base, config, TASKS)
+    kind = pr.kind_of(model, tokenizer, max_input=512, max_target=64)
+    assert kind.can_pack(model, TASKS[0])
+    one.trained = [p for p in model.learned() if p.requires_grad]
+    model.train()
+    one.loss = lambda rows: kind.loss(model, kind.collate_packed(rows))
+    one.scores = lambda rows: kind.scores(model, rows)
+    return one.start()
+
+
+def through_peft(base: Any, name: str) -> Contender:
+    one = Contender()
+    if name == REFERENCE:
+        config: Any = peft.LoraConfig(r=RANK, target_modules=TARGETS, task_type="CAUSAL_LM")
+    else:
+        config = peft.PolyConfig(
+            r=RANK,
+            target_modules=TARGETS,
+            n_tasks=8,
+            n_skills=8,
+            n_splits=8,
+            poly_type="poly",
+            task_type="CAUSAL_LM",
+        )
+    model = peft.get_peft_model(base, config)
+    one.trained = [p for p in model.parameters() if p.requires_grad]
+    model.train()
+
+    def batch(pairs: Sequence[tuple[dict[str, Any], list[int]]]) -> dict[str, Tensor]:
+        both = [row["prompt_ids"] + ids for row, ids in pairs]
+        found = {
+            "input_ids": padded(both, 2),
+            "attention_mask": padded([[1] * len(ids) for ids in both], 0),
+            "labels": padded([[IGNORED] * len(r["prompt_ids"]) + ids for r, ids in pairs], IGNORED),
+        }
+        if name != REFERENCE:
+            found["task_ids"] = torch.tensor([TASKS.index(row["task"]) for row, _ in pairs])
+        return found
+
+    def scores(rows: list[dict[str, Any]]) -> list[Tensor]:
+        pairs = [(row, ids) for row in rows for ids in row["choice_ids"]]
+        found = []
+        model.eval()
+        with torch.no_grad():
+            for start in range(0, len(pairs), ROWS_AT_ONCE):
+                inputs = batch(pairs[start : start + ROWS_AT_ONCE])
+                labels = inputs.pop("labels")[:, 1:]
+                logits = model(**inputs, use_cache=False).logits[:, :-1].float()
+                each = -torch.nn.functional.cross_entropy(
+                    logits.transpose(1, 2), labels, ignore_index=IGNORED, reduction="none"
+                )
+                found.append(each.sum(1))
+        model.train()
+        return list(torch.cat(found).split(10))
+
+    one.loss = lambda rows: model(**batch([(r, r["target_ids"]) for r in rows])).loss
+    one.scores = scores
+    return one.start()
+
+
+NAMES = (REFERENCE, "PEFT Poly", "polyroute")
+
+
+def built(name: str) -> Contender:
+    """A contender with a base model of its own."""
+    base, tokenizer = load_base("smollm2", dtype="bfloat16")
+    if name == "polyroute":
+        return through_polyroute(base, tokenizer)
+    base.set_attn_implementation("sdpa")  # transformers' default
+    base.requires_grad_(False)
+    return through_peft(base, name)
+
+
+def timed(call: Callable[[], Any]) -> float:
+    started = time.process_time()
+    call()
+    return time.process_time() - started
+
+
+def peak_of(name: str, what: str) -> float:
+    """Peak memory of a process that does one thing once, in GB."""
+    command = [sys.executable, __file__, "--memory", name, what]
+    return float(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
+
+
+def memory(name: str, what: str) -> None:
+    contender = built(name)
+    rows = drawn(16, 0)
+    contender.step(rows) if what == "step" else contender.scores(rows)
+    # Not `ru_maxrss`, which a process inherits from the one that started it.
+    status = dict(line.split(":", 1) for line in STATUS.read_text().splitlines())
+    print(int(status["VmHWM"].split()[0]) / 1e6)
+
+
+def main() -> None:
+    """Run and write."""
+    assert __doc__ is not None
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--memory", nargs=2, help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    warnings.filterwarnings("ignore")
+    torch.set_num_threads(options.threads)
+    torch.manual_seed(0)
+    if options.memory:
+        memory(*options.memory)
+        return
+    contenders = {name: built(name) for name in NAMES}
+    found: dict[str, dict[str, list[float]]] = {
+        what: {name: [] for name in NAMES} for what in ("step", "scores")
+    }
+    for one in contenders.values():
+        one.step(drawn(4, 99))
+        one.scores(drawn(2, 99))
+    for number in range(options.rounds):
+        rows = drawn(16, number)
+        for name in NAMES if number % 2 == 0 else reversed(NAMES):
+            one = contenders[name]
+            found["step"][name].append(timed(partial(one.step, rows)))
+            found["scores"][name].append(timed(partial(one.scores, rows)))
+    document: dict[str, Any] = {
+        "torch": torch.__version__, "threads": options.threads, "rounds": options.rounds,
+        "lengths": [
+            [len(row["prompt_ids"]) for row in drawn(16, n)] for n in range(options.rounds)
+        ],
+        "cpu_seconds": found,
+    }  # fmt: skip
+    for what, times in found.items():
+        ratios = {
+            name: statistics.median(
+                a / b for a, b in zip(own, times[REFERENCE], strict=True)
+            )
+            for name, own in times.items()
+        }  # fmt: skip
+        peaks = {name: peak_of(name, what) for name in NAMES}
+        document[what] = {"ratio": ratios, "peak_gb": peaks}
+        for name in NAMES:
+            print(
+                f"{what:6} {name:10} {statistics.median(times[name]):6.2f} CPU s  "
+                f"{ratios[name]:.2f} of PEFT LoRA  peak {peaks[name]:.2f} GB", flush=True,
+            )  # fmt: skip
+    RESULTS.write_text(json.dumps(document, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
