@@ -225,12 +225,12 @@ def test_experts_keep_their_own_loss() -> None:
 
 
 def test_masks_let_each_choice_see_the_prompt_and_itself() -> None:
-    shared = shared_rows([[5, 6]], [[[7, 8, 1], [9, 1]]], 0)
-    assert shared.inputs["input_ids"].tolist() == [[5, 6, 7, 8, 9]]
-    assert shared.inputs["position_ids"].tolist() == [[0, 1, 2, 3, 2]]
-    assert shared.places.tolist() == [1, 2, 3, 1, 4]
-    assert shared.labels.tolist() == [[7, 8, 1], [9, 1, IGNORED]]
-    assert shared.sees[0].int().tolist() == [
+    shared = shared_rows(routed(llama), [[5, 6]], [[[7, 8, 1], [9, 1]]], 0)
+    assert shared["input_ids"].tolist() == [[5, 6, 7, 8, 9]]
+    assert shared["position_ids"].tolist() == [[0, 1, 2, 3, 2]]
+    assert shared["places"].tolist() == [1, 2, 3, 1, 4]
+    assert shared["labels"].tolist() == [[7, 8, 1], [9, 1, IGNORED]]
+    assert shared["attention_mask"][0, 0].int().tolist() == [
         [1, 0, 0, 0, 0], [1, 1, 0, 0, 0], [1, 1, 1, 0, 0], [1, 1, 1, 1, 0], [1, 1, 0, 0, 1],
     ]  # fmt: skip
 

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
 from polyroute.errors import InputError
-from polyroute.kinds.batches import Ids, Row, evaluating, on_device_of, padded
+from polyroute.kinds.batches import Ids, Row, evaluating, on_device_of, padded, token_ids
 from polyroute.kinds.objectives import Objective, objective_of
 from polyroute.kinds.prompts import joined, rows_of, turns
 from polyroute.kinds.search import plain_search
@@ -258,10 +258,7 @@ class ModelKind(ABC):
         return [self.tokenizer.eos_token_id]
 
     def _tokens(self, texts: list[str], *, special: bool) -> list[Ids]:
-        # Not truncated here, because truncation would change the state of the tokenizer.
-        encoded = self.tokenizer(texts, add_special_tokens=special, verbose=False)
-        ids: list[Ids] = encoded["input_ids"]
-        return ids
+        return token_ids(self.tokenizer, texts, special=special)
 
     def _cut(self, ids: Ids, length: int) -> Ids:
         """The first `length` ids; a special token at the end is kept."""

@@ -10,6 +10,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from polyroute.errors import InputError
 
@@ -26,6 +27,8 @@ __all__ = [
     "on_device_of",
     "padded",
     "tasks_of",
+    "token_ids",
+    "unwrapped",
 ]
 
 Ids = list[int]
@@ -41,6 +44,27 @@ def padded(
     """Pad sequences to an integer tensor `[B, L]`; L is the length of the longest."""
     tensors = [torch.tensor(sequence, dtype=torch.long) for sequence in sequences]
     return pad_sequence(tensors, batch_first=True, padding_value=value, padding_side=side)
+
+
+def token_ids(tokenizer: PreTrainedTokenizerBase, texts: list[str], *, special: bool) -> list[Ids]:
+    """The token ids of texts, with the special tokens that the tokenizer adds or without."""
+    # Not truncated here, because truncation would change the state of the tokenizer.
+    ids: list[Ids] = tokenizer(texts, add_special_tokens=special, verbose=False)["input_ids"]
+    return ids
+
+
+def unwrapped(model: nn.Module) -> list[nn.Module]:
+    """A model and what it wraps, from the outside to the transformers model."""
+    found = [model]
+    # A transformers model has a `base_model` too: itself without its head.
+    while not isinstance(found[-1], PreTrainedModel):
+        names = ("_orig_mod", "module", "base_model")
+        inner = (getattr(found[-1], name, None) for name in names)
+        inside = next((one for one in inner if isinstance(one, nn.Module)), None)
+        if inside is None:
+            break
+        found.append(inside)
+    return found
 
 
 def tasks_of(rows: Sequence[Row]) -> list[str]:

@@ -22,7 +22,7 @@ from polyroute.kinds.objectives import Objective
 from polyroute.kinds.packing import can_pack, packed_rows
 from polyroute.kinds.predictions import Predictions, has_own_terms, predict
 from polyroute.kinds.prompts import PlainText, fitted, prompt_text, rows_of
-from polyroute.kinds.shared_prompts import can_share, shared_rows
+from polyroute.kinds.shared_prompts import can_share, longest_row, shared_rows
 from polyroute.kinds.text import TextKind
 
 __all__ = ["CausalKind"]
@@ -122,34 +122,22 @@ class CausalKind(TextKind):
 
     def _targets(self, rows: Sequence[Row]) -> dict[str, Any]:
         targets = [row["target_ids"] for row in rows]
-        return self._batch(self._prompts_before(rows, targets), targets, tasks_of(rows))
-
-    def _prompts_before(self, rows: Sequence[Row], targets: Sequence[Ids]) -> list[Ids]:
-        """The prompt of each row, which leaves room for its target."""
-        return [
-            self._fitted(row["prompt_ids"], self.limit - len(target))
-            for row, target in zip(rows, targets, strict=True)
-        ]
+        return self._batch([row["prompt_ids"] for row in rows], targets, tasks_of(rows))
 
     def _choices(self, rows: Sequence[Row]) -> dict[str, Any]:
-        prompts = [
-            prompt
-            for row, prompt in zip(rows, self._prompts_before_choices(rows), strict=True)
-            for _ in row["choice_ids"]
-        ]
+        prompts = [row["prompt_ids"] for row in rows for _ in row["choice_ids"]]
         choices = [choice for row in rows for choice in row["choice_ids"]]
         return self._batch(prompts, choices, flat_tasks(rows))
 
-    def _prompts_before_choices(self, rows: Sequence[Row]) -> list[Ids]:
-        """The prompt of each row, which leaves room for the longest of its choices."""
-        return self._prompts_before(rows, [max(row["choice_ids"], key=len) for row in rows])
-
     def collate_packed(self, rows: Sequence[Row]) -> dict[str, Any]:
         """See `ModelKind.collate_packed`; for its tensors see `polyroute.kinds.packing`."""
-        targets = [row["target_ids"] for row in rows]
-        prompts = self._prompts_before(rows, targets)
-        limit = self.max_positions
-        batch = packed_rows(prompts, targets, tasks_of(rows), pad=self._pad, limit=limit)
+        batch = packed_rows(
+            [row["prompt_ids"] for row in rows],
+            [row["target_ids"] for row in rows],
+            tasks_of(rows),
+            pad=self._pad,
+            limit=self.max_positions,
+        )
         return self.collate(rows) if batch is None else {**batch, **self._term_weights(rows)}
 
     def can_pack(self, model: nn.Module, task: str) -> bool:
@@ -173,14 +161,12 @@ class CausalKind(TextKind):
         return self._target_predictions(model, on_device_of(model, batch)).mean_loss()
 
     def _scored(self, model: nn.Module, rows: Sequence[Row]) -> Predictions:
-        prompts = self._prompts_before_choices(rows)
-        shared = shared_rows(prompts, [row["choice_ids"] for row in rows], self._pad)
-        if not can_share(model, rows[0]["task"], shared.sees.shape[-1]):
+        prompts, choices = ([row[name] for row in rows] for name in ("prompt_ids", "choice_ids"))
+        if not can_share(model, rows[0]["task"], longest_row(prompts, choices)):
             return super()._scored(model, rows)
-        inputs = {**shared.arguments(model), "places": shared.places, "labels": shared.labels}
-        batch = on_device_of(model, inputs)
-        places_n, labels_NL = batch.pop("places"), batch.pop("labels")
-        return predict(model, {**batch, "tasks": tasks_of(rows)}, places_n, labels_NL)
+        shared = shared_rows(model, prompts, choices, self._pad)
+        batch = on_device_of(model, {**shared, "tasks": tasks_of(rows)})
+        return self._target_predictions(model, batch)
 
     def generate(
         self,

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from transformers import PreTrainedTokenizerBase
 
 from polyroute.errors import InputError, did_you_mean
-from polyroute.kinds.batches import Ids
+from polyroute.kinds.batches import Ids, token_ids
 from polyroute.kinds.prompts import Message
 
 __all__ = ["PROMPTS", "ChatTemplate", "template_of"]
@@ -48,9 +48,7 @@ class ChatTemplate:
 
     def ids(self, texts: list[str]) -> list[Ids]:
         """See `polyroute.kinds.prompts.Prompter`; the template writes all special tokens itself."""
-        encoded = self.tokenizer(texts, add_special_tokens=False, verbose=False)
-        ids: list[Ids] = encoded["input_ids"]
-        return ids
+        return token_ids(self.tokenizer, texts, special=False)
 
     def answer_ids(self, texts: Sequence[str]) -> list[Ids]:
         """The token ids of answers, each through its end-of-turn token."""

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812 - torch's own name for it
 
-from polyroute.kinds.batches import IGNORED
+from polyroute.kinds.batches import IGNORED, unwrapped
 
 __all__ = ["Predictions", "has_own_terms", "predict"]
 
@@ -81,7 +81,7 @@ def predict(
 
 def has_own_terms(model: nn.Module) -> bool:
     """Whether the model's own loss has terms besides cross-entropy, such as one for its experts."""
-    config = getattr(_inside(model), "config", None)
+    config = getattr(unwrapped(model)[-1], "config", None)
     return bool(getattr(config, "output_router_logits", False))
 
 
@@ -111,20 +111,13 @@ def _head_at(
 
 def _plain_head(model: nn.Module) -> nn.Module | None:
     """The output head, if it treats every token alike and nothing compiled it."""
-    inside = _inside(model)
-    bases = (model, inside, getattr(inside, "base_model", inside))
+    layers = unwrapped(model)
     if torch.compiler.is_compiling() or any(
         hasattr(one, "_orig_mod") or getattr(one, "_compiled_call_impl", None) is not None
-        for one in bases
+        for one in layers
     ):
         return None
-    getter = getattr(inside, "get_output_embeddings", None)
+    getter = getattr(layers[-1], "get_output_embeddings", None)
     head = getter() if callable(getter) else None
     # An adapted head needs all tokens of an example, because examples may differ in their task.
     return head if isinstance(head, nn.Linear) else None
-
-
-def _inside(model: nn.Module) -> nn.Module:
-    """The model inside of DistributedDataParallel."""
-    inner = getattr(model, "module", None)
-    return inner if isinstance(inner, nn.Module) else model

@@ -7,7 +7,7 @@ from transformers import PreTrainedTokenizerBase
 
 from polyroute.data.suite import CHAT, prompt
 from polyroute.errors import InputError
-from polyroute.kinds.batches import Ids
+from polyroute.kinds.batches import Ids, token_ids
 
 __all__ = [
     "Message",
@@ -53,6 +53,8 @@ def joined(system: str | None, messages: Sequence[Message]) -> str:
 class Prompter(Protocol):
     """Makes prompts of conversations."""
 
+    tokenizer: PreTrainedTokenizerBase
+
     def text(self, system: str | None, messages: Sequence[Message]) -> str:
         """The text of a prompt, up to where the answer begins."""
 
@@ -73,8 +75,8 @@ class PlainText:
     def ids(self, texts: list[str]) -> list[Ids]:
         """See `Prompter`; the end token that some tokenizers add is left out."""
         eos = self.tokenizer.eos_token_id
-        encoded = self.tokenizer(texts, add_special_tokens=True, verbose=False)
-        opened = [ids[:-1] if ids[-1:] == [eos] else ids for ids in encoded["input_ids"]]
+        whole = token_ids(self.tokenizer, texts, special=True)
+        opened = [ids[:-1] if ids[-1:] == [eos] else ids for ids in whole]
         return [ids or [eos] for ids in opened]  # GPT-2 was trained on texts after an end token
 
 
@@ -111,7 +113,7 @@ def fitted(prompter: Prompter, example: Mapping[str, Any], room: int) -> Ids:
         if left.get("history"):
             left["history"] = left["history"][2:]
         elif left[name]:
-            left[name] = _without(prompter, left[name], len(ids) - room)
+            left[name] = _without(prompter.tokenizer, left[name], len(ids) - room)
         else:
             raise InputError(
                 f"task {example.get('task', '')!r} has a system message or a chat template of more "
@@ -119,9 +121,8 @@ def fitted(prompter: Prompter, example: Mapping[str, Any], room: int) -> Ids:
             )
 
 
-def _without(prompter: Any, text: str, count: int) -> str:
+def _without(tokenizer: PreTrainedTokenizerBase, text: str, count: int) -> str:
     """A text without at least its first `count` tokens."""
-    tokenizer = prompter.tokenizer
-    ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+    ids = token_ids(tokenizer, [text], special=False)[0]
     shorter = str(tokenizer.decode(ids[count:])).lstrip() if len(ids) > count else ""
     return shorter if len(shorter) < len(text) else text[count:]

@@ -4,7 +4,9 @@ from collections.abc import Sequence
 from typing import Any
 
 from torch import nn
-from transformers import GenerationConfig, PreTrainedModel
+from transformers import GenerationConfig
+
+from polyroute.kinds.batches import unwrapped
 
 __all__ = ["PlainSearch", "plain_search"]
 
@@ -45,8 +47,7 @@ def plain_search(
         max_new_tokens: the most tokens of an answer.
         num_beams: 1 for greedy search.
     """
-    is_bare = isinstance(model, PreTrainedModel)  # it has a `base_model` too: itself without a head
-    base = model if is_bare else getattr(model, "base_model", model)
+    base = unwrapped(model)[-1]
     own = getattr(base, "generation_config", None)
     its = getattr(own, "eos_token_id", None)
     stops = [*ends, *(its if isinstance(its, list | tuple) else [its])]

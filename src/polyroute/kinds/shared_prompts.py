@@ -10,7 +10,6 @@ Shape letters: B rows, L tokens of a row, N choices, n tokens of all choices.
 
 import inspect
 from collections.abc import Sequence
-from dataclasses import dataclass
 from itertools import chain
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -19,47 +18,31 @@ import torch
 from torch import Tensor, nn
 
 from polyroute.errors import InputError
-from polyroute.kinds.batches import IGNORED, Ids, evaluating, padded
+from polyroute.kinds.batches import IGNORED, Ids, evaluating, padded, unwrapped
 
-__all__ = ["SharedRows", "can_share", "shared_rows"]
+__all__ = ["can_share", "longest_row", "shared_rows"]
 
-
-@dataclass(frozen=True)
-class SharedRows:
-    """Rows of prompts with choices behind them, on the CPU."""
-
-    inputs: dict[str, Tensor]
-    """`input_ids` and `position_ids`, both `[B, L]`."""
-    sees: Tensor
-    """`[B, L, L]`, whether a token (second axis) sees another one (third axis)."""
-    places: Tensor
-    """`[n]`, the place among the B L tokens that predicts each token of the choices."""
-    labels: Tensor
-    """`[N, C]`, the tokens of each choice, padded with -100."""
-
-    def arguments(self, model: nn.Module) -> dict[str, Tensor]:
-        """The arguments of a model's forward, on the CPU."""
-        mask = self.sees[:, None]
-        if _attention(model) != "sdpa":  # it takes truth values; others add the mask
-            least = torch.finfo(torch.float32).min
-            mask = torch.zeros(mask.shape).masked_fill(~mask, least)
-        return {**self.inputs, "attention_mask": mask}
+ARGUMENTS = ("input_ids", "position_ids", "attention_mask")
 
 
-def shared_rows(prompts: Sequence[Ids], choices: Sequence[Sequence[Ids]], pad: int) -> SharedRows:
+def shared_rows(
+    model: nn.Module, prompts: Sequence[Ids], choices: Sequence[Sequence[Ids]], pad: int
+) -> dict[str, Tensor]:
     """Put the choices of each prompt behind it.
 
     Args:
+        model: the model that is to run on them.
         prompts: the token ids of B prompts.
         choices: for each prompt, those of its choices.
         pad: the id that fills rows up.
+
+    Returns:
+        `labels` `[N, C]`, the tokens of each choice; `places` `[n]`, the place among the B L tokens
+        that predicts each of them; `input_ids` and `position_ids` `[B, L]`; and `attention_mask`
+        `[B, 1, L, L]`, whether a token (third axis) sees another one (fourth axis).
     """
     rows, positions, places = [], [], []
-    lengths = [
-        len(prompt) + sum(len(ids) - 1 for ids in own)
-        for prompt, own in zip(prompts, choices, strict=True)
-    ]
-    longest = max(lengths)
+    longest = longest_row(prompts, choices)
     sees = torch.eye(longest, dtype=torch.bool).repeat(len(prompts), 1, 1)
     causal = torch.ones(longest, longest, dtype=torch.bool).tril()
     for number, (prompt, own) in enumerate(zip(prompts, choices, strict=True)):
@@ -75,12 +58,23 @@ def shared_rows(prompts: Sequence[Ids], choices: Sequence[Sequence[Ids]], pad: i
             places += [first + len(prompt) - 1, *range(first + start, first + end)]
         rows.append(row)
         positions.append(position)
-    return SharedRows(
-        inputs={"input_ids": padded(rows, pad), "position_ids": padded(positions, 0)},
-        sees=sees,
-        places=torch.tensor(places),
-        labels=padded(list(chain.from_iterable(choices)), IGNORED),
-    )
+    mask = sees[:, None]
+    if _attention(model) != "sdpa":  # it takes truth values; others add the mask
+        least = torch.finfo(torch.float32).min
+        mask = torch.zeros(mask.shape).masked_fill(~mask, least)
+    return {
+        "labels": padded(list(chain.from_iterable(choices)), IGNORED),
+        "places": torch.tensor(places),
+        "input_ids": padded(rows, pad),
+        "position_ids": padded(positions, 0),
+        "attention_mask": mask,
+    }
+
+
+def longest_row(prompts: Sequence[Ids], choices: Sequence[Sequence[Ids]]) -> int:
+    """The number of tokens of the longest row that `shared_rows` makes."""
+    pairs = zip(prompts, choices, strict=True)
+    return max(len(prompt) + sum(len(ids) - 1 for ids in own) for prompt, own in pairs)
 
 
 _known: "WeakKeyDictionary[nn.Module, dict[str, bool]]" = WeakKeyDictionary()
@@ -115,8 +109,7 @@ def _attention(model: nn.Module) -> str:
 
 
 def _takes_positions(model: nn.Module) -> bool:
-    forward = getattr(model, "base_model", model).forward
-    return "position_ids" in inspect.signature(forward).parameters
+    return "position_ids" in inspect.signature(unwrapped(model)[-1].forward).parameters
 
 
 def _keeps_apart(model: nn.Module, task: str) -> bool:
@@ -124,10 +117,10 @@ def _keeps_apart(model: nn.Module, task: str) -> bool:
     device = next(model.parameters()).device
 
     def logits(prompt: Ids, other: Ids, *, positions: bool = True) -> Tensor:
-        rows = shared_rows([prompt], [[other, [11, 12, 13]]], 0)
-        inputs = {name: value.to(device) for name, value in rows.arguments(model).items()}
+        rows = shared_rows(model, [prompt], [[other, [11, 12, 13]]], 0)
+        inputs = {name: rows[name].to(device) for name in ARGUMENTS}
         if not positions:
-            inputs["position_ids"] = torch.arange(len(rows.sees[0]), device=device)[None]
+            inputs["position_ids"] = torch.arange(rows["input_ids"].numel(), device=device)[None]
         with evaluating(model):
             found: Tensor = model(**inputs, tasks=[task], use_cache=False).logits
         return found[0, 5:]  # those of the second choice

@@ -13,14 +13,7 @@ class BaseAlone(nn.Module):
     def __init__(self, base_model: nn.Module) -> None:
         super().__init__()
         self.base_model = base_model
-
-    def __getattr__(self, name: str) -> Any:
-        try:
-            return super().__getattr__(name)
-        except AttributeError:
-            if name == "base_model":
-                raise
-            return getattr(super().__getattr__("base_model"), name)
+        self.config = base_model.config
 
     def forward(self, *args: Any, tasks: Any = None, **kwargs: Any) -> Any:
         """Run the base model; `tasks` change nothing."""
