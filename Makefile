@@ -4,10 +4,14 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: demo test lint docs bench bench-paper clean
+.PHONY: demo demo-lm test lint docs bench bench-paper clean
 
 demo: $(INSTALLED)
 	$(BIN)/polyroute demo --out demo-out --overwrite
+
+# SmolLM2 on real tasks; RESUME=1 goes on where an interrupted run stopped.
+demo-lm: $(INSTALLED)
+	$(BIN)/polyroute demo-lm --out demo-lm-out $(if $(RESUME),--resume,--overwrite)
 
 test: lint
 	$(BIN)/python -m pytest -q -n 2 --dist worksteal
@@ -42,4 +46,4 @@ $(INSTALLED): pyproject.toml constraints.txt
 	touch $@
 
 clean:
-	rm -rf $(VENV) demo-out build dist site
+	rm -rf $(VENV) demo-out demo-lm-out build dist site

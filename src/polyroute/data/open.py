@@ -15,12 +15,16 @@ from polyroute.data.readers.tabular import TabularSuite, is_table, is_tabular
 from polyroute.data.suite import Suite
 from polyroute.errors import InputError
 
-__all__ = ["open_suite"]
+__all__ = ["STARTER", "open_suite"]
+
+STARTER = "starter"
+"""The name of the suite of real tasks that comes with polyroute."""
 
 
 def open_suite(path: str | Path, *, cache_dir: str | Path | None = None, **options: Any) -> Suite:
     """Open a suite with the reader that its path calls for.
 
+    - `"starter"`: the suite of real tasks that comes with polyroute, a folder as follows
     - a folder with one JSONL file of records per task: `JsonlSuite`
     - a JSON, JSONL, CSV, TSV or Parquet file, a folder with several such files, or a folder that
       `save_to_disk` of `datasets` wrote: `TabularSuite`
@@ -37,6 +41,7 @@ def open_suite(path: str | Path, *, cache_dir: str | Path | None = None, **optio
         InputError: there is no readable suite at the path, or its reader has no such option or
             does not allow the value.
     """
+    path = Path(__file__).parent / "starter" if str(path) == STARTER else path
     reader, settings = _reader(path)
     known = [field.name for field in fields(settings)] if settings else []
     for name in options:

@@ -13,6 +13,7 @@ from polyroute.host.interrupts import terminable
 from polyroute.program.cli.adapt import adapt
 from polyroute.program.cli.command import EXIT_CODES, Command, Stopped, output_flags
 from polyroute.program.cli.demo import demo
+from polyroute.program.cli.demo_lm import demo_lm
 from polyroute.program.cli.evaluate import evaluate
 from polyroute.program.cli.export import export
 from polyroute.program.cli.import_ import import_
@@ -25,7 +26,7 @@ from polyroute.program.cli.train import train
 __all__ = ["COMMANDS", "app", "main"]
 
 COMMANDS: tuple[Command[Any], ...] = (
-    demo, train, adapt, evaluate, reproduce, export, push, import_, inspect, report,
+    demo, demo_lm, train, adapt, evaluate, reproduce, export, push, import_, inspect, report,
 )  # fmt: skip
 """In the order of the help."""
 DONE, FAILED, REFUSED = 0, 1, 2

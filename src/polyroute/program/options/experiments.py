@@ -1,4 +1,4 @@
-"""Options of the commands that run whole experiments: `polyroute demo` and `reproduce`."""
+"""Options of the commands that run whole experiments: `demo`, `demo-lm` and `reproduce`."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -11,7 +11,7 @@ from polyroute.program.options.shared import REQUIRED, RunOptions
 from polyroute.program.recipes import shipped
 from polyroute.settings import flag, setting
 
-__all__ = ["DemoOptions", "ReproduceOptions"]
+__all__ = ["DemoLmOptions", "DemoOptions", "ReproduceOptions"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -19,6 +19,16 @@ class DemoOptions(RunOptions):
     """Options of `polyroute demo`."""
 
     out: Path = setting(Path("demo-out"), help="Folder for results, plots and adapters.")
+    quick: bool = setting(False, flag(), help="A tenth of the work, to see that it runs.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class DemoLmOptions(RunOptions):
+    """Options of `polyroute demo-lm`."""
+
+    out: Path = setting(
+        Path("demo-lm-out"), recorded=False, help="Folder for runs, results, LoRAs and the page."
+    )
     quick: bool = setting(False, flag(), help="A tenth of the work, to see that it runs.")
 
 

@@ -1,6 +1,6 @@
 """Running a preset: everything is checked first, and stages that are done are left out."""
 
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,13 +18,10 @@ from polyroute.program.options.experiments import ReproduceOptions
 from polyroute.program.reproduce.page import page_of
 from polyroute.program.reproduce.preset import Preset, read_preset
 from polyroute.program.reproduce.results import summarise
-from polyroute.program.reproduce.stages import Plan, Stage, readers_of
+from polyroute.program.reproduce.stages import Plan, Prepare, Stage, readers_of
 from polyroute.saved.runs import held
 
-__all__ = ["Prepare", "run_preset"]
-
-Prepare = Callable[[Mapping[str, Any]], Callable[[], None]]
-"""Takes the options of a command and checks them; what it returns runs the command."""
+__all__ = ["run_preset"]
 
 
 def run_preset(options: ReproduceOptions, commands: Mapping[str, Prepare]) -> Result:
@@ -68,7 +65,7 @@ def run_preset(options: ReproduceOptions, commands: Mapping[str, Prepare]) -> Re
     place = folder.open(config, options.given)
     with held(place), resumable(place):
         for stage in stages:
-            _run(stage, commands)
+            stage.run(commands)
             ways = [way for method in planned for way in method.ways]
             content = {**config, **summarise(preset, ways)}
             write_json(place / "results.json", content)
@@ -87,17 +84,6 @@ def _given(options: ReproduceOptions) -> dict[str, Any]:
 def _check_known(preset: str, what: str, name: str, known: Collection[str]) -> None:
     if name not in known:
         raise InputError(f"the preset {preset} has no {what} {name!r}; {did_you_mean(name, known)}")
-
-
-def _run(stage: Stage, commands: Mapping[str, Prepare]) -> None:
-    """Run a stage, or what is left of it."""
-    if stage.is_done:
-        return
-    options = stage.options
-    if stage.command != "evaluate":
-        is_begun = (stage.result.parent / "run.json").is_file()
-        options = {**options, "resume": is_begun}
-    commands[stage.command](options)()
 
 
 def _plan(config: Mapping[str, Any], stages: Sequence[Stage], folder: Path) -> Result:

@@ -1,7 +1,7 @@
 """Stages: the commands that a preset comes to, each with a folder or file of its own."""
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,7 +11,10 @@ from polyroute.program.recipes import SECTIONS
 from polyroute.program.reproduce.preset import Preset
 from polyroute.saved.runs import RUNNING
 
-__all__ = ["MethodPlan", "Plan", "Stage", "Way", "readers_of"]
+__all__ = ["MethodPlan", "Plan", "Prepare", "Stage", "Way", "readers_of"]
+
+Prepare = Callable[[Mapping[str, Any]], Callable[[], None]]
+"""Takes the options of a command and checks them; what it returns runs the command."""
 
 
 @dataclass(frozen=True)
@@ -27,6 +30,16 @@ class Stage:
     def is_done(self) -> bool:
         """Whether there is nothing left to do."""
         return self.result.is_file() and not (self.result.parent / RUNNING).exists()
+
+    def run(self, commands: Mapping[str, Prepare]) -> None:
+        """Run the command, or what is left of it."""
+        if self.is_done:
+            return
+        options = self.options
+        if self.command in ("train", "adapt"):
+            is_begun = (self.result.parent / "run.json").is_file()
+            options = {**options, "resume": is_begun}
+        commands[self.command](options)()
 
 
 @dataclass(frozen=True)
