@@ -155,6 +155,16 @@ def test_errors_are_one_sentence_and_code_2(
     assert sentence in refused(arguments, capsys)
 
 
+def test_a_warning_is_one_line_without_its_place_in_the_source(place: Path) -> None:
+    arguments = [
+        "evaluate", "--model", str(place / "base"), "--data", str(place / "suite"),
+        "--max-input", "2", "--out", str(place / "cut.json"),
+    ]  # fmt: skip
+    done = program(f"from polyroute.program.cli.app import main; main({arguments!r})")
+    [line] = [line for line in done.stderr.splitlines() if "too long" in line]
+    assert line.startswith("polyroute: warning: ")
+
+
 # Exit codes, quiet, verbose.
 
 

@@ -144,6 +144,7 @@ def _libraries() -> Iterator[None]:
         downloads: Any = huggingface_hub.utils
         library: Any = transformers.utils.logging
 
+        former, warnings.formatwarning = warnings.formatwarning, _sentence
         verbosity, bars = library.get_verbosity(), library.is_progress_bar_enabled()
         library.set_verbosity(logging.INFO if mode.verbose else logging.ERROR)
         if not mode.verbose:
@@ -153,8 +154,14 @@ def _libraries() -> Iterator[None]:
         try:
             yield
         finally:
+            warnings.formatwarning = former
             library.set_verbosity(verbosity)
             if bars:
                 library.enable_progress_bar()
             for name, level in levels.items():
                 logging.getLogger(name).setLevel(level)
+
+
+def _sentence(message: Warning | str, *_: Any, **__: Any) -> str:
+    """A warning as a command prints it: where in the source it arose helps no user."""
+    return f"polyroute: warning: {message}\n"
