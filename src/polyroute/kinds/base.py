@@ -37,6 +37,9 @@ class ModelKind(ABC):
     auto_class: ClassVar[Any]
     """The transformers class that loads such a model."""
 
+    one_sequence: ClassVar[bool] = False
+    """Whether a prompt and its target share the positions of the model."""
+
     cut_part: ClassVar[str] = "their end"
     """What a prompt loses if it is too long."""
 
@@ -126,6 +129,21 @@ class ModelKind(ABC):
             ],
         }
 
+    def lengths(self, examples: Mapping[str, list[Any]]) -> list[tuple[int, int]]:
+        """For each example the tokens of its prompt, and of its longest target or choice, uncut.
+
+        Args:
+            examples: see `encode`.
+        """
+        answers = [
+            [target, *(choices or [])]
+            for target, choices in zip(examples["target"], examples["choices"], strict=True)
+        ]
+        texts = list(dict.fromkeys(chain.from_iterable(answers)))
+        length = {t: len(ids) for t, ids in zip(texts, self._target_ids(texts), strict=True)}
+        longest = [max(length[text] for text in row) for row in answers]
+        return list(zip(map(len, self._prompt_ids(examples)), longest, strict=True))
+
     def _prompts(
         self, examples: Mapping[str, list[Any]], longest: Sequence[int]
     ) -> list[tuple[Ids, int]]:
@@ -135,9 +153,13 @@ class ModelKind(ABC):
             examples: see `encode`.
             longest: for each example the number of tokens of its longest target or choice.
         """
-        texts = [joined(row.get("system"), turns(row)) for row in rows_of(examples)]
-        prompts = self._target_ids(texts)
-        return [(self._cut(ids, self.max_input), len(ids)) for ids in prompts]
+        return [(self._cut(ids, self.max_input), len(ids)) for ids in self._prompt_ids(examples)]
+
+    def _prompt_ids(self, examples: Mapping[str, list[Any]]) -> list[Ids]:
+        """The token ids of the prompts of examples, however long they are."""
+        return self._target_ids(
+            [joined(row.get("system"), turns(row)) for row in rows_of(examples)]
+        )
 
     @abstractmethod
     def _target_ids(self, texts: list[str]) -> list[Ids]:
