@@ -26,6 +26,7 @@ __all__ = [
     "flat_tasks",
     "on_device_of",
     "padded",
+    "target_token_ids",
     "tasks_of",
     "token_ids",
     "unwrapped",
@@ -50,6 +51,15 @@ def token_ids(tokenizer: PreTrainedTokenizerBase, texts: list[str], *, special: 
     """The token ids of texts, with the special tokens that the tokenizer adds or without."""
     # Not truncated here, because truncation would change the state of the tokenizer.
     ids: list[Ids] = tokenizer(texts, add_special_tokens=special, verbose=False)["input_ids"]
+    return ids
+
+
+def target_token_ids(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> list[Ids]:
+    """The token ids of targets, with the special tokens that the tokenizer adds to targets.
+
+    Those of translation models, such as mBART and NLLB, name the target's language.
+    """
+    ids: list[Ids] = tokenizer(text_target=texts, verbose=False)["input_ids"]
     return ids
 
 
