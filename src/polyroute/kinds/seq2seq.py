@@ -68,9 +68,10 @@ class Seq2SeqKind(TextKind):
 
     def _ended(self, ids: Ids) -> Ids:
         """Ids with an end token; mBART of 25 languages has the code of one behind it."""
-        eos, special = self.tokenizer.eos_token_id, self.tokenizer.all_special_ids
-        has_code_behind = ids[-2:-1] == [eos] and ids[-1] in special
-        return ids if ids[-1:] == [eos] or has_code_behind else [*ids, eos]
+        eos = self.tokenizer.eos_token_id
+        if ids[-1:] == [eos] or (ids[-2:-1] == [eos] and ids[-1] in self.tokenizer.all_special_ids):
+            return ids
+        return [*ids, eos]
 
     @property
     def _codes(self) -> tuple[Ids, Ids]:
