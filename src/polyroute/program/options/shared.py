@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from polyroute.host.dtypes import AUTO, DTYPES
+from polyroute.kinds.names import PROMPTS
 from polyroute.program import texts
 from polyroute.program.recipes import recipe_names
 from polyroute.settings import check_settings, flag, one_of, setting, text, whole
@@ -106,7 +107,7 @@ class Reading:
         None, whole(optional=True), help="Most tokens of a target or choice [95 % fit]."
     )
     prompt: str = setting(
-        "auto", one_of("auto", "chat", "plain"),
+        "auto", one_of(*PROMPTS),
         help="chat: by the model's chat template. plain: by the text alone. auto: chat if it has "
         "a template.",
     )  # fmt: skip
