@@ -298,6 +298,23 @@ BUGS = (
         'neutral = 1.0 if self.adapter == "ia3" else 0.0', "neutral = 1.0",
         ("test_inputs.py::test_the_vocabulary_is_resized_under_an_adapted_head",),
     ),
+    # ------------------------------------------------------------- the data
+    Bug(
+        "the task with the shortest examples sets the limits", "study/lengths.py",
+        "return Lengths(max(prompts), max(targets))", "return Lengths(min(prompts), min(targets))",
+        ("test_lengths.py::test_lengths_are_the_largest_of_the_tasks_95_percent",),
+    ),
+    Bug(
+        "targets get the code of the source language", "kinds/seq2seq.py",
+        "for ids in target_token_ids(self.tokenizer, texts)]",
+        "for ids in self._tokens(texts, special=True)]",
+        ("test_target_languages.py",),
+    ),
+    Bug(
+        "a stratified draw is a plain one", "adapting/shots.py",
+        "if settings.stratify and classes is not None:", "if False:",
+        ("test_shots.py::test_a_stratified_draw_has_as_many_of_each_answer_also_for_validation",),
+    ),
 )  # fmt: skip
 
 

@@ -5,7 +5,7 @@ import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from polyroute.data.sampling import TaskSampler, draw_few_shot
+from polyroute.data.sampling import TaskSampler, draw_balanced, draw_few_shot
 from polyroute.errors import InputError
 
 SIZES = st.lists(st.integers(1, 40), min_size=1, max_size=8)
@@ -172,6 +172,30 @@ def test_a_few_shot_draw_is_the_start_of_a_shuffle(
     assert drawn == everything[:shots]
     assert sorted(everything) == list(range(num_examples))
     assert all(type(index) is int for index in drawn)
+
+
+CLASSES = st.lists(st.integers(0, 3), min_size=1, max_size=60)
+
+
+@given(CLASSES, st.integers(1, 60), st.integers(0, 2**40))
+def test_a_balanced_draw_has_as_many_of_each_class_as_there_can_be(
+    classes: list[int], number: int, seed: int
+) -> None:
+    shots = 1 + number % len(classes)
+    drawn = draw_balanced(classes, shots, seed)
+    everything = draw_balanced(classes, len(classes), seed)
+    assert drawn == everything[:shots]
+    assert sorted(everything) == list(range(len(classes)))
+    there, counts = Counter(classes), Counter(classes[index] for index in drawn)
+    # Where a class has fewer than another, it has no more or is at most one behind.
+    most = max(counts.values())
+    assert all(counts[one] >= min(there[one], most - 1) for one in there)
+    # Within a class the order is that of the plain draw.
+    plain = draw_few_shot(len(classes), len(classes), seed)
+    for one in there:
+        assert [i for i in everything if classes[i] == one] == [
+            i for i in plain if classes[i] == one
+        ]
 
 
 def test_every_example_is_as_likely_in_a_few_shot_draw() -> None:

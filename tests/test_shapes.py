@@ -345,6 +345,7 @@ def talk(*turns: Any) -> dict[str, Any]:
 
 
 LABEL = {"text": "t", "label": "good"}
+PART = {"type": "text", "text": "Hi"}
 WRONG: list[tuple[Rows, str]] = [
     ([ask(), ask(output=None)], "row 2: the column 'output' is null; write a text or remove"),
     ([ask(), {"instruction": "i"}], "row 2: the column 'output' is missing; add it"),
@@ -382,8 +383,26 @@ WRONG: list[tuple[Rows, str]] = [
     ([talk("Hi")], "row 1: the column 'messages', turn 1 is a string"),
     ([talk({"text": "Hi"})], "turn 1 has the fields 'text'; give it 'role' and 'content'"),
     ([talk(said("usr", "Hi"))], "turn 1: the role 'usr' is not known; did you mean 'user'"),
-    ([talk(said("tool", "Hi"))], "turn 1: the role 'tool' is not known"),
-    ([talk({"role": "user", "content": ["Hi"]})], "turn 1: the content is a list; write it as one"),
+    ([talk(said("tool", "Hi"))], "turn 1 is the tool's, and calls of tools are not read"),
+    (
+        [talk(TALK[0], {"role": "assistant", "content": None, "tool_calls": [{"id": "x"}]})],
+        "row 1: the column 'messages', turn 2 has 'tool_calls', and calls of tools are not read",
+    ),
+    (
+        [{"conversations": [{"from": "function_call", "value": "{}"}]}],
+        "the column 'conversations', turn 1 is the function_call's, and calls of tools",
+    ),
+    ([{**talk(*TALK), "tools": [{"name": "f"}]}], "row 1: the column 'tools' belongs to the conv"),
+    ([{**talk(*TALK), "images": ["a.png"]}], "row 1: the column 'images' belongs to the conver"),
+    ([talk({"role": "user", "content": ["Hi"]})], "content has a part 1 of type 'a string'"),
+    (
+        [talk(*TALK), talk({"role": "user", "content": [PART, {**PART, "type": "image_url"}]})],
+        "row 2: the column 'messages', turn 1: the content has a part 2 of type 'image_url', and",
+    ),
+    (
+        [{"prompt": "p", "completion": "c", "label": False}],
+        "row 1: the column 'label' says whether the completion is wanted",
+    ),
     ([talk({"role": "user", "content": None})], "turn 1: the content is null"),
     ([talk()], "row 1: the column 'messages' has no answer of the assistant"),
     ([talk(TALK[0])], "row 1: the column 'messages' has no answer of the assistant"),
@@ -483,6 +502,54 @@ def test_the_yaml_of_a_refusal_decides(
         opened(path).splits("mine")
     (tmp_path / "mine.yaml").write_text(lines(str(caught.value)))
     assert read(tmp_path / "mine.yaml")[0]["target"] == target
+
+
+PAIR = {"chosen": "good", "rejected": "bad"}
+PAIRS = {"chosen": [said("assistant", "good")], "rejected": [said("assistant", "bad")]}
+WHOLE = {name: [said("user", "q"), *answer] for name, answer in PAIRS.items()}
+
+
+@pytest.mark.parametrize(
+    ("row", "suffixes"),
+    [
+        ({"prompt": "q", **PAIR}, WRITERS),
+        ({"question": "q", **PAIR}, WRITERS),
+        ({"instruction": "i", "input": "q", **PAIR}, WRITERS),
+        ({"prompt": [said("user", "q")], **PAIRS}, NESTED),
+        ({"prompt": "q", **WHOLE}, NESTED),
+        ({"messages": WHOLE["chosen"], **WHOLE}, NESTED),
+    ],
+)
+def test_preferences_are_refused_and_the_yaml_takes_the_chosen_answers(
+    tmp_path: Path, row: dict[str, Any], suffixes: Any
+) -> None:
+    for suffix in suffixes:
+        folder = tmp_path / suffix.strip(".")
+        folder.mkdir(exist_ok=True)
+        path = put(folder, [row], suffix=suffix)
+        with pytest.raises(InputError, match="'chosen' and 'rejected', and preferences") as caught:
+            opened(path).splits("mine")
+        (folder / "mine.yaml").write_text(lines(str(caught.value)))
+        (found,) = read(folder / "mine.yaml")
+        assert (found["input"], found["target"]) == ("q", "good")
+
+
+def test_of_a_prompt_that_is_a_conversation_only_the_chosen_turns_are_targets(
+    tmp_path: Path,
+) -> None:
+    put(tmp_path, [{"prompt": MORE[:3], "chosen": MORE[3:4], "rejected": MORE[3:4]}])
+    entry = {"path": "json", "data_files": "mine.json"}
+    columns = {"messages": ["prompt", "chosen"]}
+    content = {"tasks": {"mine": {**entry, "columns": columns}}}
+    (tmp_path / "mine.yaml").write_text(yaml.safe_dump(content))
+    assert read(tmp_path / "mine.yaml") == [record("Bye", "Bye!", history=TALK)]
+
+
+@pytest.mark.parametrize("suffix", NESTED)
+def test_parts_of_text_are_one_text(tmp_path: Path, suffix: str) -> None:
+    asked = {"role": "user", "content": [PART, {"type": "text", "text": " there"}]}
+    answer = {"role": "assistant", "content": [{"type": "text", "text": "Yes?"}]}
+    assert read(put(tmp_path, [talk(asked, answer)], suffix=suffix)) == [record("Hi there", "Yes?")]
 
 
 def lines(message: str) -> str:

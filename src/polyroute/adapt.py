@@ -17,9 +17,9 @@ import datasets
 from polyroute.adapting.adapted import Adapted, adapted
 from polyroute.adapting.loop import SlotCalls, train_slots
 from polyroute.adapting.settings import AdaptSettings, check_names, variants
+from polyroute.adapting.shots import Shots
 from polyroute.adapting.slot import Slot
 from polyroute.adapting.slot_training import SlotTraining
-from polyroute.data.sampling import draw_few_shot
 from polyroute.data.suite import Suite
 from polyroute.errors import InputError
 from polyroute.host.files import finite, make_folder
@@ -85,11 +85,14 @@ def adapt_many(  # noqa: PLR0913 (public: users know its keywords)
     check_names(settings)
     choices = variants(AdaptSettings(phase=phase, **settings), grid)
     _check_seeds(seeds)
-    slots = []
-    for task, given in examples.items():
-        rows = _rows(task, given, kind)
-        for (label, variant), seed in itertools.product(choices.items(), seeds):
-            slots.append(_slot(task, seed, label, variant, rows))
+    rows = {task: _rows(task, given, kind) for task, given in examples.items()}
+    shots = Shots(rows, choices.values())
+    slots = [
+        shots.slot(task, seed, label, variant)
+        for task in rows
+        for (label, variant), seed in itertools.product(choices.items(), seeds)
+    ]
+    shots.warn_of_missing()
     if len({slot.name for slot in slots}) < len(slots):
         raise InputError(f"seeds must be different numbers, not {list(seeds)}")
     target = peft_target(model.base_model, model.sites, model.wrapping.trained)
@@ -135,10 +138,12 @@ class SuiteSlots:
             check_new(model, task)
             trains[task] = encoded(self.suite, task, "train", kind)
         warn_of_cuts(trains.values(), kind)
-        for task, train in trains.items():
+        shots = Shots(trains, self.choices.values())
+        for task in self.tasks:
             for (label, variant), seed in itertools.product(self.choices.items(), self.seeds):
                 if (task, seed, label) not in before:
-                    slots.append(_slot(task, seed, label, variant, train))
+                    slots.append(shots.slot(task, seed, label, variant))
+        shots.warn_of_missing()
         return slots if self.part is None else slots[self.part]
 
 
@@ -221,6 +226,7 @@ class _SuiteScores:
             "phase": settings.phase,
             "chosen_by": settings.choose_by,
             "shots": len(slot.rows),
+            "stratify": settings.stratify,
             "split": self.split,
             "metric": self.suite.info(slot.task).metric,
             "score": score,
@@ -284,20 +290,3 @@ def _rows(
     if isinstance(given, str | Mapping) or not isinstance(given, Sequence) or not given:
         raise InputError(f"the examples of task {task!r} must be a list with at least one")
     return encoded_records(given, task, kind)
-
-
-def _slot(task: str, seed: int, label: str, settings: AdaptSettings, rows: Sequence[Row]) -> Slot:
-    """A slot, with the rows that its seed draws."""
-    held = settings.validation_shots
-    shots = len(rows) - held if settings.shots is None else settings.shots
-    try:
-        drawn = draw_few_shot(len(rows), shots + held, seed)
-    except InputError as error:
-        raise InputError(f"task {task!r}: {error}") from error
-    if shots < 1:
-        raise InputError(
-            f"task {task!r} has {len(rows)} examples, and {held} are for validation: none is left"
-        )
-    training, validation = ([rows[i] for i in part] for part in (drawn[:shots], drawn[shots:]))
-    indices = drawn[:shots], drawn[shots:]
-    return Slot(task, seed, settings, training, validation, label, *indices)

@@ -37,6 +37,12 @@ class AdaptSettings:
         None, whole(optional=True), help="Training examples of each new task."
     )
     """Training examples of the new task; None takes all there are."""
+    stratify: bool = setting(
+        False, flag(), help="Draw shots with as many examples of each answer as there can be."
+    )
+    """Whether the shots are drawn so that every answer is there as often as can be, in tasks whose
+    examples all have the same choices; otherwise they are drawn whatever their answers, as in
+    published protocols."""
     steps: int = setting(100, whole(), help="Optimizer steps of each.")
     """Optimizer steps."""
     batch_size: int = setting(16, whole(), help="Examples in a step.")
@@ -106,6 +112,8 @@ class AdaptSettings:
         if self.route_lr is None:
             object.__setattr__(self, "route_lr", 1.0 if self.phase == "z" else 0.1)
         check_optimizer(self.optimizer, scale_parameter=self.scale_parameter)
+        if self.stratify and self.shots is None:
+            raise InputError("stratify chooses among the examples of a task: set shots too")
         self._check_choice()
         if self.init != "uniform" and self.phase in WITHOUT_ROUTE:
             raise InputError(

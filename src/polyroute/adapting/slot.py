@@ -62,7 +62,8 @@ class Slot:
         path = self.file(folder)
         try:
             note: dict[str, Any] = json.loads(read_metadata(path)["slot"])
-            saved_settings, saved_digest = note["settings"], note["digest"]
+            # A slot that an older version saved says nothing of what did not exist.
+            saved_settings, saved_digest = {"stratify": False, **note["settings"]}, note["digest"]
         except (KeyError, ValueError, TypeError) as error:
             if isinstance(error, InputError):
                 raise

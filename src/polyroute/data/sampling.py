@@ -3,7 +3,8 @@
 Letters: T tasks, N draws in an epoch; n_t examples of task t, m_t = min(n_t, cap).
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Hashable, Iterator, Sequence
+from itertools import chain, islice, zip_longest
 
 import numpy as np
 import numpy.typing as npt
@@ -11,7 +12,7 @@ from torch.utils.data import Sampler
 
 from polyroute.errors import InputError
 
-__all__ = ["TaskSampler", "draw_few_shot"]
+__all__ = ["TaskSampler", "draw_balanced", "draw_few_shot"]
 
 Indices = npt.NDArray[np.int64]
 
@@ -138,6 +139,32 @@ def draw_few_shot(num_examples: int, shots: int, seed: int) -> list[int]:
     rng = np.random.Generator(np.random.PCG64(seed))
     drawn: list[int] = rng.permutation(num_examples)[:shots].tolist()
     return drawn
+
+
+def draw_balanced(classes: Sequence[Hashable], shots: int, seed: int) -> list[int]:
+    """Draw a few training examples at random, as many of each class as there can be.
+
+    The seed shuffles all examples, as in `draw_few_shot`. The first of each class are taken, then
+    the second of each, and so on; a class that has no more is passed over. A larger number of shots
+    with the same seed extends the draw, so what follows the first shots is balanced too.
+
+    Args:
+        classes: the class of each example of the training split.
+        shots: the number of examples to draw, from 1 to the number of examples.
+        seed: 0 or above.
+
+    Returns:
+        Indices of examples, in the order drawn.
+
+    Raises:
+        InputError: there are fewer examples than shots, or a number is outside its range.
+    """
+    draw_few_shot(len(classes), shots, seed)  # which checks the numbers
+    of_class: dict[Hashable, list[int]] = {}
+    for index in draw_few_shot(len(classes), len(classes), seed):
+        of_class.setdefault(classes[index], []).append(index)
+    rounds = chain.from_iterable(zip_longest(*of_class.values()))
+    return list(islice((index for index in rounds if index is not None), shots))
 
 
 def _check_sizes(sizes: Sequence[int]) -> None:

@@ -11,7 +11,7 @@ D embedding, T terms of a loss.
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from itertools import chain
+from itertools import chain, takewhile
 from typing import Any, ClassVar, Literal
 
 from datasets import Features, Value
@@ -36,6 +36,9 @@ class ModelKind(ABC):
     supports_generation: ClassVar[bool]
     auto_class: ClassVar[Any]
     """The transformers class that loads such a model."""
+
+    one_sequence: ClassVar[bool] = False
+    """Whether a prompt and its target share the positions of the model."""
 
     cut_part: ClassVar[str] = "their end"
     """What a prompt loses if it is too long."""
@@ -126,6 +129,21 @@ class ModelKind(ABC):
             ],
         }
 
+    def lengths(self, examples: Mapping[str, list[Any]]) -> list[tuple[int, int]]:
+        """For each example the tokens of its prompt, and of its longest target or choice, uncut.
+
+        Args:
+            examples: see `encode`.
+        """
+        answers = [
+            [target, *(choices or [])]
+            for target, choices in zip(examples["target"], examples["choices"], strict=True)
+        ]
+        texts = list(dict.fromkeys(chain.from_iterable(answers)))
+        length = {t: len(ids) for t, ids in zip(texts, self._target_ids(texts), strict=True)}
+        longest = [max(length[text] for text in row) for row in answers]
+        return list(zip(map(len, self._prompt_ids(examples)), longest, strict=True))
+
     def _prompts(
         self, examples: Mapping[str, list[Any]], longest: Sequence[int]
     ) -> list[tuple[Ids, int]]:
@@ -135,9 +153,15 @@ class ModelKind(ABC):
             examples: see `encode`.
             longest: for each example the number of tokens of its longest target or choice.
         """
-        texts = [joined(row.get("system"), turns(row)) for row in rows_of(examples)]
-        prompts = self._target_ids(texts)
-        return [(self._cut(ids, self.max_input), len(ids)) for ids in prompts]
+        return [(self._cut(ids, self.max_input), len(ids)) for ids in self._prompt_ids(examples)]
+
+    def _prompt_ids(self, examples: Mapping[str, list[Any]]) -> list[Ids]:
+        """The token ids of the prompts of examples, however long they are."""
+        return self._framed([joined(row.get("system"), turns(row)) for row in rows_of(examples)])
+
+    def _framed(self, texts: list[str]) -> list[Ids]:
+        """The token ids of texts that are no targets, with the special tokens around them."""
+        return self._tokens(texts, special=True)
 
     @abstractmethod
     def _target_ids(self, texts: list[str]) -> list[Ids]:
@@ -257,14 +281,19 @@ class ModelKind(ABC):
         """The tokens that end an answer."""
         return [self.tokenizer.eos_token_id]
 
+    def _starts(self, model: nn.Module) -> dict[str, int]:
+        """The tokens that begin an answer, by setting of `generate`, besides those of the model."""
+        return {}
+
     def _tokens(self, texts: list[str], *, special: bool) -> list[Ids]:
         return token_ids(self.tokenizer, texts, special=special)
 
     def _cut(self, ids: Ids, length: int) -> Ids:
-        """The first `length` ids; a special token at the end is kept."""
+        """The first `length` ids; special tokens at the end, at most two, are kept."""
         if len(ids) <= length:
             return ids
-        last = [i for i in ids[-1:] if i in self.tokenizer.all_special_ids]
+        special = self.tokenizer.all_special_ids
+        last = list(takewhile(special.__contains__, ids[: -1 - min(2, length) : -1]))[::-1]
         return ids[: length - len(last)] + last
 
     def _inputs(
@@ -292,6 +321,7 @@ class ModelKind(ABC):
             pad=self._pad,
             max_new_tokens=max_new_tokens,
             num_beams=num_beams,
+            starts=self._starts(model),
         )
         with evaluating(model):
             out: Tensor = model.generate(  # type: ignore[operator]  # nn.Module hides methods

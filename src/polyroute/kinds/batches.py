@@ -15,6 +15,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from polyroute.errors import InputError
 
 __all__ = [
+    "FAILURES",
     "IGNORED",
     "Ids",
     "Row",
@@ -24,8 +25,10 @@ __all__ = [
     "evaluating",
     "flat_choices",
     "flat_tasks",
+    "logits_of",
     "on_device_of",
     "padded",
+    "target_token_ids",
     "tasks_of",
     "token_ids",
     "unwrapped",
@@ -36,6 +39,8 @@ Row = Mapping[str, Any]
 """One row from `ModelKind.encode`."""
 
 IGNORED = -100  # losses of transformers ignore this label
+FAILURES = (IndexError, RuntimeError, TypeError, ValueError)
+"""What a model raises that cannot run on a batch of an unusual form."""
 
 
 def padded(
@@ -50,6 +55,15 @@ def token_ids(tokenizer: PreTrainedTokenizerBase, texts: list[str], *, special: 
     """The token ids of texts, with the special tokens that the tokenizer adds or without."""
     # Not truncated here, because truncation would change the state of the tokenizer.
     ids: list[Ids] = tokenizer(texts, add_special_tokens=special, verbose=False)["input_ids"]
+    return ids
+
+
+def target_token_ids(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> list[Ids]:
+    """The token ids of targets, with the special tokens that the tokenizer adds to targets.
+
+    Those of translation models, such as mBART and NLLB, name the target's language.
+    """
+    ids: list[Ids] = tokenizer(text_target=texts, verbose=False)["input_ids"]
     return ids
 
 
@@ -125,6 +139,13 @@ def on_device_of(model: nn.Module, batch: Mapping[str, Any]) -> dict[str, Any]:
     """The batch with its tensors on the model's device."""
     device = next(model.parameters()).device
     return {key: v.to(device) if isinstance(v, Tensor) else v for key, v in batch.items()}
+
+
+def logits_of(model: nn.Module, inputs: Mapping[str, Tensor], tasks: list[str]) -> Tensor:
+    """The logits of a batch of one row, in evaluation mode: `[L, V]`."""
+    with evaluating(model):
+        found: Tensor = model(**on_device_of(model, inputs), tasks=tasks, use_cache=False).logits
+    return found[0]
 
 
 @contextmanager

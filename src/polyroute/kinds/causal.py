@@ -21,7 +21,7 @@ from polyroute.kinds.chat import ChatTemplate, template_of
 from polyroute.kinds.objectives import Objective
 from polyroute.kinds.packing import can_pack, packed_rows
 from polyroute.kinds.predictions import Predictions, has_own_terms, predict
-from polyroute.kinds.prompts import PlainText, fitted, prompt_text, rows_of
+from polyroute.kinds.prompts import PlainText, Prompter, fitted, prompt_text, rows_of
 from polyroute.kinds.shared_prompts import can_share, longest_row, shared_rows
 from polyroute.kinds.text import TextKind
 
@@ -44,6 +44,7 @@ class CausalKind(TextKind):
 
     name = "causal"
     auto_class = AutoModelForCausalLM
+    one_sequence = True
     cut_part = "the beginning of their input"
 
     def __init__(
@@ -83,15 +84,21 @@ class CausalKind(TextKind):
     def _prompts(
         self, examples: Mapping[str, list[Any]], longest: Sequence[int]
     ) -> list[tuple[Ids, int]]:
-        rows = rows_of(examples)
-        prompter = self.template or PlainText(self.tokenizer)
-        whole = prompter.ids([prompt_text(prompter, row) for row in rows])
+        rows, whole = rows_of(examples), self._prompt_ids(examples)
         found = []
         for row, ids, answer in zip(rows, whole, longest, strict=True):
             # In a chat there is room for every answer, since nothing may be cut from its ids later.
             room = self.limit - (answer if self.template is None else self.max_target)
-            found.append((ids if len(ids) <= room else fitted(prompter, row, room), len(ids)))
+            found.append((ids if len(ids) <= room else fitted(self._prompter, row, room), len(ids)))
         return found
+
+    def _prompt_ids(self, examples: Mapping[str, list[Any]]) -> list[Ids]:
+        rows = rows_of(examples)
+        return self._prompter.ids([prompt_text(self._prompter, row) for row in rows])
+
+    @property
+    def _prompter(self) -> Prompter:
+        return self.template or PlainText(self.tokenizer)
 
     @property
     def _ends(self) -> list[int]:

@@ -11,13 +11,11 @@ from transformers import PreTrainedTokenizerBase
 
 from polyroute.errors import InputError, did_you_mean
 from polyroute.kinds.batches import Ids, token_ids
+from polyroute.kinds.names import PROMPTS
 from polyroute.kinds.prompts import Message
 
-__all__ = ["PROMPTS", "ChatTemplate", "template_of"]
+__all__ = ["ChatTemplate", "template_of"]
 
-PROMPTS = ("auto", "chat", "plain")
-"""How a base model is prompted: `chat` by its template, `plain` by the text alone; `auto` is chat
-if the tokenizer has a template."""
 PROBE: Message = {"role": "user", "content": "?"}
 
 
@@ -94,7 +92,7 @@ def template_of(
     """The template that a base model is prompted by; None for plain text.
 
     Args:
-        wanted: one of `PROMPTS`, or a template.
+        wanted: one of `polyroute.kinds.names.PROMPTS`, or a template.
         tokenizer: the base model's tokenizer.
 
     Raises:

@@ -12,8 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from polyroute.errors import InputError
-from polyroute.kinds.batches import IGNORED, Ids, evaluating, padded
+from polyroute.kinds.batches import FAILURES, IGNORED, Ids, logits_of, padded
 
 __all__ = ["can_pack", "packed_rows"]
 
@@ -104,22 +103,16 @@ def can_pack(model: nn.Module, task: str) -> bool:
         model: the routed model.
         task: the task that it is tried with.
     """
-    device = next(model.parameters()).device
 
     def logits(ids: Ids, *positions: int) -> Tensor:
-        inputs = {"input_ids": [ids], "position_ids": [list(positions)]}
-        tensors = {name: torch.tensor(value, device=device) for name, value in inputs.items()}
-        with evaluating(model):
-            found: Tensor = model(
-                **tensors, tasks=[task] * positions.count(0), use_cache=False
-            ).logits
-        return found[0, -3:].float()
+        inputs = {"input_ids": torch.tensor([ids]), "position_ids": torch.tensor([positions])}
+        return logits_of(model, inputs, [task] * positions.count(0))[-3:].float()
 
     try:
         found = logits([5, 6, 7, 8, 9, 10], 0, 1, 2, 0, 1, 2)
         other = logits([7, 5, 6, 8, 9, 10], 0, 1, 2, 0, 1, 2)
         alone = logits([8, 9, 10], 0, 1, 2)
-    except (IndexError, InputError, RuntimeError, TypeError, ValueError):  # it takes no such rows
+    except FAILURES:  # it takes no such rows
         return False
     gap = (found - alone).abs().max()
     return torch.equal(found, other) and bool(gap <= 0.05 * alone.abs().max())

@@ -1,6 +1,6 @@
 """The settings of greedy and beam search, which are the same for every base model."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from torch import nn
@@ -33,7 +33,13 @@ class PlainSearch(GenerationConfig):  # type: ignore[misc, unused-ignore]
 
 
 def plain_search(
-    model: nn.Module, *, ends: Sequence[int], pad: int, max_new_tokens: int, num_beams: int
+    model: nn.Module,
+    *,
+    ends: Sequence[int],
+    pad: int,
+    max_new_tokens: int,
+    num_beams: int,
+    starts: Mapping[str, int] | None = None,
 ) -> PlainSearch:
     """The settings of greedy or beam search with a model, which is not changed.
 
@@ -46,15 +52,16 @@ def plain_search(
         pad: the id of the padding.
         max_new_tokens: the most tokens of an answer.
         num_beams: 1 for greedy search.
+        starts: by setting, tokens that begin an answer whatever the model's config names.
     """
     base = unwrapped(model)[-1]
     own = getattr(base, "generation_config", None)
     its = getattr(own, "eos_token_id", None)
     stops = [*ends, *(its if isinstance(its, list | tuple) else [its])]
     is_encoder_decoder = getattr(getattr(base, "config", None), "is_encoder_decoder", False)
-    starts = DECODER_STARTS if is_encoder_decoder else ()
+    names = DECODER_STARTS if is_encoder_decoder else ()
     return PlainSearch(  # type: ignore[no-untyped-call]
-        **{name: getattr(own, name, None) for name in starts},
+        **{**{name: getattr(own, name, None) for name in names}, **(starts or {})},
         eos_token_id=list(dict.fromkeys(stop for stop in stops if stop is not None)),
         pad_token_id=pad,
         max_new_tokens=max_new_tokens,

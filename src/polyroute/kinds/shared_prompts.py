@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from polyroute.errors import InputError
-from polyroute.kinds.batches import IGNORED, Ids, evaluating, padded, unwrapped
+from polyroute.kinds.batches import FAILURES, IGNORED, Ids, logits_of, padded, unwrapped
 
 __all__ = ["can_share", "longest_row", "shared_rows"]
 
@@ -114,16 +114,13 @@ def _takes_positions(model: nn.Module) -> bool:
 
 def _keeps_apart(model: nn.Module, task: str) -> bool:
     """Try a model on two choices of three tokens."""
-    device = next(model.parameters()).device
 
     def logits(prompt: Ids, other: Ids, *, positions: bool = True) -> Tensor:
         rows = shared_rows(model, [prompt], [[other, [11, 12, 13]]], 0)
-        inputs = {name: rows[name].to(device) for name in ARGUMENTS}
+        inputs = {name: rows[name] for name in ARGUMENTS}
         if not positions:
-            inputs["position_ids"] = torch.arange(rows["input_ids"].numel(), device=device)[None]
-        with evaluating(model):
-            found: Tensor = model(**inputs, tasks=[task], use_cache=False).logits
-        return found[0, 5:]  # those of the second choice
+            inputs["position_ids"] = torch.arange(rows["input_ids"].numel())[None]
+        return logits_of(model, inputs, [task])[5:]  # those of the second choice
 
     try:
         found = logits([5, 6, 7], [8, 9, 10])
@@ -132,6 +129,6 @@ def _keeps_apart(model: nn.Module, task: str) -> bool:
         has_positions = not torch.equal(found, logits([5, 6, 7], [8, 9, 10], positions=False))
     except InputError:
         raise
-    except (IndexError, RuntimeError, TypeError, ValueError):  # it cannot take such a mask
+    except FAILURES:  # it cannot take such a mask
         return False
     return sees_prompt and has_positions and not sees_other

@@ -62,6 +62,8 @@ def plan_of_training(
         "parameters": model.counts(),
         "trained_parameters": model.num_trainable(),
         "memory_bytes": {**memory, "total": sum(memory.values())},
+        "max_input": options.reading.max_input,
+        "max_target": options.reading.max_target,
         "optimization": optimization,
         "steps": args.max_steps,
         "examples_per_step": batch,

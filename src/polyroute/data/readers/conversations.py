@@ -20,6 +20,10 @@ _SPEAKERS = {
     "gpt": "assistant",
 }
 _KEYS = (("role", "content"), ("from", "value"))
+_OF_TOOLS = {"tool", "function", "function_call", "function_response", "ipython", "observation"}
+"""Speakers that are programs, or the calls of them."""
+_CALLS = ("tool_calls", "function_call")
+_NO_TOOLS = "calls of tools are not read; write the call and its result as text, or remove the row"
 
 
 class Turn(NamedTuple):
@@ -59,7 +63,12 @@ def _turn(value: Any, what: str) -> Turn:
             f"{what} has the fields {', '.join(map(repr, value)) or 'of no name'}; give it 'role' "
             "and 'content'"
         )
-    role, content = value[who], value[says]
+    role, content = value[who], _joined(value[says], f"{what}: the {says}")
+    for call in _CALLS:
+        if value.get(call):
+            raise InputError(f"{what} has {call!r}, and {_NO_TOOLS}")
+    if isinstance(role, str) and role in _OF_TOOLS:
+        raise InputError(f"{what} is the {role}'s, and {_NO_TOOLS}")
     if not isinstance(role, str) or role not in _SPEAKERS:
         raise InputError(
             f"{what}: the {who} {role!r} is not known; {did_you_mean(str(role), _SPEAKERS)}"
@@ -67,6 +76,25 @@ def _turn(value: Any, what: str) -> Turn:
     if not isinstance(content, str):
         raise InputError(f"{what}: the {says} is {json_type(content)}; write it as one text")
     return Turn(_SPEAKERS[role], content)
+
+
+def _joined(content: Any, what: str) -> Any:
+    """The text of a content that is a list of parts, one after the other as templates write them.
+
+    Raises:
+        InputError: a part is an image, a sound or anything else but text.
+    """
+    if not isinstance(content, list):
+        return content
+    for number, part in enumerate(content, start=1):
+        is_text = isinstance(part, Mapping) and isinstance(part.get("text"), str)
+        if not is_text or part.get("type") not in ("text", None):
+            kind = part.get("type") if isinstance(part, Mapping) else json_type(part)
+            raise InputError(
+                f"{what} has a part {number} of type {kind!r}, and only parts of text are read; "
+                "describe it in words, or remove the row"
+            )
+    return "".join(part["text"] for part in content)
 
 
 def examples(turns: list[Turn], what: str, *, given: int = 0) -> Iterator[dict[str, Any]]:

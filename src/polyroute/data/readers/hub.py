@@ -16,7 +16,8 @@
         metric: accuracy
 
 Each text of a record is given as the name of a column, or as a text with columns in braces; or
-`messages` names a column of conversations. Nothing in the file is ever run.
+`messages` names a column of conversations, or a list of columns whose turns follow one another, of
+which only the last has targets. Nothing in the file is ever run.
 """
 
 from collections.abc import Iterator, Mapping
@@ -113,8 +114,13 @@ def _columns(entry: Any, where: str) -> dict[str, Any]:
     if "messages" in columns:
         if len(columns) > 1:
             raise InputError(f"{where}: 'messages' is the whole example; remove the other keys")
-        if not isinstance(columns["messages"], str):
-            raise InputError(f"{where}: 'messages' must be the name of a column")
+        names = columns["messages"]
+        names = names if isinstance(names, list) and names else [names]
+        if not all(isinstance(name, str) for name in names):
+            raise InputError(
+                f"{where}: 'messages' must be the name of a column, or a list of columns whose "
+                "turns follow one another"
+            )
         return columns
     _mapping(columns, COLUMN_KEYS, where, needs=("input",))
     if ("target" in columns) == ("answer" in columns):

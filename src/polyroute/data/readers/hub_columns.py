@@ -3,6 +3,7 @@
 import string
 from collections.abc import Callable, Iterable, Mapping
 from functools import partial
+from itertools import chain
 from typing import Any
 
 import datasets
@@ -39,14 +40,18 @@ def records_of(
     if "messages" not in columns:
         record = _record_of(columns, features, where)
         return lambda row, place: [record(row, place)]
-    column = columns["messages"]
-    if column not in features:
-        raise _no_column("messages", column, features, where)
+    wanted = columns["messages"]
+    names = wanted if isinstance(wanted, list) else [wanted]
+    for name in names:
+        if name not in features:
+            raise _no_column("messages", name, features, where)
     usual = {"instruction": "", "choices": None}
 
     def records(row: _Row, place: str) -> Iterable[dict[str, Any]]:
-        what = f"{place}: the column {column!r}"
-        return ({**usual, **each} for each in examples(turns_of(row[column], what), what))
+        whats = [f"{place}: the column {name!r}" for name in names]
+        parts = [turns_of(row[name], what) for name, what in zip(names, whats, strict=True)]
+        turns, context = list(chain.from_iterable(parts)), sum(map(len, parts[:-1]))
+        return ({**usual, **each} for each in examples(turns, whats[-1], given=context))
 
     return records
 

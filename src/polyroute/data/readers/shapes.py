@@ -20,6 +20,8 @@ __all__ = ["OWN", "SHAPES", "Row", "Shape", "recognised", "yaml_for"]
 
 _FORMATS = {".csv": "csv", ".tsv": "csv", ".parquet": "parquet", ".json": "json", ".jsonl": "json"}
 _DELIMITED = (".csv", ".tsv")
+_MEDIA = ("image", "images", "audio", "audios", "video", "videos")
+_PREFERENCE = frozenset({"chosen", "rejected"})
 _ONE_FIT = (
     "instruction and output (Alpaca); prompt and completion; messages; conversations (ShareGPT); "
     "text and label; question and answer"
@@ -168,8 +170,14 @@ def _alpaca(row: Row) -> Iterable[dict[str, Any]]:
 
 def _completion(row: Row) -> Iterable[dict[str, Any]]:
     prompt, completion = row.cells.get("prompt"), row.cells.get("completion")
+    if isinstance(row.cells.get("label"), bool):
+        raise InputError(
+            f"{row.what('label')} says whether the completion is wanted, and training takes every "
+            "completion as a target; remove the rows with false, and the column"
+        )
     if not (isinstance(prompt, list) and isinstance(completion, list)):
         return [{"input": row.text("prompt"), "target": row.text("completion")}]
+    _check_texts_alone(row)
     context = turns_of(prompt, row.what("prompt"))
     answer = turns_of(completion, row.what("completion"))
     what = f"{row.where}: the conversation of the columns 'prompt' and 'completion'"
@@ -178,9 +186,21 @@ def _completion(row: Row) -> Iterable[dict[str, Any]]:
 
 def _conversation(column: str) -> Callable[[Row], Iterable[dict[str, Any]]]:
     def records(row: Row) -> Iterable[dict[str, Any]]:
+        _check_texts_alone(row)
         return examples(turns_of(row.cells.get(column), row.what(column)), row.what(column))
 
     return records
+
+
+def _check_texts_alone(row: Row) -> None:
+    """Make sure that a conversation says all in its turns."""
+    for column in (*_MEDIA, "tools"):
+        if row.cells.get(column):
+            fix = "write them into the system prompt" if column == "tools" else "describe them"
+            raise InputError(
+                f"{row.what(column)} belongs to the conversation, and only texts are read; {fix}, "
+                "or remove the column"
+            )
 
 
 def _classes(column: str) -> Callable[[Row], Iterable[dict[str, Any]]]:
@@ -257,6 +277,8 @@ def recognised(row: Row) -> Shape:
     columns = list(row.cells)
     if OWN.fits(columns):
         return OWN
+    if set(columns) >= _PREFERENCE:
+        raise _preference(row)
     found = [shape for shape in SHAPES if shape.fits(columns)]
     if len(found) == 1:
         return found[0]
@@ -276,6 +298,25 @@ def recognised(row: Row) -> Shape:
             f"({did_you_mean(missing, columns)})"
         )
     raise _unknown(row, columns)
+
+
+def _preference(row: Row) -> InputError:
+    """The error for pairs of a better and a worse answer, with the YAML that takes the better."""
+    chosen, asked = row.cells["chosen"], row.cells.get("prompt")
+    given = [name for name in ("instruction", "input") if name in row.cells]
+    question = next((name for name in ("prompt", "question") if name in row.cells), None)
+    meaning: dict[str, Any] = {"input": question or "COLUMN", "target": "chosen"}
+    if isinstance(chosen, list):
+        meaning = {"messages": ["prompt", "chosen"] if isinstance(asked, list) else "chosen"}
+    elif given and question is None:
+        meaning = {**{name: name for name in given}, "input": given[-1], "target": "chosen"}
+        if given == ["instruction"]:
+            meaning = {"input": "instruction", "target": "chosen"}
+    return InputError(
+        f"{row.path} has the columns 'chosen' and 'rejected', and preferences are not learned; to "
+        "train on the chosen answers alone, say so in a YAML file and give that file instead: "
+        f"{yaml_for(row.path, meaning)}"
+    )
 
 
 def _unknown(row: Row, columns: list[str]) -> InputError:

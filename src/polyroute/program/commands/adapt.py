@@ -10,6 +10,7 @@ from typing import Any
 from polyroute.adapt import SuiteSlots, adapt_suite, check_learned, check_new
 from polyroute.adapting.memory import plan
 from polyroute.adapting.settings import AdaptSettings, variants
+from polyroute.adapting.shots import check_classes, classes_of
 from polyroute.adapting.slots import check_starts
 from polyroute.build import loaded
 from polyroute.data.sampling import draw_few_shot
@@ -100,6 +101,9 @@ def _check_examples(work: Work) -> None:
     for task, variant in itertools.product(work.tasks, work.choices.values()):
         shots = (variant.shots or 0) + variant.validation_shots
         draw_few_shot(len(work.suite.split(task, "train")), shots, 0)
+    if any(variant.stratify for variant in work.choices.values()):
+        splits = {task: work.suite.split(task, "train") for task in work.tasks}
+        check_classes({t: classes_of(rows, "choices", "target") for t, rows in splits.items()})
 
 
 def _check_model(model: RoutedModel, work: Work) -> None:

@@ -15,6 +15,7 @@ from polyroute.kinds.choose import ModelKind
 from polyroute.loading import load_suite
 from polyroute.model import RoutedModel
 from polyroute.program.commands.adapted import number
+from polyroute.program.commands.lengths import Measured, settled_lengths
 from polyroute.program.commands.runs import (
     BaseModel,
     base_of,
@@ -40,7 +41,7 @@ def evaluate_run(options: EvaluateOptions) -> Result:
     """
     path = _place_of(options)
     _check_place(path)
-    scores = _scores_of_base(options) if options.run is None else _scores_of_run(options)
+    kind, scores = _scores_of_base(options) if options.run is None else _scores_of_run(options)
     make_folder(path.parent)
     content = {
         "run": None if options.run is None else str(options.run),
@@ -48,6 +49,8 @@ def evaluate_run(options: EvaluateOptions) -> Result:
         "data": options.source.data,
         "split": options.split,
         "zero_shot": options.zero_shot,
+        "max_input": kind.max_input,
+        "max_target": kind.max_target,
         "macro_average": macro_average(scores),
         "tasks": [score.to_dict() for score in scores],
     }
@@ -64,7 +67,7 @@ def _place_of(options: EvaluateOptions) -> Path:
     return beside(options.run) / name
 
 
-def _scores_of_run(options: EvaluateOptions) -> list[TaskScore]:
+def _scores_of_run(options: EvaluateOptions) -> tuple[ModelKind, list[TaskScore]]:
     assert options.run is not None
     data, zero_shot = options.source.data, options.zero_shot
     run = Path(locate(options.run))
@@ -86,10 +89,10 @@ def _scores_of_run(options: EvaluateOptions) -> list[TaskScore]:
                     "average of the skills, or adapt to it with `polyroute adapt`"
                 )
         model.eval()
-        return _scores(options, model, kind, suite, tasks, route)
+        return kind, _scores(options, model, kind, suite, tasks, route)
 
 
-def _scores_of_base(options: EvaluateOptions) -> list[TaskScore]:
+def _scores_of_base(options: EvaluateOptions) -> tuple[ModelKind, list[TaskScore]]:
     assert options.model is not None
     suite = load_suite(options.source.data, options.source.reader)
     reading, _ = settled(options.reading, options.given)
@@ -98,7 +101,10 @@ def _scores_of_base(options: EvaluateOptions) -> list[TaskScore]:
         suite, options.source.tasks, suite.tasks, kind, none=f"{options.source.data} has no task"
     )
     validate(suite, tasks, needs=[options.split])
-    return _scores(options, BaseAlone(base), kind, suite, tasks, None)
+    kind, *_ = settled_lengths(
+        base, kind, reading, options.given, Measured(suite, tasks, options.split)
+    )
+    return kind, _scores(options, BaseAlone(base), kind, suite, tasks, None)
 
 
 def _scores(

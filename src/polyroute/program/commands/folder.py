@@ -37,6 +37,11 @@ class RunFolder:
         }
         self.path = check_run(out, command, **self._place)
 
+    @property
+    def resumed(self) -> Path | None:
+        """The folder, if the run in it is resumed."""
+        return self.path if self.resume else None
+
     def compare(self, config: Mapping[str, Any], given: Given) -> None:
         """Make sure, of a run to resume, that it was asked for the same; write nothing.
 

@@ -16,10 +16,21 @@ from polyroute.saved.checkpoint import Checkpoint, read_checkpoint
 from polyroute.saved.hub import DESCRIPTION, Snapshot, locate
 from polyroute.saved.runs import read_run
 
-__all__ = ["BaseModel", "base_of", "beside", "inventory_of", "load", "settled"]
+__all__ = [
+    "WITHOUT_DATA",
+    "BaseModel",
+    "base_of",
+    "beside",
+    "inventory_of",
+    "kind_for",
+    "load",
+    "settled",
+]
 
 BEFORE = {"dtype": "float32", "prompt": "plain", "system": None}
 """What runs of older versions, which do not say so, did."""
+WITHOUT_DATA = {"max_input": 256, "max_target": 64}
+"""The most tokens that are read where there is no data to choose them by."""
 
 
 @dataclass(frozen=True)
@@ -38,6 +49,7 @@ class BaseModel:
         """
         config = {**BEFORE, **read_run(run)["config"]}
         kinds: dict[str, Any] = {"model": str, **{one.name: one.type for one in fields(Reading)}}
+        kinds |= dict.fromkeys(WITHOUT_DATA, int)  # a run has settled them
         for name, kind in kinds.items():
             if name not in config:
                 raise InputError(f"{run} was not written by `polyroute train`")
@@ -87,18 +99,23 @@ def load(base: BaseModel, *, objective: str | Objective = "lm") -> tuple[Any, Mo
     Raises:
         InputError: it cannot be loaded, or cannot learn by this objective.
     """
-    reading = base.reading
-    model, tokenizer = load_base(base.name, dtype=reading.dtype)
+    model, tokenizer = load_base(base.name, dtype=base.reading.dtype)
+    return model, kind_for(model, tokenizer, base.reading, objective)
+
+
+def kind_for(model: Any, tokenizer: Any, reading: Reading, objective: str | Objective) -> ModelKind:
+    """The kind of a base model that is to be read so; limits that are open are those without data.
+
+    Raises:
+        InputError: the model cannot be read so, or cannot learn by this objective.
+    """
     prompt: str | ChatTemplate = reading.prompt
     if reading.system is not None:
         if prompt == "plain":
             raise InputError("--system is for chats: leave it out with --prompt plain")
         prompt = ChatTemplate(tokenizer, reading.system)
-    kind = kind_of(
-        model, tokenizer, max_input=reading.max_input, max_target=reading.max_target,
-        objective=objective, prompt=prompt,
-    )  # fmt: skip
-    return model, kind
+    limits = {name: getattr(reading, name) or limit for name, limit in WITHOUT_DATA.items()}
+    return kind_of(model, tokenizer, **limits, objective=objective, prompt=prompt)
 
 
 def base_of(

@@ -21,6 +21,7 @@ from polyroute.model import RoutedModel
 from polyroute.optimizers import summary
 from polyroute.program.commands.checkpoints import TRAINER_STATE, last_checkpoint
 from polyroute.program.commands.folder import RunFolder
+from polyroute.program.commands.lengths import Measured, settled_lengths
 from polyroute.program.commands.runs import BaseModel, inventory_of, load, settled
 from polyroute.program.commands.tasks import chosen_tasks
 from polyroute.program.commands.training import SaveWhenStopped, diverged, make_trainer
@@ -66,10 +67,9 @@ def train_run(options: TrainOptions) -> Result:
     if start is not None:
         options = _continued(options, start)
     folder = RunFolder("train", options.out, options, inputs)
-    resumed = folder.path if options.resume else None
-    reading, given = settled(options.reading, options.given, resumed)
+    reading, given = settled(options.reading, options.given, folder.resumed)
     options = replace(options, reading=reading, given=given)
-    trainer, tasks = _prepared(options, start, folder.path)
+    trainer, tasks, options = _prepared(options, start, folder)
     optimization = summary(asdict(options.optimization))
     config = {**options.given.recorded, "tasks": list(tasks), "optimization": optimization}
     if options.dry_run:
@@ -110,9 +110,13 @@ def _continued(options: TrainOptions, start: Start) -> TrainOptions:
 
 
 def _prepared(
-    options: TrainOptions, start: Start | None, folder: Path
-) -> tuple[MultiTaskTrainer, tuple[str, ...]]:
-    """Everything up to the first step: the trainer, and the tasks in the order of its rows."""
+    options: TrainOptions, start: Start | None, folder: RunFolder
+) -> tuple[MultiTaskTrainer, tuple[str, ...], TrainOptions]:
+    """Everything up to the first step.
+
+    Returns:
+        The trainer, the tasks in the order of its rows, and the options with nothing left open.
+    """
     suite = load_suite(options.source.data, options.source.reader)
     assert options.model is not None
     base, kind = load(BaseModel(options.model, options.reading), objective=options.objective)
@@ -121,6 +125,10 @@ def _prepared(
         none=f"every task of {options.source.data} is held out",
     )  # fmt: skip
     validate(suite, tasks, needs=["train"])
+    kind, reading, given = settled_lengths(
+        base, kind, options.reading, options.given, Measured(suite, tasks, "train"), folder.resumed
+    )
+    options = replace(options, reading=reading, given=given)
     torch.manual_seed(options.seed)
     if start is None:
         model = _attached(base, options.adapter, tasks)
@@ -135,8 +143,9 @@ def _prepared(
         if trainer.is_fsdp_enabled:
             raise InputError("--alignment-steps needs a whole base model: leave it out under FSDP")
         steps = options.alignment_steps
-        trainer.add_callback(AlignmentCallback(model, kind, rows, folder / ALIGNMENT, steps=steps))
-    return trainer, tasks
+        place = folder.path / ALIGNMENT
+        trainer.add_callback(AlignmentCallback(model, kind, rows, place, steps=steps))
+    return trainer, tasks, options
 
 
 def _attached(base: Any, adapter: MHRConfig, tasks: Sequence[str]) -> RoutedModel:

@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from polyroute.host.dtypes import AUTO, DTYPES
+from polyroute.kinds.names import PROMPTS
 from polyroute.program import texts
 from polyroute.program.recipes import recipe_names
 from polyroute.settings import check_settings, flag, one_of, setting, text, whole
@@ -99,10 +100,14 @@ class Reading:
         help="Type of the base model: float32, bfloat16, float16, or auto: bfloat16 where the "
         "hardware multiplies it fast, else float32.",
     )  # fmt: skip
-    max_input: int = setting(256, whole(), help="Most tokens of a prompt.")
-    max_target: int = setting(64, whole(), help="Most tokens of a target.")
+    max_input: int | None = setting(
+        None, whole(optional=True), help="Most tokens of a prompt [95 % of the data's fit]."
+    )
+    max_target: int | None = setting(
+        None, whole(optional=True), help="Most tokens of a target or choice [95 % fit]."
+    )
     prompt: str = setting(
-        "auto", one_of("auto", "chat", "plain"),
+        "auto", one_of(*PROMPTS),
         help="chat: by the model's chat template. plain: by the text alone. auto: chat if it has "
         "a template.",
     )  # fmt: skip
