@@ -80,6 +80,22 @@ def test_a_run_and_all_that_reads_it_have_the_lengths_of_its_training_data(
     assert "--max-input is 16: 95 %" in capsys.readouterr().out
 
 
+def test_new_tasks_may_be_read_to_other_lengths_than_those_of_the_training(
+    place: Path, tmp_path: Path, recwarn: pytest.WarningsRecorder
+) -> None:
+    data, run = write(tmp_path / "suite"), tmp_path / "run"
+    main(arguments(place, data, run, "--tasks", "long"))
+    common = ["--data", str(data), "--tasks", "short", "--max-input", "208"]
+    adapting = ["--phase", "mu", "--steps", "1", "--shots", "2", "--seeds", "0"]
+    recwarn.clear()
+    main(["adapt", str(run), *common, *adapting, "--out", str(tmp_path / "adapted")])
+    main(["evaluate", str(run), *common, "--zero-shot", "--out", str(tmp_path / "scores.json")])
+    assert not [warning for warning in recwarn if "too long" in str(warning.message)]
+    assert json.loads((tmp_path / "scores.json").read_text())["max_input"] == 208
+    assert config_of(tmp_path / "adapted")["max_input"] == 208
+    assert config_of(run)["max_input"] == 48
+
+
 def test_a_resumed_run_keeps_its_lengths(place: Path, tmp_path: Path, capsys: Capture) -> None:
     run = tmp_path / "run"
     main(train_arguments(place, str(run)))

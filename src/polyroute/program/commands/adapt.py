@@ -70,7 +70,7 @@ def adapt_run(options: AdaptOptions) -> Result:
     folder = RunFolder("adapt", out, options, (run, options.source.data))
     checkpoint = inventory_of(run)
     suite = load_suite(options.source.data, options.source.reader)
-    base, kind = base_of(run, objective=options.objective)
+    base, kind = base_of(run, objective=options.objective, limits=options.limits)
     tasks = chosen_tasks(
         suite, options.tasks, held_out_tasks(suite), kind,
         none=f"{options.source.data} holds no task out",

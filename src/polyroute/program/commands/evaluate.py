@@ -73,7 +73,7 @@ def _scores_of_run(options: EvaluateOptions) -> tuple[ModelKind, list[TaskScore]
     run = Path(locate(options.run))
     checkpoint = inventory_of(run)
     suite = load_suite(data, options.source.reader)
-    base, kind = base_of(run)
+    base, kind = base_of(run, limits=options.reading)
     trained = tuple(t for t in checkpoint.tasks if t in suite.tasks)
     tasks = chosen_tasks(
         suite, options.source.tasks, held_out_tasks(suite) if zero_shot else trained, kind,

@@ -11,7 +11,7 @@ from polyroute.host.output import say
 from polyroute.kinds.choose import ChatTemplate, ModelKind, kind_of
 from polyroute.kinds.objectives import Objective
 from polyroute.loading import load_base
-from polyroute.program.options.shared import Given, Reading
+from polyroute.program.options.shared import Given, Limits, Reading
 from polyroute.saved.checkpoint import Checkpoint, read_checkpoint
 from polyroute.saved.hub import DESCRIPTION, Snapshot, locate
 from polyroute.saved.runs import read_run
@@ -119,14 +119,25 @@ def kind_for(model: Any, tokenizer: Any, reading: Reading, objective: str | Obje
 
 
 def base_of(
-    run: str | os.PathLike[str], *, objective: str | Objective = "lm"
+    run: str | os.PathLike[str],
+    *,
+    objective: str | Objective = "lm",
+    limits: Limits = Limits(),  # noqa: B008 - frozen
 ) -> tuple[Any, ModelKind]:
     """The base model that a run was trained on, and its kind, to learn by an objective.
+
+    Args:
+        run: the folder of the run.
+        objective: what it is to learn by.
+        limits: the most tokens to read; what they leave open is as in the run.
 
     Raises:
         InputError: the run says nothing of a base model, or see `load`.
     """
-    return load(BaseModel.of(run), objective=objective)
+    base = BaseModel.of(run)
+    given = {name: limit for name, limit in asdict(limits).items() if limit is not None}
+    reading = replace(base.reading, **given)
+    return load(replace(base, reading=reading), objective=objective)
 
 
 def inventory_of(run: Path) -> Checkpoint:

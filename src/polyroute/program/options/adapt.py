@@ -12,6 +12,7 @@ from polyroute.program.options.shared import (
     OBJECTIVE,
     REQUIRED,
     RUN_HELP,
+    Limits,
     PlannedOptions,
     Source,
 )
@@ -39,6 +40,7 @@ class AdaptOptions(PlannedOptions):
         None, recorded=False,
         help="Memory for adaptations side by side, such as 8GB [half of what is free].",
     )  # fmt: skip
+    limits: Limits = group(Limits, panel="Adaptation")
     split: str = setting("test", text(), help="Split to score on.")
     out: Path | None = setting(
         None, recorded=False, help="Folder of results [RUN/adapt-PHASE-SHOTS]."

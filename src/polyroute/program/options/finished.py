@@ -12,6 +12,7 @@ from polyroute.program.options.shared import (
     READER,
     REQUIRED,
     RUN_HELP,
+    Limits,
     Options,
     Reading,
     Source,
@@ -26,6 +27,9 @@ __all__ = [
     "PushOptions",
     "ReportOptions",
 ]
+
+LIMITS = {each.name for each in flags_of(Limits)}
+"""Options of the base model that need not be those of the run."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,7 +64,8 @@ class EvaluateOptions(Options):
             raise InputError("say with --out where the scores of a base model alone go")
         for each in flags_of(type(self)):
             place = self.given.places.get(each.name)
-            if self.run is not None and each.marks.get("from_run") and place is not None:
+            is_fixed = each.marks.get("from_run") and each.name not in LIMITS
+            if self.run is not None and is_fixed and place is not None:
                 raise InputError(f"{place} comes from the run; leave it out, or leave out the run")
 
 

@@ -33,6 +33,7 @@ __all__ = [
     "REQUIRED",
     "RUN_HELP",
     "Given",
+    "Limits",
     "Options",
     "PlannedOptions",
     "Reading",
@@ -92,7 +93,25 @@ READER: Any = Source.__dataclass_fields__["reader"].metadata
 
 
 @dataclass(frozen=True, kw_only=True)
-class Reading:
+class Limits:
+    """The most tokens that are read of an example."""
+
+    max_input: int | None = setting(
+        None,
+        whole(optional=True),
+        help="Most tokens of a prompt [the run's, or 95 % of the data fit].",
+    )
+    max_target: int | None = setting(
+        None, whole(optional=True), help="Most tokens of a target or choice [as for prompts]."
+    )
+
+    def __post_init__(self) -> None:
+        """Check every value."""
+        check_settings(self)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Reading(Limits):
     """How a base model is loaded, and how much it reads."""
 
     dtype: str = setting(
@@ -100,12 +119,6 @@ class Reading:
         help="Type of the base model: float32, bfloat16, float16, or auto: bfloat16 where the "
         "hardware multiplies it fast, else float32.",
     )  # fmt: skip
-    max_input: int | None = setting(
-        None, whole(optional=True), help="Most tokens of a prompt [95 % of the data's fit]."
-    )
-    max_target: int | None = setting(
-        None, whole(optional=True), help="Most tokens of a target or choice [95 % fit]."
-    )
     prompt: str = setting(
         "auto", one_of(*PROMPTS),
         help="chat: by the model's chat template. plain: by the text alone. auto: chat if it has "
@@ -114,10 +127,6 @@ class Reading:
     system: str | None = setting(
         None, text(optional=True), help="System message of every chat [the template's own]."
     )
-
-    def __post_init__(self) -> None:
-        """Check every value."""
-        check_settings(self)
 
 
 @dataclass(frozen=True, kw_only=True)
