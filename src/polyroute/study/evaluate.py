@@ -182,15 +182,25 @@ def score_rows(
     Returns:
         The score and, for accuracy, the score by log-probability per token.
     """
-    batches = _batches(asked.rows, batch_size, route)
-    if asked.metric == "accuracy":
-        return _accuracy(model, kind, batches, len(asked.rows))
-    compare = text_metric(asked.metric)
-    total = 0.0
+    count = len(asked.rows)
+    what = f"scoring {asked.rows[0]['task']}" if count else "scoring"
+    with progress(what=what, unit="example", total=count) as bar:
+        batches = _counted(_batches(asked.rows, batch_size, route), bar)
+        if asked.metric == "accuracy":
+            return _accuracy(model, kind, batches, count)
+        compare = text_metric(asked.metric)
+        total = 0.0
+        for batch in batches:
+            for row, answer in zip(batch, kind.generate(model, batch), strict=True):
+                total += best_match(compare, answer, asked.answers[row["index"]])
+    return total / count, None
+
+
+def _counted(batches: Iterator[list[dict[str, Any]]], bar: Any) -> Iterator[list[dict[str, Any]]]:
+    """The batches; a bar counts the rows of those that are done."""
     for batch in batches:
-        for row, answer in zip(batch, kind.generate(model, batch), strict=True):
-            total += best_match(compare, answer, asked.answers[row["index"]])
-    return total / len(asked.rows), None
+        yield batch
+        bar.update(len(batch))
 
 
 def _accuracy(
