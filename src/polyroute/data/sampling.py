@@ -11,7 +11,7 @@ from torch.utils.data import Sampler
 
 from polyroute.errors import InputError
 
-__all__ = ["TaskSampler", "draw_few_shot"]
+__all__ = ["TaskSampler", "draw_few_shot", "some_places"]
 
 Indices = npt.NDArray[np.int64]
 
@@ -138,6 +138,14 @@ def draw_few_shot(num_examples: int, shots: int, seed: int) -> list[int]:
     rng = np.random.Generator(np.random.PCG64(seed))
     drawn: list[int] = rng.permutation(num_examples)[:shots].tolist()
     return drawn
+
+
+def some_places(num_rows: int, most: int | None) -> Sequence[int]:
+    """The places of at most so many rows, the same ones each time, in order; None takes all."""
+    if most is None or most >= num_rows:
+        return range(num_rows)
+    found: list[int] = sorted(np.random.default_rng(0).permutation(num_rows)[:most].tolist())
+    return found
 
 
 def _check_sizes(sizes: Sequence[int]) -> None:

@@ -16,6 +16,7 @@ from polyroute.data.metrics import (
     mean_and_error,
     text_metric,
 )
+from polyroute.data.sampling import some_places
 from polyroute.data.suite import Suite
 from polyroute.errors import InputError
 from polyroute.host.progress import progress
@@ -133,7 +134,7 @@ def evaluate(  # noqa: PLR0913 (public: users know its keywords)
             model.routes.row(task if route is None else route)
     check_answerable(suite, tasks, kind)
     found = []
-    chosen = {task: _some(suite.split(task, split), max_examples) for task in tasks}
+    chosen = {task: some_places(len(suite.split(task, split)), max_examples) for task in tasks}
     all_asked = {
         task: questions(suite, task, split, kind).select(places) for task, places in chosen.items()
     }
@@ -150,13 +151,6 @@ def evaluate(  # noqa: PLR0913 (public: users know its keywords)
             TaskScore(task, asked.metric, score, normalised, simple.majority, simple.chance, count)
         )
     return found
-
-
-def _some(rows: datasets.Dataset, count: int | None) -> Sequence[int]:
-    """The places of some rows, drawn with one seed, in order."""
-    if count is None or count >= len(rows):
-        return range(len(rows))
-    return sorted(np.random.default_rng(0).permutation(len(rows))[:count].tolist())
 
 
 def score_rows(

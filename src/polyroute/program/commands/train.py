@@ -24,6 +24,7 @@ from polyroute.program.commands.folder import RunFolder
 from polyroute.program.commands.runs import BaseModel, inventory_of, load, settled
 from polyroute.program.commands.tasks import chosen_tasks
 from polyroute.program.commands.training import SaveWhenStopped, diverged, make_trainer
+from polyroute.program.commands.validation import with_validation
 from polyroute.program.options.train import TrainOptions
 from polyroute.program.plans import plan_of_training
 from polyroute.saved.checkpoint import Checkpoint
@@ -87,7 +88,7 @@ def train_run(options: TrainOptions) -> Result:
         metrics = read_json(folder.path / METRICS)
     return Result(
         {"out": folder.path, "tasks": tasks, **{k: v for k, v in metrics.items() if k != "log"}},
-        (f"trained {len(tasks)} tasks; the inventory is in {folder.path}",),
+        (f"trained {len(tasks)} tasks; {_validated(metrics)}the inventory is in {folder.path}",),
     )
 
 
@@ -130,7 +131,10 @@ def _prepared(
         model.add_tasks([task for task in tasks if task not in model.routes])
     model.set_phase(options.phase)
     rows = encoded_mixture(suite, tasks, "train", kind)
-    trainer = make_trainer(model, kind, options, rows)
+    validation = None
+    if options.eval_steps is not None:
+        rows, validation = with_validation(suite, tasks, rows, kind, options.max_eval)
+    trainer = make_trainer(model, kind, options, rows, validation)
     if options.alignment_steps is not None:
         if trainer.is_fsdp_enabled:
             raise InputError("--alignment-steps needs a whole base model: leave it out under FSDP")
@@ -187,6 +191,7 @@ def _train_to_the_end(trainer: MultiTaskTrainer, folder: Path, last: Path | None
     if is_first():
         metrics = {
             **_finite(found),
+            **_finite(_last_validation(log)),
             "steps": steps,
             "parameters": model.counts(),
             "trained_parameters": model.num_trainable(),
@@ -194,6 +199,18 @@ def _train_to_the_end(trainer: MultiTaskTrainer, folder: Path, last: Path | None
         }
         write_json(folder / METRICS, metrics)
     wait()
+
+
+def _last_validation(log: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """The last validation loss of a log, by its name; nothing where none was measured."""
+    losses = [entry["eval_loss"] for entry in log if "eval_loss" in entry]
+    return {"eval_loss": losses[-1]} if losses else {}
+
+
+def _validated(metrics: Mapping[str, Any]) -> str:
+    """The validation loss in words, where there is one."""
+    loss = metrics.get("eval_loss")
+    return "" if loss is None else f"the validation loss is {loss:.4g}; "
 
 
 def _finite(entry: Mapping[str, Any]) -> dict[str, Any]:
