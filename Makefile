@@ -24,10 +24,11 @@ lint: $(INSTALLED)
 docs: $(INSTALLED)
 	$(BIN)/mkdocs build --strict
 
-# BENCH=--resume goes on where an interrupted run stopped.
+# BENCH=--resume goes on where an interrupted run stopped; SMOLLM2='--cases step' runs only some cases.
 bench: $(INSTALLED)
 	$(BIN)/python benchmarks/step_time.py $(BENCH)
 	$(BIN)/python benchmarks/step_time.py --device cuda $(BENCH)
+	$(BIN)/python benchmarks/smollm2.py $(SMOLLM2)
 	$(BIN)/python benchmarks/page.py
 
 bench-paper: $(INSTALLED)

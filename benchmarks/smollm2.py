@@ -1,44 +1,60 @@
-"""SmolLM2-135M on a CPU: a training step and the scoring of choices, against PEFT as it is used.
+"""SmolLM2-135M on a CPU: training, scoring, generation and adaptation, against PEFT as it is used.
 
-    python benchmarks/smollm2.py [--rounds 5] [--threads 2]
+    python benchmarks/smollm2.py [--cases step scores ...] [--rounds 5] [--threads 2]
 
-Contenders: PEFT LoRA as users run it (transformers' defaults, padded rows, the model's own loss of
-all logits, each choice a row with its own copy of the prompt), PEFT Poly likewise, and polyroute as
-`polyroute train` and `polyroute evaluate` run it. Each has the base model in bfloat16. They take
-turns, A B C, C B A. Printed are medians, and medians of the ratio to PEFT LoRA within a round; all
-is written to `results/smollm2.json`. Peak memory is that of a process of its own.
+Contenders of `step`, `scores` and `generation`: PEFT LoRA as users run it (transformers' defaults,
+padded rows, the model's own loss of all logits, each choice a row with its own copy of the prompt),
+PEFT Poly likewise, and polyroute as `polyroute train` and `polyroute evaluate` run it. The frozen
+base is scored and generates through polyroute's own code without an inventory: the least there is
+to do. Each has the base model in bfloat16. They take turns, A B C, C B A. Printed are medians, and
+medians of the ratio to the reference within a round; `results/smollm2.json` keeps all, case by
+case, and a case that is not run stays as it is there. Peak memory is that of a process of its own.
 
 The texts are random tokens. Their lengths are drawn once: prompts of 20 to 200 tokens around a
-median of 70, targets of 2 to 6, and ten choices of 2 to 6. 16 rows of 8 tasks make a batch.
+median of 70, targets of 2 to 6, and ten choices of 2 to 6. 16 rows of 8 tasks make a batch. `adapt`
+has real tasks (`smollm2_adapt.py`), and `profile` says where the time of a step goes
+(`smollm2_profile.py`).
 """
 
 import argparse
 import json
+import os
 import statistics
 import subprocess
 import sys
 import time
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import peft
+import smollm2_adapt
+import smollm2_profile
 import torch
 from measure import STATUS
 from torch import Tensor
+from transformers import GenerationConfig
 
 import polyroute as pr
 from polyroute.kinds.batches import IGNORED, padded
 from polyroute.loading import load_base
+from polyroute.study.base_alone import BaseAlone
 
 RESULTS = Path(__file__).parent / "results" / "smollm2.json"
 TASKS = [f"task{i}" for i in range(8)]
 RANK = 4
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
-REFERENCE = "PEFT LoRA"
+REFERENCE, BASE, POLY, OURS = "PEFT LoRA", "frozen base", "PEFT Poly", "polyroute"
+CASES = {
+    "step": (REFERENCE, POLY, OURS),
+    "scores": (BASE, REFERENCE, POLY, OURS),
+    "generation": (BASE, REFERENCE, OURS),
+}
+"""The contenders of each case."""
+NEW_TOKENS = 32
 ROWS_AT_ONCE = 16
 """Rows of a forward in which PEFT's models score choices."""
 
@@ -67,6 +83,7 @@ class Contender:
     trained: Sequence[torch.nn.Parameter]
     loss: Callable[[list[dict[str, Any]]], Tensor]
     scores: Callable[[list[dict[str, Any]]], Any]
+    generation: Callable[[list[dict[str, Any]]], Any]
 
     def step(self, rows: list[dict[str, Any]]) -> None:
         """One training step."""
@@ -81,6 +98,34 @@ class Contender:
         return self
 
 
+def generating(model: Any, rows: list[dict[str, Any]], **more: Any) -> Tensor:
+    """As many tokens for every row, by greedy search."""
+    prompts = [row["prompt_ids"] for row in rows]
+    settings = GenerationConfig(
+        max_new_tokens=NEW_TOKENS, min_new_tokens=NEW_TOKENS, do_sample=False, pad_token_id=2,
+        eos_token_id=2,
+    )  # fmt: skip
+    model.eval()
+    with torch.no_grad():
+        out: Tensor = model.generate(
+            input_ids=padded(prompts, 2, side="left"),
+            attention_mask=padded([[1] * len(ids) for ids in prompts], 0, side="left"),
+            generation_config=settings,
+            **more,
+        )
+    model.train()
+    assert out.shape[1] == max(map(len, prompts)) + NEW_TOKENS
+    return out
+
+
+def without_adapter(base: Any, tokenizer: Any) -> Contender:
+    one, model = Contender(), BaseAlone(base)
+    kind = pr.kind_of(model, tokenizer, max_input=512, max_target=64)
+    one.scores = lambda rows: kind.scores(model, rows)
+    one.generation = lambda rows: generating(model, rows)
+    return one
+
+
 def through_polyroute(base: Any, tokenizer: Any) -> Contender:
     one = Contender()
     config = pr.MHRConfig(num_skills=8, num_heads=8, rank=RANK, target_modules=TARGETS)
@@ -91,6 +136,7 @@ def through_polyroute(base: Any, tokenizer: Any) -> Contender:
     model.train()
     one.loss = lambda rows: kind.loss(model, kind.collate_packed(rows))
     one.scores = lambda rows: kind.scores(model, rows)
+    one.generation = lambda rows: generating(model, rows, tasks=[row["task"] for row in rows])
     return one.start()
 
 
@@ -141,16 +187,16 @@ def through_peft(base: Any, name: str) -> Contender:
 
     one.loss = lambda rows: model(**batch([(r, r["target_ids"]) for r in rows])).loss
     one.scores = scores
+    one.generation = lambda rows: generating(model, rows)
     return one.start()
-
-
-NAMES = (REFERENCE, "PEFT Poly", "polyroute")
 
 
 def built(name: str) -> Contender:
     """A contender with a base model of its own."""
     base, tokenizer = load_base("smollm2", dtype="bfloat16")
-    if name == "polyroute":
+    if name == BASE:
+        return without_adapter(base, tokenizer)
+    if name == OURS:
         return through_polyroute(base, tokenizer)
     base.set_attn_implementation("sdpa")  # transformers' default
     base.requires_grad_(False)
@@ -171,19 +217,52 @@ def peak_of(name: str, what: str) -> float:
 
 def memory(name: str, what: str) -> None:
     contender = built(name)
-    rows = drawn(16, 0)
-    contender.step(rows) if what == "step" else contender.scores(rows)
+    getattr(contender, what)(drawn(16, 0))
     # Not `ru_maxrss`, which a process inherits from the one that started it.
     status = dict(line.split(":", 1) for line in STATUS.read_text().splitlines())
     print(int(status["VmHWM"].split()[0]) / 1e6)
+
+
+def measured(what: str, rounds: int) -> dict[str, Any]:
+    """One case, by contenders that take turns."""
+    names = CASES[what]
+    contenders = {name: built(name) for name in names}
+    seconds: dict[str, list[float]] = {name: [] for name in names}
+    for one in contenders.values():
+        getattr(one, what)(drawn(4, 99))
+    for number in range(rounds):
+        rows = drawn(16, number)
+        for name in names if number % 2 == 0 else reversed(names):
+            seconds[name].append(timed(partial(getattr(contenders[name], what), rows)))
+    del contenders
+    return {
+        "cpu_seconds": seconds,
+        "lengths": [[len(row["prompt_ids"]) for row in drawn(16, n)] for n in range(rounds)],
+    }
+
+
+def told(what: str, case: Mapping[str, Any]) -> None:
+    """Print the medians of a case."""
+    seconds = case.get("cpu_seconds", {})
+    for name, own in seconds.items():
+        of = seconds[case.get("reference", REFERENCE)]
+        ratio = statistics.median(a / b for a, b in zip(own, of, strict=True))
+        cpu = statistics.median(own)
+        print(f"{what:10} {name:28} {cpu:8.2f} CPU s  ratio {ratio:.2f}", flush=True)
 
 
 def main() -> None:
     """Run and write."""
     assert __doc__ is not None
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    every = [*CASES, "adapt", "profile"]
+    parser.add_argument("--cases", nargs="+", choices=every, default=every)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--data", default="../shared/suite", help="the suite of `adapt`")
+    parser.add_argument("--steps", type=int, default=20, help="steps of `adapt`")
+    parser.add_argument("--no-memory", action="store_true", help="measure no peaks")
+    parser.add_argument("--out", type=Path, default=RESULTS)
     parser.add_argument("--memory", nargs=2, help=argparse.SUPPRESS)
     options = parser.parse_args()
     warnings.filterwarnings("ignore")
@@ -192,41 +271,31 @@ def main() -> None:
     if options.memory:
         memory(*options.memory)
         return
-    contenders = {name: built(name) for name in NAMES}
-    found: dict[str, dict[str, list[float]]] = {
-        what: {name: [] for name in NAMES} for what in ("step", "scores")
-    }
-    for one in contenders.values():
-        one.step(drawn(4, 99))
-        one.scores(drawn(2, 99))
-    for number in range(options.rounds):
-        rows = drawn(16, number)
-        for name in NAMES if number % 2 == 0 else reversed(NAMES):
-            one = contenders[name]
-            found["step"][name].append(timed(partial(one.step, rows)))
-            found["scores"][name].append(timed(partial(one.scores, rows)))
-    document: dict[str, Any] = {
-        "torch": torch.__version__, "threads": options.threads, "rounds": options.rounds,
-        "lengths": [
-            [len(row["prompt_ids"]) for row in drawn(16, n)] for n in range(options.rounds)
-        ],
-        "cpu_seconds": found,
-    }  # fmt: skip
-    for what, times in found.items():
-        ratios = {
-            name: statistics.median(
-                a / b for a, b in zip(own, times[REFERENCE], strict=True)
+    document = json.loads(options.out.read_text()) if options.out.exists() else {"cases": {}}
+    for what in options.cases:
+        if what == "adapt":
+            case = smollm2_adapt.measured(
+                options.data, options.steps, options.rounds, options.threads
             )
-            for name, own in times.items()
+        elif what == "profile":
+            ours = built(OURS)
+            ours.step(drawn(4, 99))
+            case = smollm2_profile.measured(
+                [partial(ours.step, drawn(16, number)) for number in range(options.rounds)]
+            )
+        else:
+            case = measured(what, options.rounds)
+        document["cases"][what] = {
+            "torch": torch.__version__, "threads": options.threads, "rounds": options.rounds,
+            "date": time.strftime("%Y-%m-%d"), "load_average": os.getloadavg()[0], **case,
         }  # fmt: skip
-        peaks = {name: peak_of(name, what) for name in NAMES}
-        document[what] = {"ratio": ratios, "peak_gb": peaks}
-        for name in NAMES:
-            print(
-                f"{what:6} {name:10} {statistics.median(times[name]):6.2f} CPU s  "
-                f"{ratios[name]:.2f} of PEFT LoRA  peak {peaks[name]:.2f} GB", flush=True,
-            )  # fmt: skip
-    RESULTS.write_text(json.dumps(document, indent=1) + "\n")
+        told(what, case)
+        options.out.write_text(json.dumps(document, indent=1) + "\n")
+        if what in CASES and not options.no_memory:
+            peaks = {name: peak_of(name, what) for name in CASES[what]}
+            document["cases"][what]["peak_gb"] = peaks
+            print(what, "peak GB", peaks, flush=True)
+            options.out.write_text(json.dumps(document, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -315,6 +315,16 @@ BUGS = (
         "if settings.stratify and classes is not None:", "if False:",
         ("test_shots.py::test_a_stratified_draw_has_as_many_of_each_answer_also_for_validation",),
     ),
+    Bug(
+        "the validation loss is that of the last batch", "trainer.py",
+        "float(_mean_loss(self._evaluated))", "float(_mean_loss(self._evaluated[-1:]))",
+        ("test_validation.py::test_the_loss_is_that_of_all_rows_as_one_batch",),
+    ),
+    Bug(
+        "a packed forward that is too large loses examples", "adapting/row_batches.py",
+        "left.appendleft(chunk.pop())", "chunk.pop()",
+        ("test_packing.py::test_packed_forwards_of_slots_stay_within_the_tokens_and_lose_no_example",),
+    ),
 )  # fmt: skip
 
 

@@ -14,6 +14,7 @@ from transformers import AutoModelForSeq2SeqLM
 
 import polyroute as pr
 import polyroute.adapting.loop as loop
+import polyroute.host.progress as progress
 from polyroute.program.cli.app import main
 
 
@@ -147,6 +148,30 @@ def test_adapting_resumes_where_it_stopped(run: Path, place: Path) -> None:
     assert again[1]["indices"] == whole[1]["indices"]
     assert again[1]["score"] == whole[1]["score"]
     assert again[1]["last_loss"] == pytest.approx(whole[1]["last_loss"], rel=1e-5)
+
+
+def test_adapting_tells_each_result_as_it_ends_with_both_scores(
+    run: Path, place: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(progress, "SECONDS_BETWEEN_LINES", 0.0)
+    capsys.readouterr()
+    main(
+        ["adapt", str(run), "--data", str(place / "suite"), "--tasks", "first,pick", "--shots", "8",
+         "--phase", "z", "--seeds", "0,1", "--steps", "2", "--out", str(place / "adapt-told")]
+    )  # fmt: skip
+    out, error = capsys.readouterr()
+    results = read(place / "adapt-told" / "results.json")
+    for result in results:
+        scores = f"{result['metric']} {result['score']:.3f}"
+        if result["score_normalised"] is not None:
+            scores += f", {result['score_normalised']:.3f} per token"
+        assert f"{result['task']} with seed {result['seed']}: {scores}; " in out
+    header, *_, means = (line for line in out.splitlines() if "task" in line)
+    assert "per token" in header
+    assert "mean over tasks" in means
+    assert any(result["score_normalised"] is not None for result in results)
+    assert "scoring first: " in error  # it does not look hung while it scores
+    assert "scoring pick: " in error
 
 
 def test_killed_adaptations_resume_to_the_same_end(

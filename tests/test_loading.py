@@ -2,16 +2,19 @@ import importlib.util
 import os
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from base_models import EXAMPLES, Maker, Routed, as_rows, bert, columns, every_model, llama
+from tiny_runs import train_arguments, write_suite
 from torch.testing import assert_close
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from polyroute.errors import InputError
 from polyroute.kinds.choose import EncoderKind, kind_of
 from polyroute.loading import load_base
+from polyroute.program.cli.app import main
 
 SHARED = Path(os.environ.get("POLYROUTE_SHARED", Path(__file__).resolve().parents[2] / "shared"))
 STORIES = SHARED / "weights" / "stories260K-hf"
@@ -144,3 +147,26 @@ class TestTrainedStoryModel:
         log_probs = model(input_ids=ids[None]).logits[0].log_softmax(-1)
         picked = log_probs[start - 1 : -1].gather(1, ids[start:, None])
         assert_close(kind.loss(Routed(model), kind.collate([row])), -picked.mean())
+
+
+@pytest.mark.skipif(torch.accelerator.is_available(), reason="the choice is for CPUs")
+@pytest.mark.parametrize(("more", "attention"), [((), "sdpa"), (("--bf16",), "eager")])
+def test_autocast_to_bfloat16_trains_with_the_attention_that_is_faster_there(
+    more: tuple[str, ...], attention: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import polyroute.program.commands.train as command
+
+    write_suite(tmp_path / "suite")
+    base, tokenizer = llama()
+    base.save_pretrained(tmp_path / "base")
+    tokenizer.save_pretrained(tmp_path / "base")
+    used: list[str] = []
+    make = command.make_trainer
+
+    def noted(model: Any, *arguments: Any) -> Any:
+        used.append(model.base_model.config._attn_implementation)
+        return make(model, *arguments)
+
+    monkeypatch.setattr(command, "make_trainer", noted)
+    main(train_arguments(tmp_path, "run", "--steps", "1", *more))
+    assert used == [attention]

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.testing import assert_close
 
 import polyroute as pr
+from polyroute.adapting.row_batches import losses_of
 from polyroute.kinds import packing
 from polyroute.kinds.batches import IGNORED
 from polyroute.kinds.objectives import OBJECTIVES, Objective
@@ -57,6 +58,48 @@ def test_the_losses_of_rows_keep_their_order() -> None:
     batches = (its.collate_packed(rows()), its.collate(rows()))
     found, expected = (its.row_losses(model, batch) for batch in batches)
     assert_close(found, expected, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("tokens", [20, 60, 1000])
+def test_slots_that_are_packed_have_their_own_losses_and_gradients(tokens: int) -> None:
+    model, its = routed(llama), kind()
+    batches = [("a", rows(2)), ("b", rows(7)), ("c", rows(4)), ("a", rows(3))]
+    found = {}
+    for packed in (False, True):
+        losses = losses_of(model, its, batches, tokens, backward=True, packed=packed)
+        found[packed] = torch.tensor(losses), [p.grad for p in model.learned()]
+        model.zero_grad()
+    means = [
+        its.loss(model, its.collate([{**row, "task": to} for row in of])) for to, of in batches
+    ]
+    assert_close(found[True][0], torch.stack(means).detach(), atol=1e-5, rtol=1e-5)
+    for one, other in zip(found[True][1], found[False][1], strict=True):
+        assert_close(one, other, atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("tokens", [40, 85, 100])
+def test_packed_forwards_of_slots_stay_within_the_tokens_and_lose_no_example(
+    tokens: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, its, sizes, examples = routed(llama), kind(), [], 0
+    losses = its.row_losses
+
+    def noted(model: Any, batch: Any) -> Tensor:
+        nonlocal examples
+        sizes.append(batch["input_ids"].numel())
+        examples += len(batch["tasks"])
+        return losses(model, batch)
+
+    monkeypatch.setattr(its, "row_losses", noted)
+    # 29, 26 and 25 tokens are 80 in all, but 87 with padding, which does not pay to save.
+    alike = [
+        {**row, "prompt_ids": [5] * length}
+        for row, length in zip(rows(3), (27, 23, 21), strict=True)
+    ]
+    batches = [("a", rows(3)), ("b", alike), ("c", rows()), ("b", alike)]
+    losses_of(model, its, batches, tokens, packed=True)
+    assert max(sizes) <= tokens
+    assert examples == 3 + 3 + 7 + 3
 
 
 @pytest.mark.parametrize("make", OTHERS.values(), ids=OTHERS)

@@ -147,7 +147,7 @@ class SuiteSlots:
         return slots if self.part is None else slots[self.part]
 
 
-def adapt_suite(
+def adapt_suite(  # noqa: PLR0913 (what it tells, and whom, is apart from what it does)
     model: RoutedModel,
     kind: ModelKind,
     wanted: SuiteSlots,
@@ -155,6 +155,7 @@ def adapt_suite(
     memory: str | int | None = None,
     folder: Path | None = None,
     each: Callable[[dict[str, Any], str], None] | None = None,
+    note: Callable[[dict[str, Any]], None] | None = None,
 ) -> list[dict[str, Any]]:
     """Adapt to tasks of a suite, and score each result as it is at the slot's last or best step.
 
@@ -166,6 +167,7 @@ def adapt_suite(
         folder: where running slots are kept.
         each: called with each result that did not diverge, and the route of its slot, while the
             model holds it.
+        note: called after that with each result, diverged or not.
 
     Returns:
         For each new slot, in order of ending: the scores (None where it diverged), what was
@@ -185,6 +187,8 @@ def adapt_suite(
         results.append(scores.result(training))
         if each is not None and training.diverged_at is None:
             each(results[-1], training.route)
+        if note is not None:
+            note(results[-1])
 
     if slots:
         calls = SlotCalls(finish, scores.chosen_by)

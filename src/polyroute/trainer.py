@@ -1,13 +1,15 @@
 """Multi-task training on the transformers `Trainer`."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any, NoReturn
 
 import datasets
 import torch
 from torch import Tensor, nn
+from torch.utils.data import DataLoader
 from transformers import Trainer
+from transformers.trainer_utils import EvalLoopOutput
 from transformers.training_args import OptimizerNames
 
 from polyroute.data.sampling import TaskSampler
@@ -25,7 +27,13 @@ from polyroute.training.arguments import (
 )
 from polyroute.training.callbacks import NextEpoch
 from polyroute.training.routed_trainer import RoutedTrainer, check_routed
-from polyroute.training.row_weights import collate, rows_in_batch, share_of_loss, weigh
+from polyroute.training.row_weights import (
+    collate,
+    losses_and_counts,
+    rows_in_batch,
+    share_of_loss,
+    weigh,
+)
 
 __all__ = ["MultiTaskTrainer", "MultiTaskTrainingArguments", "RoutedTrainer"]
 
@@ -192,8 +200,40 @@ class MultiTaskTrainer(RoutedTrainer):
         ignore_keys: list[str] | None = None,
     ) -> tuple[Tensor, None, None]:
         """The loss alone; answers are scored by `polyroute.evaluate`."""
+        inputs = self._prepare_inputs(inputs)
         with torch.no_grad(), self.compute_loss_context_manager():
-            return self.compute_loss(model, self._prepare_inputs(inputs)).detach(), None, None
+            if type(self).compute_loss is not MultiTaskTrainer.compute_loss:
+                return self.compute_loss(model, inputs).detach(), None, None
+            found = losses_and_counts(self.kind, model, inputs)
+        losses_BT, counts_BT = self.accelerator.gather_for_metrics(found)
+        self._evaluated.append((losses_BT.double().sum(0), counts_BT.sum(0)))
+        return _mean_loss(self._evaluated[-1:]), None, None
+
+    def evaluation_loop(
+        self,
+        dataloader: DataLoader[Any],
+        description: str,
+        prediction_loss_only: bool | None = None,
+        ignore_keys: list[str] | None = None,
+        metric_key_prefix: str = "eval",
+    ) -> EvalLoopOutput:
+        """As in `Trainer`, but the loss is that of all rows as one batch.
+
+        The mean over batches that `Trainer` takes would depend on how rows share them.
+        """
+        self._evaluated: list[tuple[Tensor, Tensor]] = []
+        output = super().evaluation_loop(
+            dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix
+        )
+        if self._evaluated and output.metrics is not None:
+            output.metrics[f"{metric_key_prefix}_loss"] = float(_mean_loss(self._evaluated))
+        return output
+
+
+def _mean_loss(evaluated: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
+    """The loss of the rows of several batches, from the sums of its terms and what they count."""
+    sums_T, counts_T = (torch.stack(found).sum(0) for found in zip(*evaluated, strict=True))
+    return (sums_T / counts_T.clamp(min=1)).sum()
 
 
 def _check_rows(model: RoutedModel, name: str, rows: object) -> None:

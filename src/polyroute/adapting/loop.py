@@ -20,6 +20,7 @@ from polyroute.adapting.starts import nearest_routes
 from polyroute.errors import InputError
 from polyroute.host.interrupts import deferred
 from polyroute.host.progress import progress
+from polyroute.kinds.batches import Row
 from polyroute.kinds.choose import ModelKind
 from polyroute.model import RoutedModel
 
@@ -108,6 +109,7 @@ class _Running:
     ) -> None:
         self.places, self.kind, self.budget = places, kind, budget
         self.calls, self.bar = calls, bar
+        self.is_packed = kind.can_pack(places.model, places.names[0])
         self.free = deque(range(len(places.names)))
         self.slots: list[SlotTraining] = []
 
@@ -123,11 +125,22 @@ class _Running:
         """Take one step of every slot that is not over; they share the time that it took."""
         started = time.perf_counter()
         stepping = [training for training in self.slots if not training.is_over]
-        _take_step(self.places, self.kind, stepping, self.budget, self.calls.score)
+        _take_step(self, stepping)
         self.bar.update(len(stepping))
         share = (time.perf_counter() - started) / max(1, len(stepping))
         for training in stepping:
             training.seconds += share
+
+    def losses(
+        self, batches: Sequence[tuple[str, Sequence[Row]]], *, backward: bool = False
+    ) -> list[float]:
+        """The loss of each batch; none where there are no batches."""
+        if not batches:
+            return []
+        return losses_of(
+            self.places.model, self.kind, batches, self.budget.tokens, backward=backward,
+            packed=self.is_packed,
+        )  # fmt: skip
 
     def end(self, folder: Path | None) -> int:
         """Let go of the slots that are over; returns how many."""
@@ -179,30 +192,21 @@ def _starts(
     return {slot.name: found[names[slot.task, slot.seed, len(slot.rows)]] for slot in fresh}
 
 
-def _take_step(
-    places: Slots,
-    kind: ModelKind,
-    running: Sequence[SlotTraining],
-    budget: Budget,
-    score: Callable[[SlotTraining], float] | None,
-) -> None:
-    """One step of every slot, and a look at the validation examples where it is time."""
-    model = places.model
-    batches = [(training.route, training.next_rows()) for training in running]
-    losses = losses_of(model, kind, batches, budget.tokens, backward=True)
-    for training, loss in zip(running, losses, strict=True):
+def _take_step(running: _Running, stepping: Sequence[SlotTraining]) -> None:
+    """Take one step of slots, and look at the validation examples where it is time."""
+    batches = [(training.route, training.next_rows()) for training in stepping]
+    losses = running.losses(batches, backward=True)
+    for training, loss in zip(stepping, losses, strict=True):
         training.update(loss)
-    places.zero_grad()
-    due = [training for training in running if training.is_due]
-    for training in due:
-        if training.settings.choose_by != "loss":
-            assert score is not None
-            with torch.no_grad():
-                training.look(1 - score(training))
+    running.places.zero_grad()
+    due = [training for training in stepping if training.is_due]
     by_loss = [training for training in due if training.settings.choose_by == "loss"]
-    if by_loss:
+    with torch.no_grad():
+        for training in due:
+            if training.settings.choose_by != "loss":
+                assert running.calls.score is not None
+                training.look(1 - running.calls.score(training))
         looks = [(training.route, training.slot.validation_rows) for training in by_loss]
-        with torch.no_grad():
-            found = losses_of(model, kind, looks, budget.tokens)
-        for training, loss in zip(by_loss, found, strict=True):
-            training.look(loss)
+        losses = running.losses(looks)
+    for training, loss in zip(by_loss, losses, strict=True):
+        training.look(loss)

@@ -12,7 +12,7 @@ from torch.utils.data import Sampler
 
 from polyroute.errors import InputError
 
-__all__ = ["TaskSampler", "draw_balanced", "draw_few_shot"]
+__all__ = ["TaskSampler", "draw_balanced", "draw_few_shot", "some_places"]
 
 Indices = npt.NDArray[np.int64]
 
@@ -165,6 +165,14 @@ def draw_balanced(classes: Sequence[Hashable], shots: int, seed: int) -> list[in
         of_class.setdefault(classes[index], []).append(index)
     rounds = chain.from_iterable(zip_longest(*of_class.values()))
     return list(islice((index for index in rounds if index is not None), shots))
+
+
+def some_places(num_rows: int, most: int | None) -> Sequence[int]:
+    """The places of at most so many rows, the same ones each time, in order; None takes all."""
+    if most is None or most >= num_rows:
+        return range(num_rows)
+    found: list[int] = sorted(np.random.default_rng(0).permutation(num_rows)[:most].tolist())
+    return found
 
 
 def _check_sizes(sizes: Sequence[int]) -> None:

@@ -75,6 +75,13 @@ def show(result: Result) -> None:
 def _print(part: Any) -> None:
     if not is_first():  # only one of several processes prints
         return
+    from polyroute.host.progress import aside
+
+    with aside():
+        _write(part)
+
+
+def _write(part: Any) -> None:
     if isinstance(part, str):
         print(part)  # not through rich, which would wrap paths
         return

@@ -1,12 +1,13 @@
 """Progress on standard error: a bar on a terminal, an occasional line in a log."""
 
 import sys
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, TextIO
 
 from tqdm.auto import tqdm
 from tqdm.std import tqdm as TextBar  # noqa: N812 - a class
 
-__all__ = ["progress"]
+__all__ = ["aside", "progress"]
 
 SECONDS_BETWEEN_LINES = 30.0
 LINE = "{desc}: {n_fmt} of {total_fmt} {unit}s, {rate_fmt}, {remaining} left{postfix}"
@@ -30,6 +31,11 @@ def progress(over: Any = None, what: str = "", *, unit: str = "task", **options:
     if "ipykernel" in sys.modules or sys.stderr.isatty():
         return tqdm(over, delay=1.0, **options)
     return _Lines(over, **options)
+
+
+def aside() -> AbstractContextManager[None]:
+    """Within the block, bars leave the terminal to what is printed there."""
+    return TextBar.external_write_mode() if sys.stderr.isatty() else nullcontext()
 
 
 class _Lines(TextBar):  # type: ignore[type-arg]  # generic in the stubs only

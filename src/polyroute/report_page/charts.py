@@ -21,6 +21,8 @@ __all__ = [
 
 MOST_POINTS = 500
 """The most points of a series: more than the pixels of a screen would only enlarge the page."""
+VALIDATION = 0
+"""The marker on curves of the validation loss."""
 NEUTRAL = -1
 """The colour of a series that belongs to no run."""
 
@@ -66,13 +68,22 @@ class Chart:
 
 
 def learning(runs: Sequence[Run], colours: Mapping[str, int]) -> Chart | None:
-    """The training loss of each run over steps."""
-    series = [
-        Series(run.name, colours[run.name], thin([Point(*pair) for pair in run.losses]))
+    """The training loss of each run over steps and, where there is one, its validation loss."""
+    curves = [
+        (name, colours[run.name], losses, marker)
         for run in runs
-        if run.losses
+        for name, losses, marker in (
+            (run.name, run.losses, None),
+            (f"{run.name}, validation", run.validation, VALIDATION),
+        )
+        if losses
     ]
-    return chart_of("learning", "Learning curves", "step", "training loss", series)
+    series = [
+        Series(name, colour, thin([Point(*pair) for pair in losses]), marker)
+        for name, colour, losses, marker in curves
+    ]
+    y = "loss" if any(run.validation for run in runs) else "training loss"
+    return chart_of("learning", "Learning curves", "step", y, series)
 
 
 def shots(rows: Sequence[Row], colours: Mapping[str, int]) -> Chart | None:

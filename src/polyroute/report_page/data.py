@@ -49,6 +49,8 @@ class Run:
     results: list[Result] = field(default_factory=list)
     losses: list[tuple[float, float]] = field(default_factory=list)
     """Pairs of step and loss."""
+    validation: list[tuple[float, float]] = field(default_factory=list)
+    """Pairs of step and validation loss; none where a run measured none."""
     alignment: Mapping[str, Any] | None = None
     inventory: Path | None = None
     """The folder of its inventory."""
@@ -128,8 +130,7 @@ def _trained(folder: Path, config: Mapping[str, Any], notes: list[str]) -> Run:
         parameters, seconds = metrics.get("trained_parameters"), metrics.get("train_runtime")
         log = metrics.get("log")
         log = [e for e in log if isinstance(e, dict)] if isinstance(log, list) else []
-        pairs = [(entry.get("step"), entry.get("loss")) for entry in log]
-        run.losses = [(s, v) for s, v in pairs if is_number(s) and is_number(v)]
+        run.losses, run.validation = _pairs(log, "loss"), _pairs(log, "eval_loss")
     run.alignment = _optional(folder / "alignment.json", dict, notes)
     for path in sorted(folder.glob("*.json")):
         if path.stem in ("run", "metrics", "alignment", "polyroute"):
@@ -245,3 +246,12 @@ def _names(folders: Sequence[Path]) -> list[str]:
         if longer == depths:
             return [clean(name) for name in names]
         depths = longer
+
+
+def _pairs(log: Sequence[Mapping[str, Any]], name: str) -> list[tuple[float, float]]:
+    """Pairs of step and a number that a log keeps by a name."""
+    return [
+        (entry["step"], entry[name])
+        for entry in log
+        if is_number(entry.get("step")) and is_number(entry.get(name))
+    ]

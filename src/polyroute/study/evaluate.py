@@ -16,6 +16,7 @@ from polyroute.data.metrics import (
     mean_and_error,
     text_metric,
 )
+from polyroute.data.sampling import some_places
 from polyroute.data.suite import Suite
 from polyroute.errors import InputError
 from polyroute.host.progress import progress
@@ -133,7 +134,7 @@ def evaluate(  # noqa: PLR0913 (public: users know its keywords)
             model.routes.row(task if route is None else route)
     check_answerable(suite, tasks, kind)
     found = []
-    chosen = {task: _some(suite.split(task, split), max_examples) for task in tasks}
+    chosen = {task: some_places(len(suite.split(task, split)), max_examples) for task in tasks}
     all_asked = {
         task: questions(suite, task, split, kind).select(places) for task, places in chosen.items()
     }
@@ -150,13 +151,6 @@ def evaluate(  # noqa: PLR0913 (public: users know its keywords)
             TaskScore(task, asked.metric, score, normalised, simple.majority, simple.chance, count)
         )
     return found
-
-
-def _some(rows: datasets.Dataset, count: int | None) -> Sequence[int]:
-    """The places of some rows, drawn with one seed, in order."""
-    if count is None or count >= len(rows):
-        return range(len(rows))
-    return sorted(np.random.default_rng(0).permutation(len(rows))[:count].tolist())
 
 
 def score_rows(
@@ -182,15 +176,25 @@ def score_rows(
     Returns:
         The score and, for accuracy, the score by log-probability per token.
     """
-    batches = _batches(asked.rows, batch_size, route)
-    if asked.metric == "accuracy":
-        return _accuracy(model, kind, batches, len(asked.rows))
-    compare = text_metric(asked.metric)
-    total = 0.0
+    count = len(asked.rows)
+    what = f"scoring {asked.rows[0]['task']}" if count else "scoring"
+    with progress(what=what, unit="example", total=count) as bar:
+        batches = _counted(_batches(asked.rows, batch_size, route), bar)
+        if asked.metric == "accuracy":
+            return _accuracy(model, kind, batches, count)
+        compare = text_metric(asked.metric)
+        total = 0.0
+        for batch in batches:
+            for row, answer in zip(batch, kind.generate(model, batch), strict=True):
+                total += best_match(compare, answer, asked.answers[row["index"]])
+    return total / count, None
+
+
+def _counted(batches: Iterator[list[dict[str, Any]]], bar: Any) -> Iterator[list[dict[str, Any]]]:
+    """The batches; a bar counts the rows of those that are done."""
     for batch in batches:
-        for row, answer in zip(batch, kind.generate(model, batch), strict=True):
-            total += best_match(compare, answer, asked.answers[row["index"]])
-    return total / len(asked.rows), None
+        yield batch
+        bar.update(len(batch))
 
 
 def _accuracy(

@@ -16,7 +16,7 @@ from polyroute.kinds.batches import Row
 from polyroute.kinds.choose import ModelKind
 from polyroute.kinds.objectives import term_weights
 
-__all__ = ["collate", "rows_in_batch", "share_of_loss", "weigh"]
+__all__ = ["collate", "losses_and_counts", "rows_in_batch", "share_of_loss", "weigh"]
 
 COUNTS = "row_counts"
 """Column of a batch: what each row counts for each term of the loss, `[B, T]`."""
@@ -61,6 +61,14 @@ def weigh(
     weights_T = torch.tensor(term_weights([totals_T.tolist()])) * len(batches) * processes
     for batch, counts in zip(batches, counts_BT, strict=True):
         batch[WEIGHTS] = counts.any(1, keepdim=True) * weights_T.to(counts.device)
+
+
+def losses_and_counts(
+    kind: ModelKind, model: torch.nn.Module, inputs: dict[str, Any]
+) -> tuple[Tensor, Tensor]:
+    """The terms of the loss of each row of a batch, and what they count: `[B, T]` each."""
+    batch = {key: value for key, value in inputs.items() if key not in (COUNTS, WEIGHTS)}
+    return kind.row_losses(model, batch), inputs[COUNTS]
 
 
 def share_of_loss(kind: ModelKind, model: torch.nn.Module, inputs: dict[str, Any]) -> Tensor:

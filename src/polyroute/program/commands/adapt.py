@@ -22,7 +22,7 @@ from polyroute.host.processes import count, index, is_first, wait
 from polyroute.kinds.choose import ModelKind
 from polyroute.loading import load_suite
 from polyroute.model import RoutedModel
-from polyroute.program.commands.adapted import ResultFiles, tables_of
+from polyroute.program.commands.adapted import ResultFiles, line_of, tables_of
 from polyroute.program.commands.folder import RunFolder
 from polyroute.program.commands.runs import base_of, beside, inventory_of
 from polyroute.program.commands.tasks import chosen_tasks
@@ -133,7 +133,7 @@ def _adapt(model: RoutedModel, work: Work, folder: Path) -> list[dict[str, Any]]
         )  # fmt: skip
         adapted = adapt_suite(
             model, work.kind, wanted, memory=options.memory, folder=running,
-            each=_saving(model, folder, files, results),
+            each=_saving(model, folder, files, results), note=lambda result: say(line_of(result)),
         )  # fmt: skip
         results += [result for result in adapted if result["score"] is None]
         write_json(files.own, results)

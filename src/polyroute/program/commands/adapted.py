@@ -13,11 +13,13 @@ from polyroute.errors import InputError
 from polyroute.host.files import read_json, write_json
 from polyroute.host.processes import index, is_first, wait
 
-__all__ = ["ResultFiles", "number", "tables_of"]
+__all__ = ["ResultFiles", "line_of", "number", "tables_of"]
 
 RESULT = {"task", "seed", "label", "metric", "score", "trained_parameters", "seconds"}
 """Keys that every result has."""
-COLUMNS = ("task", "metric", "score", "standard error", "seeds", "parameters", "seconds")
+COLUMNS = (
+    "task", "metric", "score", "standard error", "per token", "seeds", "parameters", "seconds",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -65,6 +67,19 @@ def _read(path: Path) -> list[dict[str, Any]]:
     return results
 
 
+def line_of(result: Mapping[str, Any]) -> str:
+    """One adaptation that ended, in words."""
+    label = f" {result['label']}" if result["label"] else ""
+    who = f"{result['task']} with seed {result['seed']}{label}"
+    if result["score"] is None:
+        return f"{who}: diverged at step {result['diverged_at']}"
+    by_token = number(result["score_normalised"])
+    return (
+        f"{who}: {result['metric']} {number(result['score'])}"
+        f"{by_token and f', {by_token} per token'}; {result['seconds']:.1f} s of training"
+    )
+
+
 def tables_of(
     results: Sequence[Mapping[str, Any]], tasks: Sequence[str], labels: Iterable[str]
 ) -> tuple[list[Table], list[dict[str, Any]]]:
@@ -72,31 +87,47 @@ def tables_of(
     tables, means = [], []
     for label in labels:
         table = Table(*COLUMNS, title=escape(label) or None)
-        scores = []
+        scores: list[float] = []
+        by_token: list[float | None] = []
         for task in tasks:
             rows = [r for r in results if r["task"] == task and r["label"] == label]
             rows = [r for r in rows if r["score"] is not None]
             if not rows:
                 table.add_row(escape(task), "", "diverged")
                 continue
-            scores.append(_add_row(table, task, rows))
+            score, normalised = _add_row(table, task, rows)
+            scores.append(score)
+            by_token.append(normalised)
         if scores:
             mean, error = mean_and_error(scores)
-            means.append({"label": label, "score": mean, "standard_error": error})
-            table.add_row("mean over tasks", "", number(mean), number(error))
+            normalised = _mean(by_token)
+            means.append(
+                {"label": label, "score": mean, "standard_error": error,
+                 "score_normalised": normalised}
+            )  # fmt: skip
+            table.add_row("mean over tasks", "", number(mean), number(error), number(normalised))
         tables.append(table)
     return tables, means
 
 
-def _add_row(table: Table, task: str, rows: Sequence[Mapping[str, Any]]) -> float:
-    """Add a task to a table in place; its mean over seeds."""
+def _add_row(
+    table: Table, task: str, rows: Sequence[Mapping[str, Any]]
+) -> tuple[float, float | None]:
+    """Add a task to a table in place; the means of its two scores over seeds."""
     mean, error = mean_and_error([r["score"] for r in rows])
+    normalised = _mean([r.get("score_normalised") for r in rows])  # missing in old results
     seconds, _ = mean_and_error([r["seconds"] for r in rows])
     table.add_row(
-        escape(task), rows[0]["metric"], number(mean), number(error), str(len(rows)),
-        f"{rows[0]['trained_parameters']:,}", f"{seconds:.1f}",
+        escape(task), rows[0]["metric"], number(mean), number(error), number(normalised),
+        str(len(rows)), f"{rows[0]['trained_parameters']:,}", f"{seconds:.1f}",
     )  # fmt: skip
-    return mean
+    return mean, normalised
+
+
+def _mean(values: Sequence[float | None]) -> float | None:
+    """The mean of scores; None where one of them has no such score, as that of free text."""
+    known = [value for value in values if value is not None]
+    return mean_and_error(known)[0] if known and len(known) == len(values) else None
 
 
 def number(value: float | None) -> str:

@@ -16,7 +16,7 @@ from polyroute.host.files import finite, read_json, write_json
 from polyroute.host.interrupts import deferred, resumable
 from polyroute.host.output import Result, say
 from polyroute.host.processes import is_first, wait
-from polyroute.loading import load_suite
+from polyroute.loading import attend_in_bfloat16, load_suite
 from polyroute.model import RoutedModel
 from polyroute.optimizers import summary
 from polyroute.program.commands.checkpoints import TRAINER_STATE, last_checkpoint
@@ -25,6 +25,7 @@ from polyroute.program.commands.lengths import Measured, settled_lengths
 from polyroute.program.commands.runs import BaseModel, inventory_of, load, settled
 from polyroute.program.commands.tasks import chosen_tasks
 from polyroute.program.commands.training import SaveWhenStopped, diverged, make_trainer
+from polyroute.program.commands.validation import with_validation
 from polyroute.program.options.train import TrainOptions
 from polyroute.program.plans import plan_of_training
 from polyroute.saved.checkpoint import Checkpoint
@@ -87,7 +88,7 @@ def train_run(options: TrainOptions) -> Result:
         metrics = read_json(folder.path / METRICS)
     return Result(
         {"out": folder.path, "tasks": tasks, **{k: v for k, v in metrics.items() if k != "log"}},
-        (f"trained {len(tasks)} tasks; the inventory is in {folder.path}",),
+        (f"trained {len(tasks)} tasks; {_validated(metrics)}the inventory is in {folder.path}",),
     )
 
 
@@ -120,6 +121,8 @@ def _prepared(
     suite = load_suite(options.source.data, options.source.reader)
     assert options.model is not None
     base, kind = load(BaseModel(options.model, options.reading), objective=options.objective)
+    if options.bf16:
+        attend_in_bfloat16(base)
     tasks = chosen_tasks(
         suite, options.source.tasks, training_tasks(suite), kind,
         none=f"every task of {options.source.data} is held out",
@@ -138,7 +141,10 @@ def _prepared(
         model.add_tasks([task for task in tasks if task not in model.routes])
     model.set_phase(options.phase)
     rows = encoded_mixture(suite, tasks, "train", kind)
-    trainer = make_trainer(model, kind, options, rows)
+    validation = None
+    if options.eval_steps is not None:
+        rows, validation = with_validation(suite, tasks, rows, kind, options.max_eval)
+    trainer = make_trainer(model, kind, options, rows, validation)
     if options.alignment_steps is not None:
         if trainer.is_fsdp_enabled:
             raise InputError("--alignment-steps needs a whole base model: leave it out under FSDP")
@@ -196,6 +202,7 @@ def _train_to_the_end(trainer: MultiTaskTrainer, folder: Path, last: Path | None
     if is_first():
         metrics = {
             **_finite(found),
+            **_finite(_last_validation(log)),
             "steps": steps,
             "parameters": model.counts(),
             "trained_parameters": model.num_trainable(),
@@ -203,6 +210,18 @@ def _train_to_the_end(trainer: MultiTaskTrainer, folder: Path, last: Path | None
         }
         write_json(folder / METRICS, metrics)
     wait()
+
+
+def _last_validation(log: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """The last validation loss of a log, by its name; nothing where none was measured."""
+    losses = [entry["eval_loss"] for entry in log if "eval_loss" in entry]
+    return {"eval_loss": losses[-1]} if losses else {}
+
+
+def _validated(metrics: Mapping[str, Any]) -> str:
+    """The validation loss in words, where there is one."""
+    loss = metrics.get("eval_loss")
+    return "" if loss is None else f"the validation loss is {loss:.4g}; "
 
 
 def _finite(entry: Mapping[str, Any]) -> dict[str, Any]:

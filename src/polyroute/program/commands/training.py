@@ -26,13 +26,17 @@ SCHEDULERS = {"linear": "linear", "constant": "constant_with_warmup"}
 
 
 def make_trainer(
-    model: RoutedModel, kind: ModelKind, options: TrainOptions, rows: datasets.Dataset
+    model: RoutedModel,
+    kind: ModelKind,
+    options: TrainOptions,
+    rows: datasets.Dataset,
+    validation: datasets.Dataset | None = None,
 ) -> MultiTaskTrainer:
     """The trainer, checked as far as that can be done before training; it makes no folder."""
     with tempfile.TemporaryDirectory() as elsewhere:  # a trainer makes its folder at once
         try:
             arguments = _arguments(options, Path(elsewhere))
-            trainer = MultiTaskTrainer(model, kind, arguments, rows)
+            trainer = MultiTaskTrainer(model, kind, arguments, rows, validation)
             trainer._get_train_sampler()
         except InputError:
             raise
@@ -42,6 +46,8 @@ def make_trainer(
     trainer.remove_callback(PrinterCallback)
     trainer.add_callback(_ShowProgress())
     trainer.add_callback(_StopWhenDiverged())
+    if validation is not None:
+        trainer.add_callback(_ValidateAtTheEnd())
     return trainer
 
 
@@ -75,6 +81,9 @@ def _arguments(options: TrainOptions, folder: Path) -> MultiTaskTrainingArgument
         use_cpu=not torch.accelerator.is_available(),  # else bf16 is refused there
         logging_nan_inf_filter=False,  # a loss that is no number must be seen
         save_steps=options.save_steps,
+        eval_strategy="no" if options.eval_steps is None else "steps",
+        eval_steps=options.eval_steps,
+        per_device_eval_batch_size=options.batch_size // count(),
         save_total_limit=2,
         logging_steps=max(1, min(50, steps // 20)),
         report_to=options.report_to,
@@ -101,6 +110,14 @@ class _StopWhenDiverged(TrainerCallback):
             raise diverged(f"the loss is {loss}", state.global_step)
 
 
+class _ValidateAtTheEnd(TrainerCallback):
+    """Measures the validation loss after the last step, too."""
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        if state.global_step >= state.max_steps:
+            control.should_evaluate = True
+
+
 class SaveWhenStopped(TrainerCallback):
     """Ends training with a checkpoint, after the step in which Ctrl-C was pressed."""
 
@@ -117,19 +134,40 @@ class _ShowProgress(TrainerCallback):
     """Shows how far training is, with the last loss."""
 
     bar: Any = None
+    validating: Any = None
+    shown: dict[str, str]
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         if state.is_world_process_zero:
             steps = {"total": state.max_steps, "initial": state.global_step}
             self.bar = progress(what="training", unit="step", **steps)
+            self.shown = {}
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         if self.bar is not None:
             self.bar.update()
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **_: Any) -> None:
-        if self.bar is not None and "loss" in (logs or {}):
-            self.bar.set_postfix_str(f"loss {logs['loss']:.4g}", refresh=False)
+        names = {"loss": "loss", "eval_loss": "validation loss"}
+        new = {name: f"{logs[key]:.4g}" for key, name in names.items() if key in (logs or {})}
+        if self.bar is not None and new:
+            self.shown |= new
+            text = ", ".join(f"{name} {value}" for name, value in self.shown.items())
+            self.bar.set_postfix_str(text, refresh=False)
+
+    def on_prediction_step(
+        self, args: Any, state: Any, control: Any, eval_dataloader: Any = None, **_: Any
+    ) -> None:
+        if self.bar is None:
+            return
+        if self.validating is None:
+            self.validating = progress(what="validating", unit="batch", total=len(eval_dataloader))
+        self.validating.update()
+
+    def on_evaluate(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        if self.validating is not None:
+            self.validating.close()
+            self.validating = None
 
     def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         if self.bar is not None:

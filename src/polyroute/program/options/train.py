@@ -111,6 +111,14 @@ class TrainOptions(PlannedOptions):
         None, whole(0, optional=True), parse=lambda steps, _: steps or None, panel="Run",
         help="Steps between measurements of gradient alignment, such as 200 [none].",
     )  # fmt: skip
+    eval_steps: int | None = setting(
+        None, whole(0, optional=True), parse=lambda steps, _: steps or None, panel="Run",
+        help="Steps between measurements of the validation loss, such as 100 [none].",
+    )  # fmt: skip
+    max_eval: int | None = setting(
+        None, whole(optional=True), panel="Run",
+        help="Most validation examples of each task [32].",
+    )  # fmt: skip
     report_to: str = setting("none", text(), panel="Run", help="none, tensorboard, wandb ...")
 
     def __post_init__(self) -> None:
@@ -120,6 +128,8 @@ class TrainOptions(PlannedOptions):
         if self.rowwise and self.optimization.optimizer != "adamw":
             name = self.optimization.optimizer
             raise InputError(f"--rowwise is an AdamW; leave it out with --optimizer {name}")
+        if self.max_eval is not None and self.eval_steps is None:
+            raise InputError("--max-eval is for the validation loss; add --eval-steps")
         if self.adapter.anneal_steps > self.steps:
             raise InputError(
                 f"--anneal-steps {self.adapter.anneal_steps} is more than the {self.steps} of "

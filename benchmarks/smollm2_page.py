@@ -1,0 +1,105 @@
+"""The tables of `smollm2.py` on the page of benchmarks."""
+
+import json
+import statistics
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from measure import summarise
+
+__all__ = ["smollm2_lines"]
+
+REFERENCE = "PEFT LoRA"
+TITLES = {
+    "step": "training step",
+    "scores": "scoring ten choices a prompt",
+    "generation": "generating 32 tokens",
+}
+INTRODUCTION = """\
+`benchmarks/smollm2.py`: the base model in bfloat16, 16 rows of 8 tasks; prompts of 20 to 200
+tokens, targets of 2 to 6. PEFT's models run as users run them: padded rows, logits of all tokens,
+and each choice with its own copy of the prompt. The frozen base is scored and generates through
+polyroute's own code without an inventory, so polyroute's distance to it is the price of the
+adapters. Times are CPU seconds. Ratios are to PEFT LoRA, medians and quartiles over rounds. Peaks
+are those of a process of its own.
+"""
+ADAPTING = """\
+Nine adaptations ({tasks} tasks x {seeds} seeds, {shots} examples a step, {steps} steps, phase
+`mu`) in one run, against nine runs of one. *Commands* are whole runs of `polyroute adapt`, with
+starting, loading and scoring; *training* is `adapt_many` in one process. Ratios are to the nine
+runs of the same kind.
+"""
+PROFILE = """\
+Where a training step of polyroute goes, by torch's profiler. Large products are those of the base
+model's weights; they ran at {gflops:.0f} GFLOP/s ({capability}). Small ones are those of attention
+and of the adapters.
+"""
+
+
+def smollm2_lines(
+    results: Path, table: Callable[[Sequence[str], Iterable[Sequence[str]]], list[str]]
+) -> list[str]:
+    """The section; nothing where nothing was measured.
+
+    Args:
+        results: the folder of results.
+        table: makes the lines of a table.
+    """
+    path = results / "smollm2.json"
+    if not path.exists():
+        return []
+    cases = json.loads(path.read_text(encoding="utf-8"))["cases"]
+    lines = ["## SmolLM2-135M on a CPU", "", INTRODUCTION]
+    for name, title in TITLES.items():
+        if name in cases:
+            lines += table([title, "CPU seconds", "ratio", "GB at the peak"], _rows(cases[name]))
+            lines += [_about(cases[name]), ""]
+    if "adapt" in cases:
+        case = cases["adapt"]
+        words = {**case, "tasks": len(case["tasks"]), "seeds": len(case["seeds"])}
+        lines += [ADAPTING.format(**words)]
+        lines += table(["adapting", "CPU seconds", "ratio"], _adapted(case))
+        lines += [_about(case), ""]
+    if "profile" in cases:
+        case = cases["profile"]
+        total = sum(case["seconds"].values())
+        lines += [PROFILE.format(**case)]
+        shares = [[name, f"{100 * own / total:.0f} %"] for name, own in case["seconds"].items()]
+        lines += table(["kind of work", "share of CPU time"], shares)
+        lines += [_about(case), ""]
+    return lines
+
+
+def _rows(case: Mapping[str, Any]) -> list[list[str]]:
+    seconds, peaks = case["cpu_seconds"], case.get("peak_gb", {})
+    return [
+        [name, f"{statistics.median(own):.2f}", _ratio(own, seconds[REFERENCE]),
+         f"{peaks[name]:.2f}" if name in peaks else "-"]
+        for name, own in seconds.items()
+    ]  # fmt: skip
+
+
+def _adapted(case: Mapping[str, Any]) -> list[list[str]]:
+    seconds = case["cpu_seconds"]
+    what = [name.partition(", ")[0] for name in seconds]
+    references = dict(reversed(list(zip(what, seconds, strict=True))))
+    return [
+        [name, f"{statistics.median(own):.0f}", _ratio(own, seconds[references[kind]])]
+        for kind, (name, own) in zip(what, seconds.items(), strict=True)
+    ]
+
+
+def _ratio(own: Sequence[float], other: Sequence[float]) -> str:
+    found = summarise(list(own), list(other))
+    return f"{found['median']:.2f} ({found['q25']:.2f}-{found['q75']:.2f})"
+
+
+def _about(case: Mapping[str, Any]) -> str:
+    date, load = case.get("date"), case.get("load_average")
+    return (
+        f"{case['rounds']} rounds, torch {case['torch']}, torch threads: {case['threads']}"
+        + (f"; {date}" if date else "")
+        + (f"; load {load:.1f}" if load is not None else "")
+        + "."
+    )
