@@ -206,7 +206,8 @@ class MultiTaskTrainer(RoutedTrainer):
                 return self.compute_loss(model, inputs).detach(), None, None
             found = losses_and_counts(self.kind, model, inputs)
         losses_BT, counts_BT = self.accelerator.gather_for_metrics(found)
-        self._evaluated.append((losses_BT.double().sum(0), counts_BT.sum(0)))
+        sums_T = losses_BT.cpu().double().sum(0)  # not every device has float64
+        self._evaluated.append((sums_T, counts_BT.cpu().sum(0)))
         return _mean_loss(self._evaluated[-1:]), None, None
 
     def evaluation_loop(
