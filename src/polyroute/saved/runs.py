@@ -30,6 +30,7 @@ except ImportError:  # Windows
     fcntl = None  # type: ignore[assignment]
 
 __all__ = [
+    "BEFORE",
     "DIGEST",
     "RUNNING",
     "check_run",
@@ -41,6 +42,8 @@ __all__ = [
     "record",
 ]
 
+BEFORE = {"dtype": "float32", "prompt": "plain", "system": None}
+"""What runs of older versions did, whose `run.json` does not say so; not always the default."""
 DESCRIPTION = "run.json"
 DIGEST = "inventory_sha256"
 """Key in the config of a run that starts from an inventory: the inventory's `digest`."""

@@ -67,6 +67,7 @@ def adapt_run(options: AdaptOptions) -> Result:
     out = options.out or beside(options.run) / f"adapt-{phase}-{shots}"
     run = Path(locate(options.run))
     folder = RunFolder("adapt", out, options, (run, options.source.data))
+    folder.compare_given(options.given)
     checkpoint = inventory_of(run)
     suite = load_suite(options.source.data, options.source.reader)
     base, kind = base_of(run, objective=options.objective)

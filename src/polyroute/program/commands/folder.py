@@ -7,7 +7,7 @@ from typing import Any
 from polyroute.errors import InputError
 from polyroute.host.processes import is_first
 from polyroute.program.options.shared import Given, Options
-from polyroute.saved.runs import check_run, open_run, read_run, record
+from polyroute.saved.runs import BEFORE, check_run, open_run, read_run, record
 
 __all__ = ["RunFolder"]
 
@@ -37,6 +37,16 @@ class RunFolder:
         }
         self.path = check_run(out, command, **self._place)
 
+    def compare_given(self, given: Given) -> None:
+        """As `compare`, before anything is loaded.
+
+        Tasks are left out: where none are named, only the suite knows which they are.
+
+        Raises:
+            InputError: see `compare`.
+        """
+        self.compare({k: v for k, v in given.recorded.items() if k != "tasks"}, given)
+
     def compare(self, config: Mapping[str, Any], given: Given) -> None:
         """Make sure, of a run to resume, that it was asked for the same; write nothing.
 
@@ -62,15 +72,19 @@ class RunFolder:
         return self.path
 
     def _known(self, config: Mapping[str, Any], given: Given) -> dict[str, Any]:
-        """What is to be compared: where an older run lacks an option, it had the default."""
+        """What is to be compared: where an older run lacks an option, it had what `BEFORE` says.
+
+        What `BEFORE` does not name had the default.
+        """
         if not is_first():
             return dict(config)
         before = read_run(self.path)["config"]
-        newer = [name for name in config if name in given.defaults and name not in before]
+        former = {**given.defaults, **BEFORE}
+        newer = [name for name in config if name in former and name not in before]
         for name in newer:
-            if config[name] != given.defaults[name]:
+            if config[name] != former[name]:
                 raise InputError(
                     f"the run in {self.path} is older than the option {name}, whose value was "
-                    f"always {given.defaults[name]!r}; resume it without that option"
+                    f"always {former[name]!r}; resume it without that option"
                 )
         return {name: value for name, value in config.items() if name not in newer}

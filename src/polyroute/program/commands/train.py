@@ -69,6 +69,7 @@ def train_run(options: TrainOptions) -> Result:
     resumed = folder.path if options.resume else None
     reading, given = settled(options.reading, options.given, resumed)
     options = replace(options, reading=reading, given=given)
+    folder.compare_given(given)
     trainer, tasks = _prepared(options, start, folder.path)
     optimization = summary(asdict(options.optimization))
     config = {**options.given.recorded, "tasks": list(tasks), "optimization": optimization}
