@@ -5,9 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from test_chat import CHATML, tokenizer
 from tiny_runs import train_arguments
-from transformers import LlamaConfig, LlamaForCausalLM
 
 import polyroute.program.commands.runs
 from polyroute.program.cli.app import main
@@ -33,20 +31,6 @@ def refused(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> str:
     with pytest.raises(SystemExit, match="2"):
         main(arguments)
     return " ".join(capsys.readouterr().err.split())
-
-
-@pytest.fixture(scope="module")
-def chat_base(place: Path) -> Path:
-    """A tiny decoder-only base model with a chat template."""
-    tok = tokenizer(CHATML)
-    config = LlamaConfig(
-        vocab_size=len(tok), hidden_size=32, intermediate_size=48, num_hidden_layers=1,
-        num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=128,
-        eos_token_id=tok.eos_token_id, pad_token_id=tok.pad_token_id,
-    )  # fmt: skip
-    LlamaForCausalLM(config).save_pretrained(place / "chat")
-    tok.save_pretrained(place / "chat")
-    return place / "chat"
 
 
 def of_chat(place: Path, base: Path, run: str, *extra: str) -> list[str]:

@@ -56,19 +56,22 @@ class RunFolder:
         if self.resume:
             record(self.path, self._command, self._known(config, given), resume=True)
 
-    def open(self, config: Mapping[str, Any], given: Given) -> Path:
+    def open(
+        self, config: Mapping[str, Any], given: Given, notes: Mapping[str, Any] | None = None
+    ) -> Path:
         """Make the folder, or take it up again, and write down what was asked for.
 
         Args:
             config: what `run.json` is to say.
             given: the options that this came from.
+            notes: what `run.json` is to say besides, which is not compared.
 
         Raises:
             InputError: see `compare`; or another process works there.
         """
         open_run(self.path, self._command, **self._place)
         config = self._known(config, given) if self.resume else config
-        record(self.path, self._command, config, resume=self.resume)
+        record(self.path, self._command, config, resume=self.resume, notes=notes)
         return self.path
 
     def _known(self, config: Mapping[str, Any], given: Given) -> dict[str, Any]:
