@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
@@ -26,7 +27,7 @@ def test_a_run_describes_itself(run: Path, place: Path) -> None:
     description = read(run / "run.json")
     assert description["config"]["tasks"] == ["back", "copy", "upper"]
     assert description["config"]["seed"] == 0
-    assert description["machine"]["versions"]["torch"] == str(torch.__version__)
+    assert description["machine"]["versions"]["torch"] == version("torch")
     assert read(run / "metrics.json")["steps"] == 12
 
 

@@ -99,7 +99,7 @@ def adapt_many(  # noqa: PLR0913 (public: users know its keywords)
     found: dict[str, Adapted] = {}
 
     def finish(training: SlotTraining) -> None:
-        found[training.slot.name] = adapted(model, training, target)
+        found[training.slot.name] = adapted(model, training, target, kind.prompting)
 
     place = None if folder is None else make_folder(folder)
     train_slots(model, kind, slots, SlotCalls(finish), memory=memory, folder=place)

@@ -15,7 +15,9 @@ from polyroute.exchange.peft_mhr import from_peft_mhr, write_peft_mhr
 from polyroute.exchange.peft_poly import from_peft_poly, write_peft_poly
 from polyroute.host.files import check_place
 from polyroute.model import RoutedModel
+from polyroute.saved.peft_card import write_peft_card
 from polyroute.saved.peft_export import CONFIG
+from polyroute.saved.prompting import Prompting
 
 __all__ = ["check_export", "read_inventory", "write_inventory"]
 
@@ -89,8 +91,21 @@ def check_export(out: Path, form: str, task: str | None) -> None:
         raise InputError(f"{out} is not empty and holds no {what}; name another --out folder")
 
 
-def write_inventory(model: RoutedModel, out: Path, form: str, task: str | None) -> None:
+def write_inventory(
+    model: RoutedModel,
+    out: Path,
+    form: str,
+    task: str | None,
+    prompting: Prompting | None = None,
+) -> None:
     """Write a task or a whole inventory, after `check_export` has passed.
+
+    Args:
+        model: has the inventory.
+        out: the file or folder to write to.
+        form: the format.
+        task: the task to write; None for all.
+        prompting: how the base model was prompted, for the card of PEFT's files; None for no card.
 
     Raises:
         InputError: the format cannot hold the inventory or the task.
@@ -104,3 +119,5 @@ def write_inventory(model: RoutedModel, out: Path, form: str, task: str | None) 
     else:
         assert task is not None
         model.export_peft(task, out)
+    if form != "mttl" and prompting is not None:
+        write_peft_card(out, prompting)

@@ -24,6 +24,7 @@ from polyroute.kinds.predictions import Predictions, has_own_terms, predict
 from polyroute.kinds.prompts import PlainText, Prompter, fitted, prompt_text, rows_of
 from polyroute.kinds.shared_prompts import can_share, longest_row, shared_rows
 from polyroute.kinds.text import TextKind
+from polyroute.saved.prompting import Prompting
 
 __all__ = ["CausalKind"]
 
@@ -80,6 +81,13 @@ class CausalKind(TextKind):
         self.limit = min(max_input + max_target, self.max_positions)
         self.max_target = min(max_target, self.limit - 1)  # a prompt token must precede it
         self.template = template_of(prompt, tokenizer)
+
+    @property
+    def prompting(self) -> Prompting:
+        """See `ModelKind.prompting`."""
+        if self.template is None:
+            return Prompting("plain", newline=True)
+        return Prompting("chat", self.template.system)
 
     def _prompts(
         self, examples: Mapping[str, list[Any]], longest: Sequence[int]

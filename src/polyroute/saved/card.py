@@ -16,6 +16,7 @@ from polyroute.host.files import read_json
 from polyroute.saved.base_names import GGUF_ID, is_packaged
 from polyroute.saved.hub import CARD, HUB_ID, P3, public
 from polyroute.saved.markdown import Rows, code, table
+from polyroute.saved.prompting import Prompting, prompting_of
 from polyroute.saved.results import Measured, read_results
 from polyroute.saved.rows import SavedRoutes, read_description
 
@@ -90,7 +91,7 @@ def _written(path: Path, description: Mapping[str, Any], name: str, license: str
         MARK,
         f"# {name.rpartition('/')[2]}",
         _summary(description, base, count),
-        _use(description, config, base, name, tasks, pipeline),
+        _use(description, run, base, name, tasks, pipeline),
         _task_section(count, tasks, origin),
         _training(path, run, config),
         _licences(tasks, origin),
@@ -161,12 +162,13 @@ def _summary(description: Mapping[str, Any], base: str | None, count: int) -> st
 
 def _use(
     description: Mapping[str, Any],
-    config: Mapping[str, Any],
+    run: Mapping[str, Any],
     base: str | None,
     name: str,
     tasks: Sequence[str],
     pipeline: str | None,
 ) -> str:
+    config, prompting = run.get("config", {}), prompting_of(run)
     base_class, dtype = description["base"]["class"], config.get("dtype")
     given = "" if dtype is None else f', dtype="{dtype}"'
     lines = ["import polyroute as pr"]
@@ -188,15 +190,17 @@ def _use(
         most = f", max_new_tokens={config['max_target']}" if "max_target" in config else ""
         task = json.dumps(tasks[0], ensure_ascii=False)
         lines += [
-            'prompt = tokenizer("...", return_tensors="pt")',
+            *(prompting or Prompting("plain")).code(),
             f"ids = model.generate(**prompt, tasks={task}{most})",
             "print(tokenizer.batch_decode(ids, skip_special_tokens=True))",
         ]
     snippet = "\n".join(lines)
+    prompts = "" if prompting is None else f" {prompting.sentence()}"
     return (
         f"## Use\n\n```python\n{snippet}\n```\n\n"
         "Each call names one task, or one task for each example. For tasks that the inventory has "
         'not seen, `tasks="mu"` takes the average of the skills.'
+        f"{prompts}"
     )
 
 

@@ -29,6 +29,8 @@ from polyroute.program.commands.tasks import chosen_tasks
 from polyroute.program.options.adapt import AdaptOptions
 from polyroute.program.plans import AdaptationPlan, plan_of_adapting
 from polyroute.saved.hub import locate
+from polyroute.saved.peft_card import write_peft_card
+from polyroute.saved.prompting import Prompting
 from polyroute.saved.runs import DIGEST, RUNNING, digest, held
 
 __all__ = ["adapt_run"]
@@ -68,6 +70,7 @@ def adapt_run(options: AdaptOptions) -> Result:
     out = options.out or beside(options.run) / f"adapt-{phase}-{shots}"
     run = Path(locate(options.run))
     folder = RunFolder("adapt", out, options, (run, options.source.data))
+    folder.compare_given(options.given)
     checkpoint = inventory_of(run)
     suite = load_suite(options.source.data, options.source.reader)
     base, kind = base_of(run, objective=options.objective, limits=options.limits)
@@ -133,7 +136,8 @@ def _adapt(model: RoutedModel, work: Work, folder: Path) -> list[dict[str, Any]]
         )  # fmt: skip
         adapted = adapt_suite(
             model, work.kind, wanted, memory=options.memory, folder=running,
-            each=_saving(model, folder, files, results), note=lambda result: say(line_of(result)),
+            each=_saving(model, folder, files, results, work.kind.prompting),
+            note=lambda result: say(line_of(result)),
         )  # fmt: skip
         results += [result for result in adapted if result["score"] is None]
         write_json(files.own, results)
@@ -145,13 +149,18 @@ def _adapt(model: RoutedModel, work: Work, folder: Path) -> list[dict[str, Any]]
 
 
 def _saving(
-    model: RoutedModel, folder: Path, files: ResultFiles, results: list[dict[str, Any]]
+    model: RoutedModel,
+    folder: Path,
+    files: ResultFiles,
+    results: list[dict[str, Any]],
+    prompting: Prompting,
 ) -> Callable[[dict[str, Any], str], None]:
     """A function that writes one result and its adapter, and adds it to `results` in place."""
 
     def save(result: dict[str, Any], route: str) -> None:
         place = folder / result["task"] / f"seed-{result['seed']}" / result["label"]
         model.export_peft(route, place)
+        write_peft_card(place, prompting)
         if model.routes.logits is not None:
             write_tensors(place / "route.safetensors", {"route": model.routes[route]})
         results.append(result)

@@ -16,7 +16,7 @@ These marks may be given to `setting`, besides those that `polyroute.settings` k
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import MISSING, dataclass, field
+from dataclasses import MISSING, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +28,7 @@ from polyroute.settings import check_settings, flag, one_of, setting, text, whol
 
 __all__ = [
     "CONFIG",
+    "LIMITS",
     "OBJECTIVE",
     "READER",
     "REQUIRED",
@@ -108,6 +109,10 @@ class Limits:
     def __post_init__(self) -> None:
         """Check every value."""
         check_settings(self)
+
+
+LIMITS = tuple(one.name for one in fields(Limits))
+"""Options that need not be those of the run that a command reads."""
 
 
 @dataclass(frozen=True, kw_only=True)

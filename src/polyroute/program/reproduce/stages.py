@@ -138,10 +138,11 @@ class Plan:
         if not preset.zero_shot:
             return []
         ways = [Way(method, "zero-shot", [self._scoring(self.folder / method)])]
-        if preset.mu_training and "mu" in preset.methods[method]["phases"]:
+        phases = [p for p in preset.methods[method]["phases"] if p in ("mu", "mu-uncollapsed")]
+        if preset.mu_training and phases:
             place = self.folder / f"{method}-mu"
             further = {
-                **train.options, "start": str(self.folder / method), "phase": "mu",
+                **train.options, "start": str(self.folder / method), "phase": phases[0],
                 **_options(preset.mu_training), "out": str(place),
             }  # fmt: skip
             stages = [Stage("train", further, place / "metrics.json"), self._scoring(place)]
