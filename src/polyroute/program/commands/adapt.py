@@ -91,7 +91,9 @@ def adapt_run(options: AdaptOptions) -> Result:
         }
         if options.dry_run:
             folder.compare(config, options.given)
-            planned = AdaptationPlan(tasks, choices, options.seeds, options.split, folder.path)
+            planned = AdaptationPlan(
+                tasks, choices, options.seeds, options.split, options.max_test, folder.path
+            )
             return plan_of_adapting(model, suite, budget, planned)
         folder.open(config, options.given)
         results = _adapt(model, work, folder.path)
@@ -131,7 +133,7 @@ def _adapt(model: RoutedModel, work: Work, folder: Path) -> list[dict[str, Any]]
         results = list(done) if is_first() else []
         wanted = SuiteSlots(
             suite=work.suite, tasks=work.tasks, choices=work.choices, seeds=options.seeds,
-            split=options.split, done=done,
+            split=options.split, max_examples=options.max_test, done=done,
             part=slice(index(), None, count()) if count() > 1 else None,
         )  # fmt: skip
         adapted = adapt_suite(
