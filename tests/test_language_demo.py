@@ -12,6 +12,7 @@ from polyroute.loading import load_base
 from polyroute.program import language_demo
 from polyroute.program.cli.app import main
 
+ROOT = Path(__file__).parents[1]
 WAYS = ["base", "shared zero-shot", "zero-shot", "fresh", "shared", "mu", "z"]
 
 
@@ -91,3 +92,8 @@ def test_a_missing_model_is_named_before_anything_is_written(
         main(["demo-lm", "--out", str(tmp_path / "out")])
     assert "not_there" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
+
+
+def test_the_readme_shows_the_committed_results() -> None:
+    content = json.loads((ROOT / "benchmarks" / "results" / "demo_lm.json").read_text())
+    assert "\n".join(language_demo.table_lines(content)) in (ROOT / "README.md").read_text()

@@ -31,7 +31,7 @@ from polyroute.saved.runs import held, machine
 from polyroute.study.base_alone import BaseAlone
 from polyroute.study.examples import encoded
 
-__all__ = ["run_language_demo"]
+__all__ = ["run_language_demo", "table_lines"]
 
 MODEL = "smollm2"
 READING: dict[str, Any] = {"dtype": "auto", "max_input": 160, "max_target": 32}
@@ -252,7 +252,7 @@ def _answers(run: Path, adapted: Path, tasks: Sequence[str]) -> list[dict[str, s
 
 ANSWER = ("task", "target", "before", "after")
 COLUMNS = (
-    "", "score", "95 % interval over tasks", "score per token", "trained parameters",
+    "way", "score", "95 % interval over tasks", "score per token", "trained parameters",
     "seconds a task",
 )  # fmt: skip
 
@@ -289,6 +289,15 @@ def _training(content: Mapping[str, Any]) -> str:
     )
 
 
+def table_lines(content: Mapping[str, Any]) -> list[str]:
+    """The table of all ways in Markdown, from what `results.json` holds."""
+    return [
+        "| " + " | ".join(COLUMNS) + " |",
+        "|" + "---|" * len(COLUMNS),
+        *("| " + " | ".join(_cells(way)) + " |" for way in content["ways"]),
+    ]
+
+
 def _page(content: Mapping[str, Any]) -> str:
     """The results as Markdown."""
     lines = [
@@ -297,9 +306,7 @@ def _page(content: Mapping[str, Any]) -> str:
         f"{_training(content)}. Then {len(content['ways'][0]['tasks'])} held-out tasks, with "
         f"{content['shots']} examples each where a row trains something.",
         "",
-        "| " + " | ".join(COLUMNS) + " |",
-        "|" + "---|" * len(COLUMNS),
-        *("| " + " | ".join(_cells(way)) + " |" for way in content["ways"]),
+        *table_lines(content),
         "",
         *(f"- {line}." for line in _words(content)),
         "",
