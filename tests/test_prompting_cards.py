@@ -114,3 +114,12 @@ def test_what_older_runs_did_is_known(run: Path, tmp_path: Path) -> None:
     write_json(tmp_path / "run.json", {"prompting": {"by": "mail"}})
     with pytest.raises(pr.InputError, match=r"run\.json is damaged: prompting is"):
         prompting_of(read_json(tmp_path / "run.json"))
+
+
+def test_a_card_loads_a_base_model_that_polyroute_alone_finds_by_name(tmp_path: Path) -> None:
+    model = pr.attach(llama(), pr.MHRConfig(num_skills=2, num_heads=2, rank=1), ["a"])
+    model.export_peft("a", tmp_path)
+    run = {"model": "smollm2", "dtype": "bfloat16"}
+    write_peft_card(tmp_path, Prompting("chat"), run)
+    card = (tmp_path / "README.md").read_text()
+    assert 'import polyroute as pr\n\nbase, tokenizer = pr.load_base("smollm2", dtype="bf' in card

@@ -128,7 +128,7 @@ class _Demo:
                     if (method, result["phase"]) == ("mhr", "z") and is_first:
                         lora = self.folder / "lora" / first
                         model.export_peft(route, lora)
-                        write_peft_card(lora, self.kind.prompting)
+                        write_peft_card(lora, self.kind.prompting, {"model": "demo"})
 
                 settings = {"": AdaptSettings(phase=phase, **ADAPT)}  # type: ignore[arg-type]
                 seeds = SEEDS[:1] if self.quick else SEEDS

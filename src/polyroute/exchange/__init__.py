@@ -15,9 +15,7 @@ from polyroute.exchange.peft_mhr import from_peft_mhr, write_peft_mhr
 from polyroute.exchange.peft_poly import from_peft_poly, write_peft_poly
 from polyroute.host.files import check_place
 from polyroute.model import RoutedModel
-from polyroute.saved.peft_card import write_peft_card
 from polyroute.saved.peft_export import CONFIG
-from polyroute.saved.prompting import Prompting
 
 __all__ = ["check_export", "read_inventory", "write_inventory"]
 
@@ -96,7 +94,6 @@ def write_inventory(
     out: Path,
     form: str,
     task: str | None,
-    prompting: Prompting | None = None,
 ) -> None:
     """Write a task or a whole inventory, after `check_export` has passed.
 
@@ -105,7 +102,6 @@ def write_inventory(
         out: the file or folder to write to.
         form: the format.
         task: the task to write; None for all.
-        prompting: how the base model was prompted, for the card of PEFT's files; None for no card.
 
     Raises:
         InputError: the format cannot hold the inventory or the task.
@@ -119,5 +115,3 @@ def write_inventory(
     else:
         assert task is not None
         model.export_peft(task, out)
-    if form != "mttl" and prompting is not None:
-        write_peft_card(out, prompting)

@@ -13,7 +13,7 @@ from typing import Any
 
 from polyroute.errors import InputError
 from polyroute.host.files import read_json
-from polyroute.saved.base_names import GGUF_ID, is_packaged
+from polyroute.saved.base_names import loading_of
 from polyroute.saved.hub import CARD, HUB_ID, P3, public
 from polyroute.saved.markdown import Rows, code, table
 from polyroute.saved.prompting import Prompting, prompting_of
@@ -96,7 +96,7 @@ def _written(path: Path, description: Mapping[str, Any], name: str, license: str
         _training(path, run, config),
         _licences(tasks, origin),
         *(each.section() for each in measured),
-        _limits(measured, is_base_known=base is not None or _has_own_loader(config.get("model"))),
+        _limits(measured, is_base_known=base is not None or loading_of(config) is not None),
     ]
     text = "\n\n".join(part for part in parts if part)
     return str(ModelCard(f"---\n{data.to_yaml()}\n---\n\n{text}\n"))
@@ -105,16 +105,11 @@ def _written(path: Path, description: Mapping[str, Any], name: str, license: str
 def _base(description: Mapping[str, Any], config: Mapping[str, Any]) -> str | None:
     """The hub id of the base model; None if it has none, or if the name may be a local path."""
     name = config.get("model", description["base"]["name"])
-    if not isinstance(name, str) or _has_own_loader(name):
+    if not isinstance(name, str) or loading_of({"model": name}) is not None:
         return None
     is_old_id = "/" not in name and "model" in config  # t5-small; a run stores absolute paths
     is_id = HUB_ID.fullmatch(name) or is_old_id
     return name if is_id and not Path(name).expanduser().exists() else None
-
-
-def _has_own_loader(model: object) -> bool:
-    """Whether polyroute alone loads the base model by its name, wherever the card is read."""
-    return is_packaged(model) or GGUF_ID.fullmatch(str(model)) is not None
 
 
 def _pipeline(base_class: str, *, is_run: bool) -> str | None:
@@ -179,9 +174,8 @@ def _use(
             f'base = {base_class}.from_pretrained("{base}"{given})',
             f'tokenizer = AutoTokenizer.from_pretrained("{base}")',
         ]  # fmt: skip
-    elif _has_own_loader(config.get("model")):
-        lines += ["from polyroute.loading import load_base", "",
-                  f'base, tokenizer = load_base("{config["model"]}"{given})']  # fmt: skip
+    elif (loading := loading_of(config)) is not None:
+        lines += ["", loading]
     else:
         has_tokenizer = False
         lines += ["", f"# base: the {base_class} that the inventory was trained on"]

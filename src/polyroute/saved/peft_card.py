@@ -1,10 +1,12 @@
 """The card of an adapter in PEFT's files: how it is loaded, and how its base model is prompted."""
 
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from polyroute.host.files import read_json, write_text
+from polyroute.saved.base_names import loading_of
 from polyroute.saved.card import MARK
 from polyroute.saved.hub import CARD, HUB_ID
 from polyroute.saved.peft_export import CONFIG
@@ -18,21 +20,24 @@ PLAIN = ("LORA", "IA3")
 """Methods that PEFT loads without polyroute."""
 
 
-def write_peft_card(folder: str | os.PathLike[str], prompting: Prompting) -> None:
+def write_peft_card(
+    folder: str | os.PathLike[str], prompting: Prompting, config: Mapping[str, Any] | None = None
+) -> None:
     """Write the README.md of an adapter; one that polyroute did not write stays.
 
     Args:
         folder: the folder of the adapter.
         prompting: how its base model was prompted.
+        config: what `run.json` says of the run that it comes from; None where there is no run.
     """
     place = Path(folder)
     card = place / CARD
     if card.is_file() and MARK not in card.read_text(encoding="utf-8"):
         return
-    write_text(card, _card(read_json(place / CONFIG), prompting))
+    write_text(card, _card(read_json(place / CONFIG), prompting, loading_of(config or {})))
 
 
-def _card(config: dict[str, Any], prompting: Prompting) -> str:
+def _card(config: dict[str, Any], prompting: Prompting, loading: str | None) -> str:
     from huggingface_hub import ModelCard, ModelCardData
 
     name = config["base_model_name_or_path"]
@@ -52,19 +57,23 @@ def _card(config: dict[str, Any], prompting: Prompting) -> str:
         "## Prompts",
         f"{prompting.sentence()} The adapter was trained on prompts of this form, so give it no "
         "others.",
-        *_use(config, base, prompting),
+        *_use(config, base, prompting, loading),
     ]
     text = "\n\n".join(parts)
     return str(ModelCard(f"---\n{data.to_yaml()}\n---\n\n{text}\n"))
 
 
-def _use(config: dict[str, Any], base: str | None, prompting: Prompting) -> list[str]:
+def _use(
+    config: dict[str, Any], base: str | None, prompting: Prompting, loading: str | None
+) -> list[str]:
     """How PEFT loads it, where PEFT alone can."""
     loader = CLASSES.get(config["task_type"])
     if config["peft_type"] not in PLAIN:
         return []
     lines = ["from peft import PeftModel"]
-    if base is None or loader is None:
+    if loading is not None:
+        lines += ["import polyroute as pr", "", loading]
+    elif base is None or loader is None:
         lines += ["", "# base, tokenizer: the base model that the adapter was trained on"]
     else:
         lines += [

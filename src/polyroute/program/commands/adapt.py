@@ -4,6 +4,7 @@ import itertools
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -30,8 +31,7 @@ from polyroute.program.options.adapt import AdaptOptions
 from polyroute.program.plans import AdaptationPlan, plan_of_adapting
 from polyroute.saved.hub import locate
 from polyroute.saved.peft_card import write_peft_card
-from polyroute.saved.prompting import Prompting
-from polyroute.saved.runs import DIGEST, RUNNING, digest, held
+from polyroute.saved.runs import DIGEST, RUNNING, digest, held, read_run
 
 __all__ = ["adapt_run"]
 
@@ -46,6 +46,8 @@ class Work:
     choices: Mapping[str, AdaptSettings]
     """Settings by label, all of one phase."""
     options: AdaptOptions
+    card: Callable[[Path], None]
+    """Writes the card of an adapter."""
 
     @property
     def optimizations(self) -> list[str]:
@@ -78,7 +80,8 @@ def adapt_run(options: AdaptOptions) -> Result:
         suite, options.tasks, held_out_tasks(suite), kind,
         none=f"{options.source.data} holds no task out",
     )  # fmt: skip
-    work = Work(suite, kind, tasks, choices, options)
+    card = partial(write_peft_card, prompting=kind.prompting, config=read_run(run)["config"])
+    work = Work(suite, kind, tasks, choices, options, card)
     _check_examples(work)
     with loaded(base, checkpoint, run) as model:
         _check_model(model, work)
@@ -138,7 +141,7 @@ def _adapt(model: RoutedModel, work: Work, folder: Path) -> list[dict[str, Any]]
         )  # fmt: skip
         adapted = adapt_suite(
             model, work.kind, wanted, memory=options.memory, folder=running,
-            each=_saving(model, folder, files, results, work.kind.prompting),
+            each=_saving(model, folder, files, results, work.card),
             note=lambda result: say(line_of(result)),
         )  # fmt: skip
         results += [result for result in adapted if result["score"] is None]
@@ -155,14 +158,14 @@ def _saving(
     folder: Path,
     files: ResultFiles,
     results: list[dict[str, Any]],
-    prompting: Prompting,
+    card: Callable[[Path], None],
 ) -> Callable[[dict[str, Any], str], None]:
     """A function that writes one result and its adapter, and adds it to `results` in place."""
 
     def save(result: dict[str, Any], route: str) -> None:
         place = folder / result["task"] / f"seed-{result['seed']}" / result["label"]
         model.export_peft(route, place)
-        write_peft_card(place, prompting)
+        card(place)
         if model.routes.logits is not None:
             write_tensors(place / "route.safetensors", {"route": model.routes[route]})
         results.append(result)

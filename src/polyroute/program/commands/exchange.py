@@ -17,8 +17,9 @@ from polyroute.program.commands.runs import (
 )
 from polyroute.program.options.finished import ExportOptions, ImportOptions
 from polyroute.saved.hub import locate
+from polyroute.saved.peft_card import write_peft_card
 from polyroute.saved.prompting import NOTE
-from polyroute.saved.runs import held
+from polyroute.saved.runs import held, read_run
 
 __all__ = ["export_run", "import_run"]
 
@@ -34,7 +35,9 @@ def export_run(options: ExportOptions) -> Result:
     check_export(out, options.format, task)
     base, kind = base_of(run)
     with loaded(base, checkpoint, run) as model:
-        write_inventory(model, out, options.format, task, kind.prompting)
+        write_inventory(model, out, options.format, task)
+    if options.format != "mttl":
+        write_peft_card(out, kind.prompting, read_run(run)["config"])
     what = f"the inventory as {options.format}" if task is None else f"{task!r} as a PEFT adapter"
     return Result({"out": out, "format": options.format, "task": task}, (f"wrote {what} to {out}",))
 

@@ -11,7 +11,7 @@ from polyroute.host.output import say
 from polyroute.kinds.choose import ChatTemplate, ModelKind, kind_of
 from polyroute.kinds.objectives import Objective
 from polyroute.loading import load_base
-from polyroute.program.options.shared import Given, Limits, Reading
+from polyroute.program.options.shared import LIMITS, Given, Limits, Reading
 from polyroute.saved.checkpoint import Checkpoint, read_checkpoint
 from polyroute.saved.hub import DESCRIPTION, Snapshot, locate
 from polyroute.saved.runs import BEFORE, read_run
@@ -142,7 +142,8 @@ def base_of(
         InputError: the run says nothing of a base model, or see `load`.
     """
     base = BaseModel.of(run)
-    given = {name: limit for name, limit in asdict(limits).items() if limit is not None}
+    own = {name: getattr(limits, name) for name in LIMITS}  # `limits` may say more, as `Reading`
+    given = {name: limit for name, limit in own.items() if limit is not None}
     reading = replace(base.reading, **given)
     return load(replace(base, reading=reading), objective=objective)
 
