@@ -16,7 +16,7 @@ from polyroute.host.files import finite, read_json, write_json
 from polyroute.host.interrupts import deferred, resumable
 from polyroute.host.output import Result, say
 from polyroute.host.processes import is_first, wait
-from polyroute.loading import attend_in_bfloat16, load_suite
+from polyroute.loading import load_suite, use_fast_attention
 from polyroute.model import RoutedModel
 from polyroute.optimizers import summary
 from polyroute.program.commands.checkpoints import TRAINER_STATE, last_checkpoint
@@ -124,7 +124,7 @@ def _prepared(
     assert options.model is not None
     base, kind = load(BaseModel(options.model, options.reading), objective=options.objective)
     if options.bf16:
-        attend_in_bfloat16(base)
+        use_fast_attention(base)
     tasks = chosen_tasks(
         suite, options.source.tasks, training_tasks(suite), kind,
         none=f"every task of {options.source.data} is held out",
