@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 import tokenizers
+import torch
 import transformers
 
 import polyroute as pr
@@ -32,13 +33,18 @@ GEMMA = (
     "{{ m['content'] | trim }}<end_of_turn>\n{% endfor %}"
     "{% if add_generation_prompt %}<start_of_turn>model\n{% endif %}"
 )
+THINKING = (  # as of DeepSeek-R1: a prompt opens a thinking part, which past answers do not have
+    "{% for m in messages %}{% if m['role'] == 'user' %}<U>{{ m['content'] }}{% else %}<A>"
+    "{{ m['content'].split('</think>')[-1] }}<e>{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}<A><think>\n{% endif %}"
+)
 STYLES = {
     "chatml": (CHATML, "<|im_end|>"),
     "llama2": (LLAMA2, "</s>"),
     "gemma": (GEMMA, "<end_of_turn>"),
 }
 SPECIAL = ["<|im_start|>", "<|im_end|>", "<s>", "</s>", "<bos>", "<eos>", "<start_of_turn>",
-           "<end_of_turn>"]  # fmt: skip
+           "<end_of_turn>", "<U>", "<A>", "<e>", "<think>", "</think>"]  # fmt: skip
 
 
 def tokenizer(template: str | None, eos: str = "<eos>") -> Any:
@@ -114,6 +120,64 @@ def test_a_merge_across_the_border_does_not_shift_the_answer() -> None:
     assert tok.decode(row["target_ids"][0]) == "\nan end<|im_end|>"
     whole = rendered(tok, [USER, {**ANSWER, "content": "\nan end"}], opened=False)
     assert whole[: len(row["prompt_ids"][0])] != row["prompt_ids"][0]
+
+
+def test_a_thinking_part_that_answers_lack_is_left_out_of_prompts() -> None:
+    tok = tokenizer(THINKING)
+    with pytest.warns(UserWarning, match="without it, in training and in evaluation"):
+        kind = CausalKind(tok)
+    history = [{"role": "user", "content": "Hello"}, {"role": "assistant", "content": "Hi"}]
+    for given in ({}, {"history": history}):
+        row = kind.encode(example(target="yes", **given))
+        whole = rendered(tok, [*given.get("history", []), USER, {**ANSWER, "content": "yes"}],
+                         opened=False)  # fmt: skip
+        assert row["prompt_ids"][0] + row["target_ids"][0] == whole
+        assert tok.decode(row["target_ids"][0]) == "yes<e>"
+    assert kind.prompting.left_out == "<think>\n"
+
+
+def test_a_prompt_never_ends_within_a_special_token() -> None:
+    tok = tokenizer(THINKING.replace("<A>{{", "<A></think>{{"))
+    with pytest.warns(UserWarning, match="without it"):
+        row = CausalKind(tok).encode(example(target="yes"))
+    assert tok.decode(row["prompt_ids"][0]).endswith("<A>")
+    assert tok.decode(row["target_ids"][0]) == "</think>yes<e>"
+
+
+@pytest.mark.filterwarnings("ignore:the chat template ends prompts")
+@pytest.mark.parametrize(
+    ("template", "target", "message"),
+    [
+        (THINKING, "since</think>yes", "does not write the whole answer 'since</think>yes'"),
+        (THINKING.replace("<U>", "<U>{{ messages | length }}"), "yes", "once it is answered"),
+    ],
+)
+def test_a_template_that_writes_something_else_is_refused(
+    template: str, target: str, message: str
+) -> None:
+    with pytest.raises(InputError, match=f"{message}.*use prompt='plain'"):
+        CausalKind(tokenizer(template)).encode(example(target=target))
+
+
+def test_what_a_template_writes_before_an_answer_is_no_part_of_a_generated_text() -> None:
+    tok = tokenizer(THINKING.replace("<A>{{", "<A><think>\n\n</think>\n\n{{"))  # as of Qwen3
+    for token in ("<think>", "</think>"):
+        tok.add_tokens([tokenizers.AddedToken(token, special=False)])
+    kind = CausalKind(tok)
+    ids = kind.encode(example(target="yes"))["target_ids"][0]
+    assert kind._texts(torch.tensor([ids])) == ["yes"]
+    assert kind._texts(torch.tensor([ids[-4:]])) == ["yes"]
+
+
+def test_the_code_of_a_card_makes_the_prompts_of_a_thinking_model() -> None:
+    tok = tokenizer(THINKING)
+    with pytest.warns(UserWarning, match="without it"):
+        kind = CausalKind(tok)
+    assert "is left out" in kind.prompting.sentence()
+    names: dict[str, Any] = {"tokenizer": tok}
+    exec("\n".join(kind.prompting.code("Name a fruit")), names)
+    ids = kind.encode(example(input=""))["prompt_ids"][0]
+    assert names["prompt"]["input_ids"][0].tolist() == ids
 
 
 def test_choices_are_answers_too() -> None:

@@ -87,7 +87,7 @@ class CausalKind(TextKind):
         """See `ModelKind.prompting`."""
         if self.template is None:
             return Prompting("plain", newline=True)
-        return Prompting("chat", self.template.system)
+        return Prompting("chat", self.template.system, left_out=self.template.left_out)
 
     def _prompts(
         self, examples: Mapping[str, list[Any]], longest: Sequence[int]
@@ -117,6 +117,12 @@ class CausalKind(TextKind):
         if self.template is not None:
             return self.template.answer_ids(texts)
         return [[*ids, self.tokenizer.eos_token_id] for ids in self._tokens(texts, special=False)]
+
+    def _texts(self, ids: Tensor) -> list[str]:
+        texts = super()._texts(ids)
+        if self.template is None:
+            return texts
+        return [text.removeprefix(self.template.lead).lstrip() for text in texts]
 
     def _fitted(self, prompt: Ids, room: int) -> Ids:
         """The last `room` ids of a prompt; its BOS token is kept."""
