@@ -97,14 +97,14 @@ def warn_of_cuts(
             found.append(np.asarray(column, dtype=np.int64))
     prompts, targets = (np.concatenate(found) for found in lost.values())
     consequences = (
-        ("prompts", prompts, f"{kind.cut_part} is left out", "max_input", kind.max_input),
-        ("answers", targets, "the rest is left out", "max_target", kind.max_target),
+        ("prompts", prompts, f"{kind.cut_part} is left out", kind.remedy("max_input")),
+        ("answers", targets, "the rest is left out", kind.remedy("max_target")),
     )
-    for what, tokens, consequence, setting, limit in consequences:
+    for what, tokens, consequence, remedy in consequences:
         if tokens.any():
             warnings.warn(
                 f"{np.count_nonzero(tokens):,} of {len(tokens):,} {what} are too long, by up to "
-                f"{tokens.max():,} tokens, and {consequence}: raise {setting}, which is {limit}",
+                f"{tokens.max():,} tokens, and {consequence}: {remedy}",
                 stacklevel=2,
             )
 
