@@ -26,7 +26,10 @@ _CALLS = ("tool_calls", "function_call")
 _REASONING = ("reasoning_content", "reasoning", "thinking")
 _NO_TOOLS = "calls of tools are not read; write the call and its result as text, or remove the row"
 
-_NO_REASONING = "which is not read; write it into the content, in the form that the base model knows, or remove it"
+_NO_REASONING = (
+    "which is not read; write it into the content, in the form that the base model knows, or "
+    "remove it"
+)
 
 
 class Turn(NamedTuple):
