@@ -234,6 +234,8 @@ def test_who_has_no_template_is_prompted_by_the_text() -> None:
     assert template_of("plain", tokenizer(CHATML)) is None
     with pytest.raises(InputError, match="no chat template"):
         template_of("chat", tokenizer(None))
+    with pytest.raises(InputError, match=r"no chat template .*: leave out --system"):
+        ChatTemplate(tokenizer(None), "Be short")
     with pytest.raises(InputError, match="chat"):
         template_of("chatt", tokenizer(CHATML))
     tok = tokenizer(CHATML)

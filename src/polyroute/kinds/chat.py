@@ -51,6 +51,10 @@ class ChatTemplate:
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, system: str | None = None) -> None:
         if not getattr(tokenizer, "chat_template", None):
+            if system is not None:
+                raise InputError(
+                    "the tokenizer has no chat template for a system message: leave out --system"
+                )
             raise InputError("the tokenizer has no chat template: use prompt='plain'")
         self.tokenizer = tokenizer
         self.system = system
