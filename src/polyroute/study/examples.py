@@ -81,13 +81,16 @@ def encoded_mixture(
 
 
 def warn_of_cuts(
-    tables: Iterable[datasets.Dataset | Mapping[str, Sequence[int]]], kind: ModelKind
+    tables: Iterable[datasets.Dataset | Mapping[str, Sequence[int]]],
+    kind: ModelKind,
+    which: str = "",
 ) -> None:
     """Warn if prompts or answers of encoded rows were too long and lost tokens.
 
     Args:
         tables: encoded rows, or their columns.
         kind: how they were encoded.
+        which: what rows they are, for the warning.
     """
     lost: dict[str, list[npt.NDArray[np.int64]]] = {"prompt_cut": [], "target_cut": []}
     for table in tables:
@@ -103,8 +106,8 @@ def warn_of_cuts(
     for what, tokens, consequence, remedy in consequences:
         if tokens.any():
             warnings.warn(
-                f"{np.count_nonzero(tokens):,} of {len(tokens):,} {what} are too long, by up to "
-                f"{tokens.max():,} tokens, and {consequence}: {remedy}",
+                f"{np.count_nonzero(tokens):,} of {len(tokens):,} {which}{what} are too long, by "
+                f"up to {tokens.max():,} tokens, and {consequence}: {remedy}",
                 stacklevel=2,
             )
 

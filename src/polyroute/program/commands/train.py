@@ -145,7 +145,9 @@ def _prepared(
     rows = encoded_mixture(suite, tasks, "train", kind)
     validation = None
     if options.eval_steps is not None:
-        rows, validation = with_validation(suite, tasks, rows, kind, options.max_eval)
+        rows, validation = with_validation(
+            suite, tasks, rows, kind, options.max_eval, continued=start is not None
+        )
     trainer = make_trainer(model, kind, options, rows, validation)
     if options.alignment_steps is not None:
         if trainer.is_fsdp_enabled:
