@@ -160,13 +160,46 @@ def test_a_template_that_writes_something_else_is_refused(
 
 
 def test_what_a_template_writes_before_an_answer_is_no_part_of_a_generated_text() -> None:
-    tok = tokenizer(THINKING.replace("<A>{{", "<A><think>\n\n</think>\n\n{{"))  # as of Qwen3
-    for token in ("<think>", "</think>"):
-        tok.add_tokens([tokenizers.AddedToken(token, special=False)])
+    template = THINKING.replace("<A>{{", "<A><think>\n\n</think>\n\n{{")  # as of Qwen3
+    for token in ("think>", "/think>"):  # no special tokens there
+        template = template.replace(f"<{token}", f"[{token}")
+    tok = tokenizer(template)
     kind = CausalKind(tok)
     ids = kind.encode(example(target="yes"))["target_ids"][0]
     assert kind._texts(torch.tensor([ids])) == ["yes"]
     assert kind._texts(torch.tensor([ids[-4:]])) == ["yes"]
+
+
+def test_an_answer_is_not_cut_where_no_token_ends_a_turn() -> None:
+    template = THINKING.replace("<A><think>\n", "<A>").replace("<A>{{", "<A>\n<think></think>\n{{")
+    tok = tokenizer(template.replace("}}<e>", "}}"))  # as of GLM
+    kind = CausalKind(tok)
+    ids = kind.encode(example(target="yes"))["target_ids"][0]
+    assert tok.decode(ids) == "\n<think></think>\nyes<eos>"
+    assert kind._texts(torch.tensor([ids])) == ["yes"]
+
+
+def test_a_special_token_within_an_answer_does_not_end_it() -> None:
+    tok = tokenizer("{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}\n{% endfor %}")
+    ids = CausalKind(tok).encode(example(target="say <s> and go"))["target_ids"][0]
+    assert tok.decode(ids).endswith("say <s> and go\n<eos>")
+
+
+def test_a_prompt_that_a_system_message_ends_otherwise_is_kept_if_answers_follow_it() -> None:
+    template = (
+        "{% for m in messages %}{% if m['role'] == 'user' %}<U>{{ m['content'] }}"
+        "{% elif m['role'] == 'assistant' %}<A>{{ m['content'] }}<e>{% endif %}{% endfor %}"
+        "{% if add_generation_prompt %}<A>{% if messages[0]['content'] == 'no' %}<think>"
+        "{% elif messages[0]['content'] == 'or' %}</think>{% endif %}{% endif %}"
+    )
+    tok = tokenizer(template)
+    with pytest.warns(UserWarning, match="without it"):
+        kind = CausalKind(tok, prompt=ChatTemplate(tok, system="no"))
+    for system in (None, "yes"):
+        ids = kind.encode(example(system=system))["prompt_ids"][0]
+        assert tok.decode(ids).endswith("It is yellow<A>")
+    with pytest.raises(InputError, match="does not end every prompt with '<think>'"):
+        kind.encode(example(system="or"))
 
 
 def test_the_code_of_a_card_makes_the_prompts_of_a_thinking_model() -> None:

@@ -62,10 +62,18 @@ class ChatTemplate:
         self.left_out = self._opened_only()
         self._probe = self.text(None, [PROBE])
         self._before = self.ids([self._probe])[0]
-        self.end = self.answer_ids(["?"])[0][-1]
-        written = _common(*map(self._answered, ANSWERS))
-        lead = self.ids([written.removeprefix(self._probe)])[0]
+        written = [self._answered(text) for text in ANSWERS]
+        lead, behind = self.ids(
+            [
+                _common(*written).removeprefix(self._probe),
+                _common(*(chat[::-1] for chat in written))[::-1],
+            ]
+        )
         self.lead = str(tokenizer.decode(lead, skip_special_tokens=True)).strip()
+        special = {*tokenizer.all_special_ids, *tokenizer.added_tokens_decoder}
+        rest = len(list(takewhile(lambda one: one not in special, reversed(behind))))
+        self._of_next_turn = rest if rest < len(behind) else None
+        self.end = self.answer_ids(["?"])[0][-1]
 
     def text(self, system: str | None, messages: Sequence[Message]) -> str:
         """See `polyroute.kinds.prompts.Prompter`.
@@ -73,13 +81,17 @@ class ChatTemplate:
         Raises:
             InputError: the template cannot render the conversation, or ends it in another way.
         """
-        text = self._render([*self._opening(system), *messages])
-        if not text.endswith(self.left_out):
-            raise InputError(
-                f"the chat template does not end every prompt with {self.left_out!r}, which leaves "
-                "unclear where an answer begins: use prompt='plain'"
-            )
-        return text.removesuffix(self.left_out)
+        conversation = [*self._opening(system), *messages]
+        text = self._render(conversation)
+        if text.endswith(self.left_out):
+            return text.removesuffix(self.left_out)
+        answer = {"role": "assistant", "content": ANSWERS[0]}
+        if self._render([*conversation, answer], ended=True).startswith(text):
+            return text
+        raise InputError(
+            f"the chat template does not end every prompt with {self.left_out!r}, which leaves "
+            "unclear where an answer begins: use prompt='plain'"
+        )
 
     def ids(self, texts: list[str]) -> list[Ids]:
         """See `polyroute.kinds.prompts.Prompter`; the template writes all special tokens itself."""
@@ -103,15 +115,15 @@ class ChatTemplate:
         return [self._answer(ids, text) for ids, text in zip(self.ids(chats), chats, strict=True)]
 
     def _answer(self, ids: Ids, chat: str) -> Ids:
-        """What follows the prompt in a chat, through the last special token."""
+        """What follows the prompt in a chat, through the token that ends the turn."""
         count = len(self._before)
         if ids[:count] == self._before:
             ids = ids[count:]
         else:  # the tokenizer merges the end of the prompt with the answer, where no server would
             ids = self.ids([chat.removeprefix(self._probe)])[0]
-        special = {*self.tokenizer.all_special_ids, *self.tokenizer.added_tokens_decoder}
-        last = max((place for place, one in enumerate(ids) if one in special), default=None)
-        return [*ids, self.tokenizer.eos_token_id] if last is None else ids[: last + 1]
+        if self._of_next_turn is None:  # no token of the template ends a turn
+            return [*ids, self.tokenizer.eos_token_id]
+        return ids[: len(ids) - self._of_next_turn]
 
     def _opened_only(self) -> str:
         """The end of every prompt that the template does not write before an answer.
