@@ -316,6 +316,16 @@ BUGS = (
         ("test_target_languages.py",),
     ),
     Bug(
+        "a turn of weight 0 is learned", "data/readers/conversations.py",
+        "return weight != 0", "return True",
+        ("test_shapes.py::test_a_turn_of_weight_0_is_only_context",),
+    ),
+    Bug(
+        "an answer gets no end token from us", "kinds/chat.py",
+        "rest if rest < len(behind) else None", "rest",
+        ("test_chat.py::test_an_answer_is_not_cut_where_no_token_ends_a_turn",),
+    ),
+    Bug(
         "a stratified draw is a plain one", "adapting/shots.py",
         "if settings.stratify and classes is not None:", "if False:",
         ("test_shots.py::test_a_stratified_draw_has_as_many_of_each_answer_also_for_validation",),

@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 import tokenizers
+import torch
 import transformers
 
 import polyroute as pr
@@ -32,13 +33,18 @@ GEMMA = (
     "{{ m['content'] | trim }}<end_of_turn>\n{% endfor %}"
     "{% if add_generation_prompt %}<start_of_turn>model\n{% endif %}"
 )
+THINKING = (  # as of DeepSeek-R1: a prompt opens a thinking part, which past answers do not have
+    "{% for m in messages %}{% if m['role'] == 'user' %}<U>{{ m['content'] }}{% else %}<A>"
+    "{{ m['content'].split('</think>')[-1] }}<e>{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}<A><think>\n{% endif %}"
+)
 STYLES = {
     "chatml": (CHATML, "<|im_end|>"),
     "llama2": (LLAMA2, "</s>"),
     "gemma": (GEMMA, "<end_of_turn>"),
 }
 SPECIAL = ["<|im_start|>", "<|im_end|>", "<s>", "</s>", "<bos>", "<eos>", "<start_of_turn>",
-           "<end_of_turn>"]  # fmt: skip
+           "<end_of_turn>", "<U>", "<A>", "<e>", "<think>", "</think>"]  # fmt: skip
 
 
 def tokenizer(template: str | None, eos: str = "<eos>") -> Any:
@@ -116,6 +122,97 @@ def test_a_merge_across_the_border_does_not_shift_the_answer() -> None:
     assert whole[: len(row["prompt_ids"][0])] != row["prompt_ids"][0]
 
 
+def test_a_thinking_part_that_answers_lack_is_left_out_of_prompts() -> None:
+    tok = tokenizer(THINKING)
+    with pytest.warns(UserWarning, match="without it, in training and in evaluation"):
+        kind = CausalKind(tok)
+    history = [{"role": "user", "content": "Hello"}, {"role": "assistant", "content": "Hi"}]
+    for given in ({}, {"history": history}):
+        row = kind.encode(example(target="yes", **given))
+        whole = rendered(tok, [*given.get("history", []), USER, {**ANSWER, "content": "yes"}],
+                         opened=False)  # fmt: skip
+        assert row["prompt_ids"][0] + row["target_ids"][0] == whole
+        assert tok.decode(row["target_ids"][0]) == "yes<e>"
+    assert kind.prompting.left_out == "<think>\n"
+
+
+def test_a_prompt_never_ends_within_a_special_token() -> None:
+    tok = tokenizer(THINKING.replace("<A>{{", "<A></think>{{"))
+    with pytest.warns(UserWarning, match="without it"):
+        row = CausalKind(tok).encode(example(target="yes"))
+    assert tok.decode(row["prompt_ids"][0]).endswith("<A>")
+    assert tok.decode(row["target_ids"][0]) == "</think>yes<e>"
+
+
+@pytest.mark.filterwarnings("ignore:the chat template ends prompts")
+@pytest.mark.parametrize(
+    ("template", "target", "message"),
+    [
+        (THINKING, "since</think>yes", "does not write the whole answer 'since</think>yes'"),
+        (THINKING.replace("<U>", "<U>{{ messages | length }}"), "yes", "once it is answered"),
+    ],
+)
+def test_a_template_that_writes_something_else_is_refused(
+    template: str, target: str, message: str
+) -> None:
+    with pytest.raises(InputError, match=f"{message}.*use prompt='plain'"):
+        CausalKind(tokenizer(template)).encode(example(target=target))
+
+
+def test_what_a_template_writes_before_an_answer_is_no_part_of_a_generated_text() -> None:
+    template = THINKING.replace("<A>{{", "<A><think>\n\n</think>\n\n{{")  # as of Qwen3
+    for token in ("think>", "/think>"):  # no special tokens there
+        template = template.replace(f"<{token}", f"[{token}")
+    tok = tokenizer(template)
+    kind = CausalKind(tok)
+    ids = kind.encode(example(target="yes"))["target_ids"][0]
+    assert kind._texts(torch.tensor([ids])) == ["yes"]
+    assert kind._texts(torch.tensor([ids[-4:]])) == ["yes"]
+
+
+def test_an_answer_is_not_cut_where_no_token_ends_a_turn() -> None:
+    template = THINKING.replace("<A><think>\n", "<A>").replace("<A>{{", "<A>\n<think></think>\n{{")
+    tok = tokenizer(template.replace("}}<e>", "}}"))  # as of GLM
+    kind = CausalKind(tok)
+    ids = kind.encode(example(target="yes"))["target_ids"][0]
+    assert tok.decode(ids) == "\n<think></think>\nyes<eos>"
+    assert kind._texts(torch.tensor([ids])) == ["yes"]
+
+
+def test_a_special_token_within_an_answer_does_not_end_it() -> None:
+    tok = tokenizer("{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}\n{% endfor %}")
+    ids = CausalKind(tok).encode(example(target="say <s> and go"))["target_ids"][0]
+    assert tok.decode(ids).endswith("say <s> and go\n<eos>")
+
+
+def test_a_prompt_that_a_system_message_ends_otherwise_is_kept_if_answers_follow_it() -> None:
+    template = (
+        "{% for m in messages %}{% if m['role'] == 'user' %}<U>{{ m['content'] }}"
+        "{% elif m['role'] == 'assistant' %}<A>{{ m['content'] }}<e>{% endif %}{% endfor %}"
+        "{% if add_generation_prompt %}<A>{% if messages[0]['content'] == 'no' %}<think>"
+        "{% elif messages[0]['content'] == 'or' %}</think>{% endif %}{% endif %}"
+    )
+    tok = tokenizer(template)
+    with pytest.warns(UserWarning, match="without it"):
+        kind = CausalKind(tok, prompt=ChatTemplate(tok, system="no"))
+    for system in (None, "yes"):
+        ids = kind.encode(example(system=system))["prompt_ids"][0]
+        assert tok.decode(ids).endswith("It is yellow<A>")
+    with pytest.raises(InputError, match="does not end every prompt with '<think>'"):
+        kind.encode(example(system="or"))
+
+
+def test_the_code_of_a_card_makes_the_prompts_of_a_thinking_model() -> None:
+    tok = tokenizer(THINKING)
+    with pytest.warns(UserWarning, match="without it"):
+        kind = CausalKind(tok)
+    assert "is left out" in kind.prompting.sentence()
+    names: dict[str, Any] = {"tokenizer": tok}
+    exec("\n".join(kind.prompting.code("Name a fruit")), names)
+    ids = kind.encode(example(input=""))["prompt_ids"][0]
+    assert names["prompt"]["input_ids"][0].tolist() == ids
+
+
 def test_choices_are_answers_too() -> None:
     tok = tokenizer(CHATML)
     row = CausalKind(tok).encode(example(choices=["banana", "an apple"]))
@@ -170,6 +267,8 @@ def test_who_has_no_template_is_prompted_by_the_text() -> None:
     assert template_of("plain", tokenizer(CHATML)) is None
     with pytest.raises(InputError, match="no chat template"):
         template_of("chat", tokenizer(None))
+    with pytest.raises(InputError, match=r"no chat template .*: leave out --system"):
+        ChatTemplate(tokenizer(None), "Be short")
     with pytest.raises(InputError, match="chat"):
         template_of("chatt", tokenizer(CHATML))
     tok = tokenizer(CHATML)

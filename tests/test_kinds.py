@@ -469,12 +469,32 @@ def test_an_encoder_decoder_keeps_the_tokens_that_begin_its_answers() -> None:
     assert kind.generate(model, row, max_new_tokens=4)[0].startswith("b")
 
 
-def test_a_long_prompt_leaves_room_for_what_is_generated() -> None:
+def test_a_prompt_without_room_for_what_is_generated_is_refused_and_never_cut() -> None:
     model, kind = made(gpt2, max_input=100, max_target=8)  # 64 positions
     row = as_rows(kind.encode(columns(("a", "", "cat dog " * 60, "yes", None))))[0]
-    assert kind.generate(model, [row], max_new_tokens=60)
-    with pytest.raises(InputError, match="max_new_tokens=64 leaves no room"):
-        kind.generate(model, [row], max_new_tokens=64)
+    room = 64 - len(row["prompt_ids"])
+    assert kind.generate(model, [row], max_new_tokens=room)
+    with pytest.raises(InputError, match=f"task 'a'.*no room for max_new_tokens={room + 1}"):
+        kind.generate(model, [row], max_new_tokens=room + 1)
+
+
+def test_an_answer_ends_where_the_positions_do_whatever_is_beside_it() -> None:
+    model, kind = made(gpt2, max_input=100, max_target=20)  # 64 positions
+    data = columns(("a", "", "cat dog " * 60, "yes", None), ("a", "", "cat", "yes", None))
+    rows = as_rows(kind.encode(data))
+    assert 64 - len(rows[0]["prompt_ids"]) < 20
+    asked: list[tuple[int, int]] = []
+    search = kind._search
+
+    def seen(model: Any, inputs: Any, *args: Any, **given: Any) -> Any:
+        asked.append((inputs["input_ids"].shape[1], given["max_new_tokens"]))
+        return search(model, inputs, *args, **given)
+
+    kind._search = seen  # type: ignore[method-assign]
+    texts = kind.generate(model, rows)
+    lengths = [len(row["prompt_ids"]) for row in rows]
+    assert asked == [(lengths[0], 64 - lengths[0]), (lengths[1], 20)]
+    assert texts == [kind.generate(model, [row])[0] for row in rows]
 
 
 def test_an_encoder_has_no_generation() -> None:
@@ -504,6 +524,36 @@ def test_what_was_cut_is_said_with_its_number_and_setting(make: Maker) -> None:
         f"2 of 4 answers are too long, by up to {cut[1]} tokens, and the rest is left out: raise "
         "max_target, which is 8",
     ]
+
+
+@pytest.mark.parametrize(
+    ("make", "prompt", "limits", "remedy"),
+    [
+        (gpt2, "chat", (40, 30), "lower max_target, which is 30"),
+        (gpt2, "chat", (40, 24), "raise max_input, which is 40, and lower max_target, which is 24"),
+        (gpt2, "chat", (30, 24), "raise max_input, which is 30"),
+        (gpt2, "plain", (60, 30), "so shorten the examples"),
+        (bert, "plain", (99, 30), "the base model has 32 positions, so shorten the examples"),
+    ],
+)
+def test_what_is_said_to_help_with_long_prompts_does(
+    make: Maker, prompt: str, limits: tuple[int, int], remedy: str
+) -> None:
+    torch.manual_seed(0)
+    model, tokenizer = make()
+    tokenizer.chat_template = "{% for m in messages %}{{ m['content'] }}\n{% endfor %}"
+    most_input, most_target = limits
+    chosen = {"max_input": most_input, "max_target": most_target}
+    kind = kind_of(model, tokenizer, prompt=prompt, **chosen)
+    given = [{"input": "cat dog " * 45, "target": "yes"}]
+    with pytest.warns(UserWarning, match=f"{remedy}$"):
+        before = len(encoded_records(given, "a", kind)[0]["prompt_ids"])
+    if "shorten" not in remedy:
+        for name, step in (("raise max_input", 2), ("lower max_target", -2)):
+            chosen[name.split()[1]] += step * (name in remedy)
+        kind = kind_of(model, tokenizer, prompt=prompt, **chosen)
+        with pytest.warns(UserWarning, match="too long"):
+            assert len(encoded_records(given, "a", kind)[0]["prompt_ids"]) > before
 
 
 def test_an_instruction_stays_where_the_input_is_cut() -> None:

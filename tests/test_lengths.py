@@ -170,3 +170,15 @@ def test_a_decoder_keeps_room_for_its_prompts(tmp_path: Path, capsys: Capture) -
     assert (kind.max_input, kind.max_target) == (reading.max_input, reading.max_target)
     assert given.recorded == {"max_input": reading.max_input, "max_target": reading.max_target}
     assert "as the base model has no more room" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(("max_input", "max_target"), [(50, 14), (20, 32), (100, 32)])
+def test_targets_get_what_a_given_limit_of_prompts_leaves(
+    max_input: int, max_target: int, tmp_path: Path
+) -> None:
+    model, tokenizer = llama(64)
+    suite = open_suite(write(tmp_path / "suite"))
+    measured = Measured(suite, ["long"], "train")
+    reading = Reading(max_input=max_input)
+    _, found, _ = settled_lengths(model, kind_of(model, tokenizer), reading, Given(), measured)
+    assert found.max_target == max_target  # of 64 positions; half if nothing is left

@@ -94,4 +94,19 @@ def test_smoothing_that_would_not_shift_the_labels_is_refused(tmp_path: Path) ->
     with pytest.raises(InputError, match="would compare each token with itself instead"):
         RoutedTrainer(routed(), args)
     of_t5 = attach(t5()[0], MHRConfig(num_skills=2, num_heads=2, rank=1), ["a"])
-    RoutedTrainer(of_t5, args)
+
+    def shifted(rows: list[dict[str, Any]]) -> dict[str, Any]:
+        batch = collate(rows)
+        made = of_t5.base_model.prepare_decoder_input_ids_from_labels(batch["labels"])
+        return {**batch, "decoder_input_ids": made}
+
+    trainer = RoutedTrainer(of_t5, args, train_dataset=ROWS, data_collator=shifted)
+    batch = shifted(list(ROWS))
+    with torch.no_grad():
+        found = trainer.compute_loss(of_t5.eval(), dict(batch))
+        logits = of_t5(**batch).logits
+    expected = torch.nn.functional.cross_entropy(
+        logits.flatten(0, 1), batch["labels"].flatten(), label_smoothing=0.1
+    )
+    torch.testing.assert_close(found, expected)
+    trainer.train()

@@ -318,7 +318,7 @@ def test_no_task_to_choose(
         about = {"category": "", "choices": False, "metric": "exact_match", "role": role}
         (folder / "roles.json").write_text(json.dumps({"other": about}))
     data = ["--data", str(tmp_path / "all")]
-    assert "holds no task out" in refused(["adapt", str(run), *data], capsys)
+    assert "has no held-out task" in refused(["adapt", str(run), *data], capsys)
     assert "holds no task out" in refused(["evaluate", str(run), "--zero-shot", *data], capsys)
     assert "none of the tasks of" in refused(["evaluate", str(run), *data], capsys)
     arguments = [*train(place, "held-out"), "--data", str(tmp_path / "none")]

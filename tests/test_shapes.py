@@ -169,7 +169,8 @@ def test_the_examples_of_a_conversation_together_say_all_of_it(
     assert [(each["input"], each["target"]) for each in found] == pairs
     assert {each["system"] for each in found} == {system}
     for number, each in enumerate(found):
-        assert (each["history"] or []) == [turn._asdict() for turn in turns[: 2 * number]]
+        earlier = [said(turn.role, turn.content) for turn in turns[: 2 * number]]
+        assert (each["history"] or []) == earlier
 
 
 @given(st.sets(st.sampled_from(sorted(set().union(*(s.needs | s.unless for s in SHAPES))))))
@@ -345,6 +346,7 @@ def talk(*turns: Any) -> dict[str, Any]:
 
 
 LABEL = {"text": "t", "label": "good"}
+ASKED = {"question": "Who?", "answer": "me"}
 PART = {"type": "text", "text": "Hi"}
 WRONG: list[tuple[Rows, str]] = [
     ([ask(), ask(output=None)], "row 2: the column 'output' is null; write a text or remove"),
@@ -412,6 +414,45 @@ WRONG: list[tuple[Rows, str]] = [
     ([{"input": "q", "target": "t", "history": [said("system", "s")]}], "turn 1 is 'system' but"),
     ([{"input": "q", "target": "t", "history": [{"role": "user"}]}], "turn 1 must be an object"),
     ([{"input": "q", "target": "t", "history": "x"}], "'history' must be a list of turns"),
+    ([{"input": "q", "target": "t", "history": 0}], "'history' must be a list of turns"),
+    ([{"input": "q", "target": "t", "history": "[x"}], "'history' begins like a JSON list"),
+    (
+        [{"input": "q", "target": "t", "history": TALK[1:]}],
+        "row 1: the field 'history': turn 1 is the assistant's; begin with the user's turn",
+    ),
+    (
+        [{"input": "q", "target": "t", "history": [*TALK, TALK[1]]}],
+        "'history': turn 3 is the assistant's, and so is the one before",
+    ),
+    (
+        [{"input": "q", "target": "t", "history": MORE}],
+        "'history': the last turn is the user's, as the input is",
+    ),
+    (
+        [{"input": "q", "target": "t", "instruction": 0}],
+        "row 1: the column 'instruction' is a number, not text",
+    ),
+    (
+        [{"input": "q", "target": "t"}, {"input": "q", "target": "t", "instruction": False}],
+        "row 2: the column 'instruction' is a boolean, not text",
+    ),
+    ([ask(split=0)], "row 1: the field 'split' must be a string, not a number"),
+    (
+        [ASKED, {**ASKED, "context": "c"}],
+        "row 2: the row has 'context', which the first row lacks, and with that it is not question",
+    ),
+    ([ASKED, ASKED, {**ASKED, "choices": CHOICES}], "row 3: the row has 'choices', which the"),
+    ([LABEL, {**LABEL, "label_text": "good"}], "row 2: the row has 'label_text', which the first"),
+    ([ask(), ask(messages=TALK)], "row 2: the row has 'messages', which the first row lacks"),
+    (
+        [ask(), ask(chosen="a", rejected="b")],
+        "row 2: the row has 'chosen', 'rejected', which the first",
+    ),
+    (
+        [talk(TALK[0], {**TALK[1], "reasoning_content": "Hm."})],
+        "row 1: .*turn 2 has 'reasoning_content', which is not read; write it into the content",
+    ),
+    ([talk(TALK[0], {**TALK[1], "weight": 0.5})], "turn 2: the weight is 0.5; give 1"),
     ([{"input": "q", "target": "t", "system": 1}], "the column 'system' is a number"),
 ]
 
@@ -452,6 +493,33 @@ def test_a_file_that_cannot_be_read_is_refused(
     (tmp_path / name).write_bytes(text if isinstance(text, bytes) else text.encode())
     with pytest.raises(InputError, match=message):
         validate(suite := opened(tmp_path / name), suite.tasks)
+
+
+def test_a_later_row_may_have_more_columns_of_the_same_shape(tmp_path: Path) -> None:
+    rows = [ask(), ask(input="x"), ask(note="others are not read"), ask(system="Be brief.")]
+    assert len(read(put(tmp_path, rows))) == 4
+
+
+@pytest.mark.parametrize("suffix", NESTED)
+def test_a_turn_of_weight_0_is_only_context(tmp_path: Path, suffix: str) -> None:
+    turns = [{**turn, "weight": None} for turn in MORE]
+    turns[1]["weight"], turns[3]["weight"] = 0, 1  # type: ignore[assignment]
+    skipped = [TALK[0], {**TALK[1], "weight": 0, "reasoning_content": None}]
+    found = read(put(tmp_path, [talk(*turns), talk(*skipped)], suffix=suffix))
+    assert [(each["input"], each["target"], each["history"]) for each in found] == [
+        ("Bye", "Bye!", TALK)
+    ]
+
+
+@pytest.mark.parametrize("suffix", [".csv", ".tsv", ".json"])
+def test_a_history_may_be_written_as_json(tmp_path: Path, suffix: str) -> None:
+    rows = [
+        {"input": "Bye", "target": "Bye!", "history": json.dumps(TALK)},
+        {"input": "Hi", "target": "Yes?", "history": ""},
+        {"input": "Hi", "target": "Yes?", "history": "[]"},
+    ]
+    found = read(put(tmp_path, rows, suffix=suffix))
+    assert [each["history"] for each in found] == [TALK, None, None]
 
 
 def test_a_damaged_or_foreign_saved_data_set_is_refused(tmp_path: Path) -> None:

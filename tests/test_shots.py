@@ -96,7 +96,7 @@ def test_without_classes_a_stratified_draw_is_plain_and_says_so_or_is_refused(
     given = {"own": own_choices(kind)}
     with pytest.raises(InputError, match="but task 'own' has no choices that all examples share"):
         Shots(given, [even])
-    with pytest.warns(UserWarning, match="task 'own' has no classes, .* drawn plainly there"):
+    with pytest.warns(UserWarning, match="'own' has no .*: its shots are drawn without str"):
         shots = Shots({**given, "even": shared(kind, 4, 4)}, [even])
     expected = Shots(given, [plain]).slot("own", 3, "", plain).indices
     assert shots.slot("own", 3, "", even).indices == expected

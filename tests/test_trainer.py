@@ -9,7 +9,7 @@ from datasets import Dataset
 from models import routed
 from transformers import TrainingArguments
 
-from polyroute import InputError, RoutedModel
+from polyroute import InputError, MHRConfig, RoutedModel, attach
 from polyroute.kinds.base import ModelKind
 from polyroute.routes.row_optimizer import RowAdamW
 from polyroute.trainer import MultiTaskTrainer, MultiTaskTrainingArguments
@@ -60,6 +60,9 @@ def test_what_cannot_be_trained_is_refused(parts: Any, tmp_path: Path) -> None:
         (model, args, list(rows), "train_dataset must be a datasets.Dataset .*not a list"),
         (model, args, rows.remove_columns("task"), "Dataset without the column 'task'"),
     ]
+    without = attach(t5()[0], MHRConfig(num_skills=2), [])
+    for some in (rows, None):
+        refused.append((without, args, some, "has no tasks: add those of the rows with model.add"))
     for one, arguments_, data, message in refused:
         with pytest.raises(InputError, match=message):
             MultiTaskTrainer(one, kind, arguments_, data)

@@ -13,6 +13,7 @@ from test_packing import PACKING, kind, routed, rows
 from tiny_runs import train_arguments, write_base, write_suite
 
 from polyroute.program.cli.app import main
+from polyroute.program.commands.validation import _tell
 from polyroute.report_page.charts import learning
 from polyroute.report_page.data import read_runs
 from polyroute.trainer import MultiTaskTrainer, MultiTaskTrainingArguments
@@ -117,7 +118,10 @@ def test_a_tenth_is_set_aside_where_there_is_no_validation_split(
 ) -> None:
     sizes, said = dry(place, capsys, without_validation(place))
     assert sizes == {"back": 44, "copy": 40, "upper": 44}
-    assert "examples of copy is set aside for the validation loss and does not train" in said
+    assert (
+        "copy has no validation split, so a tenth of its training examples, at most 32, is set "
+        "aside and does not train\n"
+    ) in said
     sizes, _ = dry(place, capsys, str(place / "suite-44"), "--max-eval", "2")
     assert sizes["copy"] == 42
 
@@ -125,7 +129,46 @@ def test_a_tenth_is_set_aside_where_there_is_no_validation_split(
 def test_a_task_of_few_examples_trains_on_all_of_them(place: Path, capsys: Capture) -> None:
     sizes, said = dry(place, capsys, without_validation(place, 9))
     assert sizes["copy"] == 9
-    assert "too few examples to validate on: copy" in said
+    assert "copy has fewer than 10 training examples and is not validated on" in said
+
+
+@pytest.mark.parametrize(("count", "names"), [(2, "a and b"), (5, "a, b, c and 2 more")])
+def test_several_tasks_are_named_in_one_sentence(count: int, names: str, capsys: Capture) -> None:
+    some = list("abcdefg")[:count]
+    _tell(some, some, 8, continued=True)
+    assert capsys.readouterr().out == (
+        f"{names} have no validation split, so a tenth of their training examples, at most 8 each, "
+        "is set aside and does not train; the run that training goes on from may have trained on "
+        f"these examples\n{names} have fewer than 10 training examples and are not validated on\n"
+    )
+
+
+def test_a_run_that_goes_on_says_that_the_first_may_have_trained_on_what_is_set_aside(
+    place: Path, capsys: Capture
+) -> None:
+    suite = without_validation(place, 43)
+    first = train_arguments(place, "first")
+    first[first.index("--data") + 1] = suite
+    main(first)
+    capsys.readouterr()
+    given = ["--start", str(place / "first"), "--data", suite, "--steps", "2", "--dry-run"]
+    main(["train", *given, "--out", str(place / "second"), *EVERY_FIVE])
+    assert "does not train; the run that training goes on from may" in capsys.readouterr().out
+
+
+def test_validation_examples_that_are_too_long_are_counted(place: Path, tmp_path: Path) -> None:
+    suite = tmp_path / "suite"
+    write_suite(suite)
+    file = suite / "copy.jsonl"
+    records = [json.loads(line) for line in file.read_text().splitlines()]
+    for record in records:
+        if record["split"] == "validation":
+            record["input"] = "x " * 400
+    file.write_text("\n".join(json.dumps(record) for record in records) + "\n")
+    arguments = train_arguments(place, "long", *EVERY_FIVE, "--dry-run")
+    arguments[arguments.index("--data") + 1] = str(suite)
+    with pytest.warns(UserWarning, match="validation prompts are too long"):
+        main(arguments)
 
 
 def test_a_bound_without_a_validation_loss_is_refused(place: Path, capsys: Capture) -> None:

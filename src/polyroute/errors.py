@@ -40,9 +40,16 @@ def did_you_mean(name: str, known: Iterable[str]) -> str:
     return f"known: {shown}" + (f" and {len(names) - 8} more" if len(names) > 8 else "")
 
 
-def reason(error: Exception) -> str:
-    """The first line of an error's message, to be put in brackets behind a sentence."""
-    return (str(error).strip() or type(error).__name__).splitlines()[0].strip().rstrip(".:")
+def reason(error: Exception, *, whole: bool = False) -> str:
+    """The first line of an error's message, to be put in brackets behind a sentence.
+
+    Args:
+        error: of another library.
+        whole: all lines, as one: for errors that say in later lines what is wrong, and where.
+    """
+    message = str(error).strip() or type(error).__name__
+    shown = " ".join(message.split()) if whole else message.splitlines()[0].strip()
+    return shown.rstrip(".:")
 
 
 def _worth_comparing(name: str, names: list[str]) -> list[str]:

@@ -56,8 +56,8 @@ class MultiTaskTrainer(RoutedTrainer):
         **kwargs: passed on to `Trainer`; those that would have no effect are refused.
 
     Raises:
-        InputError: a row's task has no route in the model, the model is not routed or is merged, or
-            the arguments ask for what routing cannot do.
+        InputError: a row's task has no route in the model, the model is not routed, is merged or
+            has no tasks, or the arguments ask for what routing cannot do.
     """
 
     args: MultiTaskTrainingArguments
@@ -75,6 +75,8 @@ class MultiTaskTrainer(RoutedTrainer):
         check_multi_task(args)
         check_hooks(kwargs)
         self._check_best_metric(args, eval_dataset)
+        if not model.tasks:
+            raise InputError("the model has no tasks: add those of the rows with model.add_tasks")
         _check_rows(model, "train_dataset", train_dataset)
         if isinstance(eval_dataset, Mapping):
             for name, rows in eval_dataset.items():

@@ -48,10 +48,10 @@ class Shots:
         if any(each.stratify for each in choices):
             plain = check_classes(self._classes)
             if plain:
+                has, its = ("has", "its") if len(plain) == 1 else ("have", "their")
                 warnings.warn(
-                    f"{_some(plain)} {'has' if len(plain) == 1 else 'have'} no classes, since the "
-                    "choices differ from example to example or there are none, so shots are drawn "
-                    "plainly there",
+                    f"{_some(plain)} {has} no classes, because {its} examples have no choices or "
+                    f"different ones: {its} shots are drawn without stratify",
                     stacklevel=2,
                 )
 

@@ -8,7 +8,7 @@ Each line is one record:
 A record may also have `references`, a list of all acceptable answers with the target among them,
 and `task`, which must then be the name of the file. An example of a conversation may have `system`,
 its system prompt, and `history`, its earlier turns as a list of `{"role": "user" or "assistant",
-"content": str}`. Any other key is ignored.
+"content": str}` in which the two take turns, the user first. Any other key is ignored.
 """
 
 import json
@@ -169,6 +169,7 @@ def _check_additions(record: Mapping[str, Any], where: str) -> None:
 def _check_history(turns: Any, what: str) -> None:
     if not isinstance(turns, list):
         raise InputError(f"{what} must be a list of turns or null, not {json_type(turns)}")
+    ends = "begin with the user's turn and end with the assistant's, before the input"
     for number, turn in enumerate(turns, start=1):
         if not isinstance(turn, dict) or set(turn) != set(_TURN):
             raise InputError(f"{what}: turn {number} must be an object of a role and a content")
@@ -179,6 +180,15 @@ def _check_history(turns: Any, what: str) -> None:
                 f"{what}: the role of turn {number} is {turn['role']!r} but must be one of "
                 f"{', '.join(_SPEAKERS)}"
             )
+        if turn["role"] != _SPEAKERS[1 - number % 2]:
+            raise InputError(
+                f"{what}: turn {number} is the {turn['role']}'s, and so is the one before it; let "
+                f"user and assistant take turns, {ends}"
+                if number > 1
+                else f"{what}: turn 1 is the assistant's; {ends}"
+            )
+    if len(turns) % 2:
+        raise InputError(f"{what}: the last turn is the user's, as the input is; {ends}")
 
 
 def _check_choices(choices: Any, target: str, where: str) -> None:

@@ -5,7 +5,7 @@ from typing import Any
 
 import yaml
 
-from polyroute.errors import InputError
+from polyroute.errors import InputError, reason
 
 __all__ = ["read_yaml"]
 
@@ -27,8 +27,9 @@ def read_yaml(path: Any, what: str) -> dict[str, Any]:
     except UnicodeDecodeError as error:
         raise InputError(f"{what} is not UTF-8 ({error.reason}); save it as UTF-8") from error
     except yaml.YAMLError as error:
-        reason = " ".join(str(error).split())
-        raise InputError(f"{what} is not valid YAML ({reason}); correct it") from error
+        raise InputError(
+            f"{what} is not valid YAML ({reason(error, whole=True)}); correct it"
+        ) from error
     except InputError as error:
         raise InputError(f"{what}: {error}") from None
     if not isinstance(content, dict):

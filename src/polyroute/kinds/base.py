@@ -135,6 +135,16 @@ class ModelKind(ABC):
             ],
         }
 
+    def remedy(self, setting: Literal["max_input", "max_target"]) -> str:
+        """What helps where prompts (`max_input`) or answers (`max_target`) are too long: a clause.
+
+        It names the limit that cuts them.
+        """
+        limit = self.max_input if setting == "max_input" else self.max_target
+        if limit < self.max_positions:
+            return f"raise {setting}, which is {limit}"
+        return f"the base model has {limit} positions, so shorten the examples"
+
     def lengths(self, examples: Mapping[str, list[Any]]) -> list[tuple[int, int]]:
         """For each example the tokens of its prompt, and of its longest target or choice, uncut.
 
@@ -266,14 +276,16 @@ class ModelKind(ABC):
         Args:
             model: the routed model.
             rows: encoded rows, all in one batch.
-            max_new_tokens: the most tokens of an answer; None for `max_target`.
+            max_new_tokens: the most tokens of an answer; None for `max_target`, or for what the
+                positions of the base model leave to the answer of a row if that is less.
             num_beams: 1 for greedy search.
 
         Returns:
             One text per row, stripped and without special tokens.
 
         Raises:
-            InputError: this kind cannot generate text, or no room is left for a prompt.
+            InputError: this kind cannot generate text, or a prompt leaves no room for that many
+                tokens.
         """
 
     @property

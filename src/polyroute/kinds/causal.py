@@ -1,7 +1,7 @@
 """The kind of decoder-only models."""
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, Literal
 
 from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812 - torch's own name for it
@@ -87,7 +87,7 @@ class CausalKind(TextKind):
         """See `ModelKind.prompting`."""
         if self.template is None:
             return Prompting("plain", newline=True)
-        return Prompting("chat", self.template.system)
+        return Prompting("chat", self.template.system, left_out=self.template.left_out)
 
     def _prompts(
         self, examples: Mapping[str, list[Any]], longest: Sequence[int]
@@ -95,10 +95,29 @@ class CausalKind(TextKind):
         rows, whole = rows_of(examples), self._prompt_ids(examples)
         found = []
         for row, ids, answer in zip(rows, whole, longest, strict=True):
-            # In a chat there is room for every answer, since nothing may be cut from its ids later.
+            # A chat leaves room for the longest answer, as a chat server would have to.
             room = self.limit - (answer if self.template is None else self.max_target)
-            found.append((ids if len(ids) <= room else fitted(self._prompter, row, room), len(ids)))
+            if len(ids) > room:
+                cut = fitted(self._prompter, row, room, self.remedy("max_input"))
+                found.append((cut, len(ids)))
+            else:
+                found.append((ids, len(ids)))
         return found
+
+    def remedy(self, setting: Literal["max_input", "max_target"]) -> str:
+        """See `ModelKind.remedy`; a prompt and its answer share the positions."""
+        has = f"the base model has {self.max_positions} positions for a prompt and its answer"
+        total = self.max_input + self.max_target
+        if setting == "max_target" and self.max_target == self.max_positions - 1:
+            return f"{has}, so shorten the answers"
+        if setting == "max_target" or total < self.max_positions:
+            return super().remedy(setting)
+        if self.template is None:
+            return f"{has}, so shorten the examples"
+        lower = f"lower max_target, which is {self.max_target}"
+        if total == self.max_positions:
+            return f"{has}, so raise max_input, which is {self.max_input}, and {lower}"
+        return f"{has}, so {lower}"
 
     def _prompt_ids(self, examples: Mapping[str, list[Any]]) -> list[Ids]:
         rows = rows_of(examples)
@@ -118,12 +137,11 @@ class CausalKind(TextKind):
             return self.template.answer_ids(texts)
         return [[*ids, self.tokenizer.eos_token_id] for ids in self._tokens(texts, special=False)]
 
-    def _fitted(self, prompt: Ids, room: int) -> Ids:
-        """The last `room` ids of a prompt; its BOS token is kept."""
-        if len(prompt) <= room:
-            return prompt
-        bos = [i for i in prompt[:1] if i == self.tokenizer.bos_token_id]
-        return bos + prompt[len(prompt) - room + len(bos) :]
+    def _texts(self, ids: Tensor) -> list[str]:
+        texts = super()._texts(ids)
+        if self.template is None:
+            return texts
+        return [text.removeprefix(self.template.lead).lstrip() for text in texts]
 
     def _batch(
         self, prompts: Sequence[Ids], targets: Sequence[Ids], tasks: list[str]
@@ -192,13 +210,27 @@ class CausalKind(TextKind):
         num_beams: int = 1,
     ) -> list[str]:
         """See `ModelKind.generate`."""
-        new = self.max_target if max_new_tokens is None else max_new_tokens
-        room = min(self.limit - min(new, self.max_target), self.max_positions - new)
-        if room < 1:
-            raise InputError(
-                f"max_new_tokens={new} leaves no room for a prompt in the {self.max_positions} "
-                "positions of the base model: ask for fewer"
+        rooms = [self.max_positions - len(row["prompt_ids"]) for row in rows]
+        for row, room in zip(rows, rooms, strict=True):
+            if room < (max_new_tokens or 1):
+                raise InputError(
+                    f"a prompt of task {row['task']!r} has {len(row['prompt_ids'])} of the "
+                    f"{self.max_positions} positions of the base model, which leaves no room for "
+                    f"max_new_tokens={max_new_tokens or 1}: ask for fewer, or lower max_input"
+                )
+        most = [
+            min(self.max_target, room) if max_new_tokens is None else max_new_tokens
+            for room in rooms
+        ]
+        texts = [""] * len(rows)
+        for new in dict.fromkeys(most):  # one, unless positions are scarce
+            places = [place for place, one in enumerate(most) if one == new]
+            some = [rows[place] for place in places]
+            inputs = self._inputs([row["prompt_ids"] for row in some], side="left")
+            out = self._search(
+                model, inputs, tasks_of(some), max_new_tokens=new, num_beams=num_beams
             )
-        inputs = self._inputs([self._fitted(r["prompt_ids"], room) for r in rows], side="left")
-        out = self._search(model, inputs, tasks_of(rows), max_new_tokens=new, num_beams=num_beams)
-        return self._texts(out[:, inputs["input_ids"].shape[1] :])
+            found = self._texts(out[:, inputs["input_ids"].shape[1] :])
+            for place, text in zip(places, found, strict=True):
+                texts[place] = text
+        return texts

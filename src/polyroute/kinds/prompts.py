@@ -90,7 +90,7 @@ def prompt_text(prompter: Prompter, example: Mapping[str, Any]) -> str:
     return prompter.text(example.get("system"), turns(example))
 
 
-def fitted(prompter: Prompter, example: Mapping[str, Any], room: int) -> Ids:
+def fitted(prompter: Prompter, example: Mapping[str, Any], room: int, remedy: str) -> Ids:
     """The token ids of a prompt that is too long, cut to `room` tokens.
 
     The oldest turns of its history go first, then the beginning of its input. Its instruction goes
@@ -100,6 +100,7 @@ def fitted(prompter: Prompter, example: Mapping[str, Any], room: int) -> Ids:
         prompter: makes it.
         example: see `prompt_text`.
         room: the most tokens.
+        remedy: what helps if that is too few, for the error.
 
     Raises:
         InputError: what never goes is longer.
@@ -117,7 +118,7 @@ def fitted(prompter: Prompter, example: Mapping[str, Any], room: int) -> Ids:
         else:
             raise InputError(
                 f"task {example.get('task', '')!r} has a system message or a chat template of more "
-                f"than {room} tokens: raise max_input"
+                f"than {room} tokens: {remedy}"
             )
 
 

@@ -25,6 +25,8 @@ class Prompting:
     """The system message of every chat that has none of its own."""
     newline: bool = False
     """Whether plain text ends with a newline, after which the answer follows."""
+    left_out: str = ""
+    """What the chat template writes at the end of a prompt, and what prompts are given without."""
 
     def to_dict(self) -> dict[str, Any]:
         """As JSON values."""
@@ -40,6 +42,9 @@ class Prompting:
             else f"the system message {code(json.dumps(self.system, ensure_ascii=False))}"
         )
         chat = f"by its chat template: the text is the user's message, with {system}"
+        if self.left_out:
+            left_out = code(json.dumps(self.left_out, ensure_ascii=False))
+            chat += f"; {left_out} at the end of the prompt is left out"
         words = {
             "plain": f"{plain}; no chat template",
             "chat": chat,
@@ -54,8 +59,18 @@ class Prompting:
             return [f'prompt = tokenizer("{text}{end}", return_tensors="pt")']
         system = json.dumps(self.system, ensure_ascii=False)
         opening = "" if self.system is None else f'{{"role": "system", "content": {system}}}, '
+        messages = f'messages = [{opening}{{"role": "user", "content": "{text}"}}]'
+        if self.left_out:
+            left_out = json.dumps(self.left_out, ensure_ascii=False)
+            return [
+                messages,
+                "text = tokenizer.apply_chat_template(",
+                "    messages, add_generation_prompt=True, tokenize=False",
+                f").removesuffix({left_out})",
+                'prompt = tokenizer(text, add_special_tokens=False, return_tensors="pt")',
+            ]
         return [
-            f'messages = [{opening}{{"role": "user", "content": "{text}"}}]',
+            messages,
             "prompt = tokenizer.apply_chat_template(",
             '    messages, add_generation_prompt=True, return_dict=True, return_tensors="pt"',
             ")",

@@ -81,13 +81,16 @@ def encoded_mixture(
 
 
 def warn_of_cuts(
-    tables: Iterable[datasets.Dataset | Mapping[str, Sequence[int]]], kind: ModelKind
+    tables: Iterable[datasets.Dataset | Mapping[str, Sequence[int]]],
+    kind: ModelKind,
+    which: str = "",
 ) -> None:
     """Warn if prompts or answers of encoded rows were too long and lost tokens.
 
     Args:
         tables: encoded rows, or their columns.
         kind: how they were encoded.
+        which: what rows they are, for the warning.
     """
     lost: dict[str, list[npt.NDArray[np.int64]]] = {"prompt_cut": [], "target_cut": []}
     for table in tables:
@@ -97,14 +100,14 @@ def warn_of_cuts(
             found.append(np.asarray(column, dtype=np.int64))
     prompts, targets = (np.concatenate(found) for found in lost.values())
     consequences = (
-        ("prompts", prompts, f"{kind.cut_part} is left out", "max_input", kind.max_input),
-        ("answers", targets, "the rest is left out", "max_target", kind.max_target),
+        ("prompts", prompts, f"{kind.cut_part} is left out", kind.remedy("max_input")),
+        ("answers", targets, "the rest is left out", kind.remedy("max_target")),
     )
-    for what, tokens, consequence, setting, limit in consequences:
+    for what, tokens, consequence, remedy in consequences:
         if tokens.any():
             warnings.warn(
-                f"{np.count_nonzero(tokens):,} of {len(tokens):,} {what} are too long, by up to "
-                f"{tokens.max():,} tokens, and {consequence}: raise {setting}, which is {limit}",
+                f"{np.count_nonzero(tokens):,} of {len(tokens):,} {which}{what} are too long, by "
+                f"up to {tokens.max():,} tokens, and {consequence}: {remedy}",
                 stacklevel=2,
             )
 

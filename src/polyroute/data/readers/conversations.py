@@ -23,7 +23,13 @@ _KEYS = (("role", "content"), ("from", "value"))
 _OF_TOOLS = {"tool", "function", "function_call", "function_response", "ipython", "observation"}
 """Speakers that are programs, or the calls of them."""
 _CALLS = ("tool_calls", "function_call")
+_REASONING = ("reasoning_content", "reasoning", "thinking")
 _NO_TOOLS = "calls of tools are not read; write the call and its result as text, or remove the row"
+
+_NO_REASONING = (
+    "which is not read; write it into the content, in the form that the base model knows, or "
+    "remove it"
+)
 
 
 class Turn(NamedTuple):
@@ -32,6 +38,8 @@ class Turn(NamedTuple):
     role: str
     """`system`, `user` or `assistant`."""
     content: str
+    is_target: bool = True
+    """Whether it is to be learned, if it is the assistant's."""
 
 
 def turns_of(value: Any, what: str) -> list[Turn]:
@@ -64,9 +72,10 @@ def _turn(value: Any, what: str) -> Turn:
             "and 'content'"
         )
     role, content = value[who], _joined(value[says], f"{what}: the {says}")
-    for call in _CALLS:
-        if value.get(call):
-            raise InputError(f"{what} has {call!r}, and {_NO_TOOLS}")
+    for field in (*_CALLS, *_REASONING):
+        if value.get(field):
+            why = f"and {_NO_TOOLS}" if field in _CALLS else _NO_REASONING
+            raise InputError(f"{what} has {field!r}, {why}")
     if isinstance(role, str) and role in _OF_TOOLS:
         raise InputError(f"{what} is the {role}'s, and {_NO_TOOLS}")
     if not isinstance(role, str) or role not in _SPEAKERS:
@@ -75,7 +84,17 @@ def _turn(value: Any, what: str) -> Turn:
         )
     if not isinstance(content, str):
         raise InputError(f"{what}: the {says} is {json_type(content)}; write it as one text")
-    return Turn(_SPEAKERS[role], content)
+    return Turn(_SPEAKERS[role], content, _is_target(value, what))
+
+
+def _is_target(turn: Mapping[str, Any], what: str) -> bool:
+    """Whether a turn is to be learned, as its `weight` says."""
+    weight = turn.get("weight")
+    if weight not in (None, 0, 1):
+        raise InputError(
+            f"{what}: the weight is {weight!r}; give 1 to a turn that is to be learned, else 0"
+        )
+    return weight != 0
 
 
 def _joined(content: Any, what: str) -> Any:
@@ -98,7 +117,7 @@ def _joined(content: Any, what: str) -> Any:
 
 
 def examples(turns: list[Turn], what: str, *, given: int = 0) -> Iterator[dict[str, Any]]:
-    """One example for each turn of the assistant.
+    """One example for each turn of the assistant that is to be learned.
 
     A user turn at the end, which nobody answers, is the target of nothing and is left out.
 
@@ -124,11 +143,17 @@ def examples(turns: list[Turn], what: str, *, given: int = 0) -> Iterator[dict[s
             )
         if wanted == "assistant" and place + has_system >= given:
             answers += 1
+            if not turn.is_target:
+                continue
             yield {
                 "input": talk[place - 1].content,
                 "target": turn.content,
                 "system": system,
-                "history": [earlier._asdict() for earlier in talk[: place - 1]] or None,
+                "history": [
+                    {"role": earlier.role, "content": earlier.content}
+                    for earlier in talk[: place - 1]
+                ]
+                or None,
             }
     if not answers:
         raise InputError(f"{what} has no answer of the assistant; add one or remove the row")

@@ -17,7 +17,7 @@ import pyarrow.parquet as pq
 from polyroute.data.readers.task_table import file_key
 from polyroute.data.records import cannot_read, json_type, read_objects
 from polyroute.data.suite import SPLITS, quiet_datasets
-from polyroute.errors import InputError
+from polyroute.errors import InputError, reason
 
 __all__ = [
     "SUFFIXES",
@@ -107,9 +107,9 @@ def load_saved(folder: Path) -> datasets.Dataset:
             return datasets.load_from_disk(str(folder))
     # The library raises these for files that are missing or damaged.
     except (OSError, ValueError, KeyError, TypeError, pa.ArrowException) as error:
-        reason = " ".join(str(error).split()) or type(error).__name__
         raise InputError(
-            f"{folder} is not a readable data set ({reason}); write it again with save_to_disk"
+            f"{folder} is not a readable data set ({reason(error)}); write it again with "
+            "save_to_disk"
         ) from error
 
 
@@ -185,8 +185,7 @@ def _parquet_rows(path: Path) -> Rows:
 
 
 def _bad_parquet(path: Path, error: Exception) -> InputError:
-    reason = str(error).splitlines()[0]
-    return InputError(f"{path} is not a readable Parquet file ({reason}); write it again")
+    return InputError(f"{path} is not a readable Parquet file ({reason(error)}); write it again")
 
 
 def _json_rows(path: Path) -> Rows:

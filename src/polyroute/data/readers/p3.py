@@ -29,7 +29,7 @@ from polyroute.data.readers.p3_training import P3, PROMPTS, Template, training_s
 from polyroute.data.readers.task_table import TableSuite
 from polyroute.data.records import cannot_read
 from polyroute.data.suite import quiet_datasets
-from polyroute.errors import InputError
+from polyroute.errors import InputError, reason
 
 __all__ = ["P3Suite", "is_p3"]
 
@@ -191,8 +191,7 @@ def _of_hub() -> dict[str, Path | None]:
         with quiet_datasets():
             return dict.fromkeys(datasets.get_dataset_config_names(P3))
     except (OSError, ValueError, RuntimeError) as error:
-        reason = " ".join(str(error).split())
         raise InputError(
-            f"the templates of {P3} cannot be listed ({reason}); check that the hub can be "
+            f"the templates of {P3} cannot be listed ({reason(error)}); check that the hub can be "
             "reached, or give a folder with a copy"
         ) from error

@@ -14,7 +14,7 @@ from jinja2 import TemplateError
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from polyroute.data.records import cannot_read
-from polyroute.errors import InputError
+from polyroute.errors import InputError, reason
 
 __all__ = ["NO_INPUT", "NO_LABEL", "PromptTemplate", "read_templates"]
 
@@ -92,8 +92,9 @@ def read_templates(folder: Path, dataset: str, subset: str | None) -> list[Promp
     except OSError as error:
         raise cannot_read(path, error) from error
     except (UnicodeDecodeError, yaml.YAMLError, KeyError, TypeError, AttributeError) as error:
-        reason = " ".join(str(error).split())
-        raise InputError(f"{path} is not a file of prompt templates ({reason})") from error
+        raise InputError(
+            f"{path} is not a file of prompt templates ({reason(error, whole=True)})"
+        ) from error
     return sorted(found, key=lambda template: template.name)
 
 

@@ -131,11 +131,11 @@ class Shape:
 def _own(row: Row) -> Iterable[dict[str, Any]]:
     yield {
         **{name: row.named(name) for name in ("input", "target") if name in row.cells},
-        "instruction": row.cells.get("instruction") or "",
+        "instruction": row.optional("instruction"),
         **{
             name: _listed(row.cells.get(name), row.what(name)) for name in ("choices", "references")
         },
-        "history": row.cells.get("history") or None,
+        "history": _turns(row.cells.get("history"), row.what("history")),
     }
 
 
@@ -146,12 +146,24 @@ def _listed(value: Any, what: str) -> Any:
     text = value.strip()
     if not text.startswith("["):
         return [part.strip() for part in text.split("|")] if text else None
+    return _parsed(text, what, '["yes", "no"] or as yes|no')
+
+
+def _turns(value: Any, what: str) -> Any:
+    """The turns in a cell, given as JSON where a cell is a text."""
+    if not isinstance(value, str) or not value.strip():
+        return None if value == [] or isinstance(value, str) else value
+    if not value.strip().startswith("["):
+        return value  # the check of the record says what it must be
+    return _parsed(value, what, '[{"role": "user", "content": "..."}, ...]') or None
+
+
+def _parsed(text: str, what: str, example: str) -> Any:
     try:
         return json.loads(text)
     except (ValueError, RecursionError) as error:
         raise InputError(
-            f"{what} begins like a JSON list but is not valid ({error}); write it as "
-            '["yes", "no"] or as yes|no'
+            f"{what} begins like a JSON list but is not valid ({error}); write it as {example}"
         ) from error
 
 

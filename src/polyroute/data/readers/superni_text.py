@@ -8,7 +8,7 @@ from typing import Any
 
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from polyroute.errors import InputError
+from polyroute.errors import InputError, reason
 
 __all__ = ["TK_INSTRUCT", "Encoding", "any_length", "fits_in", "named_tokenizer", "render"]
 
@@ -58,9 +58,8 @@ def named_tokenizer(name: str) -> PreTrainedTokenizerBase:
     try:
         loaded: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(name)
     except (OSError, ValueError) as error:
-        reason = " ".join(str(error).split())
         raise InputError(
-            f"the tokenizer {name!r} cannot be loaded ({reason}); name a base model"
+            f"the tokenizer {name!r} cannot be loaded ({reason(error)}); name a base model"
         ) from error
     return loaded
 

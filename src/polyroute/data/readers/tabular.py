@@ -251,24 +251,49 @@ class _Table:
         shape = self._first[1]
         for split, path in self.files.items():
             names = class_names(path)
-            is_first = True
+            known: set[frozenset[str]] = set()  # the columns of rows so far
             for where, cells in read_rows(path):
                 row = Row(cells, where, path, names)
-                if is_first and recognised(row) is not shape:
-                    raise InputError(
-                        f"{path} has other columns than {self._first[0].path}; give the rows of "
-                        f"{self.task!r} the same columns in every file"
-                    )
-                is_first = False
+                if (columns := frozenset(cells)) not in known:
+                    self._check_shape(row, is_first=not known)
+                    known.add(columns)
                 usual = {**self._of_row(row, split), "instruction": "", "choices": None}
                 system = row.optional("system") or None
                 for record in shape.records(row):
                     yield where, {**usual, **record, "system": record.get("system") or system}
 
+    def _check_shape(self, row: Row, *, is_first: bool) -> None:
+        """Make sure that a row has the shape of the first row of all.
+
+        Raises:
+            InputError: it has not, or it is the first of its file and has none.
+        """
+        first, shape = self._first
+        if is_first and recognised(row) is not shape:
+            raise InputError(
+                f"{row.path} has other columns than {first.path}; give the rows of {self.task!r} "
+                "the same columns in every file"
+            )
+        others = set(row.cells) - set(first.cells)
+        # A column that is missing is named by whoever reads it.
+        if is_first or not (others and shape.needs <= set(row.cells)):
+            return
+        foreign = others & shape.unless
+        try:
+            is_same = not foreign and recognised(row) is shape
+        except InputError:
+            is_same = False
+        if not is_same:
+            named = ", ".join(map(repr, sorted(foreign or others)))
+            raise InputError(
+                f"{row.where}: the row has {named}, which the first row lacks, and with that it is "
+                f"not {shape.name}; give every row the same columns"
+            )
+
     def _of_row(self, row: Row, split: str | None) -> dict[str, Any]:
         """The task and the split of a row."""
-        own = row.cells.get("split") or None
-        if split and own and own != split:
+        own = None if row.cells.get("split") == "" else row.cells.get("split")
+        if split and own is not None and own != split:
             raise InputError(
                 f"{row.where}: the column 'split' is {own!r} but the file is for {split!r}; move "
                 "the row or remove the column"
@@ -279,7 +304,7 @@ class _Table:
                 "every row or to none"
             )
         task = row.text("task") if self._names_tasks else self.task
-        return {"task": task, "split": split or own or "train"}
+        return {"task": task, "split": split or ("train" if own is None else own)}
 
 
 def _selected(rows: datasets.Dataset, places: npt.NDArray[np.int64]) -> Iterator[dict[str, Any]]:

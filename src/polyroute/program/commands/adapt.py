@@ -78,7 +78,7 @@ def adapt_run(options: AdaptOptions) -> Result:
     base, kind = base_of(run, objective=options.objective, limits=options.limits)
     tasks = chosen_tasks(
         suite, options.tasks, held_out_tasks(suite), kind,
-        none=f"{options.source.data} holds no task out",
+        none=f"{options.source.data} has no held-out task",
     )  # fmt: skip
     card = partial(write_peft_card, prompting=kind.prompting, config=read_run(run)["config"])
     work = Work(suite, kind, tasks, choices, options, card)

@@ -78,7 +78,10 @@ def _measured(
 ) -> dict[str, int]:
     """The limits that suit the data, the base model and the memory; says which and why."""
     usual = usual_lengths(measured.suite, measured.tasks, measured.split, kind)
-    room = kind.max_positions // 2 if kind.one_sequence else kind.max_positions
+    room = kind.max_positions
+    if kind.one_sequence:
+        left = room - (reading.max_input or room)
+        room = left if left > 1 else room // 2
     target = reading.max_target or _limit("max_target", usual.target, room)
     if kind.one_sequence:
         room = kind.max_positions - target

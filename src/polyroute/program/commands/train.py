@@ -11,7 +11,7 @@ import torch
 from polyroute.build import attach, from_checkpoint
 from polyroute.config import MHRConfig
 from polyroute.data.suite import training_tasks, validate
-from polyroute.errors import InputError
+from polyroute.errors import InputError, reason
 from polyroute.host.files import finite, read_json, write_json
 from polyroute.host.interrupts import deferred, resumable
 from polyroute.host.output import Result, say
@@ -145,7 +145,9 @@ def _prepared(
     rows = encoded_mixture(suite, tasks, "train", kind)
     validation = None
     if options.eval_steps is not None:
-        rows, validation = with_validation(suite, tasks, rows, kind, options.max_eval)
+        rows, validation = with_validation(
+            suite, tasks, rows, kind, options.max_eval, continued=start is not None
+        )
     trainer = make_trainer(model, kind, options, rows, validation)
     if options.alignment_steps is not None:
         if trainer.is_fsdp_enabled:
@@ -165,14 +167,14 @@ def _attached(base: Any, adapter: MHRConfig, tasks: Sequence[str]) -> RoutedMode
     try:
         return attach(base, adapter, tasks)
     except (MemoryError, OverflowError, RuntimeError, TypeError) as error:
-        reason = str(error).strip().partition("\n")[0]
+        why = reason(error)
         about_size = ("memory", "alloc", "overflow", "too large", "storage size", "dimension")
         if isinstance(error, RuntimeError | TypeError) and not any(
-            w in reason.lower() for w in about_size
+            w in why.lower() for w in about_size
         ):
             raise
         raise InputError(
-            f"the inventory cannot be made: lower --skills or --rank ({reason})"
+            f"the inventory cannot be made: lower --skills or --rank ({why})"
         ) from error
 
 

@@ -11,7 +11,7 @@ import datasets
 import torch
 from transformers import PrinterCallback, TrainerCallback
 
-from polyroute.errors import InputError
+from polyroute.errors import InputError, reason
 from polyroute.host.processes import count
 from polyroute.host.progress import progress
 from polyroute.kinds.choose import ModelKind
@@ -42,8 +42,9 @@ def make_trainer(
         except InputError:
             raise
         except (ValueError, TypeError, RuntimeError, ImportError, OverflowError) as error:
-            reason = " ".join(str(error).split()).rstrip(".") or type(error).__name__
-            raise InputError(f"the training options cannot be used: {reason}") from error
+            raise InputError(
+                f"the training options cannot be used: {reason(error, whole=True)}"
+            ) from error
     trainer.remove_callback(PrinterCallback)
     trainer.add_callback(_ShowProgress())
     trainer.add_callback(_StopWhenDiverged())

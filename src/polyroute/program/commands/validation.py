@@ -9,7 +9,7 @@ from polyroute.data.suite import Suite
 from polyroute.errors import InputError
 from polyroute.host.output import say
 from polyroute.kinds.choose import ModelKind
-from polyroute.study.examples import encoded, task_sizes
+from polyroute.study.examples import encoded, task_sizes, warn_of_cuts
 
 __all__ = ["with_validation"]
 
@@ -22,7 +22,13 @@ NAMED = 3
 
 
 def with_validation(
-    suite: Suite, tasks: Sequence[str], rows: datasets.Dataset, kind: ModelKind, most: int | None
+    suite: Suite,
+    tasks: Sequence[str],
+    rows: datasets.Dataset,
+    kind: ModelKind,
+    most: int | None,
+    *,
+    continued: bool,
 ) -> tuple[datasets.Dataset, datasets.Dataset]:
     """Divide the work between training and validation.
 
@@ -32,6 +38,7 @@ def with_validation(
         rows: the encoded training examples of all tasks.
         kind: how examples are encoded.
         most: most validation examples of each task; None for the usual number.
+        continued: whether training goes on from a run, which may have trained on the same tasks.
 
     Returns:
         The rows to train on, and those to validate on.
@@ -42,6 +49,7 @@ def with_validation(
     most = MOST if most is None else most
     kept: list[int] = []
     parts: list[datasets.Dataset] = []
+    read: list[datasets.Dataset] = []
     divided: list[str] = []
     without: list[str] = []
     start = 0
@@ -51,7 +59,8 @@ def with_validation(
         aside: set[int] = set()
         if "validation" in suite.splits(task):
             found = encoded(suite, task, "validation", kind)
-            parts.append(found.select(some_places(len(found), most)))
+            read.append(found.select(some_places(len(found), most)))
+            parts.append(read[-1])
         elif size >= SHARE:
             places = sorted(own[i] for i in some_places(size, min(most, size // SHARE)))
             parts.append(rows.select(places))
@@ -64,16 +73,35 @@ def with_validation(
         raise InputError(
             "no task has a validation split or ten training examples: leave out --eval-steps"
         )
-    if divided:
-        say(
-            f"no validation split: up to a tenth of the training examples of {_named(divided)} is "
-            "set aside for the validation loss and does not train"
-        )
-    if without:
-        say(f"too few examples to validate on: {_named(without)}")
+    if read:
+        warn_of_cuts(read, kind, "validation ")
+    _tell(divided, without, most, continued)
     return rows.select(kept) if divided else rows, datasets.concatenate_datasets(parts)
 
 
+def _tell(divided: Sequence[str], without: Sequence[str], most: int, continued: bool) -> None:
+    """Say which tasks have no validation split, and what that means for them."""
+    if divided:
+        has, their, each = ("has", "its", "") if len(divided) == 1 else ("have", "their", " each")
+        again = (
+            "; the run that training goes on from may have trained on these examples"
+            if continued
+            else ""
+        )
+        say(
+            f"{_named(divided)} {has} no validation split, so a tenth of {their} training "
+            f"examples, at most {most}{each}, is set aside and does not train{again}"
+        )
+    if without:
+        has, is_not = ("has", "is not") if len(without) == 1 else ("have", "are not")
+        say(
+            f"{_named(without)} {has} fewer than {SHARE} training examples and {is_not} validated "
+            "on"
+        )
+
+
 def _named(tasks: Sequence[str]) -> str:
+    """Tasks in words."""
     rest = len(tasks) - NAMED
-    return ", ".join(tasks[:NAMED]) + (f" and {rest} more" if rest > 0 else "")
+    names = [*tasks[:NAMED], *([f"{rest} more"] if rest > 0 else [])]
+    return " and ".join(filter(None, (", ".join(names[:-1]), names[-1])))
