@@ -319,7 +319,7 @@ def test_no_task_to_choose(
         (folder / "roles.json").write_text(json.dumps({"other": about}))
     data = ["--data", str(tmp_path / "all")]
     assert "has no held-out task" in refused(["adapt", str(run), *data], capsys)
-    assert "holds no task out" in refused(["evaluate", str(run), "--zero-shot", *data], capsys)
+    assert "has no held-out task" in refused(["evaluate", str(run), "--zero-shot", *data], capsys)
     assert "none of the tasks of" in refused(["evaluate", str(run), *data], capsys)
     arguments = [*train(place, "held-out"), "--data", str(tmp_path / "none")]
     assert "is held out" in refused(arguments, capsys)

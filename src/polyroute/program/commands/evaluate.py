@@ -75,9 +75,10 @@ def _scores_of_run(options: EvaluateOptions) -> tuple[ModelKind, list[TaskScore]
     suite = load_suite(data, options.source.reader)
     base, kind = base_of(run, limits=options.reading)
     trained = tuple(t for t in checkpoint.tasks if t in suite.tasks)
+    missing = "no held-out task" if zero_shot else f"none of the tasks of {run}"
     tasks = chosen_tasks(
         suite, options.source.tasks, held_out_tasks(suite) if zero_shot else trained, kind,
-        none=f"{data} holds no task out" if zero_shot else f"{data} has none of the tasks of {run}",
+        none=f"{data} has {missing}",
     )  # fmt: skip
     validate(suite, tasks, needs=[options.split])
     route = "mu" if zero_shot else None
