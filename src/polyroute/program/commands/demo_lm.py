@@ -69,9 +69,9 @@ CONTENDERS = (
     Contender("shared zero-shot", "one LoRA for all tasks, without an example", "shared", None, {}),
     Contender("zero-shot", "the average of the skills, without an example", "mhr", None, {}),
     Contender("fresh", "a fresh LoRA", "shared", "random", {"lr": 3e-3}),
-    Contender("shared", "one LoRA for all tasks, tuned", "shared", "full", {"lr": 3e-3}),
+    Contender("shared", "one LoRA for all tasks, tuned", "shared", "full", {"lr": 1e-3}),
     Contender("mu", "the average of the skills, tuned (mu)", "mhr", "mu", {"lr": 3e-3}),
-    Contender("z", "routing alone (z)", "mhr", "z", {"route_lr": 0.3}),
+    Contender("z", "routing alone (z)", "mhr", "z", {"route_lr": 1.0}),
 )
 COMPARED = (("mu", "fresh"), ("z", "fresh"), ("mu", "shared"), ("z", "shared"))
 """Ways whose difference is put in words."""
