@@ -131,10 +131,11 @@ def through_polyroute(base: Any, tokenizer: Any) -> Contender:
     config = pr.MHRConfig(num_skills=8, num_heads=8, rank=RANK, target_modules=TARGETS)
     model = pr.attach(base, config, TASKS)
     kind = pr.kind_of(model, tokenizer, max_input=512, max_target=64)
-    assert kind.can_pack(model, TASKS[0])
+    packing = kind.packing_of(model, TASKS[0], in_training_mode=True)
+    assert packing is not None
     one.trained = [p for p in model.learned() if p.requires_grad]
     model.train()
-    one.loss = lambda rows: kind.loss(model, kind.collate_packed(rows))
+    one.loss = lambda rows: kind.loss(model, kind.collate_packed(rows, packing))
     one.scores = lambda rows: kind.scores(model, rows)
     one.generation = lambda rows: generating(model, rows, tasks=[row["task"] for row in rows])
     return one.start()
