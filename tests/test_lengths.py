@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from base_models import llama
 from tiny_runs import train_arguments
 from transformers import ByT5Tokenizer
@@ -14,6 +15,7 @@ from polyroute.kinds.choose import kind_of
 from polyroute.kinds.seq2seq import Seq2SeqKind
 from polyroute.program.cli.app import main
 from polyroute.program.commands.lengths import Measured, settled_lengths
+from polyroute.program.commands.runs import base_of
 from polyroute.program.options.shared import Given, Reading
 from polyroute.study.lengths import usual_lengths
 
@@ -94,6 +96,17 @@ def test_new_tasks_may_be_read_to_other_lengths_than_those_of_the_training(
     assert json.loads((tmp_path / "scores.json").read_text())["max_input"] == 208
     assert config_of(tmp_path / "adapted")["max_input"] == 208
     assert config_of(run)["max_input"] == 48
+
+
+def test_scoring_with_other_lengths_keeps_the_type_and_the_prompts_of_the_run(
+    place: Path, tmp_path: Path
+) -> None:
+    data, run = write(tmp_path / "suite"), tmp_path / "run"
+    main(arguments(place, data, run, "--tasks", "long", "--dtype", "bfloat16", "--prompt", "plain"))
+    base, kind = base_of(run, limits=Reading(max_input=208))
+    assert base.dtype == torch.bfloat16
+    assert (kind.max_input, kind.max_target) == (208, config_of(run)["max_target"])
+    assert kind.prompting.way == "plain"
 
 
 def test_a_resumed_run_keeps_its_lengths(place: Path, tmp_path: Path, capsys: Capture) -> None:

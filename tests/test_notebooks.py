@@ -48,7 +48,7 @@ def run(name: str, folder: Path) -> nbformat.NotebookNode:
         "OMP_NUM_THREADS": "1",
     }
     notebook = nbformat.read(EXAMPLES / f"{name}.ipynb", as_version=4)
-    client = NotebookClient(notebook, timeout=600, resources={"metadata": {"path": str(folder)}})
+    client = NotebookClient(notebook, timeout=1500, resources={"metadata": {"path": str(folder)}})
     client.execute(env=environment)
     return notebook
 
@@ -65,7 +65,7 @@ def test_the_notebook_on_routes_runs(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(1800)
+@pytest.mark.timeout(3600)
 def test_the_notebook_of_the_tutorial_runs(tmp_path: Path) -> None:
     run("tutorial", tmp_path)
     assert (tmp_path / "out" / "last-upper" / "adapter_model.safetensors").is_file()

@@ -1,6 +1,7 @@
 """The wheel is whole, and importing the library is quick and needs no optional extra."""
 
 import os
+import re
 import subprocess
 import sys
 import tomllib
@@ -136,3 +137,30 @@ def test_the_wheel_works_in_a_clean_environment(wheel: Path, tmp_path: Path) -> 
         check=True,
     )
     assert (tmp_path / "demo" / "results.md").is_file()
+
+
+def test_the_lowest_versions_are_those_that_are_promised() -> None:
+    extras = PROJECT["optional-dependencies"]
+    promised = {
+        _plain_name(name): version
+        for line in [*PROJECT["dependencies"], *extras["gguf"], *extras["peft"], *extras["dev"]]
+        if (found := re.match(r"([\w.-]+)(?:\[.*\])?>=([\d.]+)", line))
+        for name, version in [found.groups()]
+    }
+    lines = (ROOT / "constraints-lowest.txt").read_text().splitlines()
+    tested = dict(line.split("==") for line in lines if not line.startswith("#"))
+    tested = {_plain_name(name): version for name, version in tested.items()}
+    needed = [re.match(r"[\w.-]+", line)[0] for line in PROJECT["dependencies"]]  # type: ignore[index]
+    assert {_plain_name(name) for name in needed} <= tested.keys()
+    for name, version in tested.items():
+        if name in promised:  # the others are what these need
+            assert _release(version) == _release(promised[name]), name
+
+
+def _plain_name(name: str) -> str:
+    return name.lower().replace("_", "-")
+
+
+def _release(version: str) -> list[int]:
+    parts = [int(part) for part in version.split(".")]
+    return [*parts, 0, 0][:3]

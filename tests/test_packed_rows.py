@@ -54,6 +54,7 @@ def test_outputs_and_gradients_are_those_of_the_unpacked_batch(
     make: Any, settings: dict[str, Any], executor: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(kernels, "SHORT", 99 if executor == "padded" else 0)
+    monkeypatch.setattr(kernels, "WASTE", 99)
     model = routed(make(), **settings).double()
     apart = examples()
     expected = with_gradients(
@@ -69,6 +70,12 @@ def test_outputs_and_gradients_are_those_of_the_unpacked_batch(
         found = with_gradients(model, list(logits.split(LENGTHS, dim=1)))
         for ours, theirs in zip(found, expected, strict=True):
             torch.testing.assert_close(ours, theirs, rtol=1e-7, atol=1e-9)
+
+
+def test_examples_of_unlike_lengths_are_not_padded_to_the_longest() -> None:
+    assert kernels.Segments((20,) * 16).is_short
+    assert not kernels.Segments((1000, *(20,) * 15)).is_short  # 12 times the tokens
+    assert not kernels.Segments((1000,) * 16).is_short
 
 
 def test_several_rows_are_packed_each_in_its_own_way() -> None:

@@ -45,7 +45,7 @@ def test_the_tutorial_runs_from_its_first_line_to_its_last(
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(900)
+@pytest.mark.timeout(3600)
 def test_the_model_of_the_tutorial_has_learned_the_tasks(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -20,6 +20,7 @@ from polyroute.adapting.settings import AdaptSettings, check_names, variants
 from polyroute.adapting.shots import Shots
 from polyroute.adapting.slot import Slot
 from polyroute.adapting.slot_training import SlotTraining
+from polyroute.data.sampling import some_places
 from polyroute.data.suite import Suite
 from polyroute.errors import InputError
 from polyroute.host.files import finite, make_folder
@@ -99,7 +100,7 @@ def adapt_many(  # noqa: PLR0913 (public: users know its keywords)
     found: dict[str, Adapted] = {}
 
     def finish(training: SlotTraining) -> None:
-        found[training.slot.name] = adapted(model, training, target)
+        found[training.slot.name] = adapted(model, training, target, kind.prompting)
 
     place = None if folder is None else make_folder(folder)
     train_slots(model, kind, slots, SlotCalls(finish), memory=memory, folder=place)
@@ -119,6 +120,8 @@ class SuiteSlots:
     """A seed decides the draw, the initialisation and the order of examples."""
     split: str = "test"
     """What results are scored on."""
+    max_examples: int | None = None
+    """The most examples of each task to score on, the same ones each time; None for all."""
     done: Sequence[Mapping[str, Any]] = ()
     """Results that are there already; their slots are left out."""
     part: slice | None = None
@@ -203,13 +206,14 @@ class _SuiteScores:
 
     def __init__(self, model: RoutedModel, kind: ModelKind, wanted: SuiteSlots) -> None:
         self.model, self.kind, self.suite, self.split = model, kind, wanted.suite, wanted.split
+        self.most = wanted.max_examples
         self._asked: dict[tuple[str, str], Questions] = {}
 
     def chosen_by(self, training: SlotTraining) -> float:
         """The score by which a slot chooses its best step."""
         slot, by = training.slot, training.settings.choose_by
         if training.settings.looks_at_test:
-            asked = self._questions(slot.task, self.split)
+            asked = self._scored(slot.task)
         else:
             asked = self._questions(slot.task, "train").select(slot.validation_indices)
         score, normalised = score_rows(self.model, self.kind, asked, route=training.route)
@@ -221,7 +225,7 @@ class _SuiteScores:
         score: float | None = None
         normalised: float | None = None
         if training.diverged_at is None:
-            asked = self._questions(slot.task, self.split)
+            asked = self._scored(slot.task)
             score, normalised = score_rows(self.model, self.kind, asked, route=training.route)
         return {
             "task": slot.task,
@@ -232,11 +236,17 @@ class _SuiteScores:
             "shots": len(slot.rows),
             "stratify": settings.stratify,
             "split": self.split,
+            "examples": len(self._scored(slot.task).rows),
             "metric": self.suite.info(slot.task).metric,
             "score": score,
             "score_normalised": normalised,
             **{name: finite(value) for name, value in outcome.items()},
         }
+
+    def _scored(self, task: str) -> Questions:
+        """What results of a task are scored on."""
+        asked = self._questions(task, self.split)
+        return asked.select(some_places(len(asked.rows), self.most))
 
     def _questions(self, task: str, split: str) -> Questions:
         if (task, split) not in self._asked:  # many slots are scored on the same rows

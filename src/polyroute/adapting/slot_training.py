@@ -75,6 +75,7 @@ class SlotTraining:
             {"name": name, "params": tensors, "lr": rates[name], "weight_decay": decay[name]}
             for name, tensors in self.parameters.items()
         ]
+        groups[0] |= self.slots.averages(self.place)  # of skills, which come first
         return make_optimizer(
             settings.optimizer, groups, self.slots.model, scale_parameter=settings.scale_parameter
         )

@@ -7,7 +7,7 @@ the name of a slot can be used wherever a task is named.
 Shape letters: n layers of a stack, N routers, H heads, K skills, r rank, D width of a head's block.
 """
 
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import replace
 from typing import Any
@@ -18,6 +18,7 @@ from torch import Tensor
 from polyroute.config import MHRConfig, Phase
 from polyroute.errors import InputError
 from polyroute.model import RoutedModel
+from polyroute.routes.averaging import Averaged, averaged
 from polyroute.routes.inventory import Inventory
 from polyroute.routes.mixer import Mixer
 from polyroute.routes.table import MU, RoutingTable
@@ -94,6 +95,7 @@ class Slots(AbstractContextManager["Slots"]):
         names: the name of each slot, to be routed as a task's.
         routes: the routing table of the slots, with a row for each.
         inventory: their skills, a set for each slot; in phase `z` the skills of the model.
+        averaged: in phase `mu`, by place, what is kept of the skills that became the slot.
         rule: the rule of the slots.
         mixer: the mixer of the slots.
 
@@ -130,6 +132,7 @@ class Slots(AbstractContextManager["Slots"]):
             count = size * (1 if is_plain else model.inventory.num_skills)
             device = model.mixer.device
             self.inventory = Inventory(model.sites, config, count, device, num_sets=size)
+        self.averaged: dict[int, Averaged | None] = {}
         self.rule = rule_of(config)
         routers, by_site = model.mixer.routers, model.mixer.router_of_site
         self.mixer = Mixer(config, self.inventory, self.routes, self.rule, routers, by_site)
@@ -189,6 +192,9 @@ class Slots(AbstractContextManager["Slots"]):
             mixer = self._own["mixer"]
             mixture = None if logits is None else mixer.by_stack(mixer.weights_from(logits))
             self.inventory.fill_set(place, inventory, source if is_private else None, mixture)
+            if self.phase == "mu":
+                is_copy = is_private and source is not None
+                self.averaged[place] = None if is_copy else averaged(inventory, mixture)
         if self.routes.logits is not None:
             if logits is not None:
                 self.routes[place] = logits
@@ -208,6 +214,16 @@ class Slots(AbstractContextManager["Slots"]):
         if self.routes.logits is not None:
             groups["routes"] = [self.routes.logits.detach()[place]]
         return groups
+
+    def averages(self, place: int) -> Mapping[str, Any]:
+        """What the group of skills of one slot says of skills that were averaged at its start."""
+        kept = self.averaged.get(place)
+        names = [
+            f"{factor}.{stack.key}"
+            for stack in self.inventory.stacks
+            for factor in self.inventory.factor_names
+        ]
+        return {} if kept is None else kept.group(names)
 
     def take_gradients(self, place: int, parameters: dict[str, list[Tensor]]) -> None:
         """Set the `grad` of the leaves of `parameters`, in place, to views of their gradients."""

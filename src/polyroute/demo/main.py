@@ -27,6 +27,7 @@ from polyroute.kinds.choose import ModelKind, kind_of
 from polyroute.loading import load_base
 from polyroute.model import RoutedModel
 from polyroute.saved.checkpoint import read_checkpoint
+from polyroute.saved.peft_card import write_peft_card
 from polyroute.saved.runs import held, machine, open_run, record
 from polyroute.study.evaluate import evaluate, macro_average
 from polyroute.study.examples import encoded_mixture
@@ -125,7 +126,9 @@ class _Demo:
                     first = self.held_out[0]
                     is_first = (result["task"], result["seed"]) == (first, SEEDS[0])
                     if (method, result["phase"]) == ("mhr", "z") and is_first:
-                        model.export_peft(route, self.folder / "lora" / first)
+                        lora = self.folder / "lora" / first
+                        model.export_peft(route, lora)
+                        write_peft_card(lora, self.kind.prompting, {"model": "demo"})
 
                 settings = {"": AdaptSettings(phase=phase, **ADAPT)}  # type: ignore[arg-type]
                 seeds = SEEDS[:1] if self.quick else SEEDS

@@ -89,8 +89,19 @@ def check_export(out: Path, form: str, task: str | None) -> None:
         raise InputError(f"{out} is not empty and holds no {what}; name another --out folder")
 
 
-def write_inventory(model: RoutedModel, out: Path, form: str, task: str | None) -> None:
+def write_inventory(
+    model: RoutedModel,
+    out: Path,
+    form: str,
+    task: str | None,
+) -> None:
     """Write a task or a whole inventory, after `check_export` has passed.
+
+    Args:
+        model: has the inventory.
+        out: the file or folder to write to.
+        form: the format.
+        task: the task to write; None for all.
 
     Raises:
         InputError: the format cannot hold the inventory or the task.

@@ -24,6 +24,7 @@ from polyroute.kinds.objectives import Objective, objective_of
 from polyroute.kinds.packing import Packing
 from polyroute.kinds.prompts import joined, rows_of, turns
 from polyroute.kinds.search import plain_search
+from polyroute.saved.prompting import Prompting
 
 __all__ = ["UNBOUNDED", "ModelKind"]
 
@@ -91,6 +92,11 @@ class ModelKind(ABC):
         self.max_positions = max_positions or UNBOUNDED
         self.max_input = min(max_input, self.max_positions)
         self.max_target = min(max_target, self.max_positions)
+
+    @property
+    def prompting(self) -> Prompting:
+        """How the base model is prompted, for the card of what trains on it."""
+        return Prompting("plain")
 
     def encode(self, examples: Mapping[str, list[Any]]) -> dict[str, list[Any]]:
         """Turn a batch of texts into token ids, as a function for `datasets.Dataset.map`.

@@ -30,6 +30,7 @@ from polyroute.kinds.shared_prompts import (
     shared_rows,
 )
 from polyroute.kinds.text import TextKind
+from polyroute.saved.prompting import Prompting
 
 __all__ = ["CausalKind"]
 
@@ -86,6 +87,13 @@ class CausalKind(TextKind):
         self.limit = min(max_input + max_target, self.max_positions)
         self.max_target = min(max_target, self.limit - 1)  # a prompt token must precede it
         self.template = template_of(prompt, tokenizer)
+
+    @property
+    def prompting(self) -> Prompting:
+        """See `ModelKind.prompting`."""
+        if self.template is None:
+            return Prompting("plain", newline=True)
+        return Prompting("chat", self.template.system)
 
     def _prompts(
         self, examples: Mapping[str, list[Any]], longest: Sequence[int]

@@ -36,6 +36,8 @@ __all__ = ["Segments", "apply_ia3", "apply_lora", "plain_executors", "widened"]
 
 SHORT = 512
 """The mean length, in tokens, below which packed examples are multiplied as one padded batch."""
+WASTE = 2
+"""Such a batch may have so many times the tokens of the examples."""
 
 
 @dataclass(frozen=True)
@@ -53,8 +55,12 @@ class Segments:
 
     @cached_property
     def is_short(self) -> bool:
-        """Whether examples are so short that batched products beat one product for each."""
-        return sum(self.lengths) < SHORT * len(self.lengths)
+        """Whether batched products, padded to the longest example, beat one for each.
+
+        They do where examples are short and of similar lengths.
+        """
+        total, count = sum(self.lengths), len(self.lengths)
+        return total < SHORT * count and count * max(self.lengths) <= WASTE * total
 
     def padded(self, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
         """How tokens lie in a batch of one example a row, padded to the longest one, M tokens.

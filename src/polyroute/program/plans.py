@@ -99,6 +99,8 @@ class AdaptationPlan:
     seeds: Sequence[int]
     split: str
     """What results are scored on."""
+    max_examples: int | None
+    """The most examples of each task to score on; None for all."""
     folder: Path
     """Where results go."""
 
@@ -107,6 +109,7 @@ class AdaptationPlan:
         rows: list[dict[str, Any]] = []
         for task in self.tasks:
             examples = len(suite.split(task, "train"))
+            scored = len(suite.split(task, self.split))
             for label, choice in self.choices.items():
                 shots = examples - choice.validation_shots if choice.shots is None else choice.shots
                 rows.append(
@@ -118,7 +121,7 @@ class AdaptationPlan:
                         "validation_shots": choice.validation_shots,
                         "steps": choice.steps,
                         "seen": choice.steps * min(choice.batch_size, shots),
-                        "scored_on": len(suite.split(task, self.split)),
+                        "scored_on": min(scored, self.max_examples or scored),
                     }
                 )
         return rows

@@ -13,6 +13,7 @@ from polyroute.layer.factors import Factors, PlainFactors, Segments
 from polyroute.layer.gated import Gate
 from polyroute.layer.open_route import BASE_ALONE, Mixture
 from polyroute.layer.sites import Site
+from polyroute.routes.averaging import Averaged
 from polyroute.routes.index import index_on
 from polyroute.routes.inventory import Inventory
 from polyroute.routes.rule import Batch, RouteRule
@@ -69,6 +70,7 @@ class Mixer(nn.Module):
         ]
         self.routers = tuple(routers)
         self.anneal_progress = 0.0
+        self.averaged: Averaged | None = None
         self.is_recording = False
         self._cache: OrderedDict[Any, tuple[Any, Mixture]] = OrderedDict()
 

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from polyroute.config import Phase
 from polyroute.errors import InputError
+from polyroute.routes.averaging import averaged
 from polyroute.routes.mixer import Mixer
 from polyroute.routes.row_optimizer import RowAdamW
 from polyroute.routes.table_rules import SharedRule
@@ -46,7 +47,9 @@ def start_phase(mixer: Mixer, phase: Phase) -> None:
     """
     if phase == "mu":
         _collapse(mixer)
-    elif phase == "mu-uncollapsed":
+    else:
+        mixer.averaged = None
+    if phase == "mu-uncollapsed":
         mixer.table.drop_logits()
     elif phase == "random":
         mixer.inventory.reset_parameters()
@@ -62,6 +65,7 @@ def start_phase(mixer: Mixer, phase: Phase) -> None:
 def _collapse(mixer: Mixer) -> None:
     """Replace the skills, in place, by their average, which every task then uses."""
     rank, scale = mixer.inventory.rank_of_average, mixer.config.scale
+    mixer.averaged = averaged(mixer.inventory) or mixer.averaged  # it may be collapsed already
     mixer.inventory.average()
     mixer.table.drop_logits()
     config = replace(
@@ -104,11 +108,14 @@ def param_groups(
         ("rule", mixer.rule, rates["lr"], rates["weight_decay"]),
         ("routes", mixer.table, rates["route_lr"], rates["route_weight_decay"]),
     ]
-    return [
+    found: list[dict[str, Any]] = [
         {"name": name, "params": parameters, "lr": rate, "weight_decay": decay}
         for name, module, rate, decay in groups
         if (parameters := [p for p in module.parameters() if p.requires_grad])
     ]
+    if mixer.averaged is not None:
+        found[0] |= mixer.averaged.group([name for name, _ in mixer.inventory.named_parameters()])
+    return found
 
 
 def row_optimizer(

@@ -13,9 +13,10 @@ from typing import Any
 
 from polyroute.errors import InputError
 from polyroute.host.files import read_json
-from polyroute.saved.base_names import GGUF_ID, is_packaged
+from polyroute.saved.base_names import loading_of
 from polyroute.saved.hub import CARD, HUB_ID, P3, public
 from polyroute.saved.markdown import Rows, code, table
+from polyroute.saved.prompting import Prompting, prompting_of
 from polyroute.saved.results import Measured, read_results
 from polyroute.saved.rows import SavedRoutes, read_description
 
@@ -90,12 +91,12 @@ def _written(path: Path, description: Mapping[str, Any], name: str, license: str
         MARK,
         f"# {name.rpartition('/')[2]}",
         _summary(description, base, count),
-        _use(description, config, base, name, tasks, pipeline),
+        _use(description, run, base, name, tasks, pipeline),
         _task_section(count, tasks, origin),
         _training(path, run, config),
         _licences(tasks, origin),
         *(each.section() for each in measured),
-        _limits(measured, is_base_known=base is not None or _has_own_loader(config.get("model"))),
+        _limits(measured, is_base_known=base is not None or loading_of(config) is not None),
     ]
     text = "\n\n".join(part for part in parts if part)
     return str(ModelCard(f"---\n{data.to_yaml()}\n---\n\n{text}\n"))
@@ -104,16 +105,11 @@ def _written(path: Path, description: Mapping[str, Any], name: str, license: str
 def _base(description: Mapping[str, Any], config: Mapping[str, Any]) -> str | None:
     """The hub id of the base model; None if it has none, or if the name may be a local path."""
     name = config.get("model", description["base"]["name"])
-    if not isinstance(name, str) or _has_own_loader(name):
+    if not isinstance(name, str) or loading_of({"model": name}) is not None:
         return None
     is_old_id = "/" not in name and "model" in config  # t5-small; a run stores absolute paths
     is_id = HUB_ID.fullmatch(name) or is_old_id
     return name if is_id and not Path(name).expanduser().exists() else None
-
-
-def _has_own_loader(model: object) -> bool:
-    """Whether polyroute alone loads the base model by its name, wherever the card is read."""
-    return is_packaged(model) or GGUF_ID.fullmatch(str(model)) is not None
 
 
 def _pipeline(base_class: str, *, is_run: bool) -> str | None:
@@ -161,12 +157,13 @@ def _summary(description: Mapping[str, Any], base: str | None, count: int) -> st
 
 def _use(
     description: Mapping[str, Any],
-    config: Mapping[str, Any],
+    run: Mapping[str, Any],
     base: str | None,
     name: str,
     tasks: Sequence[str],
     pipeline: str | None,
 ) -> str:
+    config, prompting = run.get("config", {}), prompting_of(run)
     base_class, dtype = description["base"]["class"], config.get("dtype")
     given = "" if dtype is None else f', dtype="{dtype}"'
     lines = ["import polyroute as pr"]
@@ -177,9 +174,8 @@ def _use(
             f'base = {base_class}.from_pretrained("{base}"{given})',
             f'tokenizer = AutoTokenizer.from_pretrained("{base}")',
         ]  # fmt: skip
-    elif _has_own_loader(config.get("model")):
-        lines += ["from polyroute.loading import load_base", "",
-                  f'base, tokenizer = load_base("{config["model"]}"{given})']  # fmt: skip
+    elif (loading := loading_of(config)) is not None:
+        lines += ["", loading]
     else:
         has_tokenizer = False
         lines += ["", f"# base: the {base_class} that the inventory was trained on"]
@@ -188,15 +184,17 @@ def _use(
         most = f", max_new_tokens={config['max_target']}" if "max_target" in config else ""
         task = json.dumps(tasks[0], ensure_ascii=False)
         lines += [
-            'prompt = tokenizer("...", return_tensors="pt")',
+            *(prompting or Prompting("plain")).code(),
             f"ids = model.generate(**prompt, tasks={task}{most})",
             "print(tokenizer.batch_decode(ids, skip_special_tokens=True))",
         ]
     snippet = "\n".join(lines)
+    prompts = "" if prompting is None else f" {prompting.sentence()}"
     return (
         f"## Use\n\n```python\n{snippet}\n```\n\n"
         "Each call names one task, or one task for each example. For tasks that the inventory has "
         'not seen, `tasks="mu"` takes the average of the skills.'
+        f"{prompts}"
     )
 
 

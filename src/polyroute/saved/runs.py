@@ -30,6 +30,7 @@ except ImportError:  # Windows
     fcntl = None  # type: ignore[assignment]
 
 __all__ = [
+    "BEFORE",
     "DIGEST",
     "RUNNING",
     "check_run",
@@ -41,6 +42,8 @@ __all__ = [
     "record",
 ]
 
+BEFORE = {"dtype": "float32", "prompt": "plain", "system": None}
+"""What runs of older versions did, whose `run.json` does not say so; not always the default."""
 DESCRIPTION = "run.json"
 DIGEST = "inventory_sha256"
 """Key in the config of a run that starts from an inventory: the inventory's `digest`."""
@@ -139,7 +142,14 @@ def open_run(
     return make_folder(path)
 
 
-def record(folder: Path, command: str, config: Mapping[str, Any], *, resume: bool = False) -> None:
+def record(
+    folder: Path,
+    command: str,
+    config: Mapping[str, Any],
+    *,
+    resume: bool = False,
+    notes: Mapping[str, Any] | None = None,
+) -> None:
     """Write the settings of a run into its folder, or compare them with those of a resumed run.
 
     Args:
@@ -147,6 +157,7 @@ def record(folder: Path, command: str, config: Mapping[str, Any], *, resume: boo
         command: the command that runs there.
         config: its settings; local folders are stored as absolute paths.
         resume: compare with the description in the folder instead of writing one.
+        notes: what the description says besides, which is not compared.
 
     Raises:
         InputError: a resumed run was started with other settings, or another process has just
@@ -185,6 +196,7 @@ def record(folder: Path, command: str, config: Mapping[str, Any], *, resume: boo
                 "config": kept,
                 "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
                 "machine": machine(),
+                **(notes or {}),
             },
         )
     except BaseException:

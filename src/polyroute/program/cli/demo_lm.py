@@ -19,7 +19,7 @@ def demo_lm(options: DemoLmOptions) -> Result:
 
     Example: `polyroute demo-lm --out demo-lm-out`
     """
-    from polyroute.program.language_demo import run_language_demo
+    from polyroute.program.commands.demo_lm import run_demo_lm
 
     stages = (train, adapt, evaluate)
-    return run_language_demo(options, {each.name: each.prepare for each in stages})
+    return run_demo_lm(options, {each.name: each.prepare for each in stages})

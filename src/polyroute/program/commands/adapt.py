@@ -4,6 +4,7 @@ import itertools
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +30,8 @@ from polyroute.program.commands.tasks import chosen_tasks
 from polyroute.program.options.adapt import AdaptOptions
 from polyroute.program.plans import AdaptationPlan, plan_of_adapting
 from polyroute.saved.hub import locate
-from polyroute.saved.runs import DIGEST, RUNNING, digest, held
+from polyroute.saved.peft_card import write_peft_card
+from polyroute.saved.runs import DIGEST, RUNNING, digest, held, read_run
 
 __all__ = ["adapt_run"]
 
@@ -44,6 +46,8 @@ class Work:
     choices: Mapping[str, AdaptSettings]
     """Settings by label, all of one phase."""
     options: AdaptOptions
+    card: Callable[[Path], None]
+    """Writes the card of an adapter."""
 
     @property
     def optimizations(self) -> list[str]:
@@ -68,6 +72,7 @@ def adapt_run(options: AdaptOptions) -> Result:
     out = options.out or beside(options.run) / f"adapt-{phase}-{shots}"
     run = Path(locate(options.run))
     folder = RunFolder("adapt", out, options, (run, options.source.data))
+    folder.compare_given(options.given)
     checkpoint = inventory_of(run)
     suite = load_suite(options.source.data, options.source.reader)
     base, kind = base_of(run, objective=options.objective, limits=options.limits)
@@ -75,7 +80,8 @@ def adapt_run(options: AdaptOptions) -> Result:
         suite, options.tasks, held_out_tasks(suite), kind,
         none=f"{options.source.data} holds no task out",
     )  # fmt: skip
-    work = Work(suite, kind, tasks, choices, options)
+    card = partial(write_peft_card, prompting=kind.prompting, config=read_run(run)["config"])
+    work = Work(suite, kind, tasks, choices, options, card)
     _check_examples(work)
     with loaded(base, checkpoint, run) as model:
         _check_model(model, work)
@@ -88,7 +94,9 @@ def adapt_run(options: AdaptOptions) -> Result:
         }
         if options.dry_run:
             folder.compare(config, options.given)
-            planned = AdaptationPlan(tasks, choices, options.seeds, options.split, folder.path)
+            planned = AdaptationPlan(
+                tasks, choices, options.seeds, options.split, options.max_test, folder.path
+            )
             return plan_of_adapting(model, suite, budget, planned)
         folder.open(config, options.given)
         results = _adapt(model, work, folder.path)
@@ -128,12 +136,13 @@ def _adapt(model: RoutedModel, work: Work, folder: Path) -> list[dict[str, Any]]
         results = list(done) if is_first() else []
         wanted = SuiteSlots(
             suite=work.suite, tasks=work.tasks, choices=work.choices, seeds=options.seeds,
-            split=options.split, done=done,
+            split=options.split, max_examples=options.max_test, done=done,
             part=slice(index(), None, count()) if count() > 1 else None,
         )  # fmt: skip
         adapted = adapt_suite(
             model, work.kind, wanted, memory=options.memory, folder=running,
-            each=_saving(model, folder, files, results), note=lambda result: say(line_of(result)),
+            each=_saving(model, folder, files, results, work.card),
+            note=lambda result: say(line_of(result)),
         )  # fmt: skip
         results += [result for result in adapted if result["score"] is None]
         write_json(files.own, results)
@@ -145,13 +154,18 @@ def _adapt(model: RoutedModel, work: Work, folder: Path) -> list[dict[str, Any]]
 
 
 def _saving(
-    model: RoutedModel, folder: Path, files: ResultFiles, results: list[dict[str, Any]]
+    model: RoutedModel,
+    folder: Path,
+    files: ResultFiles,
+    results: list[dict[str, Any]],
+    card: Callable[[Path], None],
 ) -> Callable[[dict[str, Any], str], None]:
     """A function that writes one result and its adapter, and adds it to `results` in place."""
 
     def save(result: dict[str, Any], route: str) -> None:
         place = folder / result["task"] / f"seed-{result['seed']}" / result["label"]
         model.export_peft(route, place)
+        card(place)
         if model.routes.logits is not None:
             write_tensors(place / "route.safetensors", {"route": model.routes[route]})
         results.append(result)

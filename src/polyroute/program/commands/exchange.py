@@ -17,7 +17,9 @@ from polyroute.program.commands.runs import (
 )
 from polyroute.program.options.finished import ExportOptions, ImportOptions
 from polyroute.saved.hub import locate
-from polyroute.saved.runs import held
+from polyroute.saved.peft_card import write_peft_card
+from polyroute.saved.prompting import NOTE
+from polyroute.saved.runs import held, read_run
 
 __all__ = ["export_run", "import_run"]
 
@@ -31,9 +33,11 @@ def export_run(options: ExportOptions) -> Result:
     run, out, task = Path(locate(options.run)), options.out, options.task
     checkpoint = inventory_of(run)
     check_export(out, options.format, task)
-    base, _ = base_of(run)
+    base, kind = base_of(run)
     with loaded(base, checkpoint, run) as model:
         write_inventory(model, out, options.format, task)
+    if options.format != "mttl":
+        write_peft_card(out, kind.prompting, read_run(run)["config"])
     what = f"the inventory as {options.format}" if task is None else f"{task!r} as a PEFT adapter"
     return Result({"out": out, "format": options.format, "task": task}, (f"wrote {what} to {out}",))
 
@@ -48,12 +52,12 @@ def import_run(options: ImportOptions) -> Result:
     tasks = None if options.tasks_file is None else read_names(options.tasks_file)
     reading, given = settled(options.reading, options.given)
     limits = {name: getattr(reading, name) or limit for name, limit in WITHOUT_DATA.items()}
-    base, _ = load(BaseModel(options.model, reading))
+    base, kind = load(BaseModel(options.model, reading))
     model = read_inventory(
         base, options.source, form=options.format, tasks=tasks, allow_pickle=options.allow_pickle
     )
     config = {**given.recorded, **limits, "method": model.adapter_config.method}
-    place = folder.open(config, given)
+    place = folder.open(config, given, {NOTE: kind.prompting.to_dict()})
     with held(place):
         model.save_pretrained(place)
     return Result(

@@ -11,10 +11,10 @@ from polyroute.host.output import say
 from polyroute.kinds.choose import ChatTemplate, ModelKind, kind_of
 from polyroute.kinds.objectives import Objective
 from polyroute.loading import load_base
-from polyroute.program.options.shared import Given, Limits, Reading
+from polyroute.program.options.shared import LIMITS, Given, Limits, Reading
 from polyroute.saved.checkpoint import Checkpoint, read_checkpoint
 from polyroute.saved.hub import DESCRIPTION, Snapshot, locate
-from polyroute.saved.runs import read_run
+from polyroute.saved.runs import BEFORE, read_run
 
 __all__ = [
     "WITHOUT_DATA",
@@ -27,8 +27,6 @@ __all__ = [
     "settled",
 ]
 
-BEFORE = {"dtype": "float32", "prompt": "plain", "system": None}
-"""What runs of older versions, which do not say so, did."""
 WITHOUT_DATA = {"max_input": 256, "max_target": 64}
 """The most tokens that are read where there is no data to choose them by."""
 
@@ -69,17 +67,26 @@ def settled(
 ) -> tuple[Reading, Given]:
     """What was asked for, with the type that `--dtype auto` comes to.
 
+    What was not asked for of a run that an older version began stays as that version did it.
+
     Args:
         reading: how a base model is to be loaded.
         given: what `run.json` is to keep of it.
         resumed: the run that is resumed, whose type stays; None of a fresh run.
     """
+    if resumed is not None:
+        known = read_run(resumed)["config"]
+        former: dict[str, Any] = {
+            k: v for k, v in BEFORE.items() if k not in known and k not in given.places
+        }
+        reading = replace(reading, **former)
+        given = replace(given, recorded={**given.recorded, **former})
     if reading.dtype != AUTO:
         return reading, given
     dtype = here = settled_dtype(AUTO)
     does = "multiplies" if here == "bfloat16" else "does not multiply"
     why = f"this hardware {does} bfloat16 fast"
-    before = None if resumed is None else read_run(resumed)["config"].get("dtype", "float32")
+    before = None if resumed is None else read_run(resumed)["config"].get("dtype", BEFORE["dtype"])
     if before in DTYPES:
         dtype, why = before, f"the run in {resumed} was started with it"
         if before != here:
@@ -135,7 +142,8 @@ def base_of(
         InputError: the run says nothing of a base model, or see `load`.
     """
     base = BaseModel.of(run)
-    given = {name: limit for name, limit in asdict(limits).items() if limit is not None}
+    own = {name: getattr(limits, name) for name in LIMITS}  # `limits` may say more, as `Reading`
+    given = {name: limit for name, limit in own.items() if limit is not None}
     reading = replace(base.reading, **given)
     return load(replace(base, reading=reading), objective=objective)
 

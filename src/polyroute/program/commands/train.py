@@ -16,7 +16,7 @@ from polyroute.host.files import finite, read_json, write_json
 from polyroute.host.interrupts import deferred, resumable
 from polyroute.host.output import Result, say
 from polyroute.host.processes import is_first, wait
-from polyroute.loading import attend_in_bfloat16, load_suite
+from polyroute.loading import load_suite, use_fast_attention
 from polyroute.model import RoutedModel
 from polyroute.optimizers import summary
 from polyroute.program.commands.checkpoints import TRAINER_STATE, last_checkpoint
@@ -30,6 +30,7 @@ from polyroute.program.options.train import TrainOptions
 from polyroute.program.plans import plan_of_training
 from polyroute.saved.checkpoint import Checkpoint
 from polyroute.saved.hub import locate
+from polyroute.saved.prompting import NOTE
 from polyroute.saved.runs import held
 from polyroute.settings import option_of
 from polyroute.study.alignment_callback import AlignmentCallback
@@ -70,13 +71,14 @@ def train_run(options: TrainOptions) -> Result:
     folder = RunFolder("train", options.out, options, inputs)
     reading, given = settled(options.reading, options.given, folder.resumed)
     options = replace(options, reading=reading, given=given)
+    folder.compare_given(given)
     trainer, tasks, options = _prepared(options, start, folder)
     optimization = summary(asdict(options.optimization))
     config = {**options.given.recorded, "tasks": list(tasks), "optimization": optimization}
     if options.dry_run:
         folder.compare(config, options.given)
         return plan_of_training(trainer, options, tasks, folder.path)
-    folder.open(config, options.given)
+    folder.open(config, options.given, {NOTE: trainer.kind.prompting.to_dict()})
     with held(folder.path), resumable(folder.path):
         if options.resume and (folder.path / METRICS).is_file():
             say(f"the run in {folder.path} is finished; there is nothing to resume")
@@ -122,7 +124,7 @@ def _prepared(
     assert options.model is not None
     base, kind = load(BaseModel(options.model, options.reading), objective=options.objective)
     if options.bf16:
-        attend_in_bfloat16(base)
+        use_fast_attention(base)
     tasks = chosen_tasks(
         suite, options.source.tasks, training_tasks(suite), kind,
         none=f"every task of {options.source.data} is held out",

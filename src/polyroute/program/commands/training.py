@@ -3,6 +3,7 @@
 import math
 import tempfile
 from collections.abc import Callable
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -58,6 +59,7 @@ def _arguments(options: TrainOptions, folder: Path) -> MultiTaskTrainingArgument
             f"--batch-size {options.batch_size} cannot be shared by {count()} processes: make "
             "it a multiple"
         )
+    checkpointing: dict[str, Any] = {_checkpointing(): True} if options.checkpointing else {}
     return MultiTaskTrainingArguments(
         output_dir=str(folder),
         max_steps=steps,
@@ -89,9 +91,15 @@ def _arguments(options: TrainOptions, folder: Path) -> MultiTaskTrainingArgument
         report_to=options.report_to,
         disable_tqdm=True,  # its bar prints what is logged to standard output
         dataloader_pin_memory=torch.cuda.is_available(),
-        # None is transformers' own default; False would count as given.
-        activation_checkpointing=True if options.checkpointing else None,
+        **checkpointing,
     )
+
+
+def _checkpointing() -> str:
+    """What this version of transformers calls the option; before 5.23 it had the older name."""
+    names = {one.name for one in fields(MultiTaskTrainingArguments)}
+    new, old = "activation_checkpointing", "gradient_checkpointing"
+    return new if new in names else old
 
 
 def diverged(what: str, step: int) -> InputError:

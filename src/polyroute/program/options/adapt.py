@@ -16,7 +16,7 @@ from polyroute.program.options.shared import (
     PlannedOptions,
     Source,
 )
-from polyroute.settings import setting, text
+from polyroute.settings import setting, text, whole
 
 __all__ = ["AdaptOptions"]
 
@@ -42,6 +42,10 @@ class AdaptOptions(PlannedOptions):
     )  # fmt: skip
     limits: Limits = group(Limits, panel="Adaptation")
     split: str = setting("test", text(), help="Split to score on.")
+    max_test: int | None = setting(
+        None, whole(optional=True),
+        help="Most examples of each task to score on, drawn with one seed [all].",
+    )  # fmt: skip
     out: Path | None = setting(
         None, recorded=False, help="Folder of results [RUN/adapt-PHASE-SHOTS]."
     )

@@ -9,10 +9,10 @@ from polyroute.errors import InputError
 from polyroute.program.options.flags import flags_of, group
 from polyroute.program.options.shared import (
     CONFIG,
+    LIMITS,
     READER,
     REQUIRED,
     RUN_HELP,
-    Limits,
     Options,
     Reading,
     Source,
@@ -27,9 +27,6 @@ __all__ = [
     "PushOptions",
     "ReportOptions",
 ]
-
-LIMITS = {each.name for each in flags_of(Limits)}
-"""Options of the base model that need not be those of the run."""
 
 
 @dataclass(frozen=True, kw_only=True)

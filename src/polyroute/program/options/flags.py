@@ -54,6 +54,10 @@ class Flag:
             return parse
         if any(get_origin(kind) is tuple for kind in self.types):
             return texts.pattern if str in self.types else texts.names
+        if self.marks.get("typed") == list[Path]:
+            return lambda value, _: [Path(one) for one in value]
+        if Path in self.types and str not in self.types:  # older versions of typer leave it a text
+            return lambda value, _: Path(value) if isinstance(value, str) else value
         return lambda value, _: value
 
     def recorded(self, value: Any) -> Any:

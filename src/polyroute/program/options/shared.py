@@ -12,11 +12,12 @@ These marks may be given to `setting`, besides those that `polyroute.settings` k
 - `values`: what shells complete to, or a function that knows;
 - `recorded=False`: `run.json` does not keep it, so a resumed run may have another value;
 - `from_start`: with `polyroute train --start` it comes from the other run (also of a group);
+- `from_run`: where `polyroute evaluate` scores a run, it comes from the run (also of a group);
 - `panel`: under which heading the help shows it (also of a group).
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import MISSING, dataclass, field
+from dataclasses import MISSING, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,7 @@ from polyroute.settings import check_settings, flag, one_of, setting, text, whol
 
 __all__ = [
     "CONFIG",
+    "LIMITS",
     "OBJECTIVE",
     "READER",
     "REQUIRED",
@@ -77,8 +79,8 @@ class Source:
 
     data: str = setting(
         REQUIRED, text(),
-        help="Suite: a folder of JSONL, CSV or Parquet files, a YAML file of hub data sets, or a "
-        "copy of Super-NaturalInstructions or P3; see docs/data.md.",
+        help="Suite: `starter`, a JSON, JSONL, CSV or Parquet file or a folder of them, a YAML "
+        "file of hub data sets, or a copy of Super-NaturalInstructions or P3; see docs/data.md.",
     )  # fmt: skip
     tasks: Sequence[str] | None = setting(
         None, parse=texts.names, typed=str, help="Task names, separated by commas."
@@ -99,7 +101,7 @@ class Limits:
     max_input: int | None = setting(
         None,
         whole(optional=True),
-        help="Most tokens of a prompt [the run's, or 95 % of the data fit].",
+        help="Most tokens of a prompt [the run's; a fresh run: 95 % fit].",
     )
     max_target: int | None = setting(
         None, whole(optional=True), help="Most tokens of a target or choice [as for prompts]."
@@ -108,6 +110,10 @@ class Limits:
     def __post_init__(self) -> None:
         """Check every value."""
         check_settings(self)
+
+
+LIMITS = tuple(one.name for one in fields(Limits))
+"""Options that need not be those of the run that a command reads."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -162,7 +168,7 @@ class PlannedOptions(RunOptions):
 CONFIG: Any = PlannedOptions.__dataclass_fields__["config"].metadata
 OBJECTIVE: Any = {
     "check": text(),
-    "help": "What is learned: lm, t-few (compares choices) or superni (smoothed).",
+    "help": "The loss: lm, t-few (compares choices) or superni (smoothed).",
     "values": ("lm", "t-few", "superni"),
 }
 """The arguments of `setting` for fields of this kind in other records."""

@@ -18,7 +18,8 @@ from polyroute.program.options.experiments import ReproduceOptions
 from polyroute.program.reproduce.page import page_of
 from polyroute.program.reproduce.preset import Preset, read_preset
 from polyroute.program.reproduce.results import summarise
-from polyroute.program.reproduce.stages import Plan, Prepare, Stage, readers_of
+from polyroute.program.reproduce.stages import Plan, readers_of
+from polyroute.program.stages import Prepare, Stage
 from polyroute.saved.runs import held
 
 __all__ = ["run_preset"]

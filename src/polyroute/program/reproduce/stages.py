@@ -1,7 +1,7 @@
 """Stages: the commands that a preset comes to, each with a folder or file of its own."""
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -9,37 +9,9 @@ from typing import Any
 from polyroute.errors import InputError
 from polyroute.program.recipes import SECTIONS
 from polyroute.program.reproduce.preset import Preset
-from polyroute.saved.runs import RUNNING
+from polyroute.program.stages import Stage
 
-__all__ = ["MethodPlan", "Plan", "Prepare", "Stage", "Way", "readers_of"]
-
-Prepare = Callable[[Mapping[str, Any]], Callable[[], None]]
-"""Takes the options of a command and checks them; what it returns runs the command."""
-
-
-@dataclass(frozen=True)
-class Stage:
-    """One command, and the file that it writes last."""
-
-    command: str
-    options: Mapping[str, Any]
-    """As a file of options gives them; the command checks them."""
-    result: Path
-
-    @property
-    def is_done(self) -> bool:
-        """Whether there is nothing left to do."""
-        return self.result.is_file() and not (self.result.parent / RUNNING).exists()
-
-    def run(self, commands: Mapping[str, Prepare]) -> None:
-        """Run the command, or what is left of it."""
-        if self.is_done:
-            return
-        options = self.options
-        if self.command in ("train", "adapt"):
-            is_begun = (self.result.parent / "run.json").is_file()
-            options = {**options, "resume": is_begun}
-        commands[self.command](options)()
+__all__ = ["MethodPlan", "Plan", "Way", "readers_of"]
 
 
 @dataclass(frozen=True)
@@ -138,10 +110,11 @@ class Plan:
         if not preset.zero_shot:
             return []
         ways = [Way(method, "zero-shot", [self._scoring(self.folder / method)])]
-        if preset.mu_training and "mu" in preset.methods[method]["phases"]:
+        phases = [p for p in preset.methods[method]["phases"] if p in ("mu", "mu-uncollapsed")]
+        if preset.mu_training and phases:
             place = self.folder / f"{method}-mu"
             further = {
-                **train.options, "start": str(self.folder / method), "phase": "mu",
+                **train.options, "start": str(self.folder / method), "phase": phases[0],
                 **_options(preset.mu_training), "out": str(place),
             }  # fmt: skip
             stages = [Stage("train", further, place / "metrics.json"), self._scoring(place)]

@@ -24,21 +24,22 @@ from polyroute.loading import check_base
 from polyroute.program.commands.folder import RunFolder
 from polyroute.program.commands.runs import base_of
 from polyroute.program.options.experiments import DemoLmOptions
-from polyroute.program.reproduce.stages import Prepare, Stage
+from polyroute.program.stages import Prepare, Stage
 from polyroute.report_page import write_report
 from polyroute.report_page.intervals import Estimate, estimates
+from polyroute.saved.markdown import table
 from polyroute.saved.runs import held, machine
 from polyroute.study.base_alone import BaseAlone
 from polyroute.study.examples import encoded
 
-__all__ = ["run_language_demo"]
+__all__ = ["run_demo_lm", "table_of_contenders"]
 
 MODEL = "smollm2"
 READING: dict[str, Any] = {"dtype": "auto", "max_input": 160, "max_target": 32}
 SHOTS = 16
 SEEDS = (42, 1024)
-# The rates and steps were chosen on tasks that are neither trained on nor held out here; each way
-# of adapting had the same search.
+# The rates and steps were chosen on tasks that are neither trained on nor held out here, from three
+# rates for each contender.
 TRAIN: dict[str, Any] = {"rank": 4, "steps": 240, "batch_size": 16, "lr": 2e-3}
 METHODS: dict[str, dict[str, Any]] = {
     "mhr": {"method": "mhr", "skills": 8, "heads": 8},
@@ -50,7 +51,7 @@ ANSWERS = 3
 
 
 @dataclass(frozen=True)
-class Way:
+class Contender:
     """One line of the table."""
 
     name: str
@@ -63,20 +64,20 @@ class Way:
     rates: Mapping[str, float]
 
 
-WAYS = (
-    Way("base", "the base model as it is", None, None, {}),
-    Way("shared zero-shot", "one LoRA for all tasks, without an example", "shared", None, {}),
-    Way("zero-shot", "the average of the skills, without an example", "mhr", None, {}),
-    Way("fresh", "a fresh LoRA", "shared", "random", {"lr": 3e-3}),
-    Way("shared", "one LoRA for all tasks, tuned", "shared", "full", {"lr": 3e-3}),
-    Way("mu", "the average of the skills, tuned (mu)", "mhr", "mu", {"lr": 3e-3}),
-    Way("z", "routing alone (z)", "mhr", "z", {"route_lr": 0.3}),
+CONTENDERS = (
+    Contender("base", "the base model as it is", None, None, {}),
+    Contender("shared zero-shot", "one LoRA for all tasks, without an example", "shared", None, {}),
+    Contender("zero-shot", "the average of the skills, without an example", "mhr", None, {}),
+    Contender("fresh", "a fresh LoRA", "shared", "random", {"lr": 3e-3}),
+    Contender("shared", "one LoRA for all tasks, tuned", "shared", "full", {"lr": 3e-3}),
+    Contender("mu", "the average of the skills, tuned (mu)", "mhr", "mu", {"lr": 3e-3}),
+    Contender("z", "routing alone (z)", "mhr", "z", {"route_lr": 0.3}),
 )
 COMPARED = (("mu", "fresh"), ("z", "fresh"), ("mu", "shared"), ("z", "shared"))
 """Ways whose difference is put in words."""
 
 
-def run_language_demo(options: DemoLmOptions, commands: Mapping[str, Prepare]) -> Result:
+def run_demo_lm(options: DemoLmOptions, commands: Mapping[str, Prepare]) -> Result:
     """Train, adapt and compare, and write `results.json`, `results.md` and `report.html`.
 
     Args:
@@ -105,7 +106,10 @@ def run_language_demo(options: DemoLmOptions, commands: Mapping[str, Prepare]) -
         write_report(runs, page)
         lora = place / "mhr" / "mu"
         answers = _answers(place / "mhr", lora, tasks)
-        scores = {way.name: _scores(read_json(stages[way.name].result), tasks) for way in WAYS}
+        scores = {
+            contender.name: _scores(read_json(stages[contender.name].result), tasks)
+            for contender in CONTENDERS
+        }
         content = {**_summary(stages, scores), "answers": answers, "machine": machine()}
         write_json(place / "results.json", content)
         write_text(place / "results.md", _page(content))
@@ -116,7 +120,7 @@ def run_language_demo(options: DemoLmOptions, commands: Mapping[str, Prepare]) -
 
 
 def _stages(folder: Path, tasks: Sequence[str], *, quick: bool) -> dict[str, Stage]:
-    """The commands by name, in order: a training of each method, then each way."""
+    """The commands by name, in order: a training of each method, then each contender."""
     share, seeds = (10, SEEDS[:1]) if quick else (1, SEEDS)
     adapting = {**ADAPT, "steps": ADAPT["steps"] // share, "seeds": list(seeds)}
     training = {**TRAIN, "steps": TRAIN["steps"] // share}
@@ -125,24 +129,26 @@ def _stages(folder: Path, tasks: Sequence[str], *, quick: bool) -> dict[str, Sta
         given = {"model": MODEL, "data": STARTER, **READING, **adapter, **training}
         run = folder / method
         stages[f"train {method}"] = Stage("train", {**given, "out": str(run)}, run / "metrics.json")
-    for way in WAYS:
-        stages[way.name] = _stage_of(way, folder, tasks, adapting)
+    for contender in CONTENDERS:
+        stages[contender.name] = _stage_of(contender, folder, tasks, adapting)
     return stages
 
 
-def _stage_of(way: Way, folder: Path, tasks: Sequence[str], adapting: Mapping[str, Any]) -> Stage:
-    """The command that scores one way on the held-out tasks."""
+def _stage_of(
+    contender: Contender, folder: Path, tasks: Sequence[str], adapting: Mapping[str, Any]
+) -> Stage:
+    """The command that scores one contender on the held-out tasks."""
     common = {"data": STARTER, "tasks": list(tasks)}
-    if way.method is None:
-        result = folder / f"{way.name}.json"
+    if contender.method is None:
+        result = folder / f"{contender.name}.json"
         return Stage("evaluate", {"model": MODEL, **common, **READING, "out": str(result)}, result)
-    run = folder / way.method
-    if way.phase is None:
+    run = folder / contender.method
+    if contender.phase is None:
         result = run / "zero-shot.json"
         scored = {"run": str(run), **common, "zero_shot": True, "out": str(result)}
         return Stage("evaluate", scored, result)
-    place = run / way.phase
-    given = {"run": str(run), **common, "phase": way.phase, **adapting, **way.rates}
+    place = run / contender.phase
+    given = {"run": str(run), **common, "phase": contender.phase, **adapting, **contender.rates}
     return Stage("adapt", {**given, "out": str(place)}, place / "results.json")
 
 
@@ -188,15 +194,15 @@ def _scores(content: Any, tasks: Sequence[str]) -> list[dict[str, Any]]:
 def _summary(
     stages: Mapping[str, Stage], scores: Mapping[str, Sequence[Mapping[str, Any]]]
 ) -> dict[str, Any]:
-    """The table, the differences between ways, and what training took."""
-    ways = []
-    for way in WAYS:
-        own = scores[way.name]
+    """The table, the differences between contenders, and what training took."""
+    contenders = []
+    for contender in CONTENDERS:
+        own = scores[contender.name]
         [mean] = estimates(np.array([[one["score"]] for one in own]))
-        ways.append(
+        contenders.append(
             {
-                "name": way.name,
-                "title": way.title,
+                "name": contender.name,
+                "title": contender.title,
                 **_interval(mean),
                 "per_token": float(np.mean([one["per_token"] for one in own])),
                 "trained_parameters": own[0]["trained_parameters"],
@@ -216,7 +222,12 @@ def _summary(
         }
         for method in METHODS
     }
-    return {"shots": SHOTS, "training": training, "ways": ways, "differences": differences}
+    return {
+        "shots": SHOTS,
+        "training": training,
+        "contenders": contenders,
+        "differences": differences,
+    }
 
 
 def _interval(mean: Estimate) -> dict[str, float | None]:
@@ -252,23 +263,25 @@ def _answers(run: Path, adapted: Path, tasks: Sequence[str]) -> list[dict[str, s
 
 ANSWER = ("task", "target", "before", "after")
 COLUMNS = (
-    "", "score", "95 % interval over tasks", "score per token", "trained parameters",
+    "contender", "score", "95 % interval over tasks", "score per token", "trained parameters",
     "seconds a task",
 )  # fmt: skip
 
 
-def _cells(way: Mapping[str, Any]) -> list[str]:
-    interval = "" if way["low"] is None else f"{way['low']:.3f} to {way['high']:.3f}"
+def _cells(contender: Mapping[str, Any]) -> list[str]:
+    interval = (
+        "" if contender["low"] is None else f"{contender['low']:.3f} to {contender['high']:.3f}"
+    )
     return [
-        way["title"], f"{way['score']:.3f}", interval, f"{way['per_token']:.3f}",
-        f"{way['trained_parameters']:,}" if way["trained_parameters"] else "",
-        f"{way['seconds']:.0f}" if way["seconds"] else "",
+        contender["title"], f"{contender['score']:.3f}", interval, f"{contender['per_token']:.3f}",
+        f"{contender['trained_parameters']:,}" if contender["trained_parameters"] else "",
+        f"{contender['seconds']:.0f}" if contender["seconds"] else "",
     ]  # fmt: skip
 
 
 def _words(content: Mapping[str, Any]) -> list[str]:
     """The findings as sentences, computed from the results."""
-    titles = {way["name"]: way["title"] for way in content["ways"]}
+    titles = {contender["name"]: contender["title"] for contender in content["contenders"]}
     lines = []
     for each in content["differences"]:
         low, high = each["low"], each["high"]
@@ -289,29 +302,31 @@ def _training(content: Mapping[str, Any]) -> str:
     )
 
 
+def table_of_contenders(content: Mapping[str, Any]) -> str:
+    """The table of all contenders in Markdown, from what `results.json` holds."""
+    return table(COLUMNS, [_cells(contender) for contender in content["contenders"]])
+
+
 def _page(content: Mapping[str, Any]) -> str:
     """The results as Markdown."""
+    contenders = content["contenders"]
+    by_task = [
+        [same[0]["task"], same[0]["metric"], *(f"{one['score']:.3f}" for one in same)]
+        for same in zip(*(contender["tasks"] for contender in contenders), strict=True)
+    ]
     lines = [
         "# polyroute demo-lm",
         "",
-        f"{_training(content)}. Then {len(content['ways'][0]['tasks'])} held-out tasks, with "
-        f"{content['shots']} examples each where a row trains something.",
+        f"{_training(content)}. Then {len(by_task)} held-out tasks, of which every contender that "
+        f"trains gets {content['shots']} examples each.",
         "",
-        "| " + " | ".join(COLUMNS) + " |",
-        "|" + "---|" * len(COLUMNS),
-        *("| " + " | ".join(_cells(way)) + " |" for way in content["ways"]),
+        table_of_contenders(content),
         "",
         *(f"- {line}." for line in _words(content)),
         "",
-        "| task | " + " | ".join(way["title"] for way in content["ways"]) + " |",
-        "|---" * (1 + len(content["ways"])) + "|",
-    ]
-    for number, task in enumerate(content["ways"][0]["tasks"]):
-        scores = (f"{way['tasks'][number]['score']:.3f}" for way in content["ways"])
-        lines.append(f"| {task['task']} ({task['metric']}) | " + " | ".join(scores) + " |")
-    lines += [
+        table(["task", "metric", *(contender["title"] for contender in contenders)], by_task),
         "",
-        "Answers to the first test example of three tasks, before and after phase mu:",
+        "Answers to the first test example of a task, before and after phase mu:",
         "",
     ]
     for each in content["answers"]:
@@ -331,15 +346,15 @@ def _line(text: str) -> str:
 
 def _shown(content: Mapping[str, Any], folder: Path, lora: Path) -> tuple[Any, ...]:
     """The results for the terminal."""
-    table = Table(*COLUMNS)
-    for way in content["ways"]:
-        table.add_row(*_cells(way))
+    scores = Table(*COLUMNS)
+    for contender in content["contenders"]:
+        scores.add_row(*_cells(contender))
     answers = Table(*ANSWER)
     for each in content["answers"]:
         answers.add_row(*(escape(_line(each[name])) for name in ANSWER))
     return (
         _training(content),
-        table,
+        scores,
         *(f"- {line}" for line in _words(content)),
         answers,
         f"the report is {folder / 'report.html'}, the tables are in {folder / 'results.md'}",

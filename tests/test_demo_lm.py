@@ -9,10 +9,11 @@ import pytest
 
 from polyroute.exchange.lora import from_lora
 from polyroute.loading import load_base
-from polyroute.program import language_demo
 from polyroute.program.cli.app import main
+from polyroute.program.commands import demo_lm
 
-WAYS = ["base", "shared zero-shot", "zero-shot", "fresh", "shared", "mu", "z"]
+ROOT = Path(__file__).parents[1]
+CONTENDERS = ["base", "shared zero-shot", "zero-shot", "fresh", "shared", "mu", "z"]
 
 
 @pytest.fixture(scope="module")
@@ -20,10 +21,10 @@ def out(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
     """What a quick demo on the byte-level model left, and what it printed."""
     folder = tmp_path_factory.mktemp("demo") / "out"
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(language_demo, "MODEL", "demo")
-        patch.setattr(language_demo, "TRAIN", {**language_demo.TRAIN, "steps": 20})
+        patch.setattr(demo_lm, "MODEL", "demo")
+        patch.setattr(demo_lm, "TRAIN", {**demo_lm.TRAIN, "steps": 20})
         printed: list[str] = []
-        patch.setattr(language_demo, "say", printed.append)
+        patch.setattr(demo_lm, "say", printed.append)
         with pytest.warns(UserWarning, match="too long"):
             main(["demo-lm", "--quick", "--out", str(folder), "--quiet"])
     return folder, "\n".join(printed)
@@ -31,15 +32,17 @@ def out(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
 
 def test_every_way_is_scored_on_the_same_tasks(out: tuple[Path, str]) -> None:
     content = json.loads((out[0] / "results.json").read_text())
-    assert [way["name"] for way in content["ways"]] == WAYS
-    tasks = [[task["task"] for task in way["tasks"]] for way in content["ways"]]
+    assert [contender["name"] for contender in content["contenders"]] == CONTENDERS
+    tasks = [[task["task"] for task in contender["tasks"]] for contender in content["contenders"]]
     assert all(own == tasks[0] for own in tasks)
     assert len(tasks[0]) == 2
-    for way in content["ways"]:
-        mean = sum(task["score"] for task in way["tasks"]) / 2
-        assert way["score"] == pytest.approx(mean)
-        assert 0 <= way["low"] <= mean <= way["high"]
-    parameters = {way["name"]: way["trained_parameters"] for way in content["ways"]}
+    for contender in content["contenders"]:
+        mean = sum(task["score"] for task in contender["tasks"]) / 2
+        assert contender["score"] == pytest.approx(mean)
+        assert 0 <= contender["low"] <= mean <= contender["high"]
+    parameters = {
+        contender["name"]: contender["trained_parameters"] for contender in content["contenders"]
+    }
     assert parameters["base"] == parameters["zero-shot"] == 0
     assert 0 < parameters["z"] < parameters["mu"] == parameters["fresh"] == parameters["shared"]
 
@@ -48,8 +51,8 @@ def test_it_writes_a_page_a_report_and_a_lora(out: tuple[Path, str]) -> None:
     folder = out[0]
     page = (folder / "results.md").read_text()
     content = json.loads((folder / "results.json").read_text())
-    for way in content["ways"]:
-        assert f"| {way['title']} | {way['score']:.3f} |" in page
+    for contender in content["contenders"]:
+        assert f"| {contender['title']} | {contender['score']:.3f} |" in page
     for answer in content["answers"]:
         assert f"**{answer['task']}** (right: {answer['target']})" in page
     assert "<html" in (folder / "report.html").read_text()
@@ -76,7 +79,7 @@ def test_a_finished_demo_resumes_without_work(
     out: tuple[Path, str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     folder = out[0]
-    monkeypatch.setattr(language_demo, "MODEL", "demo")
+    monkeypatch.setattr(demo_lm, "MODEL", "demo")
     before = {path: path.stat().st_mtime_ns for path in folder.glob("*/**/*.safetensors")}
     main(["demo-lm", "--quick", "--out", str(folder), "--resume"])
     assert "polyroute train" not in capsys.readouterr().out
@@ -86,8 +89,13 @@ def test_a_finished_demo_resumes_without_work(
 def test_a_missing_model_is_named_before_anything_is_written(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(language_demo, "MODEL", "package:not_there")
+    monkeypatch.setattr(demo_lm, "MODEL", "package:not_there")
     with pytest.raises(SystemExit):
         main(["demo-lm", "--out", str(tmp_path / "out")])
     assert "not_there" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
+
+
+def test_the_readme_shows_the_committed_results() -> None:
+    content = json.loads((ROOT / "benchmarks" / "results" / "demo_lm.json").read_text())
+    assert demo_lm.table_of_contenders(content) in (ROOT / "README.md").read_text()
