@@ -26,8 +26,8 @@ MULTIPLES = (1, 2, 3, 4)
 ATTENTION = 1000
 """The length of a row at which attention costs a token as much as everything else."""
 OVERHEAD = 1.2
-"""The cost of a token of a packed row, whose update is computed in another layout, in tokens of a
-padded one. Measured with SmolLM2 in bfloat16 on a CPU, as is `ATTENTION`."""
+"""The cost of a token of a packed row of several tasks, whose update is computed in another layout,
+in tokens of a padded one. Measured with SmolLM2 in bfloat16 on a CPU, as is `ATTENTION`."""
 
 
 @dataclass(frozen=True)
@@ -82,11 +82,10 @@ def packed_rows(
         `polyroute.kinds.trees.laid_out` makes them; and `tasks`, the task of each tree in the order
         of the rows.
     """
-    pairs = list(zip(prompts, targets, strict=True))
-    whole = [[*prompt, *target[:-1]] for prompt, target in pairs]
+    whole = [[*prompt, *target[:-1]] for prompt, target in zip(prompts, targets, strict=True)]
     rows, cost = min(_ways(prompts, whole, tasks, packing), key=lambda way: way[1])
-    longest = max(len(prompt) + len(target) for prompt, target in pairs)
-    if OVERHEAD * cost > _cost([longest] * len(whole)):
+    overhead = OVERHEAD if len(set(tasks)) > 1 else 1
+    if overhead * cost >= _cost([max(map(len, whole))] * len(whole)):
         return None
     trees = [[group.tree(whole) for group in row] for row in rows]
     inputs, places = laid_out(trees, pad=pad, limit=limit)
