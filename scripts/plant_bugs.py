@@ -332,8 +332,8 @@ BUGS = (
     ),
     Bug(
         "examples share what only the first two begin with", "kinds/packing.py",
-        "zip(prompts[own[0]], prompts[own[-1]], strict=False)",
-        "zip(prompts[own[0]], prompts[own[:2][-1]], strict=False)",
+        "zip(whole[own[0]], whole[own[-1]], strict=False)",
+        "zip(whole[own[0]], whole[own[:2][-1]], strict=False)",
         ("test_shared_beginnings.py",),
     ),
     Bug(

@@ -106,7 +106,7 @@ def _ways(
 ) -> Iterator[tuple[list[list[_Group]], float]]:
     """Ways to fill rows, and their costs: with 1, 2, 4, 8 ... examples in a tree."""
     of_task: dict[str, list[int]] = {}
-    for one in sorted(range(len(whole)), key=lambda one: prompts[one]):
+    for one in sorted(range(len(whole)), key=lambda one: whole[one]):
         of_task.setdefault(tasks[one], []).append(one)
     most = 1
     while True:
@@ -129,18 +129,18 @@ def _ways(
 def _groups(
     prompts: Sequence[Ids], whole: Sequence[Ids], members: Sequence[int], most: int
 ) -> Iterator[_Group]:
-    """Examples of a task, in the order of their prompts, in groups of at most `most`.
+    """Examples of a task, in the order of their tokens, in groups of at most `most`.
 
-    What all prompts of a group begin with is then what the first and the last begin with. At least
+    What all of a group begin with is then what the first and the last begin with. At least
     one token of each prompt stays its own, so that no place predicts the labels of two examples.
     """
     parts = -(-len(members) // most)
     for part in range(parts):
         own = members[part * len(members) // parts : (part + 1) * len(members) // parts]
-        pairs = zip(prompts[own[0]], prompts[own[-1]], strict=False)
+        pairs = zip(whole[own[0]], whole[own[-1]], strict=False)
         common = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], pairs))
         depth = min(common, *(len(prompts[one]) - 1 for one in own))
-        if len(own) == 1 or not depth:
+        if len(own) == 1 or depth < 1:
             yield from (_Group([one], 0, len(whole[one])) for one in own)
         else:
             yield _Group(own, depth, depth + sum(len(whole[one]) - depth for one in own))
