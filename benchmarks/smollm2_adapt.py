@@ -62,7 +62,7 @@ def measured(data: str, steps: int, rounds: int, threads: int) -> dict[str, Any]
                 seconds[name].append(_timed(call, way))
     return {
         "steps": steps, "shots": SHOTS, "tasks": TASKS, "seeds": SEEDS,
-        "reference": f"commands, {NINE}", "cpu_seconds": seconds,
+        "cpu_seconds": seconds,
     }  # fmt: skip
 
 

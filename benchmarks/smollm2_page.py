@@ -30,6 +30,11 @@ Nine adaptations ({tasks} tasks x {seeds} seeds, {shots} examples a step, {steps
 starting, loading and scoring; *training* is `adapt_many` in one process. Ratios are to the nine
 runs of the same kind.
 """
+SHARING = """\
+One step of one adaptation (forward and backward, phase `mu`, {shots} examples of a real task of the
+suite). *Shared* computes what the prompts begin with once, *apart* for each example. Ratios are to
+*apart*, of the same task.
+"""
 PROFILE = """\
 Where a training step of polyroute goes, by torch's profiler. Large products are those of the base
 model's weights; they ran at {gflops:.0f} GFLOP/s ({capability}). Small ones are those of attention
@@ -61,6 +66,13 @@ def smollm2_lines(
         lines += [ADAPTING.format(**words)]
         lines += table(["adapting", "CPU seconds", "ratio"], _adapted(case))
         lines += [_about(case), ""]
+    if "sharing" in cases:
+        case = cases["sharing"]
+        lines += [SHARING.format(**case)]
+        tokens = case["tokens"]
+        rows = ([*row, f"{statistics.median(tokens[row[0]]):.0f}"] for row in _adapted(case))
+        lines += table(["step", "CPU seconds", "ratio", "tokens"], rows)
+        lines += [_about(case), ""]
     if "profile" in cases:
         case = cases["profile"]
         total = sum(case["seconds"].values())
@@ -85,7 +97,7 @@ def _adapted(case: Mapping[str, Any]) -> list[list[str]]:
     what = [name.partition(", ")[0] for name in seconds]
     references = dict(reversed(list(zip(what, seconds, strict=True))))
     return [
-        [name, f"{statistics.median(own):.0f}", _ratio(own, seconds[references[kind]])]
+        [name, f"{statistics.median(own):.3g}", _ratio(own, seconds[references[kind]])]
         for kind, (name, own) in zip(what, seconds.items(), strict=True)
     ]
 

@@ -16,7 +16,7 @@ from polyroute.adapting.row_batches import losses_of
 from polyroute.kinds import packing
 from polyroute.kinds.batches import IGNORED
 from polyroute.kinds.objectives import OBJECTIVES, Objective
-from polyroute.kinds.packing import _filled, can_pack, packed_rows
+from polyroute.kinds.packing import Packing, _filled, can_pack, packed_rows
 
 Maker = Callable[..., nn.Module]
 PACKING = {name: SHARING[name] for name in ("llama", "qwen", "gemma", "gpt2")}
@@ -43,8 +43,8 @@ def test_packed_batches_have_the_same_loss_and_gradients(
     make: Maker, objective: str, attention: str
 ) -> None:
     model, its = routed(make, attention).train(), kind(objective=objective)
-    assert its.can_pack(model, "a")
-    plain, packed = its.collate(rows()), its.collate_packed(rows())
+    assert its.packing_of(model, "a") is not None
+    plain, packed = its.collate(rows()), its.collate_packed(rows(), Packing())
     assert packed["input_ids"].numel() < 0.8 * plain["input_ids"].numel()
     losses = [its.loss(model, batch) for batch in (packed, plain)]
     assert_close(*losses, atol=1e-5, rtol=1e-5)
@@ -55,7 +55,7 @@ def test_packed_batches_have_the_same_loss_and_gradients(
 
 def test_the_losses_of_rows_keep_their_order() -> None:
     model, its = routed(llama), kind()
-    batches = (its.collate_packed(rows()), its.collate(rows()))
+    batches = (its.collate_packed(rows(), Packing()), its.collate(rows()))
     found, expected = (its.row_losses(model, batch) for batch in batches)
     assert_close(found, expected, atol=1e-5, rtol=1e-5)
 
@@ -65,15 +65,15 @@ def test_slots_that_are_packed_have_their_own_losses_and_gradients(tokens: int) 
     model, its = routed(llama), kind()
     batches = [("a", rows(2)), ("b", rows(7)), ("c", rows(4)), ("a", rows(3))]
     found = {}
-    for packed in (False, True):
-        losses = losses_of(model, its, batches, tokens, backward=True, packed=packed)
-        found[packed] = torch.tensor(losses), [p.grad for p in model.learned()]
+    for how in (None, Packing()):
+        losses = losses_of(model, its, batches, tokens, backward=True, packing=how)
+        found[how] = torch.tensor(losses), [p.grad for p in model.learned()]
         model.zero_grad()
     means = [
         its.loss(model, its.collate([{**row, "task": to} for row in of])) for to, of in batches
     ]
-    assert_close(found[True][0], torch.stack(means).detach(), atol=1e-5, rtol=1e-5)
-    for one, other in zip(found[True][1], found[False][1], strict=True):
+    assert_close(found[Packing()][0], torch.stack(means).detach(), atol=1e-5, rtol=1e-5)
+    for one, other in zip(found[Packing()][1], found[None][1], strict=True):
         assert_close(one, other, atol=1e-5, rtol=1e-4)
 
 
@@ -97,7 +97,7 @@ def test_packed_forwards_of_slots_stay_within_the_tokens_and_lose_no_example(
         for row, length in zip(rows(3), (27, 23, 21), strict=True)
     ]
     batches = [("a", rows(3)), ("b", alike), ("c", rows()), ("b", alike)]
-    losses_of(model, its, batches, tokens, packed=True)
+    losses_of(model, its, batches, tokens, packing=Packing())
     assert max(sizes) <= tokens
     assert examples == 3 + 3 + 7 + 3
 
@@ -105,8 +105,8 @@ def test_packed_forwards_of_slots_stay_within_the_tokens_and_lose_no_example(
 @pytest.mark.parametrize("make", OTHERS.values(), ids=OTHERS)
 def test_a_model_is_tried_before_it_gets_packed_rows(make: Maker) -> None:
     model = routed(make)
-    plain, packed = kind().collate(rows()), kind().collate_packed(rows())
-    if kind().can_pack(model, "a"):
+    plain, packed = kind().collate(rows()), kind().collate_packed(rows(), Packing())
+    if kind().packing_of(model, "a") is not None:
         assert_close(kind().loss(model, packed), kind().loss(model, plain), atol=1e-5, rtol=1e-5)
 
 
@@ -123,14 +123,16 @@ def test_a_model_whose_examples_see_each_other_is_noticed() -> None:
 
 
 def test_what_compares_choices_is_not_packed() -> None:
-    assert not kind(objective="t-few").can_pack(routed(llama), "a")
-    assert kind(objective=Objective(label_smoothing=0.1)).can_pack(routed(llama), "a")
+    assert kind(objective="t-few").packing_of(routed(llama), "a") is None
+    smoothed = kind(objective=Objective(label_smoothing=0.1))
+    assert smoothed.packing_of(routed(llama), "a") is not None
     assert "superni" in OBJECTIVES
 
 
 def test_padding_stays_within_the_positions(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(packing, "MULTIPLES", (1,))
-    batch = packed_rows([[5] * 9, [6], [7], [8]], [[1]] * 4, list("abca"), pad=0, limit=10)
+    prompts, targets = [[5] * 9, [6], [7], [8]], [[4, 1]] * 4
+    batch = packed_rows(prompts, targets, list("abca"), Packing(), pad=0, limit=10)
     assert batch is not None
     assert batch["input_ids"].shape == (2, 10)
     assert batch["position_ids"].tolist() == [list(range(10)), [0, 1, 0, 1, 0, 1, 2, 3, 4, 5]]
@@ -140,14 +142,17 @@ def test_padding_stays_within_the_positions(monkeypatch: pytest.MonkeyPatch) -> 
 
 
 def test_a_batch_without_much_padding_is_left_as_it_is() -> None:
-    assert packed_rows([[5] * 9, [6] * 8], [[1], [1]], ["a", "b"], pad=0, limit=99) is None
-    batch = kind().collate_packed([row for row in rows() if len(row["prompt_ids"]) == 11])
+    assert (
+        packed_rows([[5] * 9, [6] * 8], [[1], [1]], ["a", "b"], Packing(), pad=0, limit=99) is None
+    )
+    alone = [row for row in rows() if len(row["prompt_ids"]) == 11]
+    batch = kind().collate_packed(alone, Packing())
     assert "places" not in batch
 
 
 def test_rows_are_made_longer_where_that_saves_tokens() -> None:
     prompts = [[5] * 100] + [[6] * 60] * 9
-    batch = packed_rows(prompts, [[1]] * 10, ["a"] * 10, pad=0, limit=999)
+    batch = packed_rows(prompts, [[1]] * 10, ["a"] * 10, Packing(), pad=0, limit=999)
     assert batch is not None
     rows, tokens = batch["input_ids"].shape
     assert rows * tokens < 1.15 * 650
@@ -166,11 +171,16 @@ def test_places_predict_the_labels(sizes: list[tuple[int, int]]) -> None:
     prompts = [[100 + i] * size for i, (size, _) in enumerate(sizes)]
     targets = [[200 + 10 * i + j for j in range(size)] for i, (_, size) in enumerate(sizes)]
     names = [str(i) for i in range(len(sizes))]
-    batch = packed_rows(prompts, targets, names, pad=0, limit=99)
+    batch = packed_rows(prompts, targets, names, Packing(), pad=0, limit=99)
     if batch is None:
         return
     flat, places = batch["input_ids"].flatten(), batch["places"]
-    assert flat[places + 1].tolist() == [token for target in targets for token in target]
+    before = flat[places].tolist()  # what predicts a token is the one before it
+    assert before == [
+        token
+        for prompt, target in zip(prompts, targets, strict=True)
+        for token in (prompt[-1], *target[:-1])
+    ]
     assert (batch["labels"] != IGNORED).sum() == len(places)
     starts = flat[(batch["position_ids"] == 0).flatten()]
     assert [str(int(one) - 100) for one in starts] == batch["tasks"]
@@ -188,7 +198,7 @@ def test_training_packs_and_ends_where_padding_ends(tmp_path: Any) -> None:
             disable_tqdm=True, save_strategy="no", dataloader_pin_memory=False, seed=1,
         )  # fmt: skip
         if not packs:
-            its.can_pack = lambda *_: False  # type: ignore[method-assign]
+            its.packing_of = lambda *_, **__: None  # type: ignore[method-assign]
         trainer = pr.MultiTaskTrainer(model, its, arguments, table)
         batch = trainer.data_collator([dict(row) for row in rows()])
         assert ("places" in batch) == packs

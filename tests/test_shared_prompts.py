@@ -14,7 +14,7 @@ import polyroute as pr
 from polyroute.kinds import causal, text
 from polyroute.kinds.batches import IGNORED, evaluating
 from polyroute.kinds.causal import CausalKind
-from polyroute.kinds.shared_prompts import can_share, shared_rows
+from polyroute.kinds.shared_prompts import longest_shared, shared_rows
 
 COMMON: dict[str, Any] = {"vocab_size": 64, "pad_token_id": 0, "eos_token_id": 1, "bos_token_id": 2}
 SMALL: dict[str, Any] = {
@@ -121,7 +121,7 @@ def one_by_one(model: pr.RoutedModel, asked: list[dict[str, Any]]) -> list[Tenso
 @pytest.mark.parametrize("make", SHARING.values(), ids=SHARING)
 def test_shared_prompts_score_as_separate_rows(make: Maker, attention: str) -> None:
     model, asked = routed(make, attention), rows()
-    assert can_share(model, "a", 20)
+    assert longest_shared(model, "a") >= 20
     for found, expected in zip(kind().scores(model, asked), one_by_one(model, asked), strict=True):
         assert_close(found, expected, atol=1e-4, rtol=1e-5)
 
@@ -129,15 +129,14 @@ def test_shared_prompts_score_as_separate_rows(make: Maker, attention: str) -> N
 @pytest.mark.parametrize("make", OTHERS.values(), ids=OTHERS)
 def test_what_cannot_share_scores_row_by_row(make: Maker) -> None:
     model, asked = routed(make), rows()
-    assert not can_share(model, "a", 20)
+    assert longest_shared(model, "a") < 20
     for found, expected in zip(kind().scores(model, asked), one_by_one(model, asked), strict=True):
         assert_close(found, expected, atol=1e-4, rtol=1e-5)
 
 
 def test_a_window_is_shared_within(monkeypatch: pytest.MonkeyPatch) -> None:
     model = routed(mistral)
-    assert can_share(model, "a", 6)
-    assert not can_share(model, "a", 7)
+    assert longest_shared(model, "a") == 6
 
 
 def test_a_model_whose_choices_see_each_other_is_noticed() -> None:
@@ -149,7 +148,7 @@ def test_a_model_whose_choices_see_each_other_is_noticed() -> None:
         return plain(*args, attention_mask=None, **kwargs)  # causal, but it sees other choices
 
     inner.forward = leaking
-    assert not can_share(model, "a", 20)
+    assert longest_shared(model, "a") < 20
 
 
 def test_a_model_that_counts_positions_itself_is_noticed() -> None:
@@ -161,7 +160,7 @@ def test_a_model_that_counts_positions_itself_is_noticed() -> None:
         return plain(*args, position_ids=None, **kwargs)
 
     inner.forward = counting
-    assert not can_share(model, "a", 20)
+    assert longest_shared(model, "a") < 20
 
 
 def test_an_adapted_head_scores_as_separate_rows() -> None:
@@ -225,7 +224,7 @@ def test_experts_keep_their_own_loss() -> None:
 
 
 def test_masks_let_each_choice_see_the_prompt_and_itself() -> None:
-    shared = shared_rows(routed(llama), [[5, 6]], [[[7, 8, 1], [9, 1]]], 0)
+    shared = shared_rows([[5, 6]], [[[7, 8, 1], [9, 1]]], pad=0, limit=99)
     assert shared["input_ids"].tolist() == [[5, 6, 7, 8, 9]]
     assert shared["position_ids"].tolist() == [[0, 1, 2, 3, 2]]
     assert shared["places"].tolist() == [1, 2, 3, 1, 4]
@@ -237,7 +236,7 @@ def test_masks_let_each_choice_see_the_prompt_and_itself() -> None:
 
 def test_trying_a_model_leaves_its_mode() -> None:
     model = copy.deepcopy(routed(llama)).train()
-    can_share(model, "a", 5)
+    longest_shared(model, "a")
     assert model.training
     with evaluating(model):
         assert not model.training

@@ -87,11 +87,15 @@ class MultiTaskTrainer(RoutedTrainer):
         phase: Phase = args.phase  # type: ignore[assignment]
         model.set_phase(phase)
         # Compiled code would be compiled again for every shape of packed rows.
-        packed = not args.torch_compile and kind.can_pack(model, model.tasks[0])
+        packing = (
+            None
+            if args.torch_compile
+            else kind.packing_of(model, model.tasks[0], in_training_mode=True)
+        )
         super().__init__(
             model,
             args,
-            data_collator=partial(collate, kind, packed=packed),
+            data_collator=partial(collate, kind, packing=packing),
             train_dataset=train_dataset,
             eval_dataset=eval_dataset,
             **kwargs,

@@ -109,7 +109,7 @@ class _Running:
     ) -> None:
         self.places, self.kind, self.budget = places, kind, budget
         self.calls, self.bar = calls, bar
-        self.is_packed = kind.can_pack(places.model, places.names[0])
+        self.packing = kind.packing_of(places.model, places.names[0])
         self.free = deque(range(len(places.names)))
         self.slots: list[SlotTraining] = []
 
@@ -139,7 +139,7 @@ class _Running:
             return []
         return losses_of(
             self.places.model, self.kind, batches, self.budget.tokens, backward=backward,
-            packed=self.is_packed,
+            packing=self.packing,
         )  # fmt: skip
 
     def end(self, folder: Path | None) -> int:

@@ -1,7 +1,6 @@
 """Losses of several small batches, each routed as one task, computed together in few forwards."""
 
 import itertools
-from collections import deque
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -12,6 +11,7 @@ from torch import Tensor
 from polyroute.kinds.batches import Row
 from polyroute.kinds.choose import ModelKind
 from polyroute.kinds.objectives import term_weights
+from polyroute.kinds.packing import Packing
 from polyroute.model import RoutedModel
 
 __all__ = ["losses_of"]
@@ -29,7 +29,7 @@ def losses_of(
     tokens: int,
     *,
     backward: bool = False,
-    packed: bool = False,
+    packing: Packing | None = None,
 ) -> list[float]:
     """The loss of each batch: up to rounding, what it would be alone.
 
@@ -39,7 +39,7 @@ def losses_of(
         batches: for each batch, the task that it is routed as and its rows.
         tokens: most tokens in one forward, padding included.
         backward: whether to add the gradients of the sum of all losses, too.
-        packed: whether rows are packed where that saves padding; see `ModelKind.can_pack`.
+        packing: how rows are packed; see `ModelKind.packing_of`.
 
     Returns:
         A loss for each batch, in their order.
@@ -54,10 +54,10 @@ def losses_of(
     order: list[int] = []
     parts: list[Tensor] = []
     is_apart = any(site.sees_token_subsets for site in model.sites)
-    if packed:
-        cut = _cut_packed(kind, pieces, tokens)
-    else:
+    if packing is None:
         cut = _cut_padded(kind, pieces, tokens, is_apart=is_apart)
+    else:
+        cut = _cut_packed(kind, pieces, tokens, packing)
     for chunk, batch in cut:
         terms_BT = kind.row_losses(model, batch)
         weighted = (terms_BT * torch.tensor([w for *_, w in chunk], device=terms_BT.device)).sum(1)
@@ -72,25 +72,33 @@ def losses_of(
 
 
 def _cut_packed(
-    kind: ModelKind, pieces: Sequence[Piece], tokens: int
+    kind: ModelKind, pieces: Sequence[Piece], tokens: int, packing: Packing
 ) -> Iterator[tuple[list[Piece], dict[str, Any]]]:
     """Cut rows into packed forwards with at most `tokens` tokens.
 
     Packing leaves little padding whatever the lengths are, so the rows of a batch stay together.
     """
+
+    def packed(count: int) -> tuple[dict[str, Any], int]:
+        batch = kind.collate_packed([row for _, row, _ in left[:count]], packing)
+        return batch, batch["input_ids"].numel()
+
     for group, limit in _together(kind, pieces, tokens):
-        left = deque(group)
+        left = group
         while left:
-            chunk: list[Piece] = []
-            total = 0
-            while left and (not chunk or total + _length(kind, left[0]) <= limit):
-                total += _length(kind, left[0])
-                chunk.append(left.popleft())
-            batch = kind.collate_packed([row for _, row, _ in chunk])
-            while len(chunk) > 1 and batch["input_ids"].numel() > tokens:  # some padding is left
-                left.appendleft(chunk.pop())
-                batch = kind.collate_packed([row for _, row, _ in chunk])
-            yield chunk, batch
+            totals = itertools.accumulate(_length(kind, piece) for piece in left)
+            count = max(1, sum(1 for _ in itertools.takewhile(limit.__ge__, totals)))
+            batch, size = packed(count)
+            while count > 1 and size > tokens:  # some padding is left
+                count -= 1
+                batch, size = packed(count)
+            while (more := min(len(left), count * limit // size)) > count:  # they share tokens
+                larger, size = packed(more)
+                if size > tokens:
+                    break
+                count, batch = more, larger
+            yield left[:count], batch
+            left = left[count:]
 
 
 def _together(

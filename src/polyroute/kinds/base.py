@@ -21,6 +21,7 @@ from transformers import PreTrainedTokenizerBase
 from polyroute.errors import InputError
 from polyroute.kinds.batches import Ids, Row, evaluating, on_device_of, padded, token_ids
 from polyroute.kinds.objectives import Objective, objective_of
+from polyroute.kinds.packing import Packing
 from polyroute.kinds.prompts import joined, rows_of, turns
 from polyroute.kinds.search import plain_search
 from polyroute.saved.prompting import Prompting
@@ -202,18 +203,31 @@ class ModelKind(ABC):
                 them.
         """
 
-    def collate_packed(self, rows: Sequence[Row]) -> dict[str, Any]:
-        """A training batch as `collate` makes it, with less padding if that is possible."""
+    def collate_packed(self, rows: Sequence[Row], packing: Packing) -> dict[str, Any]:
+        """A training batch as `collate` makes it, in the form that is cheapest to compute.
+
+        It has little padding, and may hold tokens once that several examples begin with.
+
+        Args:
+            rows: encoded rows.
+            packing: what `packing_of` found of the model.
+        """
         return self.collate(rows)
 
-    def can_pack(self, model: nn.Module, task: str) -> bool:
-        """Whether a model computes batches from `collate_packed` as those from `collate`.
+    def packing_of(
+        self, model: nn.Module, task: str, *, in_training_mode: bool = False
+    ) -> Packing | None:
+        """How a model computes batches from `collate_packed` as those from `collate`.
 
         Args:
             model: the routed model, on which it is tried.
             task: a task of its.
+            in_training_mode: whether dropout and noise will be active, where the model has them.
+
+        Returns:
+            None if it cannot.
         """
-        return False
+        return None
 
     @abstractmethod
     def loss(self, model: nn.Module, batch: Mapping[str, Any]) -> Tensor:

@@ -19,10 +19,16 @@ from polyroute.kinds.batches import (
 )
 from polyroute.kinds.chat import ChatTemplate, template_of
 from polyroute.kinds.objectives import Objective
-from polyroute.kinds.packing import can_pack, packed_rows
+from polyroute.kinds.packing import Packing, can_pack, packed_rows
 from polyroute.kinds.predictions import Predictions, has_own_terms, predict
 from polyroute.kinds.prompts import PlainText, Prompter, fitted, prompt_text, rows_of
-from polyroute.kinds.shared_prompts import can_share, longest_row, shared_rows
+from polyroute.kinds.shared_prompts import (
+    draws_numbers,
+    longest_row,
+    longest_shared,
+    mask_for,
+    shared_rows,
+)
 from polyroute.kinds.text import TextKind
 from polyroute.saved.prompting import Prompting
 
@@ -162,24 +168,35 @@ class CausalKind(TextKind):
         choices = [choice for row in rows for choice in row["choice_ids"]]
         return self._batch(prompts, choices, flat_tasks(rows))
 
-    def collate_packed(self, rows: Sequence[Row]) -> dict[str, Any]:
+    def collate_packed(self, rows: Sequence[Row], packing: Packing) -> dict[str, Any]:
         """See `ModelKind.collate_packed`; for its tensors see `polyroute.kinds.packing`."""
         batch = packed_rows(
             [row["prompt_ids"] for row in rows],
             [row["target_ids"] for row in rows],
             tasks_of(rows),
+            packing,
             pad=self._pad,
             limit=self.max_positions,
         )
         return self.collate(rows) if batch is None else {**batch, **self._term_weights(rows)}
 
-    def can_pack(self, model: nn.Module, task: str) -> bool:
-        """See `ModelKind.can_pack`; batches that compare choices are not packed."""
-        return not self.needs_choices and not has_own_terms(model) and can_pack(model, task)
+    def packing_of(
+        self, model: nn.Module, task: str, *, in_training_mode: bool = False
+    ) -> Packing | None:
+        """See `ModelKind.packing_of`; batches that compare choices are not packed."""
+        if self.needs_choices or has_own_terms(model) or not can_pack(model, task):
+            return None
+        # A rule that is not fixed may look at a whole row, or count the gates of all tokens.
+        is_fixed = getattr(getattr(model, "rule", None), "is_fixed", True)
+        if not is_fixed or (in_training_mode and draws_numbers(model, task)):
+            return Packing()
+        return Packing(longest_shared(model, task))
 
     def _target_predictions(self, model: nn.Module, batch: dict[str, Any]) -> Predictions:
         if "places" in batch:
             places_n, labels_BT = batch.pop("places"), batch.pop("labels")
+            if "attention_mask" in batch:
+                batch["attention_mask"] = mask_for(model, batch["attention_mask"])
             return predict(model, batch, places_n, labels_BT)
         labels_BL = F.pad(batch.pop("labels")[:, 1:], (0, 1), value=IGNORED)
         places_n = (labels_BL != IGNORED).flatten().nonzero()[:, 0]
@@ -195,9 +212,9 @@ class CausalKind(TextKind):
 
     def _scored(self, model: nn.Module, rows: Sequence[Row]) -> Predictions:
         prompts, choices = ([row[name] for row in rows] for name in ("prompt_ids", "choice_ids"))
-        if not can_share(model, rows[0]["task"], longest_row(prompts, choices)):
+        if longest_row(prompts, choices) > longest_shared(model, rows[0]["task"]):
             return super()._scored(model, rows)
-        shared = shared_rows(model, prompts, choices, self._pad)
+        shared = shared_rows(prompts, choices, pad=self._pad, limit=self.max_positions)
         batch = on_device_of(model, {**shared, "tasks": tasks_of(rows)})
         return self._target_predictions(model, batch)
 

@@ -1,80 +1,154 @@
 """Packed rows: several examples of a batch one after another, so that little of it is padding.
 
 Positions begin again at 0 with each example. transformers then lets each example see itself alone,
-and a routed model gives each its own task (see `polyroute.RoutedModel.route`, `segments`).
+and a routed model gives each its own task (see `polyroute.RoutedModel.route`, `segments`). Examples
+of a task that begin with the same tokens, such as its instruction, may share them: they are then
+one tree (see `polyroute.kinds.trees`), and the tokens that they share are computed once.
 
 Shape letters: B examples, R rows, L tokens of a row, T tokens of a target, n labels.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import takewhile
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from polyroute.kinds.batches import FAILURES, IGNORED, Ids, logits_of, padded
+from polyroute.kinds.trees import Tree, laid_out
 
-__all__ = ["can_pack", "packed_rows"]
+__all__ = ["Packing", "can_pack", "packed_rows"]
 
 MULTIPLES = (1, 2, 3, 4)
-"""The lengths of rows that are tried, in lengths of the longest example."""
+"""The lengths of rows that are tried, in lengths of the longest tree."""
 ATTENTION = 1000
 """The length of a row at which attention costs a token as much as everything else."""
 OVERHEAD = 1.2
-"""The cost of a token of a packed row, whose update is computed in another layout, in tokens of a
-padded one. Measured with SmolLM2 in bfloat16 on a CPU, as is `ATTENTION`."""
+"""The cost of a token of a packed row of several tasks, whose update is computed in another layout,
+in tokens of a padded one. Measured with SmolLM2 in bfloat16 on a CPU, as is `ATTENTION`."""
+
+
+@dataclass(frozen=True)
+class Packing:
+    """What a model computes in packed rows as it does in rows of one example."""
+
+    shared: int = 0
+    """The most tokens of a row whose examples share their beginnings; 0 for none."""
+
+
+@dataclass(frozen=True)
+class _Group:
+    """Examples, by number, whose prompts begin with the same tokens."""
+
+    members: Sequence[int]
+    depth: int
+    """How many tokens they share."""
+    length: int
+    """The tokens of their tree."""
+
+    def tree(self, whole: Sequence[Ids]) -> Tree:
+        """Their tree, of the tokens of all examples."""
+        prefix = whole[self.members[0]][: self.depth]
+        return Tree(prefix, [whole[one][self.depth :] for one in self.members])
 
 
 def packed_rows(
-    prompts: Sequence[Ids], targets: Sequence[Ids], tasks: Sequence[str], *, pad: int, limit: int
+    prompts: Sequence[Ids],
+    targets: Sequence[Ids],
+    tasks: Sequence[str],
+    packing: Packing,
+    *,
+    pad: int,
+    limit: int,
 ) -> dict[str, Any] | None:
-    """Pack examples into rows.
+    """Pack examples into rows, in the cheapest way.
+
+    The last token of a target predicts nothing and is left out.
 
     Args:
         prompts: the token ids of B prompts.
         targets: those of their targets.
         tasks: their tasks.
+        packing: what the model can do.
         pad: the id that fills rows up.
         limit: the number of positions that the model has.
 
     Returns:
         None if packing does not pay. Otherwise `labels` `[B, T]`, the targets in the given order;
-        `places` `[n]`, the place among the R L tokens that predicts each of them; `input_ids` and
-        `position_ids` `[R, L]`; and `tasks`, the task of each example in the order of the rows.
+        `places` `[n]`, the place among the R L tokens that predicts each of them; `input_ids`,
+        `position_ids` and, if examples share a beginning, `attention_mask`, as
+        `polyroute.kinds.trees.laid_out` makes them; and `tasks`, the task of each tree in the order
+        of the rows.
     """
-    lengths = [len(prompt) + len(target) for prompt, target in zip(prompts, targets, strict=True)]
-    rooms = [multiple * max(lengths) for multiple in MULTIPLES]
-    rows = min((_filled(lengths, room) for room in rooms), key=lambda rows: _cost(lengths, rows))
-    if OVERHEAD * _cost(lengths, rows) > _cost(lengths, [[one] for one in range(len(lengths))]):
+    whole = [[*prompt, *target[:-1]] for prompt, target in zip(prompts, targets, strict=True)]
+    rows, cost = min(_ways(prompts, whole, tasks, packing), key=lambda way: way[1])
+    overhead = OVERHEAD if len(set(tasks)) > 1 else 1
+    if overhead * cost >= _cost([max(map(len, whole))] * len(whole)):
         return None
-    longest = max(sum(lengths[one] for one in row) for row in rows)
-    ids = torch.full((len(rows), longest), pad)
-    positions = torch.zeros_like(ids)
-    places: dict[int, range] = {}
-    for number, members in enumerate(rows):
-        end = 0
-        for one in members:
-            start, end = end, end + lengths[one]
-            ids[number, start:end] = torch.tensor([*prompts[one], *targets[one]])
-            positions[number, start:end] = torch.arange(end - start)
-            first = number * longest + start + len(prompts[one]) - 1
-            places[one] = range(first, first + len(targets[one]))
-        # What fills the row up goes on counting, so that it begins no example.
-        rest = torch.arange(longest - end) + lengths[members[-1]]
-        positions[number, end:] = rest.clamp_max(limit - 1)
+    trees = [[group.tree(whole) for group in row] for row in rows]
+    inputs, places = laid_out(trees, pad=pad, limit=limit)
+    groups = [group for row in rows for group in row]
+    order = [one for group in groups for one in group.members]
+    of_example = dict(zip(order, places, strict=True))
+    predicting = [of_example[one][len(prompts[one]) - 1 :] for one in range(len(whole))]
     return {
         "labels": padded(targets, IGNORED),
-        "places": torch.tensor([place for one in range(len(prompts)) for place in places[one]]),
-        "input_ids": ids,
-        "position_ids": positions,
-        "tasks": [tasks[one] for members in rows for one in members],
+        "places": torch.tensor([place for own in predicting for place in own]),
+        **inputs,
+        "tasks": [tasks[group.members[0]] for group in groups],
     }
 
 
-def _cost(lengths: Sequence[int], rows: Sequence[Sequence[int]]) -> float:
+def _ways(
+    prompts: Sequence[Ids], whole: Sequence[Ids], tasks: Sequence[str], packing: Packing
+) -> Iterator[tuple[list[list[_Group]], float]]:
+    """Ways to fill rows, and their costs: with 1, 2, 4, 8 ... examples in a tree."""
+    of_task: dict[str, list[int]] = {}
+    for one in sorted(range(len(whole)), key=lambda one: whole[one]):
+        of_task.setdefault(tasks[one], []).append(one)
+    most = 1
+    while True:
+        groups = [
+            group
+            for members in of_task.values()
+            for group in _groups(prompts, whole, members, most)
+        ]
+        lengths = [group.length for group in groups]
+        for multiple in MULTIPLES:
+            filled = _filled(lengths, multiple * max(lengths))
+            sizes = [sum(lengths[number] for number in row) for row in filled]
+            if most == 1 or max(sizes) <= packing.shared:
+                yield [[groups[number] for number in row] for row in filled], _cost(sizes)
+        if not packing.shared or most >= max(map(len, of_task.values())):
+            return
+        most *= 2
+
+
+def _groups(
+    prompts: Sequence[Ids], whole: Sequence[Ids], members: Sequence[int], most: int
+) -> Iterator[_Group]:
+    """Examples of a task, in the order of their tokens, in groups of at most `most`.
+
+    What all of a group begin with is then what the first and the last begin with. At least
+    one token of each prompt stays its own, so that no place predicts the labels of two examples.
+    """
+    parts = -(-len(members) // most)
+    for part in range(parts):
+        own = members[part * len(members) // parts : (part + 1) * len(members) // parts]
+        pairs = zip(whole[own[0]], whole[own[-1]], strict=False)
+        common = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], pairs))
+        depth = min(common, *(len(prompts[one]) - 1 for one in own))
+        if len(own) == 1 or depth < 1:
+            yield from (_Group([one], 0, len(whole[one])) for one in own)
+        else:
+            yield _Group(own, depth, depth + sum(len(whole[one]) - depth for one in own))
+
+
+def _cost(sizes: Sequence[int]) -> float:
     """What rows cost, in tokens: attention costs a token more the longer its row is."""
-    longest = max(sum(lengths[one] for one in row) for row in rows)
-    return len(rows) * longest * (1 + longest / ATTENTION)
+    return len(sizes) * max(sizes) * (1 + max(sizes) / ATTENTION)
 
 
 def _filled(lengths: Sequence[int], room: int) -> list[list[int]]:

@@ -15,6 +15,7 @@ from torch import Tensor
 from polyroute.kinds.batches import Row
 from polyroute.kinds.choose import ModelKind
 from polyroute.kinds.objectives import term_weights
+from polyroute.kinds.packing import Packing
 
 __all__ = ["collate", "losses_and_counts", "rows_in_batch", "share_of_loss", "weigh"]
 
@@ -24,9 +25,9 @@ WEIGHTS = "step_weights"
 """Column of a batch: what the terms of each row are multiplied with, `[B, T]`."""
 
 
-def collate(kind: ModelKind, rows: Sequence[Row], *, packed: bool = False) -> dict[str, Any]:
+def collate(kind: ModelKind, rows: Sequence[Row], packing: Packing | None = None) -> dict[str, Any]:
     """The batch of a kind, with what its rows count."""
-    batch = kind.collate_packed(rows) if packed else kind.collate(rows)
+    batch = kind.collate(rows) if packing is None else kind.collate_packed(rows, packing)
     return {**batch, COUNTS: torch.tensor(kind.row_counts(rows))}
 
 
