@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from typing import Any
 
+import base_models
 import pytest
 import torch
 from hypothesis import given
@@ -206,3 +207,27 @@ def test_training_packs_and_ends_where_padding_ends(tmp_path: Any) -> None:
         ends.append([parameter.detach().clone() for parameter in model.learned()])
     for one, other in zip(*ends, strict=True):
         assert_close(one, other, atol=1e-5, rtol=1e-4)
+
+
+class WithExpert(nn.Module):
+    """A block whose last layer is named as an expert, which may see some tokens alone."""
+
+    def __init__(self, mlp: Any) -> None:
+        super().__init__()
+        self.up_proj, self.act_fn, self.experts = mlp.up_proj, mlp.act_fn, mlp.down_proj
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.experts(self.act_fn(self.up_proj(x)))
+        return out
+
+
+def test_slots_of_a_model_with_experts_have_forwards_of_their_own() -> None:
+    base, tokenizer = base_models.llama()
+    for layer in base.model.layers:
+        layer.mlp = WithExpert(layer.mlp)
+    kind = pr.kind_of(base, tokenizer)
+    model = pr.attach(base, pr.MHRConfig(num_skills=2, num_heads=2, rank=1), ["a"])
+    assert any(site.sees_token_subsets for site in model.sites)
+    assert can_pack(model, "a")
+    examples = {task: [{"input": "a", "target": "b"}] * 2 for task in ("x", "y")}
+    assert len(pr.adapt_many(model, examples, kind=kind, phase="mu", seeds=[0], steps=1)) == 2

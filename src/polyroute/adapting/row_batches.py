@@ -57,7 +57,7 @@ def losses_of(
     if packing is None:
         cut = _cut_padded(kind, pieces, tokens, is_apart=is_apart)
     else:
-        cut = _cut_packed(kind, pieces, tokens, packing)
+        cut = _cut_packed(kind, pieces, tokens, packing, is_apart=is_apart)
     for chunk, batch in cut:
         terms_BT = kind.row_losses(model, batch)
         weighted = (terms_BT * torch.tensor([w for *_, w in chunk], device=terms_BT.device)).sum(1)
@@ -72,7 +72,7 @@ def losses_of(
 
 
 def _cut_packed(
-    kind: ModelKind, pieces: Sequence[Piece], tokens: int, packing: Packing
+    kind: ModelKind, pieces: Sequence[Piece], tokens: int, packing: Packing, *, is_apart: bool
 ) -> Iterator[tuple[list[Piece], dict[str, Any]]]:
     """Cut rows into packed forwards with at most `tokens` tokens.
 
@@ -83,7 +83,7 @@ def _cut_packed(
         batch = kind.collate_packed([row for _, row, _ in left[:count]], packing)
         return batch, batch["input_ids"].numel()
 
-    for group, limit in _together(kind, pieces, tokens):
+    for group, limit in _together(kind, pieces, tokens, is_apart=is_apart):
         left = group
         while left:
             totals = itertools.accumulate(_length(kind, piece) for piece in left)
@@ -102,18 +102,19 @@ def _cut_packed(
 
 
 def _together(
-    kind: ModelKind, pieces: Sequence[Piece], tokens: int
+    kind: ModelKind, pieces: Sequence[Piece], tokens: int, *, is_apart: bool
 ) -> Iterator[tuple[list[Piece], int]]:
     """Rows that may share a forward, and how many of their tokens each forward is to have.
 
     A batch that fills half a forward has forwards of its own, all of a size: a forward of several
-    tasks costs 10 to 18 % more (SmolLM2 in bfloat16 on a CPU), and a larger one saves less.
+    tasks costs 10 to 18 % more (SmolLM2 in bfloat16 on a CPU), and a larger one saves less. So has
+    every batch where a forward can have one task alone (`is_apart`).
     """
     small: list[Piece] = []
     for _, group in itertools.groupby(pieces, key=lambda piece: piece[0]):
         rows = list(group)
         total = sum(_length(kind, piece) for piece in rows)
-        if 2 * total < tokens:
+        if 2 * total < tokens and not is_apart:
             small += rows
         else:
             longest = max(_length(kind, piece) for piece in rows)
