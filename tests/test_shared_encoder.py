@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from test_shared_prompts import Tokenizer
+from base_models import word_tokenizer
 from torch import nn
 from torch.testing import assert_close
 
@@ -66,7 +66,7 @@ def test_a_prompt_is_encoded_once_and_its_choices_score_as_in_rows_of_their_own(
         for parameter in model.learned():
             parameter.add_(0.3 * torch.randn_like(parameter))
     assert model.base_model.config._attn_implementation == attention
-    kind = Seq2SeqKind(Tokenizer())  # type: ignore[arg-type]
+    kind = Seq2SeqKind(word_tokenizer(frame=False))
     encoded: list[int] = []
     encoder = model.base_model.get_encoder()
     handle = encoder.register_forward_hook(
