@@ -306,7 +306,7 @@ BUGS = (
     # ------------------------------------------------------------- the data
     Bug(
         "the task with the shortest examples sets the limits", "study/lengths.py",
-        "return Lengths(max(prompts), max(targets))", "return Lengths(min(prompts), min(targets))",
+        "Lengths(max(prompts), max(targets)", "Lengths(min(prompts), min(targets)",
         ("test_lengths.py::test_lengths_are_the_largest_of_the_tasks_95_percent",),
     ),
     Bug(

@@ -58,6 +58,21 @@ def test_lengths_are_the_largest_of_the_tasks_95_percent(tmp_path: Path) -> None
     assert (both.prompt, both.target) == (41, 30)  # those of the task with the longer examples
 
 
+def test_every_other_example_may_be_long(tmp_path: Path) -> None:
+    (tmp_path / "suite").mkdir()
+    rows = [
+        {"instruction": "", "input": "x" * (30 if i % 2 else 3), "target": "t", "choices": None,
+         "split": "train"}
+        for i in range(1000)
+    ]  # fmt: skip
+    text = "".join(json.dumps(row) + "\n" for row in rows)
+    (tmp_path / "suite" / "turns.jsonl").write_text(text)
+    kind = Seq2SeqKind(ByT5Tokenizer(), max_input=2, max_target=2)
+    usual = usual_lengths(open_suite(tmp_path / "suite"), ["turns"], "train", kind)
+    assert usual.prompt == 31
+    assert usual.is_sample
+
+
 def test_a_run_and_all_that_reads_it_have_the_lengths_of_its_training_data(
     place: Path, tmp_path: Path, capsys: Capture
 ) -> None:

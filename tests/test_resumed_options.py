@@ -39,6 +39,33 @@ def of_chat(place: Path, base: Path, run: str, *extra: str) -> list[str]:
     return arguments
 
 
+def test_a_run_resumes_on_the_examples_that_it_began_with(
+    place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data, out = tmp_path / "suite", tmp_path / "run"
+    data.mkdir()
+    row = {"instruction": "", "input": "a", "target": "b", "choices": None, "split": "train"}
+    file = data / "one.jsonl"
+    file.write_text((json.dumps(row) + "\n") * 4)
+    given = train_arguments(place, str(out))
+    given[given.index("--data") + 1] = str(data)
+    main(given)
+    (out / "metrics.json").unlink()
+    before = (out / "polyroute.json").read_bytes()
+    file.write_text((json.dumps({**row, "target": "c"}) + "\n") * 4)
+    with pytest.raises(SystemExit):
+        main([*given, "--resume"])
+    assert "was started on other training examples" in capsys.readouterr().err
+    file.write_text((json.dumps(row) + "\n") * 4)
+    main([*given, "--resume"])
+    assert (out / "polyroute.json").read_bytes() == before
+
+    description = json.loads((out / "run.json").read_text())
+    del description["config"]["examples_sha256"]  # as older versions wrote it
+    (out / "run.json").write_text(json.dumps(description))
+    main([*given, "--resume"])
+
+
 def test_a_run_from_before_chats_goes_on_with_plain_prompts(
     place: Path,
     chat_base: Path,

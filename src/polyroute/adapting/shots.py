@@ -45,7 +45,9 @@ class Shots:
             for task, own in rows.items()
             if self._classes[task]
         }
-        if any(each.stratify for each in choices):
+        stratified = [each.stratify for each in choices]
+        self._fix = "raise shots" if all(stratified) else "raise shots or set stratify"
+        if any(stratified):
             plain = check_classes(self._classes)
             if plain:
                 has, its = ("has", "its") if len(plain) == 1 else ("have", "their")
@@ -100,8 +102,8 @@ class Shots:
             more = [f"{len(lacking) - NAMED} more tasks"] if len(lacking) > NAMED else []
             warnings.warn(
                 f"{sum(map(len, lacking.values()))} of {len(draws)} draws of shots have no example "
-                f"of some answer that their task offers ({'; '.join([*shown, *more])}): raise "
-                "shots or set stratify",
+                f"of some answer that their task offers ({'; '.join([*shown, *more])}): "
+                f"{self._fix}",
                 stacklevel=2,
             )
 

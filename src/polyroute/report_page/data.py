@@ -6,6 +6,7 @@ import re
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -59,7 +60,7 @@ class Run:
 
 
 def read_runs(folders: Sequence[str | os.PathLike[str]]) -> tuple[list[Run], list[str]]:
-    """Read folders of `polyroute train`, `import`, `adapt` and `demo`.
+    """Read folders of `polyroute train`, `import`, `adapt`, `demo`, `demo-lm` and `reproduce`.
 
     Returns:
         The runs, and one sentence for each missing or damaged part that was left out.
@@ -70,8 +71,7 @@ def read_runs(folders: Sequence[str | os.PathLike[str]]) -> tuple[list[Run], lis
     runs: dict[Path, Run] = {}
     notes: list[str] = []
     adapted: list[Path] = []
-    for given in folders:
-        folder = Path(given).expanduser().resolve()
+    for folder in chain.from_iterable(map(_runs_at, folders)):
         description = read_run(folder)
         command, config = description["command"], description["config"]
         if command in ("train", "import"):
@@ -83,8 +83,8 @@ def read_runs(folders: Sequence[str | os.PathLike[str]]) -> tuple[list[Run], lis
             runs |= {run.folder: run for run in _demo(folder, notes)}
         else:
             raise InputError(
-                f"{given} is a run of `polyroute {command}`; a report shows runs of train, import, "
-                "adapt and demo"
+                f"{folder} is a run of `polyroute {command}`; a report shows runs of train, "
+                "import, adapt, demo, demo-lm and reproduce"
             )
     for folder in dict.fromkeys(adapted):
         try:
@@ -103,6 +103,22 @@ def read_runs(folders: Sequence[str | os.PathLike[str]]) -> tuple[list[Run], lis
     for run, name in zip(found, _names([run.folder for run in found]), strict=True):
         run.name = name
     return found, notes
+
+
+def _runs_at(given: str | os.PathLike[str]) -> list[Path]:
+    """The folder of a run or, of a command that trains several inventories, those of its trainings.
+
+    Raises:
+        InputError: there is no run, or it has trained nothing yet.
+    """
+    folder = Path(given).expanduser().resolve()
+    if read_run(folder)["command"] not in ("demo-lm", "reproduce"):
+        return [folder]
+    found = [path.parent for path in sorted(folder.glob("*/run.json"))]
+    found = [path for path in found if read_run(path)["command"] == "train"]
+    if not found:
+        raise InputError(f"the run in {folder} has trained nothing yet; go on with --resume")
+    return found
 
 
 def clean(text: object) -> str:

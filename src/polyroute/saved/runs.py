@@ -32,6 +32,7 @@ except ImportError:  # Windows
 __all__ = [
     "BEFORE",
     "DIGEST",
+    "EXAMPLES",
     "RUNNING",
     "check_run",
     "digest",
@@ -47,6 +48,8 @@ BEFORE = {"dtype": "float32", "prompt": "plain", "system": None}
 DESCRIPTION = "run.json"
 DIGEST = "inventory_sha256"
 """Key in the config of a run that starts from an inventory: the inventory's `digest`."""
+EXAMPLES = "examples_sha256"
+"""Key in the config of a training: a hash of what it trains on. Older versions wrote none."""
 PATHS = ("model", "data", "run", "start", "source")
 RUNNING = ".running"
 """Folder of unfinished slots inside a run of `polyroute adapt`."""
@@ -174,6 +177,12 @@ def record(
             raise InputError(
                 f"the run in {folder} was started from another inventory, not from the one that is "
                 f"now in {kept.get('run')}; start again in another --out folder"
+            )
+        if EXAMPLES in changed:
+            raise InputError(
+                f"the run in {folder} was started on other training examples than those that are "
+                f"now in {kept.get('data')}; bring them back, or start again in another --out "
+                "folder"
             )
         if changed:
             raise InputError(

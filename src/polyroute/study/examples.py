@@ -1,5 +1,6 @@
 """Encoded examples: the rows of a suite's tasks as token ids, which `datasets` caches on disk."""
 
+import hashlib
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
@@ -18,6 +19,7 @@ from polyroute.kinds.batches import Row
 from polyroute.kinds.choose import ModelKind
 
 __all__ = [
+    "digest_of",
     "encoded",
     "encoded_mixture",
     "encoded_records",
@@ -28,6 +30,8 @@ __all__ = [
 
 OPTIONAL = {"instruction": "", "input": "", "choices": None, "split": "train"}
 """What a record may leave out, with the value that it then has."""
+HASHED_AT_ONCE = 10_000
+"""Rows."""
 
 
 def encoded(suite: Suite, task: str, split: str, kind: ModelKind) -> datasets.Dataset:
@@ -110,6 +114,25 @@ def warn_of_cuts(
                 f"up to {tokens.max():,} tokens, and {consequence}: {remedy}",
                 stacklevel=2,
             )
+
+
+def digest_of(rows: datasets.Dataset) -> str:
+    """A hash of encoded rows, in their order: equal where a model sees the same.
+
+    Args:
+        rows: with the columns of `ModelKind.features`.
+    """
+    found = hashlib.sha256(repr(task_sizes(rows)).encode())
+    columns = [name for name in rows.column_names if name != "task"]
+    for part in rows.select_columns(columns).with_format("arrow").iter(HASHED_AT_ONCE):
+        for column in part.columns:
+            values = column.combine_chunks()
+            while pa.types.is_list(values.type) or pa.types.is_large_list(values.type):
+                lengths = pc.fill_null(pc.list_value_length(values), -1)
+                found.update(lengths.to_numpy(zero_copy_only=False).tobytes())
+                values = values.flatten()
+            found.update(values.to_numpy(zero_copy_only=False).tobytes())
+    return found.hexdigest()
 
 
 def task_sizes(rows: datasets.Dataset) -> list[int]:

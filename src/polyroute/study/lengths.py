@@ -4,8 +4,7 @@ import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-import numpy as np
-
+from polyroute.data.sampling import some_places
 from polyroute.data.suite import Suite
 from polyroute.host.progress import progress
 from polyroute.kinds.choose import ModelKind
@@ -28,13 +27,15 @@ class Lengths:
     prompt: int
     target: int
     """Enough for the longest choice too, where there are choices."""
+    is_sample: bool
+    """Whether only some of the examples were looked at."""
 
 
 def usual_lengths(suite: Suite, tasks: Sequence[str], split: str, kind: ModelKind) -> Lengths:
     """How long examples are, up to the longest few of each task.
 
     It is the largest of the tasks' percentiles, so one task with long prompts among many with short
-    ones counts. Of a large task, examples at equal distances are looked at.
+    ones counts. Of a large task, examples drawn with one seed are looked at.
 
     Args:
         suite: where the tasks are.
@@ -43,14 +44,15 @@ def usual_lengths(suite: Suite, tasks: Sequence[str], split: str, kind: ModelKin
         kind: how the base model reads; its own limits play no part.
     """
     most = min(OF_A_TASK, max(AT_LEAST, IN_ALL // len(tasks)))
-    prompts, targets = [], []
+    prompts, targets, is_sample = [], [], False
     for task in progress(tasks, "measuring lengths"):
         rows = suite.split(task, split)
-        places = np.linspace(0, len(rows) - 1, min(most, len(rows))).astype(int)
-        found = kind.lengths(rows.select(places)[:])
+        is_sample = is_sample or len(rows) > most
+        # Not every n-th row: turns of a conversation follow one another, and grow.
+        found = kind.lengths(rows.select(some_places(len(rows), most))[:])
         prompts.append(_percentile(prompt for prompt, _ in found))
         targets.append(_percentile(target for _, target in found))
-    return Lengths(max(prompts), max(targets))
+    return Lengths(max(prompts), max(targets), is_sample)
 
 
 def _percentile(lengths: Iterable[int]) -> int:

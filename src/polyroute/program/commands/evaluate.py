@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from rich.markup import escape
 from rich.table import Table
@@ -41,7 +42,7 @@ def evaluate_run(options: EvaluateOptions) -> Result:
     """
     path = _place_of(options)
     _check_place(path)
-    kind, scores = _scores_of_base(options) if options.run is None else _scores_of_run(options)
+    read, scores = _scores_of_base(options) if options.run is None else _scores_of_run(options)
     make_folder(path.parent)
     content = {
         "run": None if options.run is None else str(options.run),
@@ -49,8 +50,8 @@ def evaluate_run(options: EvaluateOptions) -> Result:
         "data": options.source.data,
         "split": options.split,
         "zero_shot": options.zero_shot,
-        "max_input": kind.max_input,
-        "max_target": kind.max_target,
+        "max_test": options.max_test,
+        **read,
         "macro_average": macro_average(scores),
         "tasks": [score.to_dict() for score in scores],
     }
@@ -67,7 +68,18 @@ def _place_of(options: EvaluateOptions) -> Path:
     return beside(options.run) / name
 
 
-def _scores_of_run(options: EvaluateOptions) -> tuple[ModelKind, list[TaskScore]]:
+def _reading(base: Any, kind: ModelKind) -> dict[str, Any]:
+    """How a base model was loaded and read."""
+    return {
+        "dtype": str(base.dtype).removeprefix("torch."),
+        "prompt": kind.prompting.way,
+        "system": kind.prompting.system,
+        "max_input": kind.max_input,
+        "max_target": kind.max_target,
+    }
+
+
+def _scores_of_run(options: EvaluateOptions) -> tuple[dict[str, Any], list[TaskScore]]:
     assert options.run is not None
     data, zero_shot = options.source.data, options.zero_shot
     run = Path(locate(options.run))
@@ -90,10 +102,10 @@ def _scores_of_run(options: EvaluateOptions) -> tuple[ModelKind, list[TaskScore]
                     "average of the skills, or adapt to it with `polyroute adapt`"
                 )
         model.eval()
-        return kind, _scores(options, model, kind, suite, tasks, route)
+        return _reading(base, kind), _scores(options, model, kind, suite, tasks, route)
 
 
-def _scores_of_base(options: EvaluateOptions) -> tuple[ModelKind, list[TaskScore]]:
+def _scores_of_base(options: EvaluateOptions) -> tuple[dict[str, Any], list[TaskScore]]:
     assert options.model is not None
     suite = load_suite(options.source.data, options.source.reader)
     reading, _ = settled(options.reading, options.given)
@@ -105,7 +117,8 @@ def _scores_of_base(options: EvaluateOptions) -> tuple[ModelKind, list[TaskScore
     kind, *_ = settled_lengths(
         base, kind, reading, options.given, Measured(suite, tasks, options.split)
     )
-    return kind, _scores(options, BaseAlone(base), kind, suite, tasks, None)
+    scores = _scores(options, BaseAlone(base), kind, suite, tasks, None)
+    return _reading(base, kind), scores
 
 
 def _scores(

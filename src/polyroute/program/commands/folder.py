@@ -7,7 +7,7 @@ from typing import Any
 from polyroute.errors import InputError
 from polyroute.host.processes import is_first
 from polyroute.program.options.shared import LIMITS, Given, Options
-from polyroute.saved.runs import BEFORE, check_run, open_run, read_run, record
+from polyroute.saved.runs import BEFORE, EXAMPLES, check_run, open_run, read_run, record
 
 __all__ = ["RunFolder"]
 
@@ -96,4 +96,5 @@ class RunFolder:
                     f"the run in {self.path} is older than the option {name}, whose value was "
                     f"always {former[name]!r}; resume it without that option"
                 )
-        return {name: value for name, value in config.items() if name not in newer}
+        unknown = [*newer, *({EXAMPLES} - before.keys())]
+        return {name: value for name, value in config.items() if name not in unknown}

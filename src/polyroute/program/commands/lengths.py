@@ -89,7 +89,10 @@ def _measured(
     lengths = {"max_input": usual.prompt, "max_target": usual.target}
     for name in names:
         option, limit = _option(name), limits[name]
-        why = f"{SHARE} % of the {OF[name]} of every task have at most {lengths[name]:,} tokens"
+        seen = " in a sample" if usual.is_sample else ""
+        why = (
+            f"{SHARE} % of the {OF[name]} of every task{seen} have at most {lengths[name]:,} tokens"
+        )
         if limit >= lengths[name]:
             say(f"{option} is {limit}: {why}")
         elif limit < MOST[name]:

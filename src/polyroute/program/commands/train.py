@@ -31,10 +31,10 @@ from polyroute.program.plans import plan_of_training
 from polyroute.saved.checkpoint import Checkpoint
 from polyroute.saved.hub import locate
 from polyroute.saved.prompting import NOTE
-from polyroute.saved.runs import held
+from polyroute.saved.runs import EXAMPLES, held
 from polyroute.settings import option_of
 from polyroute.study.alignment_callback import AlignmentCallback
-from polyroute.study.examples import encoded_mixture
+from polyroute.study.examples import digest_of, encoded_mixture
 from polyroute.trainer import MultiTaskTrainer
 
 __all__ = ["train_run"]
@@ -74,7 +74,12 @@ def train_run(options: TrainOptions) -> Result:
     folder.compare_given(given)
     trainer, tasks, options = _prepared(options, start, folder)
     optimization = summary(asdict(options.optimization))
-    config = {**options.given.recorded, "tasks": list(tasks), "optimization": optimization}
+    config = {
+        **options.given.recorded,
+        "tasks": list(tasks),
+        "optimization": optimization,
+        EXAMPLES: digest_of(trainer.train_dataset),
+    }
     if options.dry_run:
         folder.compare(config, options.given)
         return plan_of_training(trainer, options, tasks, folder.path)

@@ -137,8 +137,9 @@ class ReportOptions(Options):
     """Options of `polyroute report`."""
 
     runs: Sequence[Path] = setting(
-        REQUIRED, argument=True, typed=list[Path], help="Folders that train, adapt or demo wrote."
-    )
+        REQUIRED, argument=True, typed=list[Path],
+        help="Folders that train, adapt, reproduce or a demo wrote.",
+    )  # fmt: skip
     out: Path = setting(Path("report.html"), help="The page; an older report is replaced.")
     data: str | None = setting(None, help="Suite with the categories of tasks [that of the runs].")
     reader: Mapping[str, Any] | None = setting(None, **READER)
