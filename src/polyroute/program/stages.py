@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from polyroute.host.memory import give_back_memory
 from polyroute.saved.runs import RUNNING
 
 __all__ = ["Prepare", "Stage"]
@@ -36,3 +37,4 @@ class Stage:
             is_begun = (self.result.parent / "run.json").is_file()
             options = {**options, "resume": is_begun}
         commands[self.command](options)()
+        give_back_memory()
