@@ -45,7 +45,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "mhr": {"method": "mhr", "skills": 8, "heads": 8},
     "shared": {"method": "shared"},
 }
-ADAPT: dict[str, Any] = {"shots": SHOTS, "batch_size": 8, "steps": 24}
+ADAPT: dict[str, Any] = {"shots": SHOTS, "batch_size": 8, "steps": 24, "memory": "2GB"}
 ANSWERS = 3
 """The first examples of this many held-out tasks are answered before and after."""
 
