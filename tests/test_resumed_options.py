@@ -73,7 +73,7 @@ def test_a_run_from_before_chats_goes_on_with_plain_prompts(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     main(of_chat(place, chat_base, "older", "--prompt", "plain"))
-    edit(place / "older", prompt=None, system=None)
+    edit(place / "older", prompt=None, system=None, examples_sha256=None)
     given: list[BaseModel] = []
     load = polyroute.program.commands.train.load
 
