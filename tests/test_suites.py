@@ -398,7 +398,7 @@ def test_every_metric_but_accuracy_scores_text() -> None:
 @pytest.mark.parametrize("content", [b"{", b"\xff\xfe{}", b""])
 def test_roles_that_are_not_json_are_refused(folder: Path, cache: Path, content: bytes) -> None:
     (folder / "roles.json").write_bytes(content)
-    with pytest.raises(InputError, match=r"roles\.json is not valid JSON"):
+    with pytest.raises(InputError, match=r"roles\.json(: not valid JSON| is not UTF-8)"):
         put(folder, cache, a=lines(record()))
 
 
