@@ -316,6 +316,21 @@ BUGS = (
         ("test_target_languages.py",),
     ),
     Bug(
+        "a file called dev is a training task", "data/suite.py",
+        '"val", "dev", "eval"', '"val", "eval"',
+        ("test_untidy_files.py::test_dev_and_its_like_are_the_validation_split",),
+    ),
+    Bug(
+        "empty answers are not counted", "data/suite.py",
+        "    if not counts:\n        return\n", "    if counts:\n        return\n",
+        ("test_untidy_files.py::test_empty_answers_are_counted_in_one_warning_from_the_cache_too",),
+    ),
+    Bug(
+        "a key that an object has twice keeps its last value", "data/json_text.py",
+        "object_pairs_hook=_unique)", "object_pairs_hook=dict)",
+        ("test_untidy_files.py::test_what_is_nearly_right_is_refused_by_what_is_wrong",),
+    ),
+    Bug(
         "a turn of weight 0 is learned", "data/readers/conversations.py",
         "return weight != 0", "return True",
         ("test_shapes.py::test_a_turn_of_weight_0_is_only_context",),

@@ -286,10 +286,31 @@ def test_a_second_run_asks_what_to_do(
     assert "started with seed=0" in capsys.readouterr().err
 
 
+def test_a_task_without_examples_to_score_on_is_refused_with_the_ways_out(
+    run: Path, place: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (place / "mine.csv").write_text("input,target\n" + "q,x\n" * 8)
+    given = ["adapt", str(run), "--data", str(place / "mine.csv"), "--tasks", "mine",
+             "--shots", "4", "--steps", "1", "--seeds", "0"]  # fmt: skip
+    with pytest.raises(SystemExit) as stop:
+        main([*given, "--out", str(place / "unscored")])
+    assert stop.value.code == 2
+    assert (
+        "task 'mine' has no 'test' split to score on: write test in a column 'split' of some rows, "
+        "or score on another with --split (train, whose examples are learned)"
+    ) in capsys.readouterr().err
+    main([*given, "--split", "train", "--out", str(place / "scored")])
+    assert read(place / "scored" / "run.json")["config"]["split"] == "train"
+
+
 @pytest.mark.parametrize(
     ("arguments", "sentence"),
     [
         (["--shots", "1000"], "1000 shots"),
+        (
+            ["--shots", "42", "--validation-shots", "3"],
+            "task 'first' has 44 training examples, too few for 42 shots + 3 validation shots",
+        ),
         (["--tasks", "copy"], "trained on"),
         (["--split", "dev"], "dev"),
         (["--phase", "zz"], "phase"),

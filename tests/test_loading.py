@@ -90,11 +90,37 @@ def test_an_unknown_dtype_gets_an_offer() -> None:
 
 
 def test_a_package_that_is_missing_or_holds_no_model_is_named() -> None:
-    for name in ("no_such_package", "no_such.package", ""):
+    for name in ("no_such_package", "no_such.package"):
         with pytest.raises(InputError, match=f"{name!r} is not installed: install it with pip"):
             load_base(f"package:{name}")
-    with pytest.raises(InputError, match="'json' holds no model"):
-        load_base("package:json")
+    for name in ("json", "typing_extensions"):
+        with pytest.raises(InputError, match=f"{name!r} holds no model"):
+            load_base(f"package:{name}")
+    with pytest.raises(InputError, match=r"'json' has no part 'x\.y': name another"):
+        load_base("package:json.x.y")
+
+
+@pytest.mark.parametrize("name", ["", ".", "a..b", "../json", "a-b"])
+def test_what_names_no_package_is_refused(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stop:
+        main(["evaluate", "--model", f"package:{name}", "--data", "starter", "--out", "unused"])
+    assert stop.value.code == 2
+    assert f"'package:{name}' names no Python package: write" in capsys.readouterr().err
+
+
+def test_no_package_is_imported_to_find_its_model(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    inner = tmp_path / "package_that_raises" / "inner"
+    inner.mkdir(parents=True)
+    (inner.parent / "__init__.py").write_text("raise RuntimeError('imported')")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    with pytest.raises(InputError, match=r"'package_that_raises\.inner' holds no model"):
+        load_base("package:package_that_raises.inner")
+    for part in bert():
+        part.save_pretrained(inner / "model")
+    for name in ("package_that_raises", "package_that_raises.inner"):
+        assert load_base(f"package:{name}")[0].config.model_type == "bert"
 
 
 @pytest.mark.skipif(not importlib.util.find_spec(MINILM), reason=f"{MINILM} is not installed")

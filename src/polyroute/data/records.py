@@ -18,15 +18,16 @@ from typing import Any
 
 import datasets
 
+from polyroute.data.json_text import json_type, parse_json, type_of_file
 from polyroute.data.suite import COLUMNS, SPLITS, prompt
 from polyroute.errors import InputError, did_you_mean
 
 __all__ = [
     "FEATURES",
+    "alike",
     "cannot_read",
     "check_record",
     "checked",
-    "json_type",
     "read_objects",
     "read_records",
 ]
@@ -93,7 +94,21 @@ def read_objects(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
         InputError: the file cannot be read, is not UTF-8, or a line is not a JSON object.
     """
     for where, line in _lines(path):
-        yield where, _parse(line, where)
+        try:
+            record = _parse(line, where)
+        except InputError:
+            # Only the first line of a list begins with a bracket, unless each line is a list.
+            if path.suffix == ".jsonl" and line.lstrip()[0] == "[" and _is_list(path):
+                raise InputError(
+                    f"{path} holds one JSON list, and a .jsonl file has an object on each line; "
+                    f"rename it to {path.stem}.json"
+                ) from None
+            raise
+        yield where, record
+
+
+def _is_list(path: Path) -> bool:
+    return type_of_file(path) == "a list"
 
 
 def _lines(path: Path) -> Iterator[tuple[str, str]]:
@@ -116,12 +131,7 @@ def _lines(path: Path) -> Iterator[tuple[str, str]]:
 
 
 def _parse(line: str, where: str) -> dict[str, Any]:
-    try:
-        record = json.loads(line)
-    except (ValueError, RecursionError) as error:
-        raise InputError(
-            f"{where}: not valid JSON ({error}); write one JSON object per line"
-        ) from error
+    record = parse_json(line, where, "write one JSON object per line")
     if not isinstance(record, dict):
         raise InputError(f"{where}: a record must be a JSON object, not {json_type(record)}")
     return record
@@ -200,6 +210,13 @@ def _check_choices(choices: Any, target: str, where: str) -> None:
         )
     if len(set(choices)) < len(choices):
         raise InputError(f"{where}: the field 'choices' lists an entry twice; list each once")
+    if twins := alike(choices):
+        raise InputError(
+            f"{where}: the field 'choices' lists {twins[0]!r} and {twins[1]!r}, which differ only "
+            "in white space around them; list one of them"
+        )
+    if not all(choice.strip() for choice in choices):
+        raise InputError(f"{where}: the field 'choices' lists an empty entry; name it or remove it")
     _check_among(target, choices, "choices", where)
 
 
@@ -232,13 +249,14 @@ def _check_text(value: Any, what: str) -> None:
         ) from None
 
 
-def json_type(value: Any) -> str:
-    """The name of a value's type in JSON."""
-    if value is None:
-        return "null"
-    names = {str: "a string", bool: "a boolean", list: "a list", dict: "an object"}
-    usual = "a number" if isinstance(value, int | float) else f"a {type(value).__name__}"
-    return names.get(type(value), usual)
+def alike(names: Iterable[str]) -> tuple[str, str] | None:
+    """The first two different names, if any, that differ only in white space around them."""
+    seen: dict[str, str] = {}
+    for name in names:
+        other = seen.setdefault(name.strip(), name)
+        if other != name:
+            return other, name
+    return None
 
 
 def cannot_read(path: Path, error: OSError) -> InputError:

@@ -3,12 +3,15 @@
 An example is a row with the columns `COLUMNS` in one of the `SPLITS` of its task.
 """
 
-from collections.abc import Iterable, Iterator
+import warnings
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Literal, Protocol, get_args
 
 import datasets
+import pyarrow.compute as pc
 
 from polyroute.errors import InputError, did_you_mean
 from polyroute.host.progress import progress
@@ -28,6 +31,7 @@ __all__ = [
     "held_out_tasks",
     "prompt",
     "quiet_datasets",
+    "split_of",
     "training_tasks",
     "validate",
 ]
@@ -38,9 +42,16 @@ Role = Literal["train", "held-out"]
 METRICS: tuple[str, ...] = get_args(Metric)
 ROLES: tuple[str, ...] = get_args(Role)
 SPLITS = ("train", "validation", "test")
+_SPLIT_NAMES = {
+    **{split: split for split in SPLITS},
+    **dict.fromkeys(("valid", "val", "dev", "eval"), "validation"),
+}
 COLUMNS = ("task", "instruction", "input", "target", "choices")
 CHAT = ("system", "history")
 """The further columns of a task whose examples come from conversations."""
+
+_NAMED = 3
+"""How many tasks a sentence names."""
 
 # Stands for the average of the inventory wherever a task can be named. It equals
 # `polyroute.routes.table.MU`; a test holds the two equal, so that data need not import routes.
@@ -115,6 +126,11 @@ def held_out_tasks(suite: Suite) -> tuple[str, ...]:
     return tuple(task for task in suite.tasks if suite.info(task).role == "held-out")
 
 
+def split_of(name: str) -> str | None:
+    """The split that a name stands for, in upper or lower case; `dev` is the validation split."""
+    return _SPLIT_NAMES.get(name.lower())
+
+
 def check_tasks(suite: Suite, names: Iterable[str]) -> tuple[str, ...]:
     """Check a selection of tasks; the result keeps its order.
 
@@ -138,7 +154,8 @@ def check_tasks(suite: Suite, names: Iterable[str]) -> tuple[str, ...]:
 def validate(suite: Suite, tasks: Iterable[str], *, needs: Iterable[str] = ()) -> None:
     """Read and check all data of some tasks, so that a long run fails before any work is lost.
 
-    Shows a progress bar if this takes more than a second. Later reads use the cache.
+    Shows a progress bar if this takes more than a second. Later reads use the cache. One warning
+    counts the targets that are empty, whether they come from the cache or not.
 
     Args:
         suite: the suite.
@@ -149,10 +166,32 @@ def validate(suite: Suite, tasks: Iterable[str], *, needs: Iterable[str] = ()) -
         InputError: the data is wrong or lacks a split; the message names the first problem.
     """
     wanted = tuple(needs)
+    empty: Counter[str] = Counter()
     for task in progress(check_tasks(suite, tasks), "checking tasks"):
-        suite.splits(task)
-        for split in wanted:
-            suite.split(task, split)
+        for split in dict.fromkeys((*suite.splits(task), *wanted)):
+            empty[task] += _empty_targets(suite.split(task, split))
+    _warn_of_empty(+empty)
+
+
+def _empty_targets(rows: datasets.Dataset) -> int:
+    # In Arrow, so that a column of a large file never becomes a list of Python objects.
+    targets = rows.select_columns(["target"]).with_format("arrow")[:]["target"]
+    return int(pc.sum(pc.equal(pc.utf8_trim_whitespace(targets), "")).as_py() or 0)
+
+
+def _warn_of_empty(counts: Mapping[str, int]) -> None:
+    """Warn of empty targets, by task; choices are never empty, so these are texts to write."""
+    if not counts:
+        return
+    names = ", ".join(f"{task!r} ({count:,})" for task, count in list(counts.items())[:_NAMED])
+    more = f" and {len(counts) - _NAMED} more" if len(counts) > _NAMED else ""
+    total = sum(counts.values())
+    warnings.warn(
+        f"{total:,} {'target is' if total == 1 else 'targets are'} empty, of the "
+        f"{'task' if len(counts) == 1 else 'tasks'} {names}{more}, and the model learns to answer "
+        "nothing there: remove these rows if an answer is missing",
+        stacklevel=3,
+    )
 
 
 def prompt(instruction: str, text: str) -> str:

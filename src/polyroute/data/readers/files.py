@@ -4,7 +4,6 @@ A file is read row by row; only a JSON list is read whole. Nothing in a file is 
 """
 
 import csv
-import json
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
@@ -14,9 +13,10 @@ import datasets
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from polyroute.data.json_text import json_type, parse_json, type_of_file
 from polyroute.data.readers.task_table import file_key
-from polyroute.data.records import cannot_read, json_type, read_objects
-from polyroute.data.suite import SPLITS, quiet_datasets
+from polyroute.data.records import cannot_read, read_objects
+from polyroute.data.suite import SPLITS, quiet_datasets, split_of
 from polyroute.errors import InputError, reason
 
 __all__ = [
@@ -34,6 +34,8 @@ Rows = Iterator[tuple[str, dict[str, Any]]]
 """Rows by column, each with a description of where it is."""
 
 _BATCH = 1000
+_LONGEST = 2**31 - 1
+"""The most characters of a CSV cell, as many as systems allow; Python stops at 131,072."""
 
 
 def read_rows(path: Path) -> Rows:
@@ -82,18 +84,27 @@ def saved_splits(folder: Path) -> dict[str | None, Path]:
     """The saved data sets of a folder by split; the only one, without a split, is under None.
 
     Raises:
-        InputError: a dictionary of splits has none that a suite may have.
+        InputError: a dictionary of splits has none that a suite may have, or one of them twice.
     """
     if (folder / "state.json").is_file():
         return {None: folder}
-    found: dict[str | None, Path] = {s: folder / s for s in SPLITS if is_saved(folder / s)}
+    found: dict[str | None, Path] = {}
+    for each in sorted(folder.iterdir()):
+        split = split_of(each.name) if is_saved(each) else None
+        if split in found:
+            raise InputError(
+                f"{folder} has the splits {found[split].name!r} and {each.name!r}, which both "
+                f"mean {split}; save it again with one of them"
+            )
+        if split:
+            found[split] = each
     if not found:
         others = ", ".join(sorted(each.name for each in folder.iterdir() if each.is_dir()))
         raise InputError(
             f"{folder} has the splits {others or 'of no name'}; save it again with splits that "
             f"are called {', '.join(SPLITS)}"
         )
-    return found
+    return {split: found[split] for split in SPLITS if split in found}
 
 
 def load_saved(folder: Path) -> datasets.Dataset:
@@ -140,16 +151,36 @@ def _refuse_twins(path: Path, names: Iterable[str]) -> None:
             raise InputError(f"{path} has two columns {name!r}; rename one of them")
 
 
+def _check_separator(path: Path, names: list[str]) -> None:
+    """Refuse a file whose cells are separated by something else than the name of the file says."""
+    if names and names[0].lower().startswith("sep="):
+        raise InputError(
+            f"{path} begins with the line {names[0]!r}, which only Excel reads; remove it, so "
+            "that the first one names the columns"
+        )
+    wanted, others = "commas", {";": "';'", "\t": "tabs", "|": "'|'"}
+    if path.suffix == ".tsv":
+        wanted, others = "tabs", {";": "';'", ",": "commas", "|": "'|'"}
+    between = next((sign for sign in others if names and sign in names[0]), None)
+    if len(names) == 1 and between:
+        rename = {"\t": " or rename it to .tsv", ",": " or rename it to .csv"}.get(between, "")
+        raise InputError(f"{path} is separated by {others[between]}: save it with {wanted}{rename}")
+
+
 def _csv_rows(path: Path) -> Rows:
+    begins = 1  # the line where a row begins: an open quote may run to the end of the file
+    csv.field_size_limit(max(csv.field_size_limit(), _LONGEST))
     try:
         with path.open(encoding="utf-8-sig", newline="") as file:
             reader = csv.reader(file, strict=True, delimiter="\t" if path.suffix == ".tsv" else ",")
             names = next(reader, None)
             if names is None:
                 raise InputError(f"{path} is empty; its first line must name the columns")
+            _check_separator(path, names)
             _refuse_twins(path, names)
+            begins = reader.line_num + 1
             for cells in reader:
-                where = f"{path}, line {reader.line_num}"
+                where, begins = f"{path}, line {begins}", reader.line_num + 1
                 if len(cells) != len(names):
                     if not cells:  # an empty line
                         continue
@@ -165,8 +196,8 @@ def _csv_rows(path: Path) -> Rows:
         raise _not_utf8(path, error) from error
     except csv.Error as error:
         raise InputError(
-            f"{path}, line {reader.line_num}: not valid CSV ({error}); correct the quotes, or "
-            "keep long texts as JSONL or Parquet"
+            f"{path}, line {begins}: the row that begins here is not valid CSV ({error}); correct "
+            "its quotes"
         ) from error
 
 
@@ -193,20 +224,22 @@ def _json_rows(path: Path) -> Rows:
     try:
         with path.open(encoding="utf-8-sig") as file:
             start = next((line.lstrip()[0] for line in file if line.strip()), "")
-            if start != "[":
-                yield from read_objects(path)
-                return
             file.seek(0)
-            rows = json.load(file)
+            text = file.read() if start == "[" else None
     except OSError as error:
         raise cannot_read(path, error) from error
     except UnicodeDecodeError as error:
         raise _not_utf8(path, error) from error
-    except (ValueError, RecursionError) as error:
-        raise InputError(
-            f"{path} is not valid JSON ({error}); write a list of objects, one for each example"
-        ) from error
-    for where, row in _numbered(path, rows):
+    fix = "write a list of objects, one for each example"
+    if text is None:
+        try:
+            yield from read_objects(path)
+        except InputError:
+            if whole := type_of_file(path):  # not rows, but one value, perhaps over several lines
+                raise InputError(f"{path} holds {whole}, not a list of rows; {fix}") from None
+            raise
+        return
+    for where, row in _numbered(path, parse_json(text, str(path), fix)):
         if not isinstance(row, dict):
             raise InputError(f"{where}: a row must be a JSON object, not {json_type(row)}")
         yield where, row

@@ -33,7 +33,7 @@ from polyroute.data.readers.hub_columns import COLUMN_KEYS, records_of
 from polyroute.data.readers.roles import check_entry, check_names
 from polyroute.data.readers.task_table import TableSuite, TaskSource, load, rows_key
 from polyroute.data.records import checked
-from polyroute.data.suite import SPLITS, TaskInfo
+from polyroute.data.suite import SPLITS, TaskInfo, split_of
 from polyroute.errors import InputError, did_you_mean
 from polyroute.host.yaml_files import read_yaml
 
@@ -188,12 +188,15 @@ def _saved(folder: Path, splits: Mapping[str, str], where: str) -> dict[str, dat
     """The rows of each split of what `save_to_disk` wrote; all are for training if it has none."""
     found = {split or "train": path for split, path in saved_splits(folder).items()}
     for theirs in splits.values():
-        if theirs not in found:
+        if split_of(theirs) not in found:
             raise InputError(
                 f"{where}, split: {folder} has no split {theirs!r}; {did_you_mean(theirs, found)}"
             )
     chosen = splits or {split: split for split in found}
-    return {ours: load_saved(found[theirs]).flatten() for ours, theirs in chosen.items()}
+    return {
+        ours: load_saved(found[split_of(theirs) or theirs]).flatten()
+        for ours, theirs in chosen.items()
+    }
 
 
 def _saved_key(place: Path) -> list[Any]:

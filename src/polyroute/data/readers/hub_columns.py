@@ -8,8 +8,8 @@ from typing import Any
 
 import datasets
 
+from polyroute.data.json_text import json_type
 from polyroute.data.readers.conversations import examples, turns_of
-from polyroute.data.records import json_type
 from polyroute.errors import InputError, did_you_mean
 
 __all__ = ["COLUMN_KEYS", "records_of"]
@@ -69,7 +69,7 @@ def _record_of(
     labels = columns.get("labels")
     if isinstance(labels, list):
         labels = dict(enumerate(labels))
-    named = {str(value): answer_text(label) for value, label in (labels or {}).items()}
+    named = {_key(value): answer_text(label) for value, label in (labels or {}).items()}
     listed = columns.get("choices", list(labels.values()) if labels else None)
     choices = _list_of(listed, features, answer_text)
     references = _list_of(columns.get("references"), features, answer_text)
@@ -111,7 +111,7 @@ def _target(
     def label(row: _Row, place: str) -> str:
         value = row.get(wanted)
         # Labels may stand for numbers and for true and false, which are no texts.
-        shown = str(value) if isinstance(value, bool | int | float) else text(row, place)
+        shown = _key(value) if isinstance(value, bool | int | float) else text(row, place)
         if shown not in named:
             raise InputError(f"{place}: 'labels' has no {shown!r}; {did_you_mean(shown, named)}")
         return named[shown](row, place)
@@ -119,6 +119,12 @@ def _target(
     if named:
         return label
     return name_of_class if isinstance(feature, datasets.ClassLabel) else text
+
+
+def _key(value: Any) -> str:
+    """A value as `labels` names it; numbers of classes are often kept as 1.0, and 1 is meant."""
+    is_whole = isinstance(value, float) and value.is_integer()
+    return str(int(value) if is_whole else value)
 
 
 def _no_column(key: str, wanted: Any, features: Mapping[str, Any], where: str) -> InputError:

@@ -8,6 +8,7 @@ Such a suite is a folder with one `<task>.jsonl` per task. Each line is one reco
 from functools import partial
 from pathlib import Path
 
+from polyroute.data.readers.ignored import tell_ignored
 from polyroute.data.readers.roles import check_names, read_roles
 from polyroute.data.readers.task_table import TableSuite, TaskSource, file_key
 from polyroute.data.records import cannot_read, read_records
@@ -19,9 +20,9 @@ __all__ = ["JsonlSuite"]
 class JsonlSuite(TableSuite):
     """A suite kept as a folder of JSONL files.
 
-    Opening lists the folder and reads `roles.json`. A task that `roles.json` does not describe has
-    no role and no category; its metric is accuracy if its first record has choices, and exact_match
-    otherwise.
+    Opening lists the folder, names what is ignored there, and reads `roles.json`. A task that
+    `roles.json` does not describe has no role and no category; its metric is accuracy if its first
+    record has choices, and exact_match otherwise.
 
     Args:
         path: the folder; `~` is expanded.
@@ -46,6 +47,7 @@ class JsonlSuite(TableSuite):
             for task, file in files.items()
         }
         super().__init__(folder.name, sources, cache_dir)
+        tell_ignored(folder, files.values())
 
 
 def _task_files(folder: Path) -> dict[str, Path]:

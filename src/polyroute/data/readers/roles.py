@@ -5,7 +5,8 @@ from collections.abc import Collection, Iterable
 from pathlib import Path
 from typing import Any
 
-from polyroute.data.records import cannot_read, json_type
+from polyroute.data.json_text import json_type, parse_json
+from polyroute.data.records import cannot_read
 from polyroute.data.suite import METRICS, RESERVED_TASK, ROLES, TaskInfo
 from polyroute.errors import InputError, did_you_mean
 
@@ -19,28 +20,34 @@ def check_names(places: Iterable[tuple[str, Path]]) -> None:
         places: each task with the file that defines it.
 
     Raises:
-        InputError: a name is reserved, it cannot name a folder, or two names differ only in case.
+        InputError: a name is reserved, it cannot name a folder, or two names differ only in case
+            or in white space around them.
     """
-    seen: dict[str, Path] = {}
+    seen: dict[str, tuple[str, Path]] = {}
     for task, path in places:
         # Results of a task go to a folder with its name, which must not lead elsewhere.
-        if not task.isprintable() or any(part in ("", ".", "..") for part in task.split("/")):
+        if not task.isprintable() or any(
+            part.strip() in ("", ".", "..") for part in task.split("/")
+        ):
             raise InputError(
                 f"{path} defines a task called {task!r}, which cannot name a folder of results; "
                 "rename it"
             )
-        key = task.casefold()
+        key = task.strip().casefold()
         if key == RESERVED_TASK:
             raise InputError(
                 f"{path} defines a task called {task!r}, the name kept for the average of the "
                 "inventory; rename it"
             )
         if key in seen:
+            other, place = seen[key]
+            case = other.strip() != task.strip()
             raise InputError(
-                f"the tasks of {seen[key]} and {path.name} differ only in upper and lower case; "
-                "rename one of them"
+                f"the tasks {other!r} of {place} and {task!r} of {path.name} differ only in "
+                f"{'upper and lower case' if case else 'white space around them'}; rename one of "
+                "them"
             )
-        seen[key] = path
+        seen[key] = task, path
 
 
 def read_roles(path: Path, tasks: Collection[str]) -> dict[str, TaskInfo]:
@@ -50,13 +57,14 @@ def read_roles(path: Path, tasks: Collection[str]) -> dict[str, TaskInfo]:
         InputError: the file is malformed or names a task that is not among `tasks`.
     """
     try:
-        roles = json.loads(path.read_text(encoding="utf-8-sig"))
+        text = path.read_text(encoding="utf-8-sig")
     except FileNotFoundError:
         return {}
     except OSError as error:
         raise cannot_read(path, error) from error
-    except (ValueError, RecursionError) as error:  # not UTF-8, or not JSON
-        raise InputError(f"{path} is not valid JSON ({error}); correct or remove it") from error
+    except UnicodeDecodeError as error:
+        raise InputError(f"{path} is not UTF-8 ({error.reason}); save it as UTF-8") from error
+    roles = parse_json(text, str(path), "correct or remove it")
     if not isinstance(roles, dict):
         raise InputError(f"{path} must hold one JSON object with a key per task")
     for task in roles:

@@ -5,6 +5,7 @@ decide, whatever the other columns are.
 """
 
 import json
+import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,14 +13,15 @@ from typing import Any
 
 import yaml
 
+from polyroute.data.json_text import json_type, parse_json
 from polyroute.data.readers.conversations import examples, turns_of
-from polyroute.data.records import json_type
 from polyroute.errors import InputError, did_you_mean
 
 __all__ = ["OWN", "SHAPES", "Row", "Shape", "recognised", "yaml_for"]
 
 _FORMATS = {".csv": "csv", ".tsv": "csv", ".parquet": "parquet", ".json": "json", ".jsonl": "json"}
 _DELIMITED = (".csv", ".tsv")
+_NUMBER = re.compile(r"[+-]?\d+(\.\d*)?")
 _MEDIA = ("image", "images", "audio", "audios", "video", "videos")
 _PREFERENCE = frozenset({"chosen", "rejected"})
 _ONE_FIT = (
@@ -91,14 +93,21 @@ class Row:
         """
         value = self.named(column)
         # Whatever stands in a CSV file is text, and numbers of classes look like this there.
-        is_number = self.path.suffix in _DELIMITED and isinstance(value, str) and value.isdecimal()
+        is_number = (
+            self.path.suffix in _DELIMITED
+            and isinstance(value, str)
+            and _NUMBER.fullmatch(value.strip())
+        )
         if is_number or (isinstance(value, int | float) and not isinstance(value, bool)):
             lines = yaml_for(self.path, _labels(column, ["name of 0", "name of 1"]))
             raise InputError(
                 f"{self.what(column)} is the number {value}, which has no name; name the classes "
                 f"in a YAML file and give that file instead: {lines}"
             )
-        return self.text(column)
+        text = self.text(column)
+        if not text.strip():
+            raise InputError(f"{self.what(column)} is empty; write a label or remove the row")
+        return text
 
 
 def _labels(column: str, labels: Any) -> dict[str, Any]:
@@ -126,6 +135,24 @@ class Shape:
         """Whether a row with these columns has this shape."""
         there = set(columns)
         return self.needs <= there and not self.unless & there
+
+    def check_prompt(self, row: Row, record: Mapping[str, Any]) -> None:
+        """Make sure that a record of a row asks something.
+
+        Raises:
+            InputError: it does not; the message names the columns of the row.
+        """
+        if record.get("instruction") or record.get("input") != "":
+            return
+        asking = [name for key, name in self.columns.items() if key != "target"]
+        names = [name for name in asking if name in row.cells]
+        if len(names) > 1:
+            shown = f"the columns {' and '.join(map(repr, names))} are both empty; fill one of them"
+        elif isinstance(row.cells[names[0]], list):
+            shown = f"in the column {names[0]!r}, a turn of the user is empty; fill it"
+        else:
+            shown = f"the column {names[0]!r} is empty; fill it"
+        raise InputError(f"{row.where}: {shown} or remove the row")
 
 
 def _own(row: Row) -> Iterable[dict[str, Any]]:
@@ -159,12 +186,8 @@ def _turns(value: Any, what: str) -> Any:
 
 
 def _parsed(text: str, what: str, example: str) -> Any:
-    try:
-        return json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise InputError(
-            f"{what} begins like a JSON list but is not valid ({error}); write it as {example}"
-        ) from error
+    fix = f"what begins with a bracket is read as a JSON list: write it as {example}"
+    return parse_json(text, what, fix, entry="entry")
 
 
 def _alpaca(row: Row) -> Iterable[dict[str, Any]]:
@@ -227,7 +250,7 @@ OWN = Shape(
     "input and target",
     frozenset({"input", "target"}),
     _own,
-    {"input": "input", "target": "target"},
+    {"instruction": "instruction", "input": "input", "target": "target"},
 )
 SHAPES = (
     OWN,

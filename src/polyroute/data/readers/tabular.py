@@ -2,9 +2,9 @@
 
 The path is a file, a folder of files, or what `save_to_disk` of `datasets` wrote. A file is named
 `<task>.csv`, or `<task>.<split>.csv` if each split has its own file. Otherwise a column `split`
-names the split of each row; without one, all rows are for training. A column `task` divides the
-rows among tasks. `polyroute.data.readers.shapes` lists the other columns. In a folder, an optional
-`roles.json` has the same form as in a folder of JSONL records.
+names the split of each row, as `split_of` reads it; without one, all rows are for training. A
+column `task` divides the rows among tasks. `polyroute.data.readers.shapes` lists the other columns.
+In a folder, an optional `roles.json` has the same form as in a folder of JSONL records.
 """
 
 from collections.abc import Iterator, Mapping
@@ -27,11 +27,12 @@ from polyroute.data.readers.files import (
     rows_file_key,
     saved_splits,
 )
+from polyroute.data.readers.ignored import tell_ignored
 from polyroute.data.readers.roles import check_names, read_roles
 from polyroute.data.readers.shapes import OWN, Row, Shape, recognised
 from polyroute.data.readers.task_table import TableSuite, TaskSource, written
-from polyroute.data.records import cannot_read, checked, read_objects
-from polyroute.data.suite import SPLITS
+from polyroute.data.records import alike, cannot_read, checked, read_objects
+from polyroute.data.suite import split_of
 from polyroute.errors import InputError
 from polyroute.host.output import say
 
@@ -44,8 +45,9 @@ _MOST_CHOICES = 100
 class TabularSuite(TableSuite):
     """A suite kept as tables: a file, a folder of files, or a data set saved by `datasets`.
 
-    Opening looks at the first row of each file. If the rows name their tasks, the file is read at
-    once; otherwise, when its task is first used. Then a note says in which shape it was read.
+    Opening looks at the first row of each file, and names what is ignored in a folder. If the
+    rows name their tasks, the file is read at once; otherwise, when its task is first used. Then a
+    note says in which shape it was read.
 
     Args:
         path: the file or folder; `~` is expanded.
@@ -74,6 +76,8 @@ class TabularSuite(TableSuite):
         infos = read_roles(place / "roles.json", sources) if in_folder else {}
         described = {t: replace(source, info=infos.get(t)) for t, source in sources.items()}
         super().__init__(_name(place)[0] if place.is_file() else place.name, described, cache_dir)
+        if in_folder:
+            tell_ignored(place, _tables(place))
 
 
 def is_table(path: Path) -> bool:
@@ -84,7 +88,7 @@ def is_table(path: Path) -> bool:
 def is_tabular(folder: Path) -> bool:
     """Whether a folder holds tables rather than JSONL records that name their own splits."""
     return is_saved(folder) or any(
-        path.suffix != ".jsonl" or Path(path.stem).suffix[1:] in SPLITS or _is_foreign(path)
+        path.suffix != ".jsonl" or split_of(Path(path.stem).suffix[1:]) or _is_foreign(path)
         for path in _tables(folder)
     )
 
@@ -100,7 +104,7 @@ def _is_foreign(path: Path) -> bool:
         return False
     if not OWN.needs & set(first):
         return bool(first)
-    return path.stem in SPLITS and "split" not in first
+    return split_of(path.stem) is not None and "split" not in first
 
 
 def _tables(folder: Path) -> list[Path]:
@@ -136,10 +140,12 @@ def _name(path: Path) -> tuple[str, str | None]:
     """
     if path.is_dir():
         return path.name, None
-    if path.stem in SPLITS and path.parent.name:
-        return path.parent.name, path.stem
-    task, _, split = path.stem.rpartition(".")
-    return (task, split) if task and split in SPLITS else (path.stem, None)
+    whole = split_of(path.stem)
+    if whole and path.parent.name:
+        return path.parent.name, whole
+    task, _, last = path.stem.rpartition(".")
+    split = split_of(last)
+    return (task, split) if task and split else (path.stem, None)
 
 
 def _task_files(place: Path) -> dict[str, dict[str | None, Path]]:
@@ -151,9 +157,10 @@ def _task_files(place: Path) -> dict[str, dict[str | None, Path]]:
         task, split = _name(path)
         files = tasks.setdefault(task, {})
         for other in (files[taken] for taken in files if None in (taken, split) or taken == split):
+            part = f" in the split {split!r}" if split and split in files else ""
             raise InputError(
-                f"{other} and {path.name} both give rows of the task {task!r}; keep one file, or "
-                f"one for each split, such as {task}.train{path.suffix}"
+                f"{other} and {path.name} both give rows of the task {task!r}{part}; keep one "
+                f"file, or one for each split, such as {task}.train{path.suffix}"
             )
         files.update(saved_splits(path) if path.is_dir() else {split: path})
     if not tasks:
@@ -236,9 +243,16 @@ class _Table:
         if not self._first[1].is_classes:
             yield from self._rows()
             return
-        labels: dict[str, set[str]] = {}
-        for _, record in self._rows():
-            labels.setdefault(record["task"], set()).add(record["target"])
+        labels: dict[str, dict[str, str]] = {}
+        """The labels of each task, each with a description of where it is first."""
+        for where, record in self._rows():
+            labels.setdefault(record["task"], {}).setdefault(record["target"], where)
+        for found in labels.values():
+            if twins := alike(found):
+                raise InputError(
+                    f"{found[twins[1]]}: the label {twins[1]!r} and the label {twins[0]!r} of "
+                    "earlier rows differ only in white space around them; write both alike"
+                )
         listed = {
             task: sorted(found) if 2 <= len(found) <= _MOST_CHOICES else None
             for task, found in labels.items()
@@ -260,6 +274,7 @@ class _Table:
                 usual = {**self._of_row(row, split), "instruction": "", "choices": None}
                 system = row.optional("system") or None
                 for record in shape.records(row):
+                    shape.check_prompt(row, record)
                     yield where, {**usual, **record, "system": record.get("system") or system}
 
     def _check_shape(self, row: Row, *, is_first: bool) -> None:
@@ -293,6 +308,7 @@ class _Table:
     def _of_row(self, row: Row, split: str | None) -> dict[str, Any]:
         """The task and the split of a row."""
         own = None if row.cells.get("split") == "" else row.cells.get("split")
+        own = split_of(own) or own if isinstance(own, str) else own
         if split and own is not None and own != split:
             raise InputError(
                 f"{row.where}: the column 'split' is {own!r} but the file is for {split!r}; move "

@@ -14,8 +14,8 @@ from polyroute.adapting.settings import AdaptSettings, variants
 from polyroute.adapting.shots import check_classes, classes_of
 from polyroute.adapting.slots import check_starts
 from polyroute.build import loaded
-from polyroute.data.sampling import draw_few_shot
-from polyroute.data.suite import Suite, held_out_tasks, validate
+from polyroute.data.suite import SPLITS, Suite, held_out_tasks, validate
+from polyroute.errors import InputError
 from polyroute.host.files import make_folder, write_json, write_tensors
 from polyroute.host.interrupts import resumable
 from polyroute.host.output import Result, say
@@ -105,13 +105,37 @@ def adapt_run(options: AdaptOptions) -> Result:
 
 def _check_examples(work: Work) -> None:
     """Make sure that the data are complete, and enough for all shots."""
-    validate(work.suite, work.tasks, needs=["train", work.options.split])
+    split = work.options.split
+    validate(work.suite, work.tasks, needs=["train"] if split in SPLITS else ["train", split])
+    for task in work.tasks:
+        _check_scored(task, split, work.suite.splits(task))
     for task, variant in itertools.product(work.tasks, work.choices.values()):
-        shots = (variant.shots or 0) + variant.validation_shots
-        draw_few_shot(len(work.suite.split(task, "train")), shots, 0)
+        _check_shots(task, len(work.suite.split(task, "train")), variant)
     if any(variant.stratify for variant in work.choices.values()):
         splits = {task: work.suite.split(task, "train") for task in work.tasks}
         check_classes({t: classes_of(rows, "choices", "target") for t, rows in splits.items()})
+
+
+def _check_scored(task: str, split: str, there: Sequence[str]) -> None:
+    """Make sure that a task has examples to score on."""
+    if split in there:
+        return
+    others = [f"{one}, whose examples are learned" if one == "train" else one for one in there]
+    raise InputError(
+        f"task {task!r} has no {split!r} split to score on: write {split} in a column 'split' of "
+        f"some rows, or score on another with --split ({'; '.join(others)})"
+    )
+
+
+def _check_shots(task: str, size: int, settings: AdaptSettings) -> None:
+    """Make sure that a task has enough examples to learn from and to validate on."""
+    held = settings.validation_shots
+    shots = "at least one shot" if settings.shots is None else f"{settings.shots} shots"
+    if (1 if settings.shots is None else settings.shots) + held > size:
+        raise InputError(
+            f"task {task!r} has {size} training {'example' if size == 1 else 'examples'}, too few "
+            f"for {shots} + {held} validation shots: ask for fewer, or add examples"
+        )
 
 
 def _check_model(model: RoutedModel, work: Work) -> None:
