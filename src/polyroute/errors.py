@@ -2,9 +2,9 @@
 
 import difflib
 from bisect import bisect
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
-__all__ = ["InputError", "did_you_mean", "reason"]
+__all__ = ["InputError", "did_you_mean", "first_few", "reason"]
 
 _MOST_COMPARED = 5000
 
@@ -36,8 +36,13 @@ def did_you_mean(name: str, known: Iterable[str]) -> str:
         return "did you mean " + " or ".join(repr(n) for n in near) + "?"
     if not names:
         return "none exist"
-    shown = ", ".join(repr(n) for n in names[:8])
-    return f"known: {shown}" + (f" and {len(names) - 8} more" if len(names) > 8 else "")
+    return f"known: {first_few([repr(n) for n in names], 8)}"
+
+
+def first_few(names: Sequence[str], most: int) -> str:
+    """The first names of a list, and how many more there are, as part of a sentence."""
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return ", ".join(names[:most]) + more
 
 
 def reason(error: Exception, *, whole: bool = False) -> str:

@@ -13,7 +13,7 @@ import datasets
 from polyroute.adapting.settings import AdaptSettings
 from polyroute.adapting.slot import Slot
 from polyroute.data.sampling import draw_balanced, draw_few_shot
-from polyroute.errors import InputError
+from polyroute.errors import InputError, first_few
 from polyroute.kinds.batches import Row
 
 __all__ = ["Shots", "check_classes", "classes_of"]
@@ -162,6 +162,5 @@ def check_classes(classes: Mapping[str, Classes | None]) -> list[str]:
 
 def _some(tasks: Sequence[str]) -> str:
     """Tasks in words."""
-    names = ", ".join(map(repr, tasks[:NAMED]))
-    more = f" and {len(tasks) - NAMED} more" if len(tasks) > NAMED else ""
-    return f"{'task' if len(tasks) == 1 else 'tasks'} {names}{more}"
+    names = first_few([repr(task) for task in tasks], NAMED)
+    return f"{'task' if len(tasks) == 1 else 'tasks'} {names}"

@@ -13,7 +13,7 @@ from typing import Literal, Protocol, get_args
 import datasets
 import pyarrow.compute as pc
 
-from polyroute.errors import InputError, did_you_mean
+from polyroute.errors import InputError, did_you_mean, first_few
 from polyroute.host.progress import progress
 
 __all__ = [
@@ -183,12 +183,11 @@ def _warn_of_empty(counts: Mapping[str, int]) -> None:
     """Warn of empty targets, by task; choices are never empty, so these are texts to write."""
     if not counts:
         return
-    names = ", ".join(f"{task!r} ({count:,})" for task, count in list(counts.items())[:_NAMED])
-    more = f" and {len(counts) - _NAMED} more" if len(counts) > _NAMED else ""
+    names = first_few([f"{task!r} ({count:,})" for task, count in counts.items()], _NAMED)
     total = sum(counts.values())
     warnings.warn(
         f"{total:,} {'target is' if total == 1 else 'targets are'} empty, of the "
-        f"{'task' if len(counts) == 1 else 'tasks'} {names}{more}, and the model learns to answer "
+        f"{'task' if len(counts) == 1 else 'tasks'} {names}, and the model learns to answer "
         "nothing there: remove these rows if an answer is missing",
         stacklevel=3,
     )

@@ -3,6 +3,7 @@
 from collections.abc import Iterable
 from pathlib import Path
 
+from polyroute.errors import first_few
 from polyroute.host.output import say
 
 __all__ = ["tell_ignored"]
@@ -30,5 +31,4 @@ def tell_ignored(folder: Path, used: Iterable[Path]) -> None:
         and path.stem.lower() not in _NOT_DATA
     ]
     if left:
-        more = f" and {len(left) - _SHOWN} more" if len(left) > _SHOWN else ""
-        say(f"ignored in {folder.name}: {', '.join(left[:_SHOWN])}{more}")
+        say(f"ignored in {folder.name}: {first_few(left, _SHOWN)}")

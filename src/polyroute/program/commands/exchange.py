@@ -8,10 +8,10 @@ from polyroute.exchange.foreign import read_names
 from polyroute.host.output import Result
 from polyroute.program.commands.folder import RunFolder
 from polyroute.program.commands.runs import (
-    WITHOUT_DATA,
     BaseModel,
     base_of,
     inventory_of,
+    limits_of,
     load,
     settled,
 )
@@ -51,12 +51,11 @@ def import_run(options: ImportOptions) -> Result:
     folder = RunFolder("import", options.out, options, (options.source, options.model))
     tasks = None if options.tasks_file is None else read_names(options.tasks_file)
     reading, given = settled(options.reading, options.given)
-    limits = {name: getattr(reading, name) or limit for name, limit in WITHOUT_DATA.items()}
     base, kind = load(BaseModel(options.model, reading))
     model = read_inventory(
         base, options.source, form=options.format, tasks=tasks, allow_pickle=options.allow_pickle
     )
-    config = {**given.recorded, **limits, "method": model.adapter_config.method}
+    config = {**given.recorded, **limits_of(reading), "method": model.adapter_config.method}
     place = folder.open(config, given, {NOTE: kind.prompting.to_dict()})
     with held(place):
         model.save_pretrained(place)

@@ -17,12 +17,12 @@ from polyroute.saved.hub import DESCRIPTION, Snapshot, locate
 from polyroute.saved.runs import BEFORE, read_run
 
 __all__ = [
-    "WITHOUT_DATA",
     "BaseModel",
     "base_of",
     "beside",
     "inventory_of",
     "kind_for",
+    "limits_of",
     "load",
     "settled",
 ]
@@ -74,8 +74,8 @@ def settled(
         given: what `run.json` is to keep of it.
         resumed: the run that is resumed, whose type stays; None of a fresh run.
     """
-    if resumed is not None:
-        known = read_run(resumed)["config"]
+    known = None if resumed is None else read_run(resumed)["config"]
+    if known is not None:
         former: dict[str, Any] = {
             k: v for k, v in BEFORE.items() if k not in known and k not in given.places
         }
@@ -86,7 +86,7 @@ def settled(
     dtype = here = settled_dtype(AUTO)
     does = "multiplies" if here == "bfloat16" else "does not multiply"
     why = f"this hardware {does} bfloat16 fast"
-    before = None if resumed is None else read_run(resumed)["config"].get("dtype", BEFORE["dtype"])
+    before = None if known is None else known.get("dtype", BEFORE["dtype"])
     if before in DTYPES:
         dtype, why = before, f"the run in {resumed} was started with it"
         if before != here:
@@ -121,8 +121,13 @@ def kind_for(model: Any, tokenizer: Any, reading: Reading, objective: str | Obje
         if prompt == "plain":
             raise InputError("--system is for chats: leave it out with --prompt plain")
         prompt = ChatTemplate(tokenizer, reading.system)
-    limits = {name: getattr(reading, name) or limit for name, limit in WITHOUT_DATA.items()}
+    limits = limits_of(reading)
     return kind_of(model, tokenizer, **limits, objective=objective, prompt=prompt)
+
+
+def limits_of(reading: Reading) -> dict[str, int]:
+    """The most tokens that are read; what is open is as where there is no data."""
+    return {name: getattr(reading, name) or limit for name, limit in WITHOUT_DATA.items()}
 
 
 def base_of(
