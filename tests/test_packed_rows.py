@@ -1,5 +1,6 @@
 """A row may hold several examples of different tasks: each token gets its own example's factors."""
 
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
@@ -47,14 +48,19 @@ def with_gradients(model: RoutedModel, outputs: list[Tensor]) -> list[Tensor]:
     return [*outputs, *torch.autograd.grad(loss, learned)]
 
 
-@pytest.mark.parametrize("executor", ["padded", "looped", "plain"])
+@pytest.mark.parametrize("executor", ["joined", "looped"])
+@pytest.mark.parametrize("is_plain", [False, True])
 @pytest.mark.parametrize("settings", SETTINGS, ids=str)
 @pytest.mark.parametrize("make", [llama, gpt2])
 def test_outputs_and_gradients_are_those_of_the_unpacked_batch(
-    make: Any, settings: dict[str, Any], executor: str, monkeypatch: pytest.MonkeyPatch
+    make: Any,
+    settings: dict[str, Any],
+    executor: str,
+    is_plain: bool,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(kernels, "SHORT", 99 if executor == "padded" else 0)
-    monkeypatch.setattr(kernels, "WASTE", 99)
+    share = 1e9 if executor == "joined" else 0.0
+    monkeypatch.setattr(kernels, "JOINED", {torch.float64: share})
     model = routed(make(), **settings).double()
     apart = examples()
     expected = with_gradients(
@@ -62,20 +68,23 @@ def test_outputs_and_gradients_are_those_of_the_unpacked_batch(
     )
     for given in ({"segments": [list(LENGTHS)]}, {}):
         inputs = packed(apart)
-        if executor == "plain":
-            with plain_executors():
-                logits = model(**inputs, tasks=NAMES, **given).logits
-        else:
+        with plain_executors() if is_plain else nullcontext():
             logits = model(**inputs, tasks=NAMES, **given).logits
         found = with_gradients(model, list(logits.split(LENGTHS, dim=1)))
         for ours, theirs in zip(found, expected, strict=True):
             torch.testing.assert_close(ours, theirs, rtol=1e-7, atol=1e-9)
 
 
-def test_examples_of_unlike_lengths_are_not_padded_to_the_longest() -> None:
-    assert kernels.Segments((20,) * 16).is_short
-    assert not kernels.Segments((1000, *(20,) * 15)).is_short  # 12 times the tokens
-    assert not kernels.Segments((1000,) * 16).is_short
+@pytest.mark.parametrize(("examples_", "rank", "dtype", "joins"), [
+    (10, 4, torch.float32, True), (16, 16, torch.float32, False), (16, 4, torch.bfloat16, True),
+    (64, 16, torch.bfloat16, False),
+])  # fmt: skip
+def test_many_ranks_are_not_multiplied_for_every_token(
+    examples_: int, rank: int, dtype: torch.dtype, joins: bool
+) -> None:
+    x = torch.zeros(1, 576, dtype=dtype)
+    a, b = torch.zeros(examples_, rank, 576), torch.zeros(examples_, rank, 1536)
+    assert kernels._joins(x, a, b) == joins
 
 
 def test_several_rows_are_packed_each_in_its_own_way() -> None:

@@ -4,8 +4,9 @@ The shape of the factors decides which executor applies them:
 
 - one task in the batch: factors `[r, d]`, one 2-D product for all tokens of all examples;
 - several tasks: factors `[B, r, d]`, one batched product over the examples;
-- several tasks in packed rows: factors `[B, r, d]`, one batched product if the examples are short,
-  and otherwise one 2-D product for each.
+- several tasks in packed rows: factors `[B, r, d]`, one 2-D product with the ranks of all examples,
+  of which each token keeps those of its own example; or, where these are too many, one 2-D product
+  for each example.
 
 `polyroute.layer.gated` has the executors for weights that differ from token to token.
 
@@ -34,10 +35,11 @@ from polyroute.layer.sites import weight_matrix
 
 __all__ = ["Segments", "apply_ia3", "apply_lora", "plain_executors", "widened"]
 
-SHORT = 512
-"""The mean length, in tokens, below which packed examples are multiplied as one padded batch."""
-WASTE = 2
-"""Such a batch may have so many times the tokens of the examples."""
+JOINED = {torch.float32: 0.1, torch.float64: 0.1}
+"""By type, how many times the work of the base layer joined products of packed rows may be."""
+JOINED_OTHERWISE = 0.75
+"""The same for 16-bit types, whose large products are fast, and for all types on accelerators,
+where each product of a loop has to be started."""
 
 
 @dataclass(frozen=True)
@@ -53,35 +55,23 @@ class Segments:
         ends = list(accumulate(self.lengths))
         return list(zip([0, *ends[:-1]], ends, strict=True))
 
-    @cached_property
-    def is_short(self) -> bool:
-        """Whether batched products, padded to the longest example, beat one for each.
+    def owners(self, like: Tensor, rank: int) -> Tensor:
+        """Which columns belong to the example of each token, `[N, B r]`: 1 those, 0 the others.
 
-        They do where examples are short and of similar lengths.
+        Args:
+            like: a tensor of the device and type of the result.
+            rank: the rank r, so many columns has each example.
         """
-        total, count = sum(self.lengths), len(self.lengths)
-        return total < SHORT * count and count * max(self.lengths) <= WASTE * total
-
-    def padded(self, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
-        """How tokens lie in a batch of one example a row, padded to the longest one, M tokens.
-
-        Returns:
-            `[B M]`, the token at each place of that batch; `[B, M, 1]`, whether there is one; and
-            `[N]`, the place of each token.
-        """
-        if device not in self._padded:
-            lengths = torch.tensor(self.lengths)
-            starts = lengths.cumsum(0) - lengths
-            place = torch.arange(int(lengths.max()))
-            is_token = place < lengths[:, None]
-            token = torch.where(is_token, starts[:, None] + place, 0).flatten()
-            back = is_token.flatten().nonzero()[:, 0]
-            found = (token, is_token[..., None], back)
-            self._padded[device] = tuple(one.to(device) for one in found)  # type: ignore[assignment]
-        return self._padded[device]
+        key = (like.device, like.dtype, rank)
+        if key not in self._owners:
+            counts = torch.tensor(self.lengths, device=like.device)
+            own = torch.eye(len(self.lengths), dtype=like.dtype, device=like.device)
+            own = own.repeat_interleave(rank, 1)
+            self._owners[key] = own.repeat_interleave(counts, 0, output_size=sum(self.lengths))
+        return self._owners[key]
 
     @cached_property
-    def _padded(self) -> dict[torch.device, tuple[Tensor, Tensor, Tensor]]:
+    def _owners(self) -> dict[tuple[torch.device, torch.dtype, int], Tensor]:
         return {}
 
     def spread(self, of_examples: Tensor) -> Tensor:
@@ -176,10 +166,9 @@ class LinearLoRAPacked(torch.autograd.Function):
         segments: Segments,
     ) -> Tensor:
         y = F.linear(x, weight, bias)
-        if segments.is_short:
-            token, is_token, back = segments.padded(x.device)
-            z = _down(x.index_select(0, token).view(len(a), -1, x.shape[1]), a) * is_token
-            y += torch.bmm(z, b).flatten(0, 1).index_select(0, back)
+        if _joins(x, a, b):
+            z = _down(x, a.flatten(0, 1)).mul_(segments.owners(x, a.shape[1]))
+            y.addmm_(z, b.flatten(0, 1))
         else:
             z = x.new_empty(len(x), a.shape[1])
             for i, (start, end) in enumerate(segments.bounds):
@@ -196,7 +185,7 @@ class LinearLoRAPacked(torch.autograd.Function):
         x, weight, a, b, z = ctx.saved_tensors
         need_x, _, _, need_a, need_b, _ = ctx.needs_input_grad
         dx = dy @ weight if need_x else None
-        backward = _padded_backward if ctx.segments.is_short else _looped_backward
+        backward = _joined_backward if _joins(x, a, b) else _looped_backward
         da, db = backward(ctx.segments, dy, dx, x, (a, b, z))
         return dx, None, None, da if need_a else None, db if need_b else None, None
 
@@ -205,18 +194,26 @@ Saved = tuple[Tensor, Tensor, Tensor]
 """The factors a and b, and the product z of the input with a."""
 
 
-def _padded_backward(
+def _joins(x: Tensor, a: Tensor, b: Tensor) -> bool:
+    """Whether one product with the ranks of all examples beats one product for each example.
+
+    It computes B times what is needed, which is little beside the base layer if ranks and examples
+    are few; a product of a few columns is slow however little it computes.
+    """
+    share = JOINED_OTHERWISE if x.device.type != "cpu" else JOINED.get(x.dtype, JOINED_OTHERWISE)
+    (count, rank, d_in), d_out = a.shape, b.shape[-1]
+    return count * rank * (d_in + d_out) <= share * d_in * d_out
+
+
+def _joined_backward(
     segments: Segments, dy: Tensor, dx: Tensor | None, x: Tensor, saved: Saved
 ) -> tuple[Tensor, Tensor]:
     """The gradients of a and b; that of the input is added to `dx`."""
     a, b, z = saved
-    token, is_token, back = segments.padded(x.device)
-    dy_BMo = dy.index_select(0, token).view(len(a), -1, dy.shape[1])
-    dz = _down(dy_BMo, b) * is_token
-    x_BMd = x.index_select(0, token).view(len(a), -1, x.shape[1])
+    dz = _down(dy, b.flatten(0, 1)).mul_(segments.owners(x, a.shape[1]))
     if dx is not None:
-        dx += torch.bmm(dz, a).flatten(0, 1).index_select(0, back)
-    return torch.bmm(dz.transpose(1, 2), x_BMd), torch.bmm(z.transpose(1, 2), dy_BMo)
+        dx.addmm_(dz, a.flatten(0, 1))
+    return (dz.t() @ x).view_as(a), (z.t() @ dy).view_as(b)
 
 
 def _looped_backward(
@@ -306,6 +303,9 @@ def apply_lora(
     h = h.reshape(rows)
     if one_task:
         delta = F.linear(h, a) @ b
+    elif segments is not None and _joins(h, a, b):
+        z = F.linear(h, a.flatten(0, 1))
+        delta = (z * segments.owners(z, a.shape[1])) @ b.flatten(0, 1)
     elif segments is not None:
         delta = torch.cat(
             [F.linear(h[s:e], a[i]) @ b[i] for i, (s, e) in enumerate(segments.bounds)]

@@ -254,6 +254,8 @@ class Mixer(nn.Module):
     ) -> Mixture:
         rows = route.rows
         assert rows is not None
+        if self.rule.same_for_all(self):
+            rows = rows[:1]
         # With noise each example has a mixture of its own; otherwise each distinct task has one.
         distinct = list(rows) if per_example else list(dict.fromkeys(rows))
         gather = None

@@ -126,6 +126,10 @@ class RouteRule(nn.Module):
         """The arguments of `__init__` as JSON values; a loaded rule is made from them."""
         return {}
 
+    def same_for_all(self, mixer: "Mixer") -> bool:
+        """Whether all tasks have one adapter now, so that it is mixed and applied only once."""
+        return False
+
     def choose(self, rows: Sequence[int], mixer: "Mixer", *, training: bool) -> Choice:
         """How rows of the table mix the skills; for rules that depend on the task alone.
 

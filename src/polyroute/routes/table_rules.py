@@ -21,6 +21,10 @@ class TableRule(RouteRule, name="table"):
     has_table = True
     is_fixed = True
 
+    def same_for_all(self, mixer: Mixer) -> bool:
+        """Whether the logits were dropped: all tasks then use the uniform mixture."""
+        return mixer.table.logits is None and mixer.inventory.num_sets == 1
+
     def choose(self, rows: Sequence[int], mixer: Mixer, *, training: bool) -> Choice:
         """The weights that the rows give, annealed by `mixer.anneal_progress`.
 
@@ -46,6 +50,10 @@ class SharedRule(RouteRule, name="shared"):
 
     needs_tasks = False
     is_fixed = True
+
+    def same_for_all(self, mixer: Mixer) -> bool:
+        """Always."""
+        return True
 
     def choose(self, rows: Sequence[int], mixer: Mixer, *, training: bool) -> Choice:
         """The only skill."""
