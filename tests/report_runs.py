@@ -38,7 +38,16 @@ def write_run(
     config = {"model": "demo", "data": data or str(folder / "no-suite"), "method": method,
               "skills": skills, "seed": seed, "tasks": list(tasks)}  # fmt: skip
     write(folder / "run.json", {"command": "train", "config": config})
-    log = [{"step": s, "loss": 2 / (1 + s / 40) + 0.01 * seed} for s in range(10, 201, 10)]
+    log: list[dict[str, float]] = [
+        {"step": s, "loss": 2 / (1 + s / 40) + 0.01 * seed} for s in range(10, 201, 10)
+    ]
+    if method in ("poly", "mhr"):  # the skills of poly stay alike
+        step_of = 2000 if method == "poly" else 200
+        log = [
+            {**entry, "route_entropy": 0.97 - entry["step"] / 2000,
+             "skill_cosine": 0.99 - entry["step"] / step_of / 2}
+            for entry in log
+        ]  # fmt: skip
     metrics = {"steps": 200, "trained_parameters": 5000, "train_runtime": 12.5}
     write(folder / "metrics.json", {**metrics, "log": [*log, {"train_loss": 0.6, "step": 200}]})
     save_inventory(folder, method, tasks, skills, seed)

@@ -87,9 +87,12 @@ def luminance(page: Page, what: str) -> float:
 
 
 def test_every_chart_is_drawn(page: Page) -> None:
-    expect(page.locator("figure.chart svg.plot")).to_have_count(7)
+    expect(page.locator("figure.chart svg.plot")).to_have_count(9)
     for name in ("learning", "shots", "parameters"):
         assert page.locator(f'[data-chart="{name}"] g[data-series]').count() >= 3
+    for name in ("entropy", "likeness"):
+        assert page.locator(f'[data-chart="{name}"] g[data-series]').count() == 2
+    assert "poly: this inventory is one LoRA" in page.locator("#apart-section li").inner_text()
     assert page.locator("#map .task").count() == len(TASKS)
     assert page.locator("#heat tbody tr").count() == len(TASKS)
 

@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from models import TASKS, routed, stack
 
-from polyroute import InputError, MHRConfig, RoutedModel
+from polyroute import InputError, MHRConfig, RoutedModel, attach
 from polyroute.routes.table import RoutingTable
 from polyroute.study.routing_measures import route_similarity
 
@@ -136,3 +136,22 @@ def test_private_tasks_are_added_together_too() -> None:
     assert model.add_tasks(["elm", "fir"], init="birch") == [4, 5]
     x = torch.randn(2, 8)
     assert torch.equal(model(x, tasks="fir"), model(x, tasks="birch"))
+
+
+def test_training_tasks_start_as_far_apart_as_asked_and_new_tasks_uniform() -> None:
+    torch.manual_seed(0)
+    model = attach(stack(), MHRConfig(num_heads=4, route_spread=3.0), TASKS)
+    logits = model.routes.logits
+    assert logits is not None
+    assert 2.5 < float(logits.detach().abs().max()) <= 3.0
+    model.add_task("new")
+    assert float(model.routes["new"].abs().max()) <= 1e-3
+    model.set_phase("random")  # a control draws everything as training found it
+    assert model.routes.logits is not None
+    assert 2.5 < float(model.routes["new"].abs().max()) <= 3.0
+
+
+def test_by_default_every_mixture_starts_uniform() -> None:
+    model = attach(stack(), MHRConfig(num_heads=4), TASKS)
+    assert model.routes.logits is not None
+    assert float(model.routes.logits.detach().abs().max()) <= 1e-3

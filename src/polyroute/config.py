@@ -116,6 +116,13 @@ class MHRConfig:
     init: Init = setting("mttl", one_of(*get_args(Init)), help="Initial A: mttl or peft.")
     """The bound of the uniform initial A. `mttl`, as in the paper's code: 1/sqrt(3 d_in). `peft`:
     1/sqrt(d_in / heads), which is sqrt(3 heads) times larger."""
+    route_spread: float = setting(
+        0.001, number(above=0), of_table=True,
+        help="Tasks start with routing logits within this bound.",
+    )  # fmt: skip
+    """The initial logits of the tasks that the inventory is made with are uniform within this
+    bound. The published 0.001 makes every mixture uniform, so that all skills get the same
+    gradient and stay alike for long. Tasks that are added later start uniform."""
     dropout: float = setting(0.0, number(least=0, below=1), help="Dropout of the adapter's input.")
     """The probability with which the adapter's input is dropped in training."""
     gate: Gate = setting(

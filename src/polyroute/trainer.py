@@ -18,6 +18,7 @@ from polyroute.kinds.choose import ModelKind
 from polyroute.model import Phase, RoutedModel
 from polyroute.optimizers import LayerAdafactor
 from polyroute.study.examples import task_sizes
+from polyroute.study.routing_state import routing_state
 from polyroute.training.arguments import (
     LOSS_ALONE,
     MultiTaskTrainingArguments,
@@ -183,6 +184,16 @@ class MultiTaskTrainer(RoutedTrainer):
                 optimizer_class, options = self.get_optimizer_cls_and_kwargs(args)
                 self.optimizer = optimizer_class(self.model.param_groups(None, **rates), **options)
         return self.optimizer
+
+    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+        """Log, with how far apart routes and skills are beside each training loss.
+
+        They are the entries `route_entropy` and `skill_cosine`; see
+        `polyroute.study.routing_state.routing_state`.
+        """
+        if "loss" in logs:
+            logs = {**logs, **routing_state(self.model)}
+        super().log(logs, *args, **kwargs)
 
     def compute_loss(
         self,

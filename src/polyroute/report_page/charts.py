@@ -5,7 +5,7 @@ from dataclasses import asdict, dataclass
 from typing import Any, NamedTuple
 
 from polyroute.report_page.data import Run
-from polyroute.report_page.summary import Row
+from polyroute.report_page.summary import ResultRow
 
 __all__ = [
     "NEUTRAL",
@@ -13,6 +13,7 @@ __all__ = [
     "Point",
     "Series",
     "chart_of",
+    "coming_apart",
     "learning",
     "parameters",
     "shots",
@@ -86,7 +87,26 @@ def learning(runs: Sequence[Run], colours: Mapping[str, int]) -> Chart | None:
     return chart_of("learning", "Learning curves", "step", y, series)
 
 
-def shots(rows: Sequence[Row], colours: Mapping[str, int]) -> Chart | None:
+def coming_apart(runs: Sequence[Run], colours: Mapping[str, int]) -> list[Chart | None]:
+    """How uniform the mixtures of each run are over steps, and how alike its skills."""
+    entropy = {run.name: run.entropy for run in runs if run.entropy}
+    likeness = {run.name: run.likeness for run in runs if run.likeness}
+    return [
+        chart_of(
+            key, title, "step", unit,
+            [
+                Series(name, colours[name], thin([Point(*pair) for pair in pairs]))
+                for name, pairs in measured.items()
+            ],
+        )
+        for key, title, unit, measured in (
+            ("entropy", "Entropy of the mixtures", "share of a uniform mixture's", entropy),
+            ("likeness", "Likeness of the skills", "mean cosine between two skills", likeness),
+        )
+    ]  # fmt: skip
+
+
+def shots(rows: Sequence[ResultRow], colours: Mapping[str, int]) -> Chart | None:
     """The mean score over shots, for each way that was measured at several numbers of shots."""
     series = [
         Series(name, colour, _along([_point(row, row.shots or 0) for row in members]), marker)
@@ -98,7 +118,7 @@ def shots(rows: Sequence[Row], colours: Mapping[str, int]) -> Chart | None:
     return chart_of("shots", "Adaptation curves", "shots", "mean score", series, log=True)
 
 
-def parameters(rows: Sequence[Row], colours: Mapping[str, int]) -> Chart | None:
+def parameters(rows: Sequence[ResultRow], colours: Mapping[str, int]) -> Chart | None:
     """The mean score over the parameters that are trained for a new task.
 
     A phase of poly and mhr becomes a curve if it was measured at three or more sizes, as phase z is
@@ -127,12 +147,12 @@ def parameters(rows: Sequence[Row], colours: Mapping[str, int]) -> Chart | None:
 
 
 def _ways(
-    rows: Sequence[Row], colours: Mapping[str, int], *, by_shots: bool
-) -> Iterator[tuple[str, int, int, list[Row]]]:
+    rows: Sequence[ResultRow], colours: Mapping[str, int], *, by_shots: bool
+) -> Iterator[tuple[str, int, int, list[ResultRow]]]:
     """Groups of adapted rows, each with a name, the colour of its run and a marker."""
     rows = [row for row in rows if row.stage == "adapted"]
     phases = list(dict.fromkeys(row.phase for row in rows))
-    ways: dict[tuple[Any, ...], list[Row]] = {}
+    ways: dict[tuple[Any, ...], list[ResultRow]] = {}
     for row in rows:
         key = (row.run, row.phase, row.setting, row.split, row.shots if by_shots else None)
         ways.setdefault(key, []).append(row)
@@ -144,7 +164,7 @@ def _ways(
         yield name, colours[run], phases.index(phase), members
 
 
-def _point(row: Row, x: float) -> Point:
+def _point(row: ResultRow, x: float) -> Point:
     return Point(x, row.estimate.mean, row.estimate.low, row.estimate.high)
 
 

@@ -6,10 +6,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from polyroute.report_page.alignment import alignment_charts
-from polyroute.report_page.charts import Chart, learning, parameters, shots
+from polyroute.report_page.charts import Chart, coming_apart, learning, parameters, shots
 from polyroute.report_page.data import Run, read_runs
 from polyroute.report_page.routing import MOST_NUMBERS, Routing, categories_of, routing_of
-from polyroute.report_page.summary import Reference, Row, groups, references, summarise
+from polyroute.report_page.summary import Reference, ResultRow, groups, references, summarise
 
 __all__ = ["Contents", "collect"]
 
@@ -19,7 +19,7 @@ class Contents:
     """Everything that a report shows."""
 
     runs: Sequence[Run]
-    rows: Sequence[Row]
+    rows: Sequence[ResultRow]
     references: Sequence[Reference]
     """What the rows can be compared with; the page opens with the first."""
     categories: Mapping[str, str]
@@ -52,6 +52,7 @@ def collect(
     rows = summarise(grouped)
     charts = [
         learning(runs, colours),
+        *coming_apart(runs, colours),
         shots(rows, colours),
         parameters(rows, colours),
         *alignment_charts(runs, colours, notes),

@@ -13,6 +13,7 @@ from typing import Any
 from polyroute.errors import InputError
 from polyroute.host.files import read_json
 from polyroute.saved.runs import read_run
+from polyroute.study.routing_state import COSINE, ENTROPY, in_words
 
 __all__ = ["Result", "Run", "clean", "is_number", "read_runs"]
 
@@ -52,6 +53,12 @@ class Run:
     """Pairs of step and loss."""
     validation: list[tuple[float, float]] = field(default_factory=list)
     """Pairs of step and validation loss; none where a run measured none."""
+    entropy: list[tuple[float, float]] = field(default_factory=list)
+    """Pairs of step and entropy of the mixtures; none where tasks are not routed."""
+    likeness: list[tuple[float, float]] = field(default_factory=list)
+    """Pairs of step and cosine between skills; none where tasks are not routed."""
+    verdict: str | None = None
+    """A sentence if the inventory is still one adapter."""
     alignment: Mapping[str, Any] | None = None
     inventory: Path | None = None
     """The folder of its inventory."""
@@ -147,6 +154,8 @@ def _trained(folder: Path, config: Mapping[str, Any], notes: list[str]) -> Run:
         log = metrics.get("log")
         log = [e for e in log if isinstance(e, dict)] if isinstance(log, list) else []
         run.losses, run.validation = _pairs(log, "loss"), _pairs(log, "eval_loss")
+        run.entropy, run.likeness = _pairs(log, ENTROPY), _pairs(log, COSINE)
+        run.verdict = in_words(log)
     run.alignment = _optional(folder / "alignment.json", dict, notes)
     for path in sorted(folder.glob("*.json")):
         if path.stem in ("run", "metrics", "alignment", "polyroute"):

@@ -10,7 +10,9 @@ from typing import Any
 
 import polyroute
 from polyroute.report_page.contents import Contents
+from polyroute.report_page.data import Run
 from polyroute.report_page.tables import results_table, tasks_table
+from polyroute.study.routing_state import REMEDY
 
 __all__ = ["GENERATOR", "render"]
 
@@ -45,6 +47,14 @@ def render(report: Contents, beside: str) -> str:
         results=results_table(report.rows, report.references),
         tasks=tasks_table(report.rows, report.categories),
         learning=_figure("learning", keys, "No run kept the losses of its training."),
+        apart="\n".join(
+            _figure(key, keys, f"No run measured the {what} over its training.")
+            for key, what in (
+                ("entropy", "entropy of its mixtures"),
+                ("likeness", "skills' cosine"),
+            )
+        ),
+        verdicts=_verdicts(report.runs),
         shots=_figure(
             "shots",
             keys,
@@ -63,6 +73,16 @@ def _figure(key: str, keys: Iterable[str], otherwise: str) -> str:
     if key in keys:
         return f'<figure class="chart" data-chart="{key}"></figure>'
     return f'<p class="missing">{otherwise}</p>'
+
+
+def _verdicts(runs: Iterable[Run]) -> str:
+    """A sentence for each run whose inventory is still one adapter."""
+    sentences = [
+        f"<li><b>{escape(run.name)}</b>: {escape(run.verdict)}: {escape(REMEDY)}.</li>"
+        for run in runs
+        if run.verdict is not None
+    ]
+    return f"<ul>{''.join(sentences)}</ul>" if sentences else ""
 
 
 def _asset(name: str) -> str:

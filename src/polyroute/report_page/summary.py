@@ -11,7 +11,7 @@ import numpy as np
 from polyroute.report_page.data import Result, Run
 from polyroute.report_page.intervals import Estimate, estimates
 
-__all__ = ["Reference", "Row", "groups", "references", "summarise"]
+__all__ = ["Reference", "ResultRow", "groups", "references", "summarise"]
 
 PHASES = ("full", "mu", "mu-uncollapsed", "z", "random")
 """The order of phases in the table."""
@@ -19,7 +19,7 @@ STAGES = ("adapted", "zero-shot", "trained")
 
 
 @dataclass(frozen=True)
-class Row:
+class ResultRow:
     """One way of learning tasks, measured on a run or on runs that differ only in their seed."""
 
     run: str
@@ -91,19 +91,19 @@ def groups(runs: Sequence[Run]) -> dict[str, list[Run]]:
     return named
 
 
-def summarise(grouped: Mapping[str, Sequence[Run]]) -> list[Row]:
+def summarise(grouped: Mapping[str, Sequence[Run]]) -> list[ResultRow]:
     """The rows of all ways: adapted, then zero-shot, then tasks of training."""
     rows = [row for name, runs in grouped.items() for row in _rows(name, runs)]
     names = list(grouped)
 
-    def place(row: Row) -> tuple[int, ...]:
+    def place(row: ResultRow) -> tuple[int, ...]:
         phase = PHASES.index(row.phase) if row.phase in PHASES else len(PHASES)
         return STAGES.index(row.stage), names.index(row.run), phase, row.shots or 0
 
     return sorted(rows, key=place)
 
 
-def _rows(name: str, runs: Sequence[Run]) -> Iterator[Row]:
+def _rows(name: str, runs: Sequence[Run]) -> Iterator[ResultRow]:
     ways: dict[tuple[str, str, int | None, str, str], list[Result]] = {}
     for run in runs:
         for r in run.results:
@@ -115,7 +115,7 @@ def _rows(name: str, runs: Sequence[Run]) -> Iterator[Row]:
         scores = {task: float(np.mean(values)) for task, values in sorted(by_task.items())}
         metrics = {r.metric for r in results}
         seconds = [r.seconds for r in results if r.seconds is not None]
-        yield Row(
+        yield ResultRow(
             name, runs[0].method, stage, phase, shots, setting, split,
             metrics.pop() if len(metrics) == 1 else "",
             scores,
@@ -126,7 +126,7 @@ def _rows(name: str, runs: Sequence[Run]) -> Iterator[Row]:
         )  # fmt: skip
 
 
-def references(rows: Sequence[Row], grouped: Mapping[str, Sequence[Run]]) -> list[Reference]:
+def references(rows: Sequence[ResultRow], grouped: Mapping[str, Sequence[Run]]) -> list[Reference]:
     """Everything that rows can be compared with: runs, `shared` first, then single rows."""
     shared = [name for name, runs in grouped.items() if runs[0].method == "shared"]
     measured = {row.run for row in rows}
@@ -138,7 +138,7 @@ def references(rows: Sequence[Row], grouped: Mapping[str, Sequence[Run]]) -> lis
     return found + [_reference(rows, row.name, [i] * len(rows)) for i, row in enumerate(rows)]
 
 
-def _counterpart(rows: Sequence[Row], row: Row, run: str) -> int | None:
+def _counterpart(rows: Sequence[ResultRow], row: ResultRow, run: str) -> int | None:
     """The row of a run that matches another row: the same shots, and if possible phase."""
     alike = [
         i
@@ -149,7 +149,7 @@ def _counterpart(rows: Sequence[Row], row: Row, run: str) -> int | None:
     return alike[0] if alike else None
 
 
-def _reference(rows: Sequence[Row], name: str, others: Sequence[int | None]) -> Reference:
+def _reference(rows: Sequence[ResultRow], name: str, others: Sequence[int | None]) -> Reference:
     """Compare each row with another, over the tasks that both have scored on the same split."""
     found: list[Estimate | None] = [None] * len(rows)
     alike: dict[tuple[str, ...], dict[int, list[float]]] = {}

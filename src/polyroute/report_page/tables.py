@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from html import escape
 
 from polyroute.report_page.intervals import Estimate
-from polyroute.report_page.summary import Reference, Row
+from polyroute.report_page.summary import Reference, ResultRow
 
 __all__ = ["results_table", "tasks_table"]
 
@@ -13,7 +13,7 @@ MOST_TASKS = 500
 STAGES = {"zero-shot": "zero-shot", "trained": "tasks of training"}
 
 
-def results_table(rows: Sequence[Row], references: Sequence[Reference]) -> str:
+def results_table(rows: Sequence[ResultRow], references: Sequence[Reference]) -> str:
     """The table of results, with a control that chooses the reference of the differences.
 
     Args:
@@ -70,7 +70,7 @@ def results_table(rows: Sequence[Row], references: Sequence[Reference]) -> str:
     )
 
 
-def tasks_table(rows: Sequence[Row], categories: Mapping[str, str]) -> str:
+def tasks_table(rows: Sequence[ResultRow], categories: Mapping[str, str]) -> str:
     """The table with the score of each task in each row, up to a limit."""
     tasks = sorted({task for row in rows for task in row.scores})
     if not tasks:

@@ -100,13 +100,14 @@ class RoutingTable(nn.Module):
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
-        """Draw all logits again, uniform within 1e-3."""
+        """Draw all logits again, uniform within `route_spread` of the settings."""
         if self.logits is not None:
-            self.logits.uniform_(-INITIAL_BOUND, INITIAL_BOUND)
+            spread = self._config.route_spread
+            self.logits.uniform_(-spread, spread)
 
     @torch.no_grad()
     def redraw(self, row: int, seed: int) -> None:
-        """Draw one row again, as `reset_parameters` does, with the same numbers on every device."""
+        """Draw one row again, as that of a new task, with the same numbers on every device."""
         logits, _ = self._learned()
         drawn = torch.empty(logits.shape[1])
         generator = torch.Generator().manual_seed(seed)

@@ -4,6 +4,7 @@ Shape letters: T tasks, N routers, H heads, K skills.
 """
 
 import math
+from collections.abc import Iterable
 
 import torch
 from torch import Tensor
@@ -17,6 +18,7 @@ __all__ = [
     "gate_sparsity",
     "route_similarity",
     "routing_entropy",
+    "skill_likeness",
     "skill_usage",
 ]
 
@@ -64,6 +66,25 @@ def skill_usage(weights: Tensor) -> Tensor:
         `[N, K]`.
     """
     return weights.mean((0, 2))
+
+
+def skill_likeness(skills: Iterable[Tensor]) -> float | None:
+    """How alike skills are: the mean cosine between two of them, over all pairs.
+
+    Args:
+        skills: tensors whose first axis is the skills, `[K, ...]`; together they hold each skill.
+
+    Returns:
+        From -1 to 1; None if there is only one skill, or if one of them is zero.
+    """
+    flat = (part.flatten(1) for part in skills)
+    products = torch.stack([part @ part.t() for part in flat]).sum(0)
+    lengths = products.diagonal().sqrt()
+    count = len(products)
+    if count == 1 or not bool((lengths > 0).all()):
+        return None
+    cosines = products / lengths[:, None] / lengths
+    return float((cosines.sum() - cosines.trace()) / (count * (count - 1)))
 
 
 def diversity(weights: Tensor, *, over: str) -> Tensor:
