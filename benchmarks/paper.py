@@ -7,6 +7,7 @@ docs/paper.md from them.
     python benchmarks/paper.py generated
     python benchmarks/paper.py real --data ../shared/suite
     python benchmarks/paper.py seq2seq --data ../shared/suite --stages train test controls
+    python benchmarks/paper.py lm --data ../shared/suite --threads 2
 """
 
 import argparse
@@ -15,6 +16,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
+from lm_studies import APART, APART_ADAPTATION, APART_CELLS, APART_TRAINING, language_model
 from paper_studies import (
     CELLS,
     DEVELOPMENT,
@@ -114,9 +116,25 @@ def run_tasks(
             zero_shot(study, f"zero-shot-{name}", name, study.test)
 
 
+def run_apart(study: Study, stages: Sequence[str], only: Sequence[str]) -> None:
+    """Ways of starting skills apart: first what training shows, then the development tasks."""
+    names = [name for name in APART if not only or name in only]
+    for name in names if "train" in stages else ():
+        start = APART[name]
+        train(study, f"apart-{name}", start.config, APART_TRAINING, prepare=start.prepare)
+    for name in names if "develop" in stages else ():
+        inventory = f"apart-{name}"
+        zero_shot(study, f"zero-shot-{inventory}", inventory, study.develop)
+        for label, changes in APART_CELLS.items():
+            settings = AdaptSettings(**APART_ADAPTATION, **changes)
+            if settings.init == "uniform" or APART[name].config != "shared":
+                own = replace(study, seeds=study.seeds[:1])
+                adapt(own, f"{label}-{inventory}", inventory, {"": settings}, study.develop)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("study", choices=("generated", "real", "seq2seq"))
+    parser.add_argument("study", choices=("generated", "real", "seq2seq", "lm"))
     parser.add_argument("--data", default="../shared/suite", help="of the studies on real tasks")
     parser.add_argument("--work", type=Path, default=Path("runs/paper"), help="for inventories")
     parser.add_argument("--threads", type=int, default=1)
@@ -131,6 +149,9 @@ def main() -> None:
     elif options.study == "real":
         study = real(options.work, RESULTS, options.data)
         run_tasks(study, REAL_TRAINING, DEVELOPMENT, CELLS, options.stages, options.only)
+    elif options.study == "lm":
+        study = language_model(options.work, RESULTS, options.data)
+        run_apart(study, options.stages, options.only)
     else:
         study = seq2seq(options.work, RESULTS, options.data)
         run_tasks(study, SEQ2SEQ_TRAINING, [], SEQ2SEQ_CELLS, options.stages, options.only)

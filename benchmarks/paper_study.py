@@ -8,9 +8,10 @@ folder.
 import copy
 import itertools
 import json
+import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,7 @@ from polyroute.host.files import make_folder, write_json
 from polyroute.kinds.batches import Row
 from polyroute.kinds.choose import ModelKind, kind_of
 from polyroute.loading import load_base
+from polyroute.program.commands.checkpoints import last_checkpoint
 from polyroute.saved.checkpoint import read_checkpoint
 from polyroute.saved.runs import machine
 from polyroute.study.alignment import alignment
@@ -38,6 +40,7 @@ from polyroute.study.examples import encoded, encoded_mixture
 from polyroute.trainer import MultiTaskTrainer, MultiTaskTrainingArguments
 
 Result = dict[str, Any]
+Prepare = Callable[[pr.RoutedModel], None]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,7 +84,8 @@ class Study:
     seeds: Sequence[int]
     work: Path
     results: Path
-    notes: Mapping[str, Any] = field(default_factory=dict)
+    max_examples: int | None = None
+    """The most examples of a task that are scored; None for all."""
 
     def base_and_kind(self) -> tuple[nn.Module, ModelKind]:
         """A fresh base model without dropout, which few-shot adaptation has not either."""
@@ -120,8 +124,9 @@ def train(
     seed: int = 0,
     start: str = "",
     alignment_steps: int | None = None,
+    prepare: Prepare | None = None,
 ) -> None:
-    """Train an inventory.
+    """Train an inventory, from its last checkpoint if it was interrupted.
 
     Args:
         study: where.
@@ -131,6 +136,7 @@ def train(
         seed: of initialisation and of the order of examples, equal for all contenders.
         start: the name of a trained inventory to go on from; empty for a fresh one.
         alignment_steps: between measurements of gradient alignment, kept as a stage of its own.
+        prepare: changes the fresh inventory, in place, before the first step.
     """
     stage, folder = f"train-{name}", study.folder(name)
     if study.read(stage) is not None and (folder / "polyroute.json").exists():
@@ -142,6 +148,8 @@ def train(
     else:
         adapter = pr.MHRConfig(exclude_modules=study.exclude, **study.inventories[config])
         model = pr.attach(base, adapter, study.train)
+        if prepare is not None:
+            prepare(model)
     arguments = MultiTaskTrainingArguments(
         output_dir=str(make_folder(folder)),
         max_steps=training.steps,
@@ -154,7 +162,8 @@ def train(
         warmup_steps=round(training.warmup * training.steps),
         phase=training.phase,
         seed=seed,
-        save_strategy="no",
+        save_steps=max(1, training.steps // 10),
+        save_total_limit=1,
         logging_steps=max(1, training.steps // 30),
         report_to="none",
         use_cpu=True,
@@ -167,10 +176,14 @@ def train(
     if alignment_steps:
         path = make_folder(study.results) / f"alignment-{name}.json"
         trainer.add_callback(AlignmentCallback(model, kind, rows, path, steps=alignment_steps))
+    last = last_checkpoint(folder)
     started = time.perf_counter()
-    trainer.train()
-    seconds = time.perf_counter() - started
+    trainer.train(resume_from_checkpoint=None if last is None else str(last))
+    # What was interrupted and resumed has no time.
+    seconds = None if last is not None else time.perf_counter() - started
     model.save_pretrained(folder)
+    for path in folder.glob("checkpoint-*"):
+        shutil.rmtree(path)
     study.write(
         stage,
         {
@@ -231,7 +244,7 @@ def adapt(
             choices = {label: replace(chosen, init="usage") for label, chosen in choices.items()}
         wanted = SuiteSlots(
             suite=study.suite, tasks=tasks, choices=choices, seeds=study.seeds, split=split,
-            done=list(results),
+            max_examples=study.max_examples, done=list(results),
         )  # fmt: skip
         adapt_suite(model, kind, wanted, each=each)
     return results
@@ -289,7 +302,9 @@ def zero_shot(study: Study, stage: str, inventory: str, tasks: Sequence[str]) ->
     folder = study.folder(inventory)
     with loaded(base, read_checkpoint(folder), folder) as model:
         model.eval()
-        scores = evaluate(model, kind, study.suite, tasks, route="mu")
+        scores = evaluate(
+            model, kind, study.suite, tasks, route="mu", max_examples=study.max_examples
+        )
     results = [{"inventory": inventory, "phase": "zero-shot", **s.to_dict()} for s in scores]
     study.write(stage, results)
     return results

@@ -4,6 +4,7 @@ import json
 import sys
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -85,3 +86,32 @@ def test_every_cell_is_named_once_and_its_settings_hold() -> None:
         assert len(set(names)) == len(names)
         for cell in cells:
             AdaptSettings(**cell.settings)
+
+
+def test_an_interrupted_training_of_a_study_goes_on_to_the_same_inventory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    compute = paper_study.MultiTaskTrainer.compute_loss
+    ends = []
+    for folder, stops in ((tmp_path / "whole", False), (tmp_path / "stopped", True)):
+        study = paper_studies.generated(folder / "work", folder / "results")
+        study = replace(study, train=study.train[:3])
+        training = replace(paper_studies.GENERATED_TRAINING, steps=10, batch_size=4)
+        if stops:
+            taken = iter(range(6))
+
+            def interrupted(*args: Any, left: Any = taken, **kwargs: Any) -> Any:
+                if next(left, None) is None:
+                    raise KeyboardInterrupt
+                return compute(*args, **kwargs)
+
+            monkeypatch.setattr(paper_study.MultiTaskTrainer, "compute_loss", interrupted)
+            with pytest.raises(KeyboardInterrupt):
+                paper_study.train(study, "mhr-s0", "mhr", training)
+            monkeypatch.setattr(paper_study.MultiTaskTrainer, "compute_loss", compute)
+            assert study.read("train-mhr-s0") is None
+        paper_study.train(study, "mhr-s0", "mhr", training)
+        assert (study.read("train-mhr-s0")["seconds"] is None) == stops
+        assert not list(study.folder("mhr-s0").glob("checkpoint-*"))
+        ends.append((study.folder("mhr-s0") / "inventory.safetensors").read_bytes())
+    assert ends[0] == ends[1]
