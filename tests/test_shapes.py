@@ -18,7 +18,7 @@ from pages import DOCS, run_page
 
 from polyroute.data.open import open_suite
 from polyroute.data.readers.conversations import Turn, examples
-from polyroute.data.readers.shapes import OWN, SHAPES, Row, recognised
+from polyroute.data.readers.shapes import OWN, SHAPES, FileRow, recognised
 from polyroute.data.suite import Suite, TaskInfo, quiet_datasets, validate
 from polyroute.errors import InputError
 
@@ -175,7 +175,7 @@ def test_the_examples_of_a_conversation_together_say_all_of_it(
 
 @given(st.sets(st.sampled_from(sorted(set().union(*(s.needs | s.unless for s in SHAPES))))))
 def test_a_row_has_one_shape_or_is_refused(columns: set[str]) -> None:
-    row = Row(dict.fromkeys(columns, "x"), "a.csv, line 2", Path("a.csv"), {})
+    row = FileRow(dict.fromkeys(columns, "x"), "a.csv, line 2", Path("a.csv"), {})
     fitting = [shape for shape in SHAPES if shape.fits(columns)]
     if OWN in fitting:
         assert recognised(row) is OWN

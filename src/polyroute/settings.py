@@ -33,6 +33,7 @@ __all__ = [
     "option_of",
     "setting",
     "text",
+    "typed",
     "whole",
 ]
 
@@ -83,6 +84,11 @@ def marked(record: Any, mark: str) -> tuple[str, ...]:
 def option_of(declared: "Field[Any]") -> str:
     """The name of a field on the command line, with underscores."""
     return str(declared.metadata.get("option") or declared.name)
+
+
+def typed(name: str) -> str:
+    """The name of a flag, which has underscores, as a user types it: `--max-input`."""
+    return f"--{name.replace('_', '-')}"
 
 
 # ------------------------------------------------------------------ checks

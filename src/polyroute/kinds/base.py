@@ -26,9 +26,11 @@ from polyroute.kinds.prompts import joined, rows_of, turns
 from polyroute.kinds.search import plain_search
 from polyroute.saved.prompting import Prompting
 
-__all__ = ["UNBOUNDED", "ModelKind"]
+__all__ = ["MAX_INPUT", "MAX_TARGET", "UNBOUNDED", "ModelKind"]
 
 UNBOUNDED = 2**31 - 1
+MAX_INPUT, MAX_TARGET = 256, 64
+"""The most tokens that are read of a prompt and of a target, unless others are asked for."""
 
 
 class ModelKind(ABC):
@@ -64,8 +66,8 @@ class ModelKind(ABC):
         self,
         tokenizer: PreTrainedTokenizerBase,
         *,
-        max_input: int = 256,
-        max_target: int = 64,
+        max_input: int = MAX_INPUT,
+        max_target: int = MAX_TARGET,
         max_positions: int | None = None,
         objective: str | Objective = "lm",
     ) -> None:

@@ -8,6 +8,7 @@ from torch.nn import functional as F  # noqa: N812 - torch's own name for it
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
 
 from polyroute.errors import InputError
+from polyroute.kinds.base import MAX_INPUT, MAX_TARGET
 from polyroute.kinds.batches import (
     IGNORED,
     Ids,
@@ -58,8 +59,8 @@ class CausalKind(TextKind):
         self,
         tokenizer: PreTrainedTokenizerBase,
         *,
-        max_input: int = 256,
-        max_target: int = 64,
+        max_input: int = MAX_INPUT,
+        max_target: int = MAX_TARGET,
         max_positions: int | None = None,
         objective: str | Objective = "lm",
         prompt: str | ChatTemplate = "auto",

@@ -10,7 +10,7 @@ from transformers.models.auto.modeling_auto import (
 )
 
 from polyroute.errors import InputError
-from polyroute.kinds.base import ModelKind
+from polyroute.kinds.base import MAX_INPUT, MAX_TARGET, ModelKind
 from polyroute.kinds.causal import CausalKind
 from polyroute.kinds.chat import ChatTemplate
 from polyroute.kinds.encoder import EncoderKind
@@ -38,8 +38,8 @@ def kind_of(
     model_or_config: nn.Module | PreTrainedConfig,
     tokenizer: PreTrainedTokenizerBase,
     *,
-    max_input: int = 256,
-    max_target: int = 64,
+    max_input: int = MAX_INPUT,
+    max_target: int = MAX_TARGET,
     objective: str | Objective = "lm",
     prompt: str | ChatTemplate = "auto",
 ) -> ModelKind:

@@ -9,7 +9,7 @@ from torch.nn import functional as F  # noqa: N812 - torch's own name for it
 from transformers import AutoModel, PreTrainedTokenizerBase
 
 from polyroute.errors import InputError
-from polyroute.kinds.base import UNBOUNDED, ModelKind
+from polyroute.kinds.base import MAX_INPUT, MAX_TARGET, UNBOUNDED, ModelKind
 from polyroute.kinds.batches import (
     Ids,
     Row,
@@ -43,8 +43,8 @@ class EncoderKind(ModelKind):
         self,
         tokenizer: PreTrainedTokenizerBase,
         *,
-        max_input: int = 256,
-        max_target: int = 64,
+        max_input: int = MAX_INPUT,
+        max_target: int = MAX_TARGET,
         max_positions: int | None = None,
         objective: str | Objective = "lm",
         scale: float = 20.0,

@@ -17,7 +17,7 @@ from polyroute.saved.base_names import loading_of
 from polyroute.saved.hub import CARD, HUB_ID, P3, public
 from polyroute.saved.markdown import Rows, code, table
 from polyroute.saved.prompting import Prompting, prompting_of
-from polyroute.saved.results import Measured, read_results
+from polyroute.saved.results import ScoreTable, read_results
 from polyroute.saved.rows import SavedRoutes, read_description
 
 __all__ = ["write_card"]
@@ -290,7 +290,7 @@ def _licences(tasks: Sequence[str], origin: Mapping[str, tuple[str, str]]) -> st
 # ------------------------------------------------------------------ results
 
 
-def _eval_results(measured: Sequence[Measured], pipeline: str | None) -> list[Any]:
+def _eval_results(measured: Sequence[ScoreTable], pipeline: str | None) -> list[Any]:
     """The results in the header: for each metric, the mean over its tasks."""
     from huggingface_hub import EvalResult
 
@@ -309,7 +309,7 @@ def _eval_results(measured: Sequence[Measured], pipeline: str | None) -> list[An
     ]
 
 
-def _limits(measured: Sequence[Measured], *, is_base_known: bool) -> str:
+def _limits(measured: Sequence[ScoreTable], *, is_base_known: bool) -> str:
     lines = [
         "- The inventory works only on the base model that it was trained on; loading compares the "
         "weights. The licence and the limits of the base model apply here too.",

@@ -12,11 +12,11 @@ from polyroute.host.files import read_json
 from polyroute.saved.hub import P3, public
 from polyroute.saved.markdown import Rows, cell, code, number, table
 
-__all__ = ["Measured", "read_results"]
+__all__ = ["ScoreTable", "read_results"]
 
 
 @dataclass(frozen=True)
-class Measured:
+class ScoreTable:
     """One table of results, in which each task has one row."""
 
     title: str
@@ -47,7 +47,7 @@ class Measured:
         )
 
 
-def read_results(run: Path) -> list[Measured]:
+def read_results(run: Path) -> list[ScoreTable]:
     """The evaluations and adaptations in the folder of a run.
 
     Raises:
@@ -56,15 +56,15 @@ def read_results(run: Path) -> list[Measured]:
     return [*_evaluations(run), *_adaptations(run)]
 
 
-def _evaluations(run: Path) -> Iterator[Measured]:
+def _evaluations(run: Path) -> Iterator[ScoreTable]:
     for file in sorted(run.glob("evaluate-*.json")):
         with _naming(file):
             yield _evaluation(read_json(file))
 
 
-def _evaluation(found: Mapping[str, Any]) -> Measured:
+def _evaluation(found: Mapping[str, Any]) -> ScoreTable:
     rows = found["tasks"]
-    return Measured(
+    return ScoreTable(
         "zero-shot, by the average of the skills" if found["zero_shot"] else "tasks of training",
         "",
         _suite_name(found["data"]),
@@ -79,7 +79,7 @@ def _evaluation(found: Mapping[str, Any]) -> Measured:
     )  # fmt: skip
 
 
-def _adaptations(run: Path) -> Iterator[Measured]:
+def _adaptations(run: Path) -> Iterator[ScoreTable]:
     for file in sorted(run.glob("*/results.json")):
         described = file.parent / "run.json"
         with _naming(file):
@@ -91,7 +91,7 @@ def _adaptations(run: Path) -> Iterator[Measured]:
 
 def _adaptation(
     results: Sequence[Mapping[str, Any]], label: str, config: Mapping[str, Any]
-) -> Measured:
+) -> ScoreTable:
     first = results[0]
     by_task: dict[str, list[float]] = {}
     for r in results:
@@ -99,7 +99,7 @@ def _adaptation(
     metric = {r["task"]: r["metric"] for r in results}
     chosen = "; steps were chosen by the test score" if first["chosen_by"] == "test_score" else ""
     title = f"adapted in phase {first['phase']}, {first['shots']} examples a task"
-    return Measured(
+    return ScoreTable(
         f"{title}, {label}" if label else title,
         f"Each score is a mean over seeds; each seed draws its own examples{chosen}.",
         _suite_name(config.get("data")),

@@ -17,7 +17,7 @@ from polyroute.data.json_text import json_type, parse_json
 from polyroute.data.readers.conversations import examples, turns_of
 from polyroute.errors import InputError, did_you_mean
 
-__all__ = ["OWN", "SHAPES", "Row", "Shape", "recognised", "yaml_for"]
+__all__ = ["OWN", "SHAPES", "FileRow", "Shape", "recognised", "yaml_for"]
 
 _FORMATS = {".csv": "csv", ".tsv": "csv", ".parquet": "parquet", ".json": "json", ".jsonl": "json"}
 _DELIMITED = (".csv", ".tsv")
@@ -31,7 +31,7 @@ _ONE_FIT = (
 
 
 @dataclass(frozen=True)
-class Row:
+class FileRow:
     """A row of a file, whose cells are read as texts."""
 
     cells: Mapping[str, Any]
@@ -122,7 +122,7 @@ class Shape:
     """What users call it."""
     needs: frozenset[str]
     """The columns that a row of this shape has."""
-    records: Callable[[Row], Iterable[dict[str, Any]]]
+    records: Callable[[FileRow], Iterable[dict[str, Any]]]
     """Makes records of a row: the fields of `FEATURES` but task and split; some may be left out."""
     columns: Mapping[str, str]
     """What a YAML file would say about these columns; nothing if none can say it."""
@@ -136,7 +136,7 @@ class Shape:
         there = set(columns)
         return self.needs <= there and not self.unless & there
 
-    def check_prompt(self, row: Row, record: Mapping[str, Any]) -> None:
+    def check_prompt(self, row: FileRow, record: Mapping[str, Any]) -> None:
         """Make sure that a record of a row asks something.
 
         Raises:
@@ -155,7 +155,7 @@ class Shape:
         raise InputError(f"{row.where}: {shown} or remove the row")
 
 
-def _own(row: Row) -> Iterable[dict[str, Any]]:
+def _own(row: FileRow) -> Iterable[dict[str, Any]]:
     yield {
         **{name: row.named(name) for name in ("input", "target") if name in row.cells},
         "instruction": row.optional("instruction"),
@@ -190,7 +190,7 @@ def _parsed(text: str, what: str, example: str) -> Any:
     return parse_json(text, what, fix, entry="entry")
 
 
-def _alpaca(row: Row) -> Iterable[dict[str, Any]]:
+def _alpaca(row: FileRow) -> Iterable[dict[str, Any]]:
     if row.cells.get("history"):
         raise InputError(
             f"{row.what('history')} holds earlier turns, which Alpaca has no form for; write the "
@@ -203,7 +203,7 @@ def _alpaca(row: Row) -> Iterable[dict[str, Any]]:
     }
 
 
-def _completion(row: Row) -> Iterable[dict[str, Any]]:
+def _completion(row: FileRow) -> Iterable[dict[str, Any]]:
     prompt, completion = row.cells.get("prompt"), row.cells.get("completion")
     if isinstance(row.cells.get("label"), bool):
         raise InputError(
@@ -219,15 +219,15 @@ def _completion(row: Row) -> Iterable[dict[str, Any]]:
     return examples([*context, *answer], what, given=len(context))
 
 
-def _conversation(column: str) -> Callable[[Row], Iterable[dict[str, Any]]]:
-    def records(row: Row) -> Iterable[dict[str, Any]]:
+def _conversation(column: str) -> Callable[[FileRow], Iterable[dict[str, Any]]]:
+    def records(row: FileRow) -> Iterable[dict[str, Any]]:
         _check_texts_alone(row)
         return examples(turns_of(row.cells.get(column), row.what(column)), row.what(column))
 
     return records
 
 
-def _check_texts_alone(row: Row) -> None:
+def _check_texts_alone(row: FileRow) -> None:
     """Make sure that a conversation says all in its turns."""
     for column in (*_MEDIA, "tools"):
         if row.cells.get(column):
@@ -238,11 +238,11 @@ def _check_texts_alone(row: Row) -> None:
             )
 
 
-def _classes(column: str) -> Callable[[Row], Iterable[dict[str, Any]]]:
+def _classes(column: str) -> Callable[[FileRow], Iterable[dict[str, Any]]]:
     return lambda row: [{"input": row.text("text"), "target": row.label(column)}]
 
 
-def _question(row: Row) -> Iterable[dict[str, Any]]:
+def _question(row: FileRow) -> Iterable[dict[str, Any]]:
     yield {"input": row.text("question"), "target": row.text("answer")}
 
 
@@ -303,7 +303,7 @@ SHAPES = (
 )
 
 
-def recognised(row: Row) -> Shape:
+def recognised(row: FileRow) -> Shape:
     """The shape of a row, usually the first of its file.
 
     Raises:
@@ -335,7 +335,7 @@ def recognised(row: Row) -> Shape:
     raise _unknown(row, columns)
 
 
-def _preference(row: Row) -> InputError:
+def _preference(row: FileRow) -> InputError:
     """The error for pairs of a better and a worse answer, with the YAML that takes the better."""
     chosen, asked = row.cells["chosen"], row.cells.get("prompt")
     given = [name for name in ("instruction", "input") if name in row.cells]
@@ -354,7 +354,7 @@ def _preference(row: Row) -> InputError:
     )
 
 
-def _unknown(row: Row, columns: list[str]) -> InputError:
+def _unknown(row: FileRow, columns: list[str]) -> InputError:
     """The error for columns that no shape has, with the YAML that says what they mean."""
     if "answers" in columns:
         return InputError(

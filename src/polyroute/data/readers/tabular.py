@@ -29,7 +29,7 @@ from polyroute.data.readers.files import (
 )
 from polyroute.data.readers.ignored import tell_ignored
 from polyroute.data.readers.roles import check_names, read_roles
-from polyroute.data.readers.shapes import OWN, Row, Shape, recognised
+from polyroute.data.readers.shapes import OWN, FileRow, Shape, recognised
 from polyroute.data.readers.task_table import TableSuite, TaskSource, written
 from polyroute.data.records import alike, cannot_read, checked, read_objects
 from polyroute.data.suite import split_of
@@ -202,11 +202,11 @@ class _Table:
         }
 
     @cached_property
-    def _first(self) -> tuple[Row, Shape]:
+    def _first(self) -> tuple[FileRow, Shape]:
         """The first row of all, and its shape."""
         path = next(iter(self.files.values()))
         where, cells = next(read_rows(path))
-        row = Row(cells, where, path, class_names(path))
+        row = FileRow(cells, where, path, class_names(path))
         return row, recognised(row)
 
     @cached_property
@@ -267,7 +267,7 @@ class _Table:
             names = class_names(path)
             known: set[frozenset[str]] = set()  # the columns of rows so far
             for where, cells in read_rows(path):
-                row = Row(cells, where, path, names)
+                row = FileRow(cells, where, path, names)
                 if (columns := frozenset(cells)) not in known:
                     self._check_shape(row, is_first=not known)
                     known.add(columns)
@@ -277,7 +277,7 @@ class _Table:
                     shape.check_prompt(row, record)
                     yield where, {**usual, **record, "system": record.get("system") or system}
 
-    def _check_shape(self, row: Row, *, is_first: bool) -> None:
+    def _check_shape(self, row: FileRow, *, is_first: bool) -> None:
         """Make sure that a row has the shape of the first row of all.
 
         Raises:
@@ -305,7 +305,7 @@ class _Table:
                 f"not {shape.name}; give every row the same columns"
             )
 
-    def _of_row(self, row: Row, split: str | None) -> dict[str, Any]:
+    def _of_row(self, row: FileRow, split: str | None) -> dict[str, Any]:
         """The task and the split of a row."""
         own = None if row.cells.get("split") == "" else row.cells.get("split")
         own = split_of(own) or own if isinstance(own, str) else own

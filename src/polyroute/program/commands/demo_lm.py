@@ -29,6 +29,7 @@ from polyroute.report_page import write_report
 from polyroute.report_page.intervals import Estimate, estimates
 from polyroute.saved.markdown import table
 from polyroute.saved.runs import held, machine
+from polyroute.settings import typed
 from polyroute.study.base_alone import BaseAlone
 from polyroute.study.examples import encoded
 
@@ -160,9 +161,9 @@ def _typed(stage: Stage) -> str:
         if name == "run":
             words += values
         elif value is True:
-            words.append(f"--{name.replace('_', '-')}")
+            words.append(typed(name))
         else:
-            words += [f"--{name.replace('_', '-')}", ",".join(map(str, values))]
+            words += [typed(name), ",".join(map(str, values))]
     return shlex.join(words)
 
 

@@ -11,6 +11,7 @@ from polyroute.kinds.choose import ModelKind
 from polyroute.program.commands.runs import kind_for
 from polyroute.program.options.shared import Given, Reading
 from polyroute.saved.runs import read_run
+from polyroute.settings import typed
 from polyroute.study.lengths import SHARE, chosen_limit, usual_lengths
 
 __all__ = ["Measured", "settled_lengths"]
@@ -69,7 +70,7 @@ def _as_before(
     if not all(type(limit) is int for limit in limits.values()):
         return None
     for name, limit in limits.items():
-        say(f"{_option(name)} is {limit}: the run in {resumed} was started with it")
+        say(f"{typed(name)} is {limit}: the run in {resumed} was started with it")
     return limits
 
 
@@ -88,7 +89,7 @@ def _measured(
     limits = {"max_input": _limit("max_input", usual.prompt, room), "max_target": target}
     lengths = {"max_input": usual.prompt, "max_target": usual.target}
     for name in names:
-        option, limit = _option(name), limits[name]
+        option, limit = typed(name), limits[name]
         seen = " in a sample" if usual.is_sample else ""
         why = (
             f"{SHARE} % of the {OF[name]} of every task{seen} have at most {lengths[name]:,} tokens"
@@ -104,7 +105,3 @@ def _measured(
 
 def _limit(name: str, length: int, room: int) -> int:
     return max(2, chosen_limit(length, min(MOST[name], room)))
-
-
-def _option(name: str) -> str:
-    return f"--{name.replace('_', '-')}"

@@ -8,6 +8,7 @@ from typing import Any, get_args
 from polyroute.errors import InputError
 from polyroute.host.dtypes import AUTO, DTYPES, settled_dtype
 from polyroute.host.output import say
+from polyroute.kinds.base import MAX_INPUT, MAX_TARGET
 from polyroute.kinds.choose import ChatTemplate, ModelKind, kind_of
 from polyroute.kinds.objectives import Objective
 from polyroute.loading import load_base
@@ -27,7 +28,7 @@ __all__ = [
     "settled",
 ]
 
-WITHOUT_DATA = {"max_input": 256, "max_target": 64}
+WITHOUT_DATA = {"max_input": MAX_INPUT, "max_target": MAX_TARGET}
 """The most tokens that are read where there is no data to choose them by."""
 
 

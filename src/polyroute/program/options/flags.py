@@ -8,7 +8,7 @@ from types import NoneType, UnionType
 from typing import Any, TypeVar, Union, get_args, get_origin, get_type_hints
 
 from polyroute.program import texts
-from polyroute.settings import option_of
+from polyroute.settings import option_of, typed
 
 __all__ = ["Flag", "flags_of", "group", "made"]
 
@@ -31,7 +31,7 @@ class Flag:
     @property
     def option(self) -> str:
         """What a user types, with hyphens."""
-        return f"--{self.name.replace('_', '-')}"
+        return typed(self.name)
 
     @property
     def typed_default(self) -> Any:
