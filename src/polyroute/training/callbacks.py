@@ -4,9 +4,13 @@ from typing import Any
 
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState
 
+from polyroute.host.memory import give_back_memory
 from polyroute.model import RoutedModel
 
-__all__ = ["Anneal", "NextEpoch"]
+__all__ = ["Anneal", "GiveBackMemory", "NextEpoch"]
+
+STEPS_BETWEEN = 20
+"""Steps between two times that memory is given back. Each costs about a hundredth of a step."""
 
 
 class NextEpoch(TrainerCallback):
@@ -20,6 +24,21 @@ class NextEpoch(TrainerCallback):
     ) -> None:
         """Pass the epoch on."""
         self.trainer.sampler.set_epoch(int(state.epoch or 0))
+
+
+class GiveBackMemory(TrainerCallback):
+    """Gives freed memory back to the system every so many steps; for training on a CPU.
+
+    Batches of ever new shapes leave ever new holes in the heap. A training of SmolLM2 with 16
+    examples in a step needs 2.5 GB, and without this its process had 5.8 GB after 200 steps.
+    """
+
+    def on_step_end(
+        self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Give memory back if it is time."""
+        if state.global_step % STEPS_BETWEEN == 0:
+            give_back_memory()
 
 
 class Anneal(TrainerCallback):
