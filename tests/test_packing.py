@@ -15,7 +15,7 @@ from torch.testing import assert_close
 import polyroute as pr
 from polyroute.adapting.row_batches import losses_of
 from polyroute.kinds import packing
-from polyroute.kinds.batches import IGNORED
+from polyroute.kinds.batches import IGNORED, rounded
 from polyroute.kinds.objectives import OBJECTIVES, Objective
 from polyroute.kinds.packing import Packing, _filled, can_pack, packed_rows
 
@@ -156,7 +156,29 @@ def test_rows_are_made_longer_where_that_saves_tokens() -> None:
     batch = packed_rows(prompts, [[1]] * 10, ["a"] * 10, Packing(), pad=0, limit=999)
     assert batch is not None
     rows, tokens = batch["input_ids"].shape
-    assert rows * tokens < 1.15 * 650
+    assert rows * tokens < 1.15 * 650 + 64
+
+
+@given(st.integers(1, 3000), st.integers(1, 128), st.integers(1, 3000))
+def test_large_batches_have_few_sizes_and_lose_little(length: int, rows: int, limit: int) -> None:
+    found = rounded(length, rows)
+    assert length <= found
+    assert found * rows < length * rows * 1.25 + 1
+    assert rounded(length, rows, limit) == max(length, min(found, limit))
+    if length * rows >= 512:
+        assert found % -(-64 // rows) == 0
+    else:
+        assert found == length
+
+
+def test_a_batch_is_not_filled_up_beyond_the_positions_of_the_model() -> None:
+    its = kind(max_positions=32)
+    [one, *_] = [row for row in rows() if len(row["prompt_ids"]) == 11]
+    one = {**one, "prompt_ids": one["prompt_ids"] + one["prompt_ids"]}
+    length = len(one["prompt_ids"]) + len(one["target_ids"])
+    batch = its.collate([one] * 31)
+    assert length <= batch["input_ids"].shape[1] <= 32
+    assert batch["labels"].shape == batch["input_ids"].shape
 
 
 @given(st.lists(st.integers(1, 30), min_size=1, max_size=20))

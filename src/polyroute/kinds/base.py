@@ -331,12 +331,17 @@ class ModelKind(ABC):
         return ids[: length - len(last)] + last
 
     def _inputs(
-        self, sequences: Sequence[Ids], *, side: Literal["left", "right"] = "right"
+        self,
+        sequences: Sequence[Ids],
+        *,
+        side: Literal["left", "right"] = "right",
+        length: int = 0,
     ) -> dict[str, Tensor]:
-        """Padded `input_ids` and `attention_mask`, both `[B, L]`."""
+        """Padded `input_ids` and `attention_mask`, both `[B, L]`; see `batches.padded`."""
+        mask = [[1] * len(ids) for ids in sequences]
         return {
-            "input_ids": padded(sequences, self._pad, side=side),
-            "attention_mask": padded([[1] * len(ids) for ids in sequences], 0, side=side),
+            "input_ids": padded(sequences, self._pad, side=side, length=length),
+            "attention_mask": padded(mask, 0, side=side, length=length),
         }
 
     def _search(

@@ -16,6 +16,7 @@ from polyroute.kinds.batches import (
     flat_tasks,
     on_device_of,
     padded,
+    rounded,
     tasks_of,
 )
 from polyroute.kinds.chat import ChatTemplate, template_of
@@ -154,9 +155,12 @@ class CausalKind(TextKind):
         self, prompts: Sequence[Ids], targets: Sequence[Ids], tasks: list[str]
     ) -> dict[str, Any]:
         pairs = list(zip(prompts, targets, strict=True))
+        longest = max(len(prompt) + len(target) for prompt, target in pairs)
+        length = rounded(longest, len(pairs), self.max_positions)
+        labels = [[IGNORED] * len(prompt) + target for prompt, target in pairs]
         return {
-            **self._inputs([prompt + target for prompt, target in pairs]),
-            "labels": padded([[IGNORED] * len(p) + target for p, target in pairs], IGNORED),
+            **self._inputs([prompt + target for prompt, target in pairs], length=length),
+            "labels": padded(labels, IGNORED, length=length),
             "tasks": tasks,
         }
 

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from polyroute.kinds.batches import Ids, padded
+from polyroute.kinds.batches import Ids, padded, rounded
 
 __all__ = ["Tree", "laid_out"]
 
@@ -44,12 +44,13 @@ def laid_out(
         limit: the number of positions that the model has.
 
     Returns:
-        `input_ids` and `position_ids` `[R, L]` and, if a tree has several branches,
-        `attention_mask` `[R, 1, L, L]`: whether a token (third axis) sees another one (fourth
-        axis). Without branches, transformers finds it in the positions. And for each sequence, in
-        order, the place of each of its tokens among all R L.
+        `input_ids` and `position_ids` `[R, L]`, L being `rounded`, and, if a tree has several
+        branches, `attention_mask` `[R, 1, L, L]`: whether a token (third axis) sees another one
+        (fourth axis). Without branches, transformers finds it in the positions. And for each
+        sequence, in order, the place of each of its tokens among all R L.
     """
     longest = max(sum(tree.length for tree in row) for row in rows)
+    longest = rounded(longest, len(rows))
     ids, positions, places = [], [], []
     for number, row in enumerate(rows):
         own: Ids = []
@@ -66,7 +67,7 @@ def laid_out(
                 places.append([number * longest + place for place in both])
         # What fills the row up goes on counting, so that it begins no tree.
         rest = range(counted[-1] + 1, counted[-1] + 1 + longest - len(own))
-        ids.append(own)
+        ids.append([*own, *[pad] * len(rest)])
         positions.append([*counted, *(min(place, limit - 1) for place in rest)])
     found = {"input_ids": padded(ids, pad), "position_ids": padded(positions, 0)}
     if any(len(tree.branches) > 1 for row in rows for tree in row):
