@@ -26,7 +26,7 @@ from polyroute.training.arguments import (
     check_hooks,
     check_multi_task,
 )
-from polyroute.training.callbacks import GiveBackMemory, NextEpoch
+from polyroute.training.callbacks import NextEpoch, TrimMemory
 from polyroute.training.routed_trainer import RoutedTrainer, check_routed
 from polyroute.training.row_weights import (
     collate,
@@ -105,7 +105,7 @@ class MultiTaskTrainer(RoutedTrainer):
         self.model_accepts_loss_kwargs = False
         self.add_callback(NextEpoch(self))
         if args.device.type == "cpu":
-            self.add_callback(GiveBackMemory())
+            self.add_callback(TrimMemory())
 
     def _check_arguments(self) -> None:
         check_multi_task(self.args)

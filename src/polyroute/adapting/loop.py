@@ -19,6 +19,7 @@ from polyroute.adapting.slots import NEAREST, Slots, check_starts
 from polyroute.adapting.starts import nearest_routes
 from polyroute.errors import InputError
 from polyroute.host.interrupts import deferred
+from polyroute.host.memory import Trim
 from polyroute.host.progress import progress
 from polyroute.kinds.batches import Row
 from polyroute.kinds.choose import ModelKind
@@ -86,12 +87,14 @@ def train_slots(
         nullcontext(bool) if folder is None else deferred() as is_stopped,
     ):
         running = _Running(places, kind, budget, calls, bar)
-        num_ended, saved_at = 0, time.monotonic()
+        num_ended, saved_at, trim = 0, time.monotonic(), Trim()
         while (queue or running.slots) and not is_stopped():
             while queue and running.free:
                 slot = queue.popleft()
                 running.begin(slot, digests[slot.name], starts.get(slot.name), folder)
             running.step()
+            if model.mixer.device.type == "cpu":
+                trim.if_due()
             num_ended += running.end(folder)
             bar.set_postfix_str(f"{num_ended} of {len(slots)} slots done", refresh=False)
             is_time = time.monotonic() - saved_at > SECONDS_BETWEEN_SAVES

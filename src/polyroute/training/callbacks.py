@@ -4,13 +4,10 @@ from typing import Any
 
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState
 
-from polyroute.host.memory import give_back_memory
+from polyroute.host.memory import Trim
 from polyroute.model import RoutedModel
 
-__all__ = ["Anneal", "GiveBackMemory", "NextEpoch"]
-
-STEPS_BETWEEN = 20
-"""Steps between two times that memory is given back. Each costs about a hundredth of a step."""
+__all__ = ["Anneal", "NextEpoch", "TrimMemory"]
 
 
 class NextEpoch(TrainerCallback):
@@ -26,19 +23,17 @@ class NextEpoch(TrainerCallback):
         self.trainer.sampler.set_epoch(int(state.epoch or 0))
 
 
-class GiveBackMemory(TrainerCallback):
-    """Gives freed memory back to the system every so many steps; for training on a CPU.
+class TrimMemory(TrainerCallback):
+    """Gives freed memory back to the system now and then; for training on a CPU."""
 
-    Batches of ever new shapes leave ever new holes in the heap. A training of SmolLM2 with 16
-    examples in a step needs 2.5 GB, and without this its process had 5.8 GB after 200 steps.
-    """
+    def __init__(self) -> None:
+        self._trim = Trim()
 
     def on_step_end(
         self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Give memory back if it is time."""
-        if state.global_step % STEPS_BETWEEN == 0:
-            give_back_memory()
+        self._trim.if_due()
 
 
 class Anneal(TrainerCallback):
