@@ -152,11 +152,11 @@ def test_a_batch_without_much_padding_is_left_as_it_is() -> None:
 
 
 def test_rows_are_made_longer_where_that_saves_tokens() -> None:
-    prompts = [[5] * 100] + [[6] * 60] * 9
+    prompts = [[5] * 70] + [[6] * 42] * 9  # too few tokens to be rounded
     batch = packed_rows(prompts, [[1]] * 10, ["a"] * 10, Packing(), pad=0, limit=999)
     assert batch is not None
     rows, tokens = batch["input_ids"].shape
-    assert rows * tokens < 1.15 * 650 + 64
+    assert rows * tokens < 1.15 * 458
 
 
 @given(st.integers(1, 3000), st.integers(1, 128), st.integers(1, 3000))

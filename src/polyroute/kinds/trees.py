@@ -49,8 +49,7 @@ def laid_out(
         (fourth axis). Without branches, transformers finds it in the positions. And for each
         sequence, in order, the place of each of its tokens among all R L.
     """
-    longest = max(sum(tree.length for tree in row) for row in rows)
-    longest = rounded(longest, len(rows))
+    longest = rounded(max(sum(tree.length for tree in row) for row in rows), len(rows))
     ids, positions, places = [], [], []
     for number, row in enumerate(rows):
         own: Ids = []
@@ -67,9 +66,9 @@ def laid_out(
                 places.append([number * longest + place for place in both])
         # What fills the row up goes on counting, so that it begins no tree.
         rest = range(counted[-1] + 1, counted[-1] + 1 + longest - len(own))
-        ids.append([*own, *[pad] * len(rest)])
+        ids.append(own)
         positions.append([*counted, *(min(place, limit - 1) for place in rest)])
-    found = {"input_ids": padded(ids, pad), "position_ids": padded(positions, 0)}
+    found = {"input_ids": padded(ids, pad, length=longest), "position_ids": padded(positions, 0)}
     if any(len(tree.branches) > 1 for row in rows for tree in row):
         found["attention_mask"] = torch.stack([_sees(row, longest) for row in rows])[:, None]
     return found, places

@@ -12,7 +12,6 @@ import polyroute
 from polyroute.report_page.contents import Contents
 from polyroute.report_page.data import Run
 from polyroute.report_page.tables import results_table, tasks_table
-from polyroute.study.routing_state import REMEDY
 
 __all__ = ["GENERATOR", "render"]
 
@@ -78,7 +77,7 @@ def _figure(key: str, keys: Iterable[str], otherwise: str) -> str:
 def _verdicts(runs: Iterable[Run]) -> str:
     """A sentence for each run whose inventory is still one adapter."""
     sentences = [
-        f"<li><b>{escape(run.name)}</b>: {escape(run.verdict)}: {escape(REMEDY)}.</li>"
+        f"<li><b>{escape(run.name)}</b>: {escape(run.verdict)}.</li>"
         for run in runs
         if run.verdict is not None
     ]

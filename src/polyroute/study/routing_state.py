@@ -15,12 +15,10 @@ from polyroute.data.sampling import some_places
 from polyroute.model import RoutedModel
 from polyroute.study.routing_measures import routing_entropy, skill_likeness
 
-__all__ = ["COSINE", "ENTROPY", "REMEDY", "in_words", "routing_state"]
+__all__ = ["COSINE", "ENTROPY", "in_words", "routing_state"]
 
 ENTROPY = "route_entropy"
 COSINE = "skill_cosine"
-REMEDY = "train longer, or let the routes start further apart"
-"""What to do about it."""
 SAMPLED = 500
 """The most tasks that are looked at."""
 UNIFORM = 0.98
@@ -69,8 +67,8 @@ def in_words(log: Sequence[Mapping[str, Any]]) -> str | None:
         log: entries of the trainer's log.
 
     Returns:
-        A sentence without its end; None where routes and skills have come apart, or where nothing
-        was measured.
+        A sentence without its end, which says what to do about it; None where routes and skills
+        have come apart, or where nothing was measured.
     """
     last: Mapping[str, Any] = next((entry for entry in reversed(log) if ENTROPY in entry), {})
     entropy, cosine = last.get(ENTROPY, 0.0), last.get(COSINE, 0.0)
@@ -81,4 +79,7 @@ def in_words(log: Sequence[Mapping[str, Any]]) -> str | None:
         why.append(f"its skills are alike (cosine {cosine:.2f})")
     if not why:
         return None
-    return f"this inventory is one LoRA so far, because {' and '.join(why)}"
+    return (
+        f"this inventory is one LoRA so far, because {' and '.join(why)}: train longer, or let the "
+        "routes start further apart"
+    )

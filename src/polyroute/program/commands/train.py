@@ -35,7 +35,7 @@ from polyroute.saved.runs import EXAMPLES, held
 from polyroute.settings import option_of
 from polyroute.study.alignment_callback import AlignmentCallback
 from polyroute.study.examples import digest_of, encoded_mixture
-from polyroute.study.routing_state import REMEDY, in_words
+from polyroute.study.routing_state import in_words
 from polyroute.trainer import MultiTaskTrainer
 
 __all__ = ["train_run"]
@@ -98,7 +98,7 @@ def train_run(options: TrainOptions) -> Result:
         {"out": folder.path, "tasks": tasks, **{k: v for k, v in metrics.items() if k != "log"}},
         (
             f"trained {len(tasks)} tasks; {_validated(metrics)}the inventory is in {folder.path}",
-            *_still_one(metrics),
+            *filter(None, [in_words(metrics["log"])]),
         ),
     )
 
@@ -235,12 +235,6 @@ def _validated(metrics: Mapping[str, Any]) -> str:
     """The validation loss in words, where there is one."""
     loss = metrics.get("eval_loss")
     return "" if loss is None else f"the validation loss is {loss:.4g}; "
-
-
-def _still_one(metrics: Mapping[str, Any]) -> tuple[str, ...]:
-    """What to say of an inventory whose skills or routes have not come apart."""
-    found = in_words(metrics["log"])
-    return () if found is None else (f"{found}: {REMEDY}",)
 
 
 def _finite(entry: Mapping[str, Any]) -> dict[str, Any]:
