@@ -100,7 +100,7 @@ def coming_apart(runs: Sequence[Run], colours: Mapping[str, int]) -> list[Chart 
             ],
         )
         for key, title, unit, measured in (
-            ("entropy", "Entropy of the mixtures", "share of a uniform mixture's", entropy),
+            ("entropy", "Entropy of the mixtures", "entropy, 1 if uniform", entropy),
             ("likeness", "Likeness of the skills", "mean cosine between two skills", likeness),
         )
     ]  # fmt: skip
