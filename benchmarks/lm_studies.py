@@ -11,11 +11,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import torch
+from lm_starts import alike, grouped
 from paper_studies import real
 from paper_study import Prepare, Study, Training
 
-import polyroute as pr
+from polyroute.host.dtypes import AUTO, settled_dtype
 
 RANK = 4
 MHR: Mapping[str, Any] = {"method": "mhr", "num_skills": 8, "num_heads": 8, "rank": RANK}
@@ -27,6 +27,7 @@ def language_model(work: Path, results: Path, data: str) -> Study:
         real(work, results, data),
         name="lm",
         base="smollm2",
+        dtype=settled_dtype(AUTO),
         max_input=256,
         exclude=None,
         inventories={
@@ -38,14 +39,6 @@ def language_model(work: Path, results: Path, data: str) -> Study:
         results=results / "lm",
         max_examples=60,
     )
-
-
-@torch.no_grad()
-def alike(model: pr.RoutedModel) -> None:
-    """Give all skills the same A, so that every mixture of them has its size."""
-    for stack in model.inventory.stacks:
-        a_nHKrD = model.inventory.get_parameter(f"lora_a.{stack.key}")
-        a_nHKrD.copy_(a_nHKrD[:, :, :1].expand_as(a_nHKrD))
 
 
 @dataclass(frozen=True)
@@ -61,6 +54,7 @@ APART: Mapping[str, Start] = {
     "twins": Start("mhr"),
     "spread": Start("spread"),
     "spread-alike": Start("spread", alike),
+    "grouped": Start("mhr", grouped),
 }
 APART_TRAINING = Training(steps=300, batch_size=8, lr=2e-3, route_lr=0.1)
 APART_ADAPTATION: Mapping[str, Any] = {"shots": 32, "batch_size": 8, "steps": 16}

@@ -40,7 +40,7 @@ from polyroute.study.examples import encoded, encoded_mixture
 from polyroute.trainer import MultiTaskTrainer, MultiTaskTrainingArguments
 
 Result = dict[str, Any]
-Prepare = Callable[[pr.RoutedModel], None]
+Prepare = Callable[["Study", pr.RoutedModel, ModelKind], None]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -149,7 +149,7 @@ def train(
         adapter = pr.MHRConfig(exclude_modules=study.exclude, **study.inventories[config])
         model = pr.attach(base, adapter, study.train)
         if prepare is not None:
-            prepare(model)
+            prepare(study, model, kind)
     arguments = MultiTaskTrainingArguments(
         output_dir=str(make_folder(folder)),
         max_steps=training.steps,
@@ -193,6 +193,7 @@ def train(
             "start": start,
             "seed": seed,
             "tasks": len(study.train),
+            "dtype": study.dtype,
             "seconds": seconds,
             "parameters": model.counts(),
             "trained_parameters": model.num_trainable(),

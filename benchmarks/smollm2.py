@@ -1,14 +1,16 @@
 """SmolLM2-135M on a CPU: training, scoring, generation and adaptation, against PEFT as it is used.
 
-    python benchmarks/smollm2.py [--cases step scores ...] [--rounds 5] [--threads 2]
+    python benchmarks/smollm2.py [--cases step scores ...] [--dtype auto] [--rounds 5] [--threads 2]
 
 Contenders of `step`, `scores` and `generation`: PEFT LoRA as users run it (transformers' defaults,
 padded rows, the model's own loss of all logits, each choice a row with its own copy of the prompt),
 PEFT Poly likewise, and polyroute as `polyroute train` and `polyroute evaluate` run it. The frozen
 base is scored and generates through polyroute's own code without an inventory: the least there is
-to do. Each has the base model in bfloat16. They take turns, A B C, C B A. Printed are medians, and
-medians of the ratio to the reference within a round; `results/smollm2.json` keeps all, case by
-case, and a case that is not run stays as it is there. Peak memory is that of a process of its own.
+to do. All have the base model in the same type: bfloat16 where the CPU multiplies it fast, else
+float32. They take turns, A B C, C B A. Printed are medians, and medians of the ratio to the
+reference within a round. `results/smollm2-bfloat16.json` and `smollm2-float32.json` keep all,
+case by case, and a case that is not run stays as it is there. Peak memory is that of a process of
+its own.
 
 The texts are random tokens. Their lengths are drawn once: prompts of 20 to 200 tokens around a
 median of 70, targets of 2 to 6, and ten choices of 2 to 6. 16 rows of 8 tasks make a batch. `adapt`
@@ -40,11 +42,12 @@ from torch import Tensor
 from transformers import GenerationConfig
 
 import polyroute as pr
+from polyroute.host.dtypes import AUTO, settled_dtype
 from polyroute.kinds.batches import IGNORED, padded
 from polyroute.loading import load_base
 from polyroute.study.base_alone import BaseAlone
 
-RESULTS = Path(__file__).parent / "results" / "smollm2.json"
+RESULTS = Path(__file__).parent / "results"
 TASKS = [f"task{i}" for i in range(8)]
 RANK = 4
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
@@ -193,9 +196,9 @@ def through_peft(base: Any, name: str) -> Contender:
     return one.start()
 
 
-def built(name: str) -> Contender:
+def built(name: str, dtype: str) -> Contender:
     """A contender with a base model of its own."""
-    base, tokenizer = load_base("smollm2", dtype="bfloat16")
+    base, tokenizer = load_base("smollm2", dtype=dtype)
     if name == BASE:
         return without_adapter(base, tokenizer)
     if name == OURS:
@@ -211,24 +214,24 @@ def timed(call: Callable[[], Any]) -> float:
     return time.process_time() - started
 
 
-def peak_of(name: str, what: str) -> float:
+def peak_of(name: str, what: str, dtype: str) -> float:
     """Peak memory of a process that does one thing once, in GB."""
-    command = [sys.executable, __file__, "--memory", name, what]
+    command = [sys.executable, __file__, "--memory", name, what, "--dtype", dtype]
     return float(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
 
 
-def memory(name: str, what: str) -> None:
-    contender = built(name)
+def memory(name: str, what: str, dtype: str) -> None:
+    contender = built(name, dtype)
     getattr(contender, what)(drawn(16, 0))
     # Not `ru_maxrss`, which a process inherits from the one that started it.
     status = dict(line.split(":", 1) for line in STATUS.read_text().splitlines())
     print(int(status["VmHWM"].split()[0]) / 1e6)
 
 
-def measured(what: str, rounds: int) -> dict[str, Any]:
+def measured(what: str, rounds: int, dtype: str) -> dict[str, Any]:
     """One case, by contenders that take turns."""
     names = CASES[what]
-    contenders = {name: built(name) for name in names}
+    contenders = {name: built(name, dtype) for name in names}
     seconds: dict[str, list[float]] = {name: [] for name in names}
     for one in contenders.values():
         getattr(one, what)(drawn(4, 99))
@@ -264,48 +267,52 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     every = [*CASES, "adapt", "sharing", "profile"]
     parser.add_argument("--cases", nargs="+", choices=every, default=every)
+    parser.add_argument("--dtype", default=AUTO, choices=[AUTO, "bfloat16", "float32"])
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--data", default="../shared/suite", help="the suite of real tasks")
     parser.add_argument("--steps", type=int, default=20, help="steps of `adapt`")
     parser.add_argument("--no-memory", action="store_true", help="measure no peaks")
-    parser.add_argument("--out", type=Path, default=RESULTS)
+    parser.add_argument("--out", type=Path, default=RESULTS, help="the folder of results")
     parser.add_argument("--memory", nargs=2, help=argparse.SUPPRESS)
     options = parser.parse_args()
     warnings.filterwarnings("ignore")
     torch.set_num_threads(options.threads)
     torch.manual_seed(0)
+    dtype = settled_dtype(options.dtype)
     if options.memory:
-        memory(*options.memory)
+        memory(*options.memory, dtype)
         return
-    document = json.loads(options.out.read_text()) if options.out.exists() else {"cases": {}}
+    out = options.out / f"smollm2-{dtype}.json"
+    document = json.loads(out.read_text()) if out.exists() else {"cases": {}}
     for what in options.cases:
         if what == "adapt":
             case = smollm2_adapt.measured(
-                options.data, options.steps, options.rounds, options.threads
+                options.data, options.steps, options.rounds, options.threads, dtype
             )
         elif what == "sharing":
-            base, tokenizer = load_base("smollm2", dtype="bfloat16")
+            base, tokenizer = load_base("smollm2", dtype=dtype)
             case = smollm2_sharing.measured(base, tokenizer, options.data, options.rounds)
         elif what == "profile":
-            ours = built(OURS)
+            ours = built(OURS, dtype)
             ours.step(drawn(4, 99))
             case = smollm2_profile.measured(
                 [partial(ours.step, drawn(16, number)) for number in range(options.rounds)]
             )
         else:
-            case = measured(what, options.rounds)
+            case = measured(what, options.rounds, dtype)
         document["cases"][what] = {
             "torch": torch.__version__, "threads": options.threads, "rounds": options.rounds,
-            "date": time.strftime("%Y-%m-%d"), "load_average": os.getloadavg()[0], **case,
+            "date": time.strftime("%Y-%m-%d"), "load_average": os.getloadavg()[0],
+            "capability": torch.backends.cpu.get_cpu_capability(), **case,
         }  # fmt: skip
         told(what, case)
-        options.out.write_text(json.dumps(document, indent=1) + "\n")
+        out.write_text(json.dumps(document, indent=1) + "\n")
         if what in CASES and not options.no_memory:
-            peaks = {name: peak_of(name, what) for name in CASES[what]}
+            peaks = {name: peak_of(name, what, dtype) for name in CASES[what]}
             document["cases"][what]["peak_gb"] = peaks
             print(what, "peak GB", peaks, flush=True)
-            options.out.write_text(json.dumps(document, indent=1) + "\n")
+            out.write_text(json.dumps(document, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -32,12 +32,12 @@ SHOTS = 16
 ONE, NINE = "one run of nine", "nine runs of one"
 
 
-def measured(data: str, steps: int, rounds: int, threads: int) -> dict[str, Any]:
+def measured(data: str, steps: int, rounds: int, threads: int, dtype: str) -> dict[str, Any]:
     """CPU seconds of both ways, commands and training, which take turns."""
     with TemporaryDirectory() as folder:
         run, out = Path(folder) / "run", Path(folder) / "adapted"
         _command(
-            threads, "train", "--model", "smollm2", "--dtype", "bfloat16", "--data", data,
+            threads, "train", "--model", "smollm2", "--dtype", dtype, "--data", data,
             "--tasks", TRAINED, "--steps", "1", "--batch-size", "4", "--skills", "8",
             "--heads", "8", "--rank", "4", "--out", str(run),
         )  # fmt: skip

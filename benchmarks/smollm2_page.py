@@ -11,18 +11,19 @@ from measure import summarise
 __all__ = ["smollm2_lines"]
 
 REFERENCE = "PEFT LoRA"
+DTYPES = ("bfloat16", "float32")
 TITLES = {
     "step": "training step",
     "scores": "scoring ten choices a prompt",
     "generation": "generating 32 tokens",
 }
 INTRODUCTION = """\
-`benchmarks/smollm2.py`: the base model in bfloat16, 16 rows of 8 tasks; prompts of 20 to 200
-tokens, targets of 2 to 6. PEFT's models run as users run them: padded rows, logits of all tokens,
-and each choice with its own copy of the prompt. The frozen base is scored and generates through
-polyroute's own code without an inventory, so polyroute's distance to it is the price of the
-adapters. Times are CPU seconds. Ratios are to PEFT LoRA, medians and quartiles over rounds. Peaks
-are those of a process of its own.
+`benchmarks/smollm2.py`: 16 rows of 8 tasks; prompts of 20 to 200 tokens, targets of 2 to 6. PEFT's
+models run as users run them: padded rows, logits of all tokens, and each choice with its own copy
+of the prompt. The frozen base is scored and generates through polyroute's own code without an
+inventory, so polyroute's distance to it is the price of the adapters. Times are CPU seconds. Ratios
+are to PEFT LoRA, medians and quartiles over rounds. Peaks are those of a process of its own. The
+two types were measured on different machines.
 """
 ADAPTING = """\
 Nine adaptations ({tasks} tasks x {seeds} seeds, {shots} examples a step, {steps} steps, phase
@@ -37,7 +38,7 @@ suite). *Shared* computes what the prompts begin with once, *apart* for each exa
 """
 PROFILE = """\
 Where a training step of polyroute goes, by torch's profiler. Large products are those of the base
-model's weights; they ran at {gflops:.0f} GFLOP/s ({capability}). Small ones are those of attention
+model's weights; they ran at {gflops:.0f} GFLOP/s. Small ones are those of attention
 and of the adapters.
 """
 
@@ -51,11 +52,21 @@ def smollm2_lines(
         results: the folder of results.
         table: makes the lines of a table.
     """
-    path = results / "smollm2.json"
-    if not path.exists():
-        return []
-    cases = json.loads(path.read_text(encoding="utf-8"))["cases"]
-    lines = ["## SmolLM2-135M on a CPU", "", INTRODUCTION]
+    paths = {dtype: results / f"smollm2-{dtype}.json" for dtype in DTYPES}
+    lines = []
+    for dtype, path in paths.items():
+        if path.exists():
+            cases = json.loads(path.read_text(encoding="utf-8"))["cases"]
+            lines += [f"### The base model in {dtype}", "", *_section(cases, table)]
+    return ["## SmolLM2-135M on a CPU", "", INTRODUCTION, *lines] if lines else []
+
+
+def _section(
+    cases: Mapping[str, Mapping[str, Any]],
+    table: Callable[[Sequence[str], Iterable[Sequence[str]]], list[str]],
+) -> list[str]:
+    """The tables of one type of the base model."""
+    lines: list[str] = []
     for name, title in TITLES.items():
         if name in cases:
             lines += table([title, "CPU seconds", "ratio", "GB at the peak"], _rows(cases[name]))
@@ -108,9 +119,10 @@ def _ratio(own: Sequence[float], other: Sequence[float]) -> str:
 
 
 def _about(case: Mapping[str, Any]) -> str:
-    date, load = case.get("date"), case.get("load_average")
+    date, load, capability = (case.get(key) for key in ("date", "load_average", "capability"))
     return (
         f"{case['rounds']} rounds, torch {case['torch']}, torch threads: {case['threads']}"
+        + (f"; {capability}" if capability else "")
         + (f"; {date}" if date else "")
         + (f"; load {load:.1f}" if load is not None else "")
         + "."

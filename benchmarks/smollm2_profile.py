@@ -3,7 +3,6 @@
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import torch
 from torch.profiler import ProfilerActivity, profile
 
 __all__ = ["measured"]
@@ -50,7 +49,6 @@ def measured(steps: Sequence[Callable[[], Any]]) -> dict[str, Any]:
     return {
         "seconds": dict(sorted(seconds.items(), key=lambda item: -item[1])),
         "gflops": flops / seconds["large products"] / 1e9,
-        "capability": torch.backends.cpu.get_cpu_capability(),
     }
 
 
