@@ -12,6 +12,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from paper_lm import lm_section
 from paper_tables import Interval, by_task, difference, interval, method_table, results_of, rows
 
 RESULTS = Path(__file__).parent / "results" / "paper"
@@ -255,6 +256,7 @@ def page() -> str:
             HEAD.strip(),
             "",
             story.strip(),
+            lm_section(RESULTS / "lm").rstrip(),
             generated_section(RESULTS / "generated").rstrip(),
             real_section(RESULTS / "real").rstrip(),
             seq2seq_section(RESULTS / "seq2seq").rstrip(),
