@@ -10,7 +10,7 @@ LOWEST_INSTALLED := $(LOWEST)/.installed
 LOWEST_TESTS := $(patsubst %,tests/test_%.py,model routing end_to_end runs adapt evaluate gguf chat \
 	shapes tabular peft_export suites cli_manners trainer mu_steps)
 
-.PHONY: demo demo-lm test test-lowest lint docs bench bench-paper clean
+.PHONY: demo demo-lm test test-lowest lint docs bench bench-paper study-lm clean
 
 demo: $(INSTALLED)
 	$(BIN)/polyroute demo --out demo-out --overwrite
@@ -44,6 +44,14 @@ bench: $(INSTALLED)
 bench-paper: $(INSTALLED)
 	$(BIN)/python benchmarks/paper.py generated --threads 2
 	$(BIN)/python benchmarks/paper.py real --threads 2
+	$(BIN)/python benchmarks/paper_page.py
+
+# SmolLM2 on real tasks, hours on two cores; it goes on where it was interrupted. DATA is the suite,
+# and ONLY='grouped' runs that start alone. The stage `test` follows once settings are chosen.
+DATA ?= ../shared/suite
+study-lm: $(INSTALLED)
+	$(BIN)/python benchmarks/paper.py lm --threads 2 --data $(DATA) --stages train develop \
+		$(if $(ONLY),--only $(ONLY))
 	$(BIN)/python benchmarks/paper_page.py
 
 # torch comes first and alone: the pinned version has a CPU build, and whatever depends on a range of

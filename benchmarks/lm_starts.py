@@ -49,7 +49,7 @@ def grouped(study: Study, model: pr.RoutedModel, kind: ModelKind) -> None:
     for task, group in zip(study.train, groups, strict=True):
         logits_NHK = torch.full(model.routes.shape or (), -LOGIT)
         logits_NHK[..., group] = LOGIT
-        model.routes.write(task, logits_NHK)
+        model.routes[task] = logits_NHK
 
 
 def _cosines(found: Alignment) -> Floats:

@@ -33,6 +33,8 @@ def language_model(work: Path, results: Path, data: str) -> Study:
         inventories={
             "shared": {"method": "shared", "rank": RANK},
             "shared-matched": {"method": "shared", "rank": 8 * RANK},
+            "private": {"method": "private", "rank": RANK},
+            "poly": {"method": "poly", "num_skills": 8, "rank": RANK},
             "mhr": MHR,
             "spread": {**MHR, "route_spread": 3.0},
         },
@@ -63,3 +65,52 @@ APART_CELLS: Mapping[str, Mapping[str, Any]] = {
     "mu-nearest": {"phase": "mu", "lr": 3e-3, "init": "nearest"},
 }
 """How each start is adapted to the development tasks; `nearest` only where there are routes."""
+
+CONTENDERS: Mapping[str, Start] = {
+    name: Start(name) for name in ("shared", "mhr", "poly", "shared-matched", "private")
+}
+"""The contenders of the held-out table, in the order in which they run."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What is done with each contender from each seed of training."""
+
+    training: Training
+    continued: Training
+    """Of the average, on the training tasks, for zero-shot use."""
+    seeds: int
+    cells: Mapping[str, Mapping[str, Any]]
+    """By label, how an inventory is adapted; a label says the phase and, after a dash, the rest."""
+
+
+MAIN_TRAINING = Training(steps=1000, batch_size=16, lr=2e-3, route_lr=0.1)
+MAIN_PLAN = Plan(
+    training=MAIN_TRAINING,
+    continued=replace(MAIN_TRAINING, steps=100, lr=5e-4, phase="mu"),
+    seeds=2,
+    cells={
+        f"{label}-{shots}": {"shots": shots, "batch_size": 8, "steps": shots // 2, **settings}
+        for shots in (32, 8)
+        for label, settings in {
+            "mu": {"phase": "mu", "lr": 3e-3},
+            "z": {"phase": "z", "route_lr": 1.0},
+            "full": {"phase": "full", "lr": 3e-3},
+            "random": {"phase": "random", "lr": 3e-3},
+        }.items()
+    },
+)
+"""Provisional: the rates are those of `demo-lm`, not yet chosen on the development tasks."""
+
+
+def cells_of(plan: Plan, config: Mapping[str, Any]) -> Mapping[str, Mapping[str, Any]]:
+    """The cells that tell something new of a contender.
+
+    One shared LoRA has no routes, and tuned in full it is its average. A fresh LoRA is the same
+    whatever inventory it replaces, so it is taken from the shared one alone, without its rank.
+    """
+    routed = config["method"] in ("poly", "mhr")
+    phases = {"mu", "z", "full"} if routed else {"mu"}
+    if config == {"method": "shared", "rank": RANK}:
+        phases.add("random")
+    return {label: c for label, c in plan.cells.items() if label.partition("-")[0] in phases}

@@ -16,7 +16,18 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
-from lm_studies import APART, APART_ADAPTATION, APART_CELLS, APART_TRAINING, language_model
+from lm_studies import (
+    APART,
+    APART_ADAPTATION,
+    APART_CELLS,
+    APART_TRAINING,
+    CONTENDERS,
+    MAIN_PLAN,
+    Plan,
+    Start,
+    cells_of,
+    language_model,
+)
 from paper_studies import (
     CELLS,
     DEVELOPMENT,
@@ -118,18 +129,48 @@ def run_tasks(
 
 def run_apart(study: Study, stages: Sequence[str], only: Sequence[str]) -> None:
     """Ways of starting skills apart: first what training shows, then the development tasks."""
+    study.write("tasks", {"train": study.train, "develop": study.develop, "test": study.test})
     names = [name for name in APART if not only or name in only]
     for name in names if "train" in stages else ():
         start = APART[name]
         train(study, f"apart-{name}", start.config, APART_TRAINING, prepare=start.prepare)
-    for name in names if "develop" in stages else ():
-        inventory = f"apart-{name}"
-        zero_shot(study, f"zero-shot-{inventory}", inventory, study.develop)
+    if "develop" not in stages:
+        return
+    if not only or "base" in only:
+        zero_shot(study, "develop-zero-shot-base", "base", study.develop)
+    for name in names:
+        zero_shot(study, f"develop-zero-shot-{name}", f"apart-{name}", study.develop)
         for label, changes in APART_CELLS.items():
             settings = AdaptSettings(**APART_ADAPTATION, **changes)
             if settings.init == "uniform" or APART[name].config != "shared":
                 own = replace(study, seeds=study.seeds[:1])
-                adapt(own, f"{label}-{inventory}", inventory, {"": settings}, study.develop)
+                stage = f"develop-{label}-{name}"
+                adapt(own, stage, f"apart-{name}", {"": settings}, study.develop)
+
+
+def run_main(study: Study, plan: Plan, contenders: Mapping[str, Start]) -> None:
+    """The held-out tasks: every contender from each seed of training, with a draw of its own."""
+    zero_shot(study, "test-zero-shot-base", "base", study.test)
+    for seed, draw in enumerate(study.seeds[: plan.seeds]):
+        for name, start in contenders.items():
+            _run_main(replace(study, seeds=(draw,)), plan, name, start, seed)
+
+
+def _run_main(study: Study, plan: Plan, contender: str, start: Start, seed: int) -> None:
+    """One contender and seed; nothing is trained where all its results are there."""
+    name, continued = f"{contender}-s{seed}", f"{contender}-continued-s{seed}"
+    cells = cells_of(plan, study.inventories[start.config])
+    stages = [f"test-zero-shot-{n}" for n in (name, continued)]
+    stages += [f"test-{label}-{name}" for label in cells]
+    if all(len(study.read(stage) or ()) == len(study.test) for stage in stages):
+        return
+    train(study, name, start.config, plan.training, seed=seed, prepare=start.prepare)
+    zero_shot(study, stages[0], name, study.test)
+    for label, values in cells.items():
+        settings = {"": AdaptSettings(**values)}
+        adapt(study, f"test-{label}-{name}", name, settings, study.test)
+    train(study, continued, start.config, plan.continued, seed=seed, start=name)
+    zero_shot(study, stages[1], continued, study.test)
 
 
 def main() -> None:
@@ -152,6 +193,9 @@ def main() -> None:
     elif options.study == "lm":
         study = language_model(options.work, RESULTS, options.data)
         run_apart(study, options.stages, options.only)
+        if "test" in options.stages:
+            chosen = options.only or CONTENDERS
+            run_main(study, MAIN_PLAN, {n: s for n, s in CONTENDERS.items() if n in chosen})
     else:
         study = seq2seq(options.work, RESULTS, options.data)
         run_tasks(study, SEQ2SEQ_TRAINING, [], SEQ2SEQ_CELLS, options.stages, options.only)

@@ -43,8 +43,8 @@ def lm_section(folder: Path) -> str:
     return f"""
 ## SmolLM2: how skills come to differ
 
-SmolLM2-135M-Instruct with its chat template, the {first["tasks"]} training tasks with choices,
-rank 4, 8 skills and heads, {steps} steps of {batch} examples, the same batches for all, one seed.
+SmolLM2-135M-Instruct with its chat template, the {first["tasks"]} training tasks with choices, rank
+4, 8 skills and heads, {steps} steps of {batch} examples, the same batches for all, one seed.
 Skills that start alike with routes that start uniform get the same gradient. The table shows how
 far ways of starting have come from that, and the loss on training examples of the last third of
 the steps. The entropy is that of the mixtures as a share of the uniform mixture's, the cosine that
@@ -52,8 +52,8 @@ between the B of two skills, both at the end.
 
 {_trainings(found)}
 
-The development tasks, which no inventory has learned, with 32 shots and 16 steps of 8 for phase mu,
-one draw. Scores are means over {_tasks(folder, found)} tasks, by the sum of an answer's
+The {_tasks(folder, found)} development tasks, which no inventory has learned, with 32 shots and 16
+steps of 8 for phase mu, one draw. Scores are means over tasks, by the sum of an answer's
 log-probabilities and by their mean per token.
 
 {_scores(folder, list(found))}
@@ -77,27 +77,31 @@ def _trainings(found: dict[str, dict[str, Any]]) -> str:
 
 
 def _tasks(folder: Path, found: dict[str, Any]) -> int:
-    return max(len(by_task(results_of(folder, [f"zero-shot-apart-{name}"]))) for name in found)
+    return max(len(by_task(results_of(folder, [f"develop-zero-shot-{name}"]))) for name in found)
 
 
 def _scores(folder: Path, names: Sequence[str]) -> str:
     text = [["start", "used", "sum", "per token", "per token, minus shared"]]
-    for way, title in WAYS.items():
-        reference = _per_token(folder, way if way in ("zero-shot", "mu") else "mu", REFERENCE)
-        for name in names:
-            results = results_of(folder, [f"{way}-apart-{name}"])
-            if not results:
-                continue
-            per_token = _per_token(folder, way, name)
-            gap = difference(per_token, reference).signed if reference else ""
-            cells = [str(interval(list(by_task(each).values()))) for each in (results, per_token)]
-            text.append([STARTS[name], title, *cells, "" if name == REFERENCE else gap])
+    base = results_of(folder, ["develop-zero-shot-base"])
+    shared = {way: _of_start(folder, way, REFERENCE) for way in WAYS}
+    shared["mu-nearest"] = shared["mu"]  # it has no routes
+    entries = [("the base model as it is", "zero-shot", base)]
+    entries += [(STARTS[name], way, _of_start(folder, way, name)) for way in WAYS for name in names]
+    for title, way, results in entries:
+        if not results:
+            continue
+        each = (results, _per_token(results))
+        cells = [str(interval(list(by_task(scores).values()))) for scores in each]
+        is_reference = title == STARTS[REFERENCE] or not shared[way]
+        gap = "" if is_reference else difference(each[1], _per_token(shared[way])).signed
+        text.append([title, WAYS[way], *cells, gap])
     return rows(text)
 
 
-def _per_token(folder: Path, way: str, name: str) -> list[Result]:
+def _of_start(folder: Path, way: str, name: str) -> Sequence[Result]:
+    return results_of(folder, [f"develop-{way}-{name}"])
+
+
+def _per_token(results: Sequence[Result]) -> list[Result]:
     """Results whose score is the one per token."""
-    return [
-        {**result, "score": result["score_normalised"]}
-        for result in results_of(folder, [f"{way}-apart-{name}"])
-    ]
+    return [{**result, "score": result["score_normalised"]} for result in results]

@@ -25,12 +25,13 @@ HEAD = """# The paper at our scale
 
 Does Multi-Head adapter Routing do here what its paper says (Caccia et al., NeurIPS 2023)? Two
 studies on two CPU cores look into that: one on generated tasks that recombine known skills, one on
-real tasks with a frozen sentence encoder. All contenders of a study have the same base model,
-tasks, steps, batches and draws of examples. Intervals are 95 %, from a bootstrap over tasks;
-differences are paired by task. Raw results are in `benchmarks/results/paper/`.
+real tasks with a frozen sentence encoder. A third, on a language model, has begun. All contenders
+of a study have the same base model, tasks, steps, batches and draws of examples. Intervals are
+95 %, from a bootstrap over tasks; differences are paired by task. Raw results are in
+`benchmarks/results/paper/`.
 `python benchmarks/paper_page.py` makes this page from them;
-`python benchmarks/paper.py generated` and
-`python benchmarks/paper.py real --data SUITE` measure again.
+`python benchmarks/paper.py generated`, `python benchmarks/paper.py real --data SUITE` and
+`make study-lm` measure again.
 """
 
 

@@ -11,6 +11,7 @@ import json
 import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -295,13 +296,22 @@ def _adapt_after_z(
 
 
 def zero_shot(study: Study, stage: str, inventory: str, tasks: Sequence[str]) -> list[Result]:
-    """Score an inventory's average on tasks, as it is."""
+    """Score an inventory's average on tasks, as it is.
+
+    Args:
+        study: where.
+        stage: what the file of results is called.
+        inventory: a trained one; `base` for the base model alone.
+        tasks: to score.
+    """
     results: list[Result] | None = study.read(stage)
     if results is not None:
         return results
     base, kind = study.base_and_kind()
-    folder = study.folder(inventory)
-    with loaded(base, read_checkpoint(folder), folder) as model:
+    folder, model_or_base = study.folder(inventory), nullcontext(BaseAlone(base))
+    if inventory != "base":
+        model_or_base = loaded(base, read_checkpoint(folder), folder)
+    with model_or_base as model:
         model.eval()
         scores = evaluate(
             model, kind, study.suite, tasks, route="mu", max_examples=study.max_examples

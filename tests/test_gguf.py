@@ -98,6 +98,15 @@ def test_a_file_is_dequantised_once_and_not_in_silence(
     assert torch.equal(logits(first), logits(again))
 
 
+def test_a_cache_that_cannot_be_written_is_named_with_its_setting(
+    file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "occupied").write_text("a file")
+    monkeypatch.setenv("POLYROUTE_CACHE", str(tmp_path / "occupied"))
+    with pytest.raises(InputError, match=r"occupied.*set POLYROUTE_CACHE to another folder"):
+        load_base(str(file))
+
+
 def test_types_have_folders_of_their_own(file: Path, cache: Path) -> None:
     whole, _ = load_base(str(file))
     half, _ = load_base(str(file), dtype="bfloat16")

@@ -1,6 +1,7 @@
 """The study of the paper runs, and its page is that of the raw results beside it."""
 
 import json
+import shutil
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -11,6 +12,8 @@ import pytest
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT / "benchmarks"))
 
+import lm_studies  # noqa: E402
+import paper  # noqa: E402
 import paper_page  # noqa: E402
 import paper_studies  # noqa: E402
 import paper_study  # noqa: E402
@@ -22,6 +25,18 @@ from polyroute.adapting.settings import AdaptSettings  # noqa: E402
 def test_the_page_is_that_of_the_results() -> None:
     text = paper_page.PAGE.read_text(encoding="utf-8")
     assert text == paper_page.page(), "run `python benchmarks/paper_page.py`"
+
+
+def test_settings_of_the_language_model_were_chosen_on_development_tasks_alone() -> None:
+    folder = paper_page.RESULTS / "lm"
+    tasks = {role: set(names) for role, names in paper_page.read(folder, "tasks").items()}
+    assert not tasks["develop"] & tasks["test"]
+    assert not tasks["train"] & (tasks["develop"] | tasks["test"])
+    looked_at = sorted(folder.glob("develop-*.json"))
+    assert looked_at
+    for path in looked_at:
+        found = {each["task"] for each in json.loads(path.read_text(encoding="utf-8"))}
+        assert found <= tasks["develop"], path.name
 
 
 def result(task: str, seed: int, score: float | None) -> dict[str, object]:
@@ -78,6 +93,36 @@ def test_every_stage_of_the_generated_study_runs_and_resumes(tmp_path: Path) -> 
     )
     assert kept["start"] == "mhr-s0"
     assert kept["parameters"]["inventory"] == kept["parameters"]["one_adapter"]
+
+
+def test_a_part_of_the_held_out_table_trains_only_where_a_result_is_missing(
+    tmp_path: Path,
+) -> None:
+    study = paper_studies.generated(tmp_path / "work", tmp_path / "results")
+    study = replace(study, train=study.train[:3], test=study.test[:2], seeds=(42, 1024))
+    inventories = {"shared": {"method": "shared", "rank": 4}, "mhr": {**lm_studies.MHR}}
+    study = replace(study, inventories=inventories)
+    training = replace(paper_studies.GENERATED_TRAINING, steps=2, batch_size=4)
+    plan = lm_studies.Plan(
+        training=training,
+        continued=replace(training, phase="mu"),
+        seeds=1,
+        cells={label: {**c, "steps": 1} for label, c in lm_studies.MAIN_PLAN.cells.items()},
+    )
+    contenders = {name: lm_studies.CONTENDERS[name] for name in inventories}
+    paper.run_main(study, plan, contenders)
+    phases = {"mhr-s0": ("z", "mu", "full"), "shared-s0": ("mu", "random")}
+    expected = {f"test-{p}-{n}-{of}" for of, own in phases.items() for p in own for n in (8, 32)}
+    names = ("base", "shared-s0", "mhr-s0", "shared-continued-s0", "mhr-continued-s0")
+    expected |= {f"test-zero-shot-{name}" for name in names}
+    assert {path.stem for path in study.results.glob("test-*")} == expected
+    shutil.rmtree(study.work / study.name / "mhr-s0")
+    paper.run_main(study, plan, contenders)
+    assert not (study.work / study.name / "mhr-s0").exists()
+    study.file("test-z-8-mhr-s0").unlink()
+    paper.run_main(study, plan, contenders)
+    assert (study.work / study.name / "mhr-s0" / "polyroute.json").exists()
+    assert study.file("test-z-8-mhr-s0").exists()
 
 
 def test_every_cell_is_named_once_and_its_settings_hold() -> None:

@@ -17,7 +17,7 @@ from transformers import AutoConfig, AutoTokenizer, PreTrainedModel
 
 from polyroute.errors import InputError, reason
 from polyroute.host import progress
-from polyroute.host.files import read_json, whole_folder, write_json
+from polyroute.host.files import make_folder, read_json, whole_folder, write_json
 from polyroute.host.output import say
 from polyroute.kinds.choose import kind_class
 
@@ -82,6 +82,10 @@ def _make(folder: Path, file: Path, dtype: str | None) -> None:
     described = None if dtype is None else dequantised(file)
     work = "reading config and tokenizer of" if described is None else "dequantising"
     say(f"{work} {file.stem} once, into {folder}")
+    try:
+        make_folder(folder.parent)
+    except InputError as error:
+        raise InputError(f"{error}; or set POLYROUTE_CACHE to another folder") from error
     try:
         with whole_folder(folder) as place, _bar_on_a_terminal():
             if dtype is None or described is None:
