@@ -53,6 +53,7 @@ class Start:
 
 APART: Mapping[str, Start] = {
     "shared": Start("shared"),
+    "shared-matched": Start("shared-matched"),
     "twins": Start("mhr"),
     "spread": Start("spread"),
     "spread-alike": Start("spread", alike),
@@ -63,8 +64,18 @@ APART_ADAPTATION: Mapping[str, Any] = {"shots": 32, "batch_size": 8, "steps": 16
 APART_CELLS: Mapping[str, Mapping[str, Any]] = {
     "mu": {"phase": "mu", "lr": 3e-3},
     "mu-nearest": {"phase": "mu", "lr": 3e-3, "init": "nearest"},
+    "random": {"phase": "random", "lr": 3e-3},
 }
-"""How each start is adapted to the development tasks; `nearest` only where there are routes."""
+"""How each start is adapted to the development tasks."""
+
+
+def apart_cells(name: str) -> Mapping[str, Mapping[str, Any]]:
+    """The cells of a start: one shared LoRA has no routes, and stands for a fresh one, too."""
+    without = {"random"} if APART[name].config != "shared" else set()
+    if APART[name].config.startswith("shared"):
+        without.add("mu-nearest")
+    return {label: cell for label, cell in APART_CELLS.items() if label not in without}
+
 
 CONTENDERS: Mapping[str, Start] = {
     name: Start(name) for name in ("shared", "mhr", "poly", "shared-matched", "private")

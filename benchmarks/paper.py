@@ -19,12 +19,12 @@ import torch
 from lm_studies import (
     APART,
     APART_ADAPTATION,
-    APART_CELLS,
     APART_TRAINING,
     CONTENDERS,
     MAIN_PLAN,
     Plan,
     Start,
+    apart_cells,
     cells_of,
     language_model,
 )
@@ -140,12 +140,11 @@ def run_apart(study: Study, stages: Sequence[str], only: Sequence[str]) -> None:
         zero_shot(study, "develop-zero-shot-base", "base", study.develop)
     for name in names:
         zero_shot(study, f"develop-zero-shot-{name}", f"apart-{name}", study.develop)
-        for label, changes in APART_CELLS.items():
-            settings = AdaptSettings(**APART_ADAPTATION, **changes)
-            if settings.init == "uniform" or APART[name].config != "shared":
-                own = replace(study, seeds=study.seeds[:1])
-                stage = f"develop-{label}-{name}"
-                adapt(own, stage, f"apart-{name}", {"": settings}, study.develop)
+        own = replace(study, seeds=study.seeds[:1])
+        for label, changes in apart_cells(name).items():
+            settings = {"": AdaptSettings(**APART_ADAPTATION, **changes)}
+            stage = f"develop-{label}-{name}"
+            adapt(own, stage, f"apart-{name}", settings, study.develop)
 
 
 def run_main(study: Study, plan: Plan, contenders: Mapping[str, Start]) -> None:

@@ -23,6 +23,7 @@ WAYS = {
     "zero-shot": "zero-shot",
     "mu": "mu",
     "mu-nearest": "mu from the nearest routes",
+    "random": "a fresh LoRA instead",
 }
 """How starts are used on the development tasks, by the beginnings of the files' names."""
 REFERENCE = "shared"
@@ -84,7 +85,7 @@ def _scores(folder: Path, names: Sequence[str]) -> str:
     text = [["start", "used", "sum", "per token", "per token, minus shared"]]
     base = results_of(folder, ["develop-zero-shot-base"])
     shared = {way: _of_start(folder, way, REFERENCE) for way in WAYS}
-    shared["mu-nearest"] = shared["mu"]  # it has no routes
+    shared["mu-nearest"] = shared["random"] = shared["mu"]
     entries = [("the base model as it is", "zero-shot", base)]
     entries += [(STARTS[name], way, _of_start(folder, way, name)) for way in WAYS for name in names]
     for title, way, results in entries:
@@ -92,7 +93,7 @@ def _scores(folder: Path, names: Sequence[str]) -> str:
             continue
         each = (results, _per_token(results))
         cells = [str(interval(list(by_task(scores).values()))) for scores in each]
-        is_reference = title == STARTS[REFERENCE] or not shared[way]
+        is_reference = results == shared[way] or not shared[way]
         gap = "" if is_reference else difference(each[1], _per_token(shared[way])).signed
         text.append([title, WAYS[way], *cells, gap])
     return rows(text)
