@@ -16,7 +16,7 @@ from polyroute.kinds.choose import ModelKind
 from polyroute.study.alignment import Alignment, alignment
 from polyroute.study.examples import encoded
 
-__all__ = ["alike", "balanced_groups", "grouped"]
+__all__ = ["alike", "balanced_groups", "centred", "grouped"]
 
 Floats = NDArray[np.float64]
 EXAMPLES = 16

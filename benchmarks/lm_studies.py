@@ -69,14 +69,6 @@ APART_CELLS: Mapping[str, Mapping[str, Any]] = {
 """How each start is adapted to the development tasks."""
 
 
-def apart_cells(name: str) -> Mapping[str, Mapping[str, Any]]:
-    """The cells of a start: one shared LoRA has no routes, and stands for a fresh one, too."""
-    without = {"random"} if APART[name].config != "shared" else set()
-    if APART[name].config.startswith("shared"):
-        without.add("mu-nearest")
-    return {label: cell for label, cell in APART_CELLS.items() if label not in without}
-
-
 CONTENDERS: Mapping[str, Start] = {
     name: Start(name) for name in ("shared", "mhr", "poly", "shared-matched", "private")
 }
@@ -92,7 +84,7 @@ class Plan:
     """Of the average, on the training tasks, for zero-shot use."""
     seeds: int
     cells: Mapping[str, Mapping[str, Any]]
-    """By label, how an inventory is adapted; a label says the phase and, after a dash, the rest."""
+    """By label, how an inventory is adapted."""
 
 
 MAIN_TRAINING = Training(steps=1000, batch_size=16, lr=2e-3, route_lr=0.1)
@@ -114,7 +106,9 @@ MAIN_PLAN = Plan(
 """Provisional: the rates are those of `demo-lm`, not yet chosen on the development tasks."""
 
 
-def cells_of(plan: Plan, config: Mapping[str, Any]) -> Mapping[str, Mapping[str, Any]]:
+def cells_of(
+    cells: Mapping[str, Mapping[str, Any]], config: Mapping[str, Any]
+) -> Mapping[str, Mapping[str, Any]]:
     """The cells that tell something new of a contender.
 
     One shared LoRA has no routes, and tuned in full it is its average. A fresh LoRA is the same
@@ -124,4 +118,8 @@ def cells_of(plan: Plan, config: Mapping[str, Any]) -> Mapping[str, Mapping[str,
     phases = {"mu", "z", "full"} if routed else {"mu"}
     if config == {"method": "shared", "rank": RANK}:
         phases.add("random")
-    return {label: c for label, c in plan.cells.items() if label.partition("-")[0] in phases}
+    return {
+        label: cell
+        for label, cell in cells.items()
+        if cell["phase"] in phases and (routed or cell.get("init") != "nearest")
+    }

@@ -19,12 +19,12 @@ import torch
 from lm_studies import (
     APART,
     APART_ADAPTATION,
+    APART_CELLS,
     APART_TRAINING,
     CONTENDERS,
     MAIN_PLAN,
     Plan,
     Start,
-    apart_cells,
     cells_of,
     language_model,
 )
@@ -141,7 +141,7 @@ def run_apart(study: Study, stages: Sequence[str], only: Sequence[str]) -> None:
     for name in names:
         zero_shot(study, f"develop-zero-shot-{name}", f"apart-{name}", study.develop)
         own = replace(study, seeds=study.seeds[:1])
-        for label, changes in apart_cells(name).items():
+        for label, changes in cells_of(APART_CELLS, study.inventories[APART[name].config]).items():
             settings = {"": AdaptSettings(**APART_ADAPTATION, **changes)}
             stage = f"develop-{label}-{name}"
             adapt(own, stage, f"apart-{name}", settings, study.develop)
@@ -158,7 +158,7 @@ def run_main(study: Study, plan: Plan, contenders: Mapping[str, Start]) -> None:
 def _run_main(study: Study, plan: Plan, contender: str, start: Start, seed: int) -> None:
     """One contender and seed; nothing is trained where all its results are there."""
     name, continued = f"{contender}-s{seed}", f"{contender}-continued-s{seed}"
-    cells = cells_of(plan, study.inventories[start.config])
+    cells = cells_of(plan.cells, study.inventories[start.config])
     stages = [f"test-zero-shot-{n}" for n in (name, continued)]
     stages += [f"test-{label}-{name}" for label in cells]
     if all(len(study.read(stage) or ()) == len(study.test) for stage in stages):

@@ -1,12 +1,11 @@
 """The section of docs/paper.md about SmolLM2, from the raw results of `paper.py lm`."""
 
-import json
 import statistics
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from paper_tables import Result, by_task, difference, interval, results_of, rows
+from paper_tables import Result, by_task, difference, interval, read, results_of, rows
 
 __all__ = ["lm_section"]
 
@@ -35,7 +34,7 @@ def lm_section(folder: Path) -> str:
     Args:
         folder: the raw results of the study.
     """
-    trainings = {name: _training(folder, name) for name in STARTS}
+    trainings = {name: read(folder, f"train-apart-{name}") for name in STARTS}
     found = {name: training for name, training in trainings.items() if training}
     if not found:
         return ""
@@ -59,11 +58,6 @@ log-probabilities and by their mean per token.
 
 {_scores(folder, list(found))}
 """
-
-
-def _training(folder: Path, name: str) -> dict[str, Any] | None:
-    path = folder / f"train-apart-{name}.json"
-    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
 
 
 def _trainings(found: dict[str, dict[str, Any]]) -> str:

@@ -13,7 +13,16 @@ from pathlib import Path
 from typing import Any
 
 from paper_lm import lm_section
-from paper_tables import Interval, by_task, difference, interval, method_table, results_of, rows
+from paper_tables import (
+    Interval,
+    by_task,
+    difference,
+    interval,
+    method_table,
+    read,
+    results_of,
+    rows,
+)
 
 RESULTS = Path(__file__).parent / "results" / "paper"
 PAGE = Path(__file__).parents[1] / "docs" / "paper.md"
@@ -33,12 +42,6 @@ of a study have the same base model, tasks, steps, batches and draws of examples
 `python benchmarks/paper.py generated`, `python benchmarks/paper.py real --data SUITE` and
 `make study-lm` measure again.
 """
-
-
-def read(folder: Path, stage: str) -> Any:
-    """The raw results of a stage, None where it did not run."""
-    path = folder / f"{stage}.json"
-    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
 
 
 def generated_ways(folder: Path) -> dict[tuple[str, str], Results]:

@@ -31,14 +31,15 @@ class Interval:
         return f"{self.mean:+.3f} [{self.low:+.3f}, {self.high:+.3f}]"
 
 
+def read(folder: Path, stage: str) -> Any:
+    """The raw results of a stage, None where it did not run."""
+    path = folder / f"{stage}.json"
+    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
+
+
 def results_of(folder: Path, stages: Iterable[str]) -> list[dict[str, Any]]:
     """The raw results of some stages, one after the other; a stage that did not run has none."""
-    found: list[dict[str, Any]] = []
-    for stage in stages:
-        path = folder / f"{stage}.json"
-        if path.exists():
-            found += json.loads(path.read_text(encoding="utf-8"))
-    return found
+    return [result for stage in stages for result in read(folder, stage) or ()]
 
 
 def by_task(results: Iterable[Result]) -> dict[str, float]:
