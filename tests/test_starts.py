@@ -31,9 +31,10 @@ def test_mu_starts_at_the_mixture_of_a_task(make: Any, method: str) -> None:
         torch.testing.assert_close(one, other)
 
 
+@pytest.mark.parametrize("make", [bert, llama])
 @pytest.mark.parametrize("phase", ["z", "mu", "full"])
-def test_the_nearest_of_few_tasks_are_weighed_by_their_likelihood(phase: str) -> None:
-    model, kind = trained()
+def test_the_nearest_of_few_tasks_are_weighed_by_their_likelihood(phase: str, make: Any) -> None:
+    model, kind = trained(make)
     made = examples("new")
     result = adapt_many(
         model, {"new": made}, kind=kind, phase=phase, init="nearest", **STILL  # type: ignore[arg-type]
@@ -68,7 +69,9 @@ def test_close_to_the_average_the_candidates_are_the_best_there_are(make: Any) -
     with torch.no_grad():
         batches = [(name, encoded) for name in model.routes.names]
         losses = torch.tensor(losses_of(model, kind, batches, 500), dtype=torch.float64)
-    candidates = _promising(model, kind, [encoded], 500)[0].tolist()
+    packing = kind.packing_of(model, model.routes.names[0])
+    assert (packing is None) == (make is not llama)
+    candidates = _promising(model, kind, [encoded], 500, packing)[0].tolist()
     best = losses.argsort()[:TRIED].tolist()
     assert candidates[0] in best[:2]
     assert len(set(candidates) & set(best)) >= TRIED - 2

@@ -22,6 +22,7 @@ from polyroute.adapting.row_batches import losses_of
 from polyroute.adapting.slots import Slots
 from polyroute.kinds.batches import Row, evaluating
 from polyroute.kinds.choose import ModelKind
+from polyroute.kinds.packing import Packing
 from polyroute.model import RoutedModel
 from polyroute.routes.weights import uniform_weights
 
@@ -55,11 +56,13 @@ def nearest_routes(
     """
     shape = model.routes.shape
     assert shape is not None
+    packing = kind.packing_of(model, model.routes.names[0])
     found: dict[str, Tensor] = {}
     names = list(examples)
     for start in range(0, len(names), AT_ONCE):
         chosen = names[start : start + AT_ONCE]
-        candidates_SC = _promising(model, kind, [examples[name] for name in chosen], tokens)
+        own = [examples[name] for name in chosen]
+        candidates_SC = _promising(model, kind, own, tokens, packing)
         tasks = model.routes.names
         tried = [
             (tasks[row], examples[name])
@@ -67,16 +70,21 @@ def nearest_routes(
             for row in rows
         ]
         with evaluating(model):
-            losses_SC = torch.tensor(losses_of(model, kind, tried, tokens)).view(len(chosen), -1)
-        for name, rows, losses in zip(chosen, candidates_SC, losses_SC, strict=True):
-            share = torch.softmax(-losses * len(examples[name]), 0)
+            losses = losses_of(model, kind, tried, tokens, packing=packing)
+        losses_SC = torch.tensor(losses).view(len(chosen), -1)
+        for name, rows, losses_C in zip(chosen, candidates_SC, losses_SC, strict=True):
+            share = torch.softmax(-losses_C * len(examples[name]), 0)
             logits = model.routes.read(rows.tolist())
             found[name] = (share.to(logits) @ logits).view(shape)
     return found
 
 
 def _promising(
-    model: RoutedModel, kind: ModelKind, examples: Sequence[Sequence[Row]], tokens: int
+    model: RoutedModel,
+    kind: ModelKind,
+    examples: Sequence[Sequence[Row]],
+    tokens: int,
+    packing: Packing | None,
 ) -> Tensor:
     """Numbers of the rows of the table that promise the lowest loss, `[S, C]`, best first."""
     assert model.routes.logits is not None
@@ -86,7 +94,7 @@ def _promising(
         for place in range(len(examples)):
             slots.start(place, seed=0, init=table_TW.new_zeros(shape))
         batches = list(zip(slots.names, examples, strict=True))
-        losses_of(model, kind, batches, tokens, backward=True)
+        losses_of(model, kind, batches, tokens, backward=True, packing=packing)
         assert slots.routes.logits is not None
         assert slots.routes.logits.grad is not None
         gradient_SW = slots.routes.logits.grad.clone()
