@@ -28,8 +28,9 @@ two types were measured on different machines.
 ADAPTING = """\
 Nine adaptations ({tasks} tasks x {seeds} seeds, {shots} examples a step, {steps} steps, phase
 `mu`) in one run, against nine runs of one. *Commands* are whole runs of `polyroute adapt`, with
-starting, loading and scoring; *training* is `adapt_many` in one process. Ratios are to the nine
-runs of the same kind.
+starting, loading and scoring; *training* is `adapt_many` in one process. Each adaptation has an
+adapter of its own in every layer, so one run saves starting and loading, but no products. Ratios
+are to the nine runs of the same kind.
 """
 SHARING = """\
 One step of one adaptation (forward and backward, phase `mu`, {shots} examples of a real task of the
@@ -75,7 +76,10 @@ def _section(
         case = cases["adapt"]
         words = {**case, "tasks": len(case["tasks"]), "seeds": len(case["seeds"])}
         lines += [ADAPTING.format(**words)]
-        lines += table(["adapting", "CPU seconds", "ratio"], _adapted(case))
+        clock = [row[1:] for row in _adapted(case, "clock_seconds")]
+        both = [[*cpu, *own] for cpu, own in zip(_adapted(case), clock, strict=True)]
+        head = ["adapting", "CPU seconds", "ratio", "seconds by the clock", "ratio"]
+        lines += table(head, both)
         lines += [_about(case), ""]
     if "sharing" in cases:
         case = cases["sharing"]
@@ -103,8 +107,8 @@ def _rows(case: Mapping[str, Any]) -> list[list[str]]:
     ]  # fmt: skip
 
 
-def _adapted(case: Mapping[str, Any]) -> list[list[str]]:
-    seconds = case["cpu_seconds"]
+def _adapted(case: Mapping[str, Any], measure: str = "cpu_seconds") -> list[list[str]]:
+    seconds = case[measure]
     what = [name.partition(", ")[0] for name in seconds]
     references = dict(reversed(list(zip(what, seconds, strict=True))))
     return [
@@ -114,14 +118,17 @@ def _adapted(case: Mapping[str, Any]) -> list[list[str]]:
 
 
 def _ratio(own: Sequence[float], other: Sequence[float]) -> str:
+    if len(own) == 1:
+        return f"{own[0] / other[0]:.2f}"
     found = summarise(list(own), list(other))
     return f"{found['median']:.2f} ({found['q25']:.2f}-{found['q75']:.2f})"
 
 
 def _about(case: Mapping[str, Any]) -> str:
     date, load, capability = (case.get(key) for key in ("date", "load_average", "capability"))
+    rounds = f"{case['rounds']} round{'s' * (case['rounds'] > 1)}"
     return (
-        f"{case['rounds']} rounds, torch {case['torch']}, torch threads: {case['threads']}"
+        f"{rounds}, torch {case['torch']}, torch threads: {case['threads']}"
         + (f"; {capability}" if capability else "")
         + (f"; {date}" if date else "")
         + (f"; load {load:.1f}" if load is not None else "")
