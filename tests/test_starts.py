@@ -11,7 +11,7 @@ from test_adapt import TRAINED, examples, tensors_of, trained
 from polyroute import adapt_many
 from polyroute.adapting import loop as slot_training
 from polyroute.adapting.row_batches import losses_of
-from polyroute.adapting.starts import TRIED, _promising, nearest_routes
+from polyroute.adapting.starts import FIRST, KEPT, TRIED, _promising, nearest_routes
 from polyroute.errors import InputError
 from polyroute.study.examples import encoded_records
 
@@ -31,21 +31,33 @@ def test_mu_starts_at_the_mixture_of_a_task(make: Any, method: str) -> None:
         torch.testing.assert_close(one, other)
 
 
+@pytest.mark.parametrize("shots", [6, 20])
 @pytest.mark.parametrize("make", [bert, llama])
 @pytest.mark.parametrize("phase", ["z", "mu", "full"])
-def test_the_nearest_of_few_tasks_are_weighed_by_their_likelihood(phase: str, make: Any) -> None:
+def test_the_nearest_of_few_tasks_are_weighed_by_their_likelihood(
+    phase: str, make: Any, shots: int
+) -> None:
     model, kind = trained(make)
-    made = examples("new")
+    made = examples("new", shots)
     result = adapt_many(
         model, {"new": made}, kind=kind, phase=phase, init="nearest", **STILL  # type: ignore[arg-type]
     )[0]  # fmt: skip
-    rows = encoded_records(made, "new", kind)
-    losses = []
+    encoded = encoded_records(made, "new", kind)
+    rows = [encoded[i] for i in result.indices]
+    parts = rows[:FIRST], rows[FIRST:]
+    assert bool(parts[1]) == (shots > FIRST)
     model.eval()
-    for task in TRAINED:
-        batch = kind.collate([{**row, "task": task} for row in rows])
-        losses.append(float(kind.loss(model, batch).detach()) * len(rows))
-    share = torch.softmax(-torch.tensor(losses), 0)
+
+    def summed(part: list[Any], task: str) -> float:
+        batch = kind.collate([{**row, "task": task} for row in part])
+        return float(kind.loss(model, batch).detach()) * len(part)
+
+    sums_T = first_T = torch.tensor([summed(parts[0], task) for task in TRAINED])
+    if parts[1]:
+        sums_T = first_T + torch.tensor([summed(parts[1], task) for task in TRAINED])
+        sums_T[first_T.argsort()[KEPT:]] = torch.inf
+    share = torch.softmax(-sums_T, 0)
+    assert (share == 0).sum() == (len(TRAINED) - KEPT if parts[1] else 0)
     logits = sum(s * model.routes[task] for s, task in zip(share, TRAINED, strict=True))
     if phase != "mu":
         assert result.route is not None

@@ -30,6 +30,10 @@ __all__ = ["nearest_routes"]
 
 TRIED = 8
 """For each slot the loss of this many candidates is measured."""
+FIRST = 8
+"""On this many of the slot's examples; on the others only that of the best."""
+KEPT = 2
+"""So many are the best."""
 AT_ONCE = 128
 """The gradients of this many slots are taken together."""
 COMPARED_AT_ONCE = 2**24
@@ -43,7 +47,7 @@ def nearest_routes(
 
     A candidate with mean loss L_c over n examples has the weight `softmax(-n L_c)`. That is the
     posterior probability that the examples come from it, if all candidates are equally likely
-    before.
+    before. One that is not among the best on the first examples has the weight 0.
 
     Args:
         model: a trained inventory with routes.
@@ -63,20 +67,42 @@ def nearest_routes(
         chosen = names[start : start + AT_ONCE]
         own = [examples[name] for name in chosen]
         candidates_SC = _promising(model, kind, own, tokens, packing)
-        tasks = model.routes.names
-        tried = [
-            (tasks[row], examples[name])
-            for name, rows in zip(chosen, candidates_SC.tolist(), strict=True)
-            for row in rows
-        ]
         with evaluating(model):
-            losses = losses_of(model, kind, tried, tokens, packing=packing)
-        losses_SC = torch.tensor(losses).view(len(chosen), -1)
-        for name, rows, losses_C in zip(chosen, candidates_SC, losses_SC, strict=True):
-            share = torch.softmax(-losses_C * len(examples[name]), 0)
-            logits = model.routes.read(rows.tolist())
-            found[name] = (share.to(logits) @ logits).view(shape)
+            sums_SC = _sums(model, kind, candidates_SC, own, tokens, packing)
+        for name, rows, sums_C in zip(chosen, candidates_SC, sums_SC, strict=True):
+            share_C = torch.softmax(-sums_C, 0)
+            logits_CW = model.routes.read(rows.tolist())
+            found[name] = (share_C.to(logits_CW) @ logits_CW).view(shape)
     return found
+
+
+def _sums(
+    model: RoutedModel,
+    kind: ModelKind,
+    candidates_SC: Tensor,
+    examples: Sequence[Sequence[Row]],
+    tokens: int,
+    packing: Packing | None,
+) -> Tensor:
+    """The loss of each candidate, summed over examples, `[S, C]`; infinite if it is not kept."""
+
+    def add(chosen_SC: Tensor, rows_S: Sequence[Sequence[Row]]) -> None:
+        places = list(map(tuple, chosen_SC.nonzero().tolist()))
+        if places:
+            tried = [(tasks[int(candidates_SC[place])], rows_S[place[0]]) for place in places]
+            losses = losses_of(model, kind, tried, tokens, packing=packing)
+            for place, (_, rows), loss in zip(places, tried, losses, strict=True):
+                sums_SC[place] += loss * len(rows)
+
+    tasks = model.routes.names
+    # Slots have their examples in random order.
+    first, others = zip(*((rows[:FIRST], rows[FIRST:]) for rows in examples), strict=True)
+    sums_SC = torch.zeros(candidates_SC.shape, dtype=torch.float64)
+    add(torch.ones_like(sums_SC), first)
+    is_best_SC = sums_SC.argsort(1).argsort(1) < KEPT
+    has_others_S1 = torch.tensor([[bool(rows)] for rows in others])
+    add(is_best_SC & has_others_S1, others)
+    return sums_SC.masked_fill(~is_best_SC & has_others_S1, torch.inf)
 
 
 def _promising(
