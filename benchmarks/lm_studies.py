@@ -6,12 +6,12 @@ training itself shows: its loss, the entropy of the mixtures and the cosine betw
 then are the development tasks looked at, and the held-out tasks only once settings are chosen.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from lm_starts import alike, grouped
+from lm_starts import EXAMPLES, alike, grouped
 from paper_studies import real
 from paper_study import Prepare, Study, Training
 
@@ -39,87 +39,115 @@ def language_model(work: Path, results: Path, data: str) -> Study:
             "spread": {**MHR, "route_spread": 3.0},
         },
         results=results / "lm",
-        max_examples=60,
+        max_examples=120,
     )
 
 
 @dataclass(frozen=True)
-class Start:
-    """One way of starting an inventory."""
+class Contender:
+    """An inventory: how it starts, and how it is adapted once it is trained.
+
+    Attributes:
+        config: key of `Study.inventories`.
+        rates: of the skills, by the way of adapting; a key of `WAYS`.
+        prepare: changes the fresh inventory before the first step.
+        start_cost: what `prepare` costs, in steps of training. It trains for so many less.
+        is_continued: whether its average is also trained on, for zero-shot use.
+    """
 
     config: str
+    rates: Mapping[str, float]
     prepare: Prepare | None = None
+    start_cost: int = 0
+    is_continued: bool = False
 
 
-APART: Mapping[str, Start] = {
-    "shared": Start("shared"),
-    "shared-matched": Start("shared-matched"),
-    "twins": Start("mhr"),
-    "spread": Start("spread"),
-    "spread-alike": Start("spread", alike),
-    "grouped": Start("mhr", grouped),
+WAYS: Mapping[str, Mapping[str, Any]] = {
+    "mu-nearest": {"phase": "mu", "init": "nearest"},
+    "mu": {"phase": "mu"},
+    "mu-longer": {"phase": "mu"},
+    "z": {"phase": "z", "route_lr": 1.0},
+    "full": {"phase": "full"},
+    "random": {"phase": "random"},
 }
+"""Ways of adapting. One shared LoRA has no routes, and tuned in full it is its average. A fresh
+LoRA is the same whatever inventory it replaces."""
+LONGER = 1.5
+"""`mu-longer` has so many times the steps, and then costs what `mu-nearest` does. The search takes
+the gradient of every example (4 steps of 8 at 32 shots) and tries 8 candidates on 8 examples and 2
+on the others (112 forwards, about 5 steps)."""
+
+ROUTED = {"mu": 3e-3, "mu-nearest": 3e-3}
+APART: Mapping[str, Contender] = {
+    "shared": Contender("shared", {"mu": 3e-3, "random": 3e-3}),
+    "shared-matched": Contender("shared-matched", {"mu": 3e-3}),
+    "twins": Contender("mhr", ROUTED),
+    "spread": Contender("spread", ROUTED),
+    "spread-alike": Contender("spread", ROUTED, alike),
+    "grouped": Contender("mhr", ROUTED, grouped),
+}
+"""Ways of starting, trained for a short while."""
 APART_TRAINING = Training(steps=300, batch_size=8, lr=2e-3, route_lr=0.1)
 APART_ADAPTATION: Mapping[str, Any] = {"shots": 32, "batch_size": 8, "steps": 16}
-APART_CELLS: Mapping[str, Mapping[str, Any]] = {
-    "mu": {"phase": "mu", "lr": 3e-3},
-    "mu-nearest": {"phase": "mu", "lr": 3e-3, "init": "nearest"},
-    "random": {"phase": "random", "lr": 3e-3},
-}
-"""How each start is adapted to the development tasks."""
+APART_EXAMPLES = 60
+"""Of each development task are scored."""
 
 
-CONTENDERS: Mapping[str, Start] = {
-    name: Start(name) for name in ("shared", "mhr", "poly", "shared-matched", "private")
+CONTENDERS: Mapping[str, Contender] = {
+    "shared": Contender(
+        "shared", {"mu": 3e-3, "mu-longer": 3e-3, "random": 3e-3}, is_continued=True
+    ),
+    "grouped": Contender(
+        "mhr",
+        {"mu-nearest": 3e-3, "mu": 3e-3, "z": 3e-3, "full": 3e-3},
+        grouped,
+        start_cost=46 * EXAMPLES // 8,
+        is_continued=True,
+    ),
+    "shared-matched": Contender("shared-matched", {"mu": 3e-3, "mu-longer": 3e-3}),
+    "mhr": Contender("mhr", {"mu": 3e-3, "z": 3e-3, "full": 3e-3}, is_continued=True),
+    "poly": Contender("poly", {"mu": 3e-3, "z": 3e-3}),
 }
 """The contenders of the held-out table, in the order in which they run."""
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What is done with each contender from each seed of training."""
+    """How every contender is trained, chosen and tested.
+
+    Attributes:
+        training: from each seed.
+        continued: of the average, on the training tasks, for zero-shot use.
+        seeds: how many, each with its own draw of examples.
+        cells: by way and shots, how an inventory is adapted.
+        developed: those of `cells` for which the rate is chosen on the development tasks.
+        rates: of the skills, tried by every contender.
+    """
 
     training: Training
     continued: Training
-    """Of the average, on the training tasks, for zero-shot use."""
     seeds: int
-    cells: Mapping[str, Mapping[str, Any]]
-    """By label, how an inventory is adapted."""
+    cells: Mapping[tuple[str, int], Mapping[str, Any]]
+    developed: Sequence[tuple[str, int]]
+    rates: Sequence[float]
 
 
-MAIN_TRAINING = Training(steps=1000, batch_size=16, lr=2e-3, route_lr=0.1)
+MAIN_TRAINING = Training(steps=600, batch_size=8, lr=2e-3, route_lr=0.1)
 MAIN_PLAN = Plan(
     training=MAIN_TRAINING,
     continued=replace(MAIN_TRAINING, steps=100, lr=5e-4, phase="mu"),
     seeds=2,
     cells={
-        f"{label}-{shots}": {"shots": shots, "batch_size": 8, "steps": shots // 2, **settings}
-        for shots in (32, 8)
-        for label, settings in {
-            "mu": {"phase": "mu", "lr": 3e-3},
-            "z": {"phase": "z", "route_lr": 1.0},
-            "full": {"phase": "full", "lr": 3e-3},
-            "random": {"phase": "random", "lr": 3e-3},
-        }.items()
+        (way, shots): {
+            "shots": shots,
+            "batch_size": 8,
+            "steps": round(steps * (LONGER if way == "mu-longer" else 1)),
+            **WAYS[way],
+        }
+        for shots, steps, left_out in ((32, 16, ()), (8, 8, ("z", "full")))
+        for way in WAYS
+        if way not in left_out
     },
+    developed=[("mu-nearest", 32), ("mu", 32), ("mu-longer", 32), ("random", 32)],
+    rates=(1e-3, 3e-3, 6e-3),
 )
-"""Provisional: the rates are those of `demo-lm`, not yet chosen on the development tasks."""
-
-
-def cells_of(
-    cells: Mapping[str, Mapping[str, Any]], config: Mapping[str, Any]
-) -> Mapping[str, Mapping[str, Any]]:
-    """The cells that tell something new of a contender.
-
-    One shared LoRA has no routes, and tuned in full it is its average. A fresh LoRA is the same
-    whatever inventory it replaces, so it is taken from the shared one alone, without its rank.
-    """
-    routed = config["method"] in ("poly", "mhr")
-    phases = {"mu", "z", "full"} if routed else {"mu"}
-    if config == {"method": "shared", "rank": RANK}:
-        phases.add("random")
-    return {
-        label: cell
-        for label, cell in cells.items()
-        if cell["phase"] in phases and (routed or cell.get("init") != "nearest")
-    }

@@ -19,13 +19,13 @@ import torch
 from lm_studies import (
     APART,
     APART_ADAPTATION,
-    APART_CELLS,
+    APART_EXAMPLES,
     APART_TRAINING,
     CONTENDERS,
     MAIN_PLAN,
+    WAYS,
+    Contender,
     Plan,
-    Start,
-    cells_of,
     language_model,
 )
 from paper_studies import (
@@ -130,46 +130,71 @@ def run_tasks(
 def run_apart(study: Study, stages: Sequence[str], only: Sequence[str]) -> None:
     """Ways of starting skills apart: first what training shows, then the development tasks."""
     study.write("tasks", {"train": study.train, "develop": study.develop, "test": study.test})
+    study = replace(study, max_examples=APART_EXAMPLES)
     names = [name for name in APART if not only or name in only]
     for name in names if "train" in stages else ():
         start = APART[name]
         train(study, f"apart-{name}", start.config, APART_TRAINING, prepare=start.prepare)
-    if "develop" not in stages:
-        return
-    if not only or "base" in only:
-        zero_shot(study, "develop-zero-shot-base", "base", study.develop)
-    for name in names:
-        zero_shot(study, f"develop-zero-shot-{name}", f"apart-{name}", study.develop)
+    if "develop" in stages:
+        zero_shot(study, "apart-zero-shot-base", "base", study.develop)
+    for name in names if "develop" in stages else ():
+        zero_shot(study, f"apart-zero-shot-{name}", f"apart-{name}", study.develop)
         own = replace(study, seeds=study.seeds[:1])
-        for label, changes in cells_of(APART_CELLS, study.inventories[APART[name].config]).items():
-            settings = {"": AdaptSettings(**APART_ADAPTATION, **changes)}
-            stage = f"develop-{label}-{name}"
-            adapt(own, stage, f"apart-{name}", settings, study.develop)
+        for way, rate in APART[name].rates.items():
+            settings = {"": AdaptSettings(**APART_ADAPTATION, **WAYS[way], lr=rate)}
+            adapt(own, f"apart-{way}-{name}", f"apart-{name}", settings, study.develop)
 
 
-def run_main(study: Study, plan: Plan, contenders: Mapping[str, Start]) -> None:
-    """The held-out tasks: every contender from each seed of training, with a draw of its own."""
-    zero_shot(study, "test-zero-shot-base", "base", study.test)
-    for seed, draw in enumerate(study.seeds[: plan.seeds]):
-        for name, start in contenders.items():
-            _run_main(replace(study, seeds=(draw,)), plan, name, start, seed)
+def run_main(
+    study: Study, plan: Plan, contenders: Mapping[str, Contender], stages: Sequence[str]
+) -> None:
+    """Every contender from each seed of training, with a draw of its own.
+
+    Rates are chosen from one seed on the development tasks, before the held-out tasks are scored.
+    """
+    for role, tasks in (("develop", study.develop), ("test", study.test)):
+        if role not in stages:
+            continue
+        zero_shot(study, f"{role}-zero-shot-base", "base", tasks)
+        for seed, draw in enumerate(study.seeds[: plan.seeds if role == "test" else 1]):
+            for name, contender in contenders.items():
+                own = replace(study, seeds=(draw,))
+                _run_main(own, plan, f"{name}-s{seed}", contender, seed, role, tasks)
 
 
-def _run_main(study: Study, plan: Plan, contender: str, start: Start, seed: int) -> None:
+def _run_main(
+    study: Study,
+    plan: Plan,
+    name: str,
+    contender: Contender,
+    seed: int,
+    role: str,
+    tasks: Sequence[str],
+) -> None:
     """One contender and seed; nothing is trained where all its results are there."""
-    name, continued = f"{contender}-s{seed}", f"{contender}-continued-s{seed}"
-    cells = cells_of(plan.cells, study.inventories[start.config])
-    stages = [f"test-zero-shot-{n}" for n in (name, continued)]
-    stages += [f"test-{label}-{name}" for label in cells]
-    if all(len(study.read(stage) or ()) == len(study.test) for stage in stages):
+    choices = {}
+    for (way, shots), values in plan.cells.items():
+        rates = {"": contender.rates[way]} if way in contender.rates else {}
+        if rates and role == "develop":
+            rates = {str(rate): rate for rate in plan.rates if (way, shots) in plan.developed}
+        if rates:
+            choices[f"{role}-{way}-{shots}-{name}"] = {
+                label: AdaptSettings(**values, lr=rate) for label, rate in rates.items()
+            }
+    continued = f"{name}-continued" if contender.is_continued and role == "test" else ""
+    untuned = {f"{role}-zero-shot-{n}": n for n in (name, continued) if n}
+    wanted = dict.fromkeys(untuned, len(tasks))
+    wanted |= {stage: len(tasks) * len(own) for stage, own in choices.items()}
+    if all(len(study.read(stage) or ()) == count for stage, count in wanted.items()):
         return
-    train(study, name, start.config, plan.training, seed=seed, prepare=start.prepare)
-    zero_shot(study, stages[0], name, study.test)
-    for label, values in cells.items():
-        settings = {"": AdaptSettings(**values)}
-        adapt(study, f"test-{label}-{name}", name, settings, study.test)
-    train(study, continued, start.config, plan.continued, seed=seed, start=name)
-    zero_shot(study, stages[1], continued, study.test)
+    training = replace(plan.training, steps=plan.training.steps - contender.start_cost)
+    train(study, name, contender.config, training, seed=seed, prepare=contender.prepare)
+    if continued:
+        train(study, continued, contender.config, plan.continued, seed=seed, start=name)
+    for stage, inventory in untuned.items():
+        zero_shot(study, stage, inventory, tasks)
+    for stage, settings in choices.items():
+        adapt(study, stage, name, settings, tasks)
 
 
 def main() -> None:
@@ -191,10 +216,11 @@ def main() -> None:
         run_tasks(study, REAL_TRAINING, DEVELOPMENT, CELLS, options.stages, options.only)
     elif options.study == "lm":
         study = language_model(options.work, RESULTS, options.data)
-        run_apart(study, options.stages, options.only)
-        if "test" in options.stages:
-            chosen = options.only or CONTENDERS
-            run_main(study, MAIN_PLAN, {n: s for n, s in CONTENDERS.items() if n in chosen})
+        chosen = [name.removeprefix("apart-") for name in options.only if "apart-" in name]
+        if chosen or not options.only:
+            run_apart(study, options.stages, chosen)
+        own = {n: c for n, c in CONTENDERS.items() if n in (options.only or CONTENDERS)}
+        run_main(study, MAIN_PLAN, own, options.stages)
     else:
         study = seq2seq(options.work, RESULTS, options.data)
         run_tasks(study, SEQ2SEQ_TRAINING, [], SEQ2SEQ_CELLS, options.stages, options.only)

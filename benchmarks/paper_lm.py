@@ -1,7 +1,8 @@
 """The section of docs/paper.md about SmolLM2, from the raw results of `paper.py lm`."""
 
 import statistics
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -21,11 +22,26 @@ STARTS = {
 WAYS = {
     "zero-shot": "zero-shot",
     "mu": "mu",
+    "mu-longer": "mu for half as many steps more",
     "mu-nearest": "mu from the nearest routes",
+    "z": "z",
+    "full": "full",
     "random": "a fresh LoRA instead",
 }
-"""How starts are used on the development tasks, by the beginnings of the files' names."""
+"""How inventories are used, by the beginnings of the files' names."""
 REFERENCE = "shared"
+REFERENCES = (REFERENCE, "shared-matched")
+"""What the contenders of the main runs are compared with."""
+CONTENDERS = {
+    "shared": "one shared LoRA",
+    "shared-matched": "one shared LoRA of rank 32",
+    "poly": "Poly",
+    "mhr": "MHR",
+    "grouped": "MHR, a skill for each group of tasks",
+}
+"""The rows of the tables of the main runs."""
+SEEDS = range(9)
+"""Of training; those that ran are found by their files."""
 
 
 def lm_section(folder: Path) -> str:
@@ -57,7 +73,7 @@ steps of 8 for phase mu, one draw. Scores are means over tasks, by the sum of an
 log-probabilities and by their mean per token.
 
 {_scores(folder, list(found))}
-"""
+{_developed(folder)}{_held_out(folder)}"""
 
 
 def _trainings(found: dict[str, dict[str, Any]]) -> str:
@@ -72,12 +88,12 @@ def _trainings(found: dict[str, dict[str, Any]]) -> str:
 
 
 def _tasks(folder: Path, found: dict[str, Any]) -> int:
-    return max(len(by_task(results_of(folder, [f"develop-zero-shot-{name}"]))) for name in found)
+    return max(len(by_task(results_of(folder, [f"apart-zero-shot-{name}"]))) for name in found)
 
 
 def _scores(folder: Path, names: Sequence[str]) -> str:
     text = [["start", "used", "sum", "per token", "per token, minus shared"]]
-    base = results_of(folder, ["develop-zero-shot-base"])
+    base = results_of(folder, ["apart-zero-shot-base"])
     shared = {way: _of_start(folder, way, REFERENCE) for way in WAYS}
     shared["mu-nearest"] = shared["random"] = shared["mu"]
     entries = [("the base model as it is", "zero-shot", base)]
@@ -86,7 +102,7 @@ def _scores(folder: Path, names: Sequence[str]) -> str:
         if not results:
             continue
         each = (results, _per_token(results))
-        cells = [str(interval(list(by_task(scores).values()))) for scores in each]
+        cells = [_score(scores) for scores in each]
         is_reference = results == shared[way] or not shared[way]
         gap = "" if is_reference else difference(each[1], _per_token(shared[way])).signed
         text.append([title, WAYS[way], *cells, gap])
@@ -94,9 +110,115 @@ def _scores(folder: Path, names: Sequence[str]) -> str:
 
 
 def _of_start(folder: Path, way: str, name: str) -> Sequence[Result]:
-    return results_of(folder, [f"develop-{way}-{name}"])
+    return results_of(folder, [f"apart-{way}-{name}"])
 
 
-def _per_token(results: Sequence[Result]) -> list[Result]:
+def _per_token(results: Iterable[Result]) -> list[Result]:
     """Results whose score is the one per token."""
     return [{**result, "score": result["score_normalised"]} for result in results]
+
+
+def _developed(folder: Path) -> str:
+    """The rates that contenders tried on the development tasks; empty before that."""
+    text = [["inventory", "used", "rate", "sum", "per token", "per token, minus shared"]]
+    text.append(["the base model as it is", *_developed_row(folder, "zero-shot-base", "zero-shot")])
+    first = None
+    for way, name in product(WAYS, CONTENDERS):
+        stage = f"{way}-{name}-s0" if way == "zero-shot" else f"{way}-32-{name}-s0"
+        rates = _labels(read(folder, f"develop-{stage}") or ())
+        first = first or (read(folder, f"train-{name}-s0") if rates else None)
+        for rate in rates:
+            text.append([CONTENDERS[name], *_developed_row(folder, stage, way, rate)])
+    if first is None:
+        return ""
+    steps, batch = first["training"]["steps"], first["training"]["batch_size"]
+    return f"""
+The main runs train for {steps} steps of {batch}, in {first["dtype"]}. Their rates in adapting were
+chosen on the development tasks with seed 0, by the score per token:
+
+{rows(text)}
+"""
+
+
+def _developed_row(folder: Path, stage: str, way: str, rate: str = "") -> list[str]:
+    """What a contender scores with a rate, and the difference to the shared LoRA's best rate."""
+    untuned = way == "zero-shot"
+    other = read(folder, f"develop-{'zero-shot' if untuned else 'mu-32'}-{REFERENCE}-s0") or ()
+    own = [r for r in read(folder, f"develop-{stage}") or () if r.get("label", "") == rate]
+    best = max(
+        ([r for r in _per_token(other) if r.get("label", "") == label] for label in _labels(other)),
+        key=lambda results: sum(by_task(results).values()),
+        default=[],
+    )
+    if not own:
+        return [WAYS[way], rate, "", "", ""]
+    per_token = _per_token(own)
+    gap = "" if not best or per_token == best else difference(per_token, best).signed
+    return [WAYS[way], rate, _score(own), _score(per_token), gap]
+
+
+def _labels(results: Iterable[Result]) -> list[str]:
+    return sorted({result.get("label", "") for result in results})
+
+
+def _held_out(folder: Path) -> str:
+    """The held-out tasks, on which no setting was chosen; empty before they were scored."""
+    base = results_of(folder, ["test-zero-shot-base"])
+    text = ""
+    for shots, title in (
+        (0, "Without an example"),
+        (32, "With 32 examples"),
+        (8, "With 8 examples"),
+    ):
+        entries = [("the base model as it is", "zero-shot", base)]
+        entries += [
+            (CONTENDERS[name], f"{WAYS[way]}{shown}", _of_seeds(folder, f"{stage}-{name}", end))
+            for way, stage, end, shown in _stages(shots)
+            for name in CONTENDERS
+        ]
+        if any(results for *_, results in entries[1:]):
+            text += f"\n{title}:\n\n{_compared(folder, entries, shots)}\n"
+    return f"\n## SmolLM2: held-out tasks\n{text}" if text else ""
+
+
+def _stages(shots: int) -> list[tuple[str, str, str, str]]:
+    """Ways of using inventories: a key of WAYS, how files begin and end, and what is added."""
+    if not shots:
+        way = "zero-shot"
+        continued = ("-continued", ", after more training of the average")
+        return [(way, f"test-{way}", *more) for more in (("", ""), continued)]
+    return [(way, f"test-{way}-{shots}", "", "") for way in WAYS]
+
+
+def _compared(
+    folder: Path, entries: Sequence[tuple[str, str, Sequence[Result]]], shots: int
+) -> str:
+    """Scores, and differences to shared LoRAs with as many examples."""
+    way = f"mu-{shots}" if shots else "zero-shot"
+    references = [_of_seeds(folder, f"test-{way}-{name}") for name in REFERENCES]
+    head = ["inventory", "used", "sum", "per token"]
+    head += [f"per token, minus {CONTENDERS[name]}" for name in REFERENCES]
+    text = [[*head, "seeds"]]
+    for title, used, results in entries:
+        if results:
+            own = _per_token(results)
+            gaps = [
+                "" if results == other or not other else difference(own, _per_token(other)).signed
+                for other in references
+            ]
+            seeds = {result["seed"] for result in results if "seed" in result}
+            text.append([title, used, _score(results), _score(own), *gaps, str(len(seeds) or "")])
+    return rows(text)
+
+
+def _score(results: Iterable[Result]) -> str:
+    return str(interval(list(by_task(results).values())))
+
+
+def _of_seeds(folder: Path, stage: str, end: str = "") -> list[dict[str, Any]]:
+    """The results of every seed of training, each with that seed."""
+    return [
+        {**result, "seed": seed}
+        for seed in SEEDS
+        for result in results_of(folder, [f"{stage}-s{seed}{end}"])
+    ]

@@ -4,6 +4,7 @@ import json
 import shutil
 import sys
 from dataclasses import replace
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -32,11 +33,27 @@ def test_settings_of_the_language_model_were_chosen_on_development_tasks_alone()
     tasks = {role: set(names) for role, names in paper_page.read(folder, "tasks").items()}
     assert not tasks["develop"] & tasks["test"]
     assert not tasks["train"] & (tasks["develop"] | tasks["test"])
-    looked_at = sorted(folder.glob("develop-*.json"))
-    assert looked_at
-    for path in looked_at:
+    looked_at = {stage: sorted(folder.glob(f"{stage}-*.json")) for stage in ("apart", "develop")}
+    assert all(looked_at.values())
+    for path in chain.from_iterable(looked_at.values()):
         found = {each["task"] for each in json.loads(path.read_text(encoding="utf-8"))}
         assert found <= tasks["develop"], path.name
+
+
+def test_rates_are_those_that_were_best_on_the_development_tasks() -> None:
+    plan, compared = lm_studies.MAIN_PLAN, 0
+    for name, contender in lm_studies.CONTENDERS.items():
+        for way, shots in plan.developed:
+            stage = f"develop-{way}-{shots}-{name}-s0"
+            found = paper_tables.read(paper_page.RESULTS / "lm", stage)
+            if found is not None and way in contender.rates:
+                scores = {
+                    rate: sum(r["score_normalised"] for r in found if r["label"] == str(rate))
+                    for rate in plan.rates
+                }
+                assert contender.rates[way] == max(scores, key=scores.__getitem__), stage
+                compared += 1
+    assert compared
 
 
 def result(task: str, seed: int, score: float | None) -> dict[str, object]:
@@ -99,30 +116,47 @@ def test_a_part_of_the_held_out_table_trains_only_where_a_result_is_missing(
     tmp_path: Path,
 ) -> None:
     study = paper_studies.generated(tmp_path / "work", tmp_path / "results")
-    study = replace(study, train=study.train[:3], test=study.test[:2], seeds=(42, 1024))
+    study = replace(
+        study, train=study.train[:3], develop=study.test[2:4], test=study.test[:2], seeds=(42, 1024)
+    )
     inventories = {"shared": {"method": "shared", "rank": 4}, "mhr": {**lm_studies.MHR}}
     study = replace(study, inventories=inventories)
     training = replace(paper_studies.GENERATED_TRAINING, steps=2, batch_size=4)
-    plan = lm_studies.Plan(
+    plan = replace(
+        lm_studies.MAIN_PLAN,
         training=training,
         continued=replace(training, phase="mu"),
         seeds=1,
-        cells={label: {**c, "steps": 1} for label, c in lm_studies.MAIN_PLAN.cells.items()},
+        cells={cell: {**c, "steps": 1} for cell, c in lm_studies.MAIN_PLAN.cells.items()},
+        rates=(1e-3, 1e-2),
     )
-    contenders = {name: lm_studies.CONTENDERS[name] for name in inventories}
-    paper.run_main(study, plan, contenders)
-    phases = {"mhr-s0": ("z", "mu", "full"), "shared-s0": ("mu", "random")}
-    expected = {f"test-{p}-{n}-{of}" for of, own in phases.items() for p in own for n in (8, 32)}
-    names = ("base", "shared-s0", "mhr-s0", "shared-continued-s0", "mhr-continued-s0")
+    ways = {"shared": ("mu", "random"), "mhr": ("mu-nearest", "z", "full")}
+    contenders = {
+        name: lm_studies.Contender(name, dict.fromkeys(own, 3e-3), is_continued=name == "mhr")
+        for name, own in ways.items()
+    }
+    paper.run_main(study, plan, contenders, ("test",))
+    cells = {"shared": ("mu-32", "mu-8", "random-32", "random-8"),
+             "mhr": ("mu-nearest-32", "mu-nearest-8", "z-32", "full-32")}  # fmt: skip
+    expected = {f"test-{cell}-{name}-s0" for name, own in cells.items() for cell in own}
+    names = ("base", "shared-s0", "mhr-s0", "mhr-s0-continued")
     expected |= {f"test-zero-shot-{name}" for name in names}
     assert {path.stem for path in study.results.glob("test-*")} == expected
     shutil.rmtree(study.work / study.name / "mhr-s0")
-    paper.run_main(study, plan, contenders)
+    paper.run_main(study, plan, contenders, ("test",))
     assert not (study.work / study.name / "mhr-s0").exists()
-    study.file("test-z-8-mhr-s0").unlink()
-    paper.run_main(study, plan, contenders)
+    study.file("test-z-32-mhr-s0").unlink()
+    paper.run_main(study, plan, contenders, ("test",))
     assert (study.work / study.name / "mhr-s0" / "polyroute.json").exists()
-    assert study.file("test-z-8-mhr-s0").exists()
+    assert study.file("test-z-32-mhr-s0").exists()
+    # Rates are chosen on other tasks, where each contender tries all of them.
+    paper.run_main(study, plan, contenders, ("develop",))
+    developed = {path.stem: json.loads(path.read_text()) for path in study.results.glob("dev*")}
+    stages = ("zero-shot-base", "zero-shot-shared-s0", "zero-shot-mhr-s0", "mu-32-shared-s0",
+              "random-32-shared-s0", "mu-nearest-32-mhr-s0")  # fmt: skip
+    assert set(developed) == {f"develop-{stage}" for stage in stages}
+    found = [(r["label"], r["task"]) for r in developed["develop-mu-nearest-32-mhr-s0"]]
+    assert sorted(found) == [(rate, t) for rate in ("0.001", "0.01") for t in sorted(study.develop)]
 
 
 def test_every_cell_is_named_once_and_its_settings_hold() -> None:

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from polyroute.saved.rows import SavedRoutes
     from polyroute.study.evaluate import evaluate
     from polyroute.study.examples import encoded_mixture
+    from polyroute.study.groups import start_in_groups
     from polyroute.trainer import MultiTaskTrainer, MultiTaskTrainingArguments, RoutedTrainer
 
 __all__ = [
@@ -46,6 +47,7 @@ __all__ = [
     "open_suite",
     "read_checkpoint",
     "read_inventory",
+    "start_in_groups",
 ]
 
 __version__ = "0.1.0"
@@ -71,6 +73,7 @@ PLACES = {
     "open_suite": "data.open",
     "read_checkpoint": "saved.checkpoint",
     "read_inventory": "exchange",
+    "start_in_groups": "study.groups",
 }
 """The module that defines each public name."""
 

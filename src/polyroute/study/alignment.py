@@ -17,20 +17,20 @@ Shape letters: T tasks, P pairs, S sites, N routers, H heads, K skills, r rank, 
 block.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import combinations
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from polyroute.errors import InputError
-from polyroute.kinds.batches import Row, evaluating
+from polyroute.kinds.batches import Row
 from polyroute.kinds.choose import ModelKind
 from polyroute.model import RoutedModel
+from polyroute.study.gradients import differentiating, gradients
 
 __all__ = ["Alignment", "alignment"]
 
@@ -124,9 +124,9 @@ def alignment(
         if task not in examples_by_task:
             raise InputError(f"task {task!r} of a pair has no examples; add them")
     tasks = tuple(t for t in examples_by_task if any(t in pair for pair in pairs))
-    with _differentiating(model):
-        gradients = [
-            _gradients(model, kind, examples_by_task[task], route or task, batch_size)
+    with differentiating(model):
+        gradients_T = [
+            gradients(model, kind, examples_by_task[task], route or task, batch_size)
             for task in tasks
         ]
     weights_TNHK = torch.stack([_weights(model, route or task) for task in tasks])
@@ -136,7 +136,7 @@ def alignment(
     skipped = 0
     for site, router in enumerate(model.mixer.router_of_site):
         by_factor = [
-            _products([of_task[site][factor] for of_task in gradients], model.inventory.heads)
+            _products([of_task[site][factor] for of_task in gradients_T], model.inventory.heads)
             for factor in range(len(model.inventory.factor_names))
         ]
         skipped += sum(int((products.sum(0).diagonal() == 0).sum()) for products in by_factor)
@@ -162,65 +162,6 @@ def _check(model: RoutedModel, examples: Mapping[str, Sequence[Row]], route: str
         model.routes.row(task if route is None else route)
         if not len(rows):
             raise InputError(f"task {task!r} has no examples to take a gradient of; give some")
-
-
-@contextmanager
-def _differentiating(model: RoutedModel) -> Iterator[None]:
-    """Evaluation mode in which the mixture has gradients, even where the skills are frozen."""
-    frozen = [p for p in model.inventory.parameters() if not p.requires_grad]
-    model.inventory.requires_grad_()
-    try:
-        with evaluating(model), torch.enable_grad():
-            yield
-    finally:
-        for parameter in frozen:
-            parameter.requires_grad_(False)
-
-
-def _gradients(
-    model: RoutedModel, kind: ModelKind, rows: Sequence[Row], route: str, batch_size: int
-) -> list[list[Tensor]]:
-    """The gradients of the mean loss of rows for the mixed factors, `[r, H D]`, by site."""
-    scales = [model.inventory.scale if f == "lora_b" else 1.0 for f in model.inventory.factor_names]
-    total: Sequence[Tensor] = []
-    for start in range(0, len(rows), batch_size):
-        places = range(start, min(start + batch_size, len(rows)))
-        batch = kind.collate([{**rows[i], "task": route} for i in places])
-        with _mixed_factors(model) as forwards:
-            loss = kind.loss(model, batch)
-        factors = [factor for forward in forwards for factor in forward]
-        found = torch.autograd.grad(
-            loss * (len(places) / len(rows)),
-            factors, allow_unused=True, materialize_grads=True,
-        )  # fmt: skip
-        # A loss of several forwards, such as an encoder's, has a mixture for each.
-        for i in range(0, len(found), len(forwards[0])):
-            of_forward = found[i : i + len(forwards[0])]
-            total = [a + b for a, b in zip(total, of_forward, strict=True)] if total else of_forward
-    # The B that layers apply includes the scale; the B of the definition does not.
-    count = len(scales)
-    return [
-        [gradient * scale for gradient, scale in zip(total[i : i + count], scales, strict=True)]
-        for i in range(0, len(total), count)
-    ]
-
-
-@contextmanager
-def _mixed_factors(model: RoutedModel) -> Iterator[list[list[Tensor]]]:
-    """For each forward in the block, the factors of all sites, as the layers applied them."""
-    forwards: list[list[Tensor]] = []
-
-    def keep(_: nn.Module, __: Any, ___: Any) -> None:
-        mixture = model.open_routes.mixture
-        if mixture is not None:
-            forwards.append([t for of_site in mixture.factors for t in vars(of_site).values()])
-
-    # It must run before the model's own hook, which lets go of the mixture.
-    hook = model.base_model.register_forward_hook(keep, prepend=True)
-    try:
-        yield forwards
-    finally:
-        hook.remove()
 
 
 def _weights(model: RoutedModel, task: str) -> Tensor:

@@ -80,6 +80,6 @@ def in_words(log: Sequence[Mapping[str, Any]]) -> str | None:
     if not why:
         return None
     return (
-        f"this inventory is one LoRA so far, because {' and '.join(why)}: train longer, or let the "
-        "routes start further apart"
+        f"this inventory is one LoRA so far, because {' and '.join(why)}: train longer, or start "
+        "its skills apart, as --group-tasks does"
     )

@@ -35,6 +35,7 @@ from polyroute.saved.runs import EXAMPLES, held
 from polyroute.settings import option_of
 from polyroute.study.alignment_callback import AlignmentCallback
 from polyroute.study.examples import digest_of, encoded_mixture
+from polyroute.study.groups import start_in_groups
 from polyroute.study.routing_state import in_words
 from polyroute.trainer import MultiTaskTrainer
 
@@ -158,9 +159,14 @@ def _prepared(
             suite, tasks, rows, kind, options.max_eval, continued=start is not None
         )
     trainer = make_trainer(model, kind, options, rows, validation)
+    whole = {"--group-tasks": options.group_tasks, "--alignment-steps": options.alignment_steps}
+    for flag, value in whole.items():
+        if value is not None and trainer.is_fsdp_enabled:
+            raise InputError(f"{flag} needs a whole base model: leave it out under FSDP")
+    is_resumed = options.resume and last_checkpoint(folder.path) is not None
+    if options.group_tasks is not None and not (options.dry_run or is_resumed):
+        start_in_groups(model, kind, rows, examples=options.group_tasks, seed=options.seed)
     if options.alignment_steps is not None:
-        if trainer.is_fsdp_enabled:
-            raise InputError("--alignment-steps needs a whole base model: leave it out under FSDP")
         steps = options.alignment_steps
         place = folder.path / ALIGNMENT
         trainer.add_callback(AlignmentCallback(model, kind, rows, place, steps=steps))

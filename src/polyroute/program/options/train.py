@@ -74,6 +74,12 @@ class TrainOptions(PlannedOptions):
     )
     reading: Reading = group(Reading, from_start=True)
     adapter: MHRConfig = group(MHRConfig, from_start=True, panel="Adapter and routing")
+    group_tasks: int | None = setting(
+        None, whole(0, optional=True), parse=lambda examples, _: examples or None,
+        panel="Training",
+        help="Start each skill with a group of tasks, by the gradients of so many examples of each "
+        "(8 will do) [none].",
+    )  # fmt: skip
     phase: Phase = setting(
         "full", values=(*TRAINING_PHASES, *CONTINUED_PHASES), panel="Training",
         help="full or mu; with --start also z or mu-uncollapsed.",
@@ -125,6 +131,7 @@ class TrainOptions(PlannedOptions):
         """Check every value, and refuse options that exclude each other."""
         super().__post_init__()
         self._check_start()
+        self._check_groups()
         if self.rowwise and self.optimization.optimizer != "adamw":
             name = self.optimization.optimizer
             raise InputError(f"--rowwise is an AdamW; leave it out with --optimizer {name}")
@@ -152,3 +159,15 @@ class TrainOptions(PlannedOptions):
             place = self.given.places.get(each.name)  # what a recipe says is for fresh runs
             if self.start is not None and each.marks.get("from_start") and place is not None:
                 raise InputError(f"{place} comes from the run that --start names; leave it out")
+
+    def _check_groups(self) -> None:
+        """Check that an inventory that is to start in groups of tasks can."""
+        if self.group_tasks is None:
+            return
+        if self.start is not None:
+            raise InputError("--group-tasks is for a fresh inventory: leave it out with --start")
+        if self.phase != "full":
+            raise InputError(f"phase {self.phase} trains no routes: leave --group-tasks out")
+        adapter = self.adapter
+        if adapter.method not in ("mhr", "poly") or adapter.adapter != "lora":
+            raise InputError("--group-tasks needs LoRA skills with routes: choose mhr or poly")
