@@ -99,7 +99,7 @@ CONTENDERS: Mapping[str, Contender] = {
     ),
     "grouped": Contender(
         "mhr",
-        {"mu-nearest": 3e-3, "mu": 3e-3, "z": 3e-3, "full": 3e-3},
+        {"mu-nearest": 6e-3, "mu": 3e-3, "z": 3e-3, "full": 3e-3},
         grouped,
         start_cost=46 * EXAMPLES // 8,
         is_continued=True,
