@@ -1,15 +1,11 @@
-"""Ways to start the skills of an inventory apart, for `lm_studies.py`.
+"""Ways to start the skills of an inventory apart, for `lm_studies.py`."""
 
-Shape letters: n sites, H heads, K skills, r rank, D width of a head's block.
-"""
-
-import torch
 from paper_study import Study
 
 import polyroute as pr
 from polyroute.kinds.choose import ModelKind
 from polyroute.study.examples import encoded_mixture
-from polyroute.study.groups import start_in_groups
+from polyroute.study.groups import share_one_a, start_in_groups
 
 __all__ = ["EXAMPLES", "alike", "grouped"]
 
@@ -17,12 +13,9 @@ EXAMPLES = 8
 """Examples of a task whose gradient is taken. (`apart-grouped` took 16.)"""
 
 
-@torch.no_grad()
 def alike(study: Study, model: pr.RoutedModel, kind: ModelKind) -> None:
     """Give all skills the same A, so that every mixture of them has its size."""
-    for stack in model.inventory.stacks:
-        a_nHKrD = model.inventory.get_parameter(f"lora_a.{stack.key}")
-        a_nHKrD.copy_(a_nHKrD[:, :, :1].expand_as(a_nHKrD))
+    share_one_a(model)
 
 
 def grouped(study: Study, model: pr.RoutedModel, kind: ModelKind) -> None:

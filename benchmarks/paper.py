@@ -135,9 +135,10 @@ def run_apart(study: Study, stages: Sequence[str], only: Sequence[str]) -> None:
     for name in names if "train" in stages else ():
         start = APART[name]
         train(study, f"apart-{name}", start.config, APART_TRAINING, prepare=start.prepare)
-    if "develop" in stages:
-        zero_shot(study, "apart-zero-shot-base", "base", study.develop)
-    for name in names if "develop" in stages else ():
+    if "develop" not in stages:
+        return
+    zero_shot(study, "apart-zero-shot-base", "base", study.develop)
+    for name in names:
         zero_shot(study, f"apart-zero-shot-{name}", f"apart-{name}", study.develop)
         own = replace(study, seeds=study.seeds[:1])
         for way, rate in APART[name].rates.items():

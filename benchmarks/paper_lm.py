@@ -30,6 +30,7 @@ WAYS = {
 }
 """How inventories are used, by the beginnings of the files' names."""
 REFERENCE = "shared"
+GROUPED = "grouped"
 REFERENCES = (REFERENCE, "shared-matched")
 """What the contenders of the main runs are compared with."""
 CONTENDERS = {
@@ -99,14 +100,19 @@ def _scores(folder: Path, names: Sequence[str]) -> str:
     entries = [("the base model as it is", "zero-shot", base)]
     entries += [(STARTS[name], way, _of_start(folder, way, name)) for way in WAYS for name in names]
     for title, way, results in entries:
-        if not results:
-            continue
-        each = (results, _per_token(results))
-        cells = [_score(scores) for scores in each]
-        is_reference = results == shared[way] or not shared[way]
-        gap = "" if is_reference else difference(each[1], _per_token(shared[way])).signed
-        text.append([title, WAYS[way], *cells, gap])
+        if results:
+            text.append([title, WAYS[way], *_cells(results, [shared[way]])])
     return rows(text)
+
+
+def _cells(results: Sequence[Result], references: Iterable[Sequence[Result]]) -> list[str]:
+    """Both scores, and the differences per token to references; empty to itself and to nothing."""
+    own = _per_token(results)
+    gaps = [
+        "" if results == other or not other else difference(own, _per_token(other)).signed
+        for other in references
+    ]
+    return [_score(results), _score(own), *gaps]
 
 
 def _of_start(folder: Path, way: str, name: str) -> Sequence[Result]:
@@ -120,46 +126,44 @@ def _per_token(results: Iterable[Result]) -> list[Result]:
 
 def _developed(folder: Path) -> str:
     """The rates that contenders tried on the development tasks; empty before that."""
-    text = [["inventory", "used", "rate", "sum", "per token", "per token, minus shared"]]
-    text.append(["the base model as it is", *_developed_row(folder, "zero-shot-base", "zero-shot")])
-    first = None
+    found = [("the base model as it is", "zero-shot", "zero-shot-base")]
     for way, name in product(WAYS, CONTENDERS):
-        stage = f"{way}-{name}-s0" if way == "zero-shot" else f"{way}-32-{name}-s0"
-        rates = _labels(read(folder, f"develop-{stage}") or ())
-        first = first or (read(folder, f"train-{name}-s0") if rates else None)
-        for rate in rates:
-            text.append([CONTENDERS[name], *_developed_row(folder, stage, way, rate)])
-    if first is None:
+        cell = way if way == "zero-shot" else f"{way}-32"
+        found.append((CONTENDERS[name], way, f"{cell}-{name}-s0"))
+    by_rate = {stage: _by_rate(results_of(folder, [f"develop-{stage}"])) for *_, stage in found}
+    trainings = {name: read(folder, f"train-{name}-s0") for name in (REFERENCE, GROUPED)}
+    if not all(trainings.values()):
         return ""
-    steps, batch = first["training"]["steps"], first["training"]["batch_size"]
+    untuned, tuned = (
+        max(by_rate[f"{cell}-{REFERENCE}-s0"].values(), key=_total, default=[])
+        for cell in ("zero-shot", "mu-32")
+    )
+    text = [["inventory", "used", "rate", "sum", "per token", "per token, minus shared"]]
+    for title, way, stage in found:
+        best = untuned if way == "zero-shot" else tuned
+        for rate, results in by_rate[stage].items():
+            text.append([title, WAYS[way], rate, *_cells(results, [best])])
+    shared, grouped = (trainings[name]["training"] for name in (REFERENCE, GROUPED))
     return f"""
-The main runs train for {steps} steps of {batch}, in {first["dtype"]}. One that starts in groups
-trains for 46 steps less, which is what the gradients of 8 examples of each task cost. Rates in
-adapting were chosen on the development tasks with seed 0, by the score per token:
+The main runs train for {shared["steps"]} steps of {shared["batch_size"]}, in
+{trainings[REFERENCE]["dtype"]}. One that starts in groups trains for
+{shared["steps"] - grouped["steps"]} steps less, which is what the gradients of its examples cost.
+Rates in adapting were chosen on the development tasks with seed 0, by the score per token:
 
 {rows(text)}
 """
 
 
-def _developed_row(folder: Path, stage: str, way: str, rate: str = "") -> list[str]:
-    """What a contender scores with a rate, and the difference to the shared LoRA's best rate."""
-    untuned = way == "zero-shot"
-    other = read(folder, f"develop-{'zero-shot' if untuned else 'mu-32'}-{REFERENCE}-s0") or ()
-    own = [r for r in read(folder, f"develop-{stage}") or () if r.get("label", "") == rate]
-    best = max(
-        ([r for r in _per_token(other) if r.get("label", "") == label] for label in _labels(other)),
-        key=lambda results: sum(by_task(results).values()),
-        default=[],
-    )
-    if not own:
-        return [WAYS[way], rate, "", "", ""]
-    per_token = _per_token(own)
-    gap = "" if not best or per_token == best else difference(per_token, best).signed
-    return [WAYS[way], rate, _score(own), _score(per_token), gap]
+def _by_rate(results: Iterable[Result]) -> dict[str, list[Result]]:
+    """Results by the rate that they are labelled with; what is not adapted has none."""
+    found: dict[str, list[Result]] = {}
+    for result in results:
+        found.setdefault(result.get("label", ""), []).append(result)
+    return dict(sorted(found.items()))
 
 
-def _labels(results: Iterable[Result]) -> list[str]:
-    return sorted({result.get("label", "") for result in results})
+def _total(results: Iterable[Result]) -> float:
+    return sum(by_task(_per_token(results)).values())
 
 
 def _held_out(folder: Path) -> str:
@@ -202,13 +206,8 @@ def _compared(
     text = [[*head, "seeds"]]
     for title, used, results in entries:
         if results:
-            own = _per_token(results)
-            gaps = [
-                "" if results == other or not other else difference(own, _per_token(other)).signed
-                for other in references
-            ]
             seeds = {result["seed"] for result in results if "seed" in result}
-            text.append([title, used, _score(results), _score(own), *gaps, str(len(seeds) or "")])
+            text.append([title, used, *_cells(results, references), str(len(seeds) or "")])
     return rows(text)
 
 

@@ -10,7 +10,7 @@ import torch
 from base_models import EXAMPLES, Routed, as_rows, bert, columns, gpt2, made, t5
 from datasets import Dataset
 from models import routed
-from tiny_runs import write_suite
+from tiny_runs import train_arguments, write_base, write_suite
 from torch import Tensor, nn
 from torch.func import functional_call
 from transformers import TrainerCallback
@@ -357,13 +357,8 @@ def test_a_run_of_the_program_is_measured(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     write_suite(tmp_path / "suite")
-    for part in t5():
-        part.save_pretrained(tmp_path / "base")
-    arguments = [
-        "train", "--model", str(tmp_path / "base"), "--data", str(tmp_path / "suite"),
-        "--skills", "2", "--heads", "2", "--rank", "1", "--steps", "2", "--batch-size", "2",
-        "--max-input", "16", "--max-target", "8", "--out", str(tmp_path / "run"),
-    ]  # fmt: skip
+    write_base(tmp_path / "base")
+    arguments = train_arguments(tmp_path, "run", "--steps", "2")
 
     def refused(*options: str) -> str:
         with pytest.raises(SystemExit):

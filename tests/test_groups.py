@@ -9,7 +9,7 @@ import pytest
 import torch
 from base_models import bert, llama, t5
 from test_adapt import examples
-from tiny_runs import write_suite
+from tiny_runs import train_arguments, write_base, write_suite
 
 import polyroute as pr
 from polyroute.errors import InputError
@@ -121,14 +121,8 @@ def test_a_run_of_the_program_starts_in_groups(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     write_suite(tmp_path / "suite")
-    for part in t5():
-        part.save_pretrained(tmp_path / "base")
-    arguments = [
-        "train", "--model", str(tmp_path / "base"), "--data", str(tmp_path / "suite"),
-        "--skills", "2", "--heads", "2", "--rank", "1", "--steps", "2", "--batch-size", "2",
-        "--max-input", "16", "--max-target", "8", "--out", str(tmp_path / "run"),
-        "--lr", "1e-9", "--route-lr", "1e-9",
-    ]  # fmt: skip
+    write_base(tmp_path / "base")
+    arguments = train_arguments(tmp_path, "run", "--lr", "1e-9", "--route-lr", "1e-9")
 
     def refused(*options: str) -> str:
         with pytest.raises(SystemExit):

@@ -14,7 +14,8 @@ docs/paper.md has what it does.
 A gradient is kept as a sketch (Charikar et al. 2002: its numbers, with random signs, added up in
 random places), whose inner products are those of the gradients up to 1 / sqrt(SKETCH).
 
-Shape letters: T tasks, G groups, S numbers of a sketch, N routers, H heads, K skills.
+Shape letters: T tasks, G groups, S numbers of a sketch, N routers, H heads, K skills, n sites, r
+rank, D width of a head's block.
 """
 
 from collections.abc import Sequence
@@ -34,7 +35,7 @@ from polyroute.model import RoutedModel
 from polyroute.study.examples import task_sizes
 from polyroute.study.gradients import differentiating, gradients
 
-__all__ = ["balanced_groups", "start_in_groups"]
+__all__ = ["balanced_groups", "share_one_a", "start_in_groups"]
 
 LOGIT = 3.0
 """Of the skill of a task's group; the others have its negative."""
@@ -75,14 +76,11 @@ def start_in_groups(
     """
     sizes = task_sizes(rows)
     first_T = np.cumsum([0, *sizes[:-1]])
-    names = [rows[int(first)]["task"] for first in first_T]
+    names = list(rows.select(first_T)["task"])
     _check(model, names)
     generator = np.random.default_rng(seed)
     chosen = np.sort(generator.permutation(len(names))[:MOST_TASKS])
-    with torch.no_grad():
-        for stack in model.inventory.stacks:
-            a_nHKrD = model.inventory.get_parameter(f"lora_a.{stack.key}")
-            a_nHKrD.copy_(a_nHKrD[:, :, :1].expand_as(a_nHKrD))
+    share_one_a(model)
     sketches = []
     with differentiating(model):
         for task in progress(chosen.tolist(), "grouping tasks"):
@@ -101,6 +99,14 @@ def start_in_groups(
         logits_NHK[..., skill] = LOGIT
         model.routes[name] = logits_NHK
     return groups
+
+
+@torch.no_grad()
+def share_one_a(model: RoutedModel) -> None:
+    """Give all skills the same A, so that every mixture of them has its size."""
+    for stack in model.inventory.stacks:
+        a_nHKrD = model.inventory.get_parameter(f"lora_a.{stack.key}")
+        a_nHKrD.copy_(a_nHKrD[:, :, :1].expand_as(a_nHKrD))
 
 
 def _check(model: RoutedModel, names: Sequence[str]) -> None:

@@ -169,5 +169,5 @@ class TrainOptions(PlannedOptions):
         if self.phase != "full":
             raise InputError(f"phase {self.phase} trains no routes: leave --group-tasks out")
         adapter = self.adapter
-        if adapter.method not in ("mhr", "poly") or adapter.adapter != "lora":
+        if not adapter.has_router or adapter.adapter != "lora":
             raise InputError("--group-tasks needs LoRA skills with routes: choose mhr or poly")
