@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from polyroute.errors import InputError
     from polyroute.exchange import read_inventory
     from polyroute.kinds.choose import kind_of
+    from polyroute.library.delta import Delta
     from polyroute.loading import load_base
     from polyroute.model import RoutedModel
     from polyroute.routes.rule import RouteRule
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "AdaptSettings",
+    "Delta",
     "InputError",
     "MHRConfig",
     "MultiTaskTrainer",
@@ -55,6 +57,7 @@ __version__ = "0.1.0"
 
 PLACES = {
     "AdaptSettings": "adapting.settings",
+    "Delta": "library.delta",
     "InputError": "errors",
     "MHRConfig": "config",
     "MultiTaskTrainer": "trainer",

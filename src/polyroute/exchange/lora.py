@@ -22,10 +22,11 @@ from polyroute.config import MHRConfig
 from polyroute.errors import InputError
 from polyroute.exchange.foreign import ForeignInventory, routed_model
 from polyroute.exchange.peft_folder import check_whole, names_now, read_peft_folder
+from polyroute.layer.factors import LoRAFactors
 from polyroute.model import RoutedModel
 from polyroute.saved.peft_export import ROOT
 
-__all__ = ["from_lora"]
+__all__ = ["factors_of", "from_lora"]
 
 KEY = re.compile(
     rf"{re.escape(ROOT)}(?P<layer>.+)\.lora_(?P<part>A|B)(?:\.(?P<adapter>[^.]+))?\.weight"
@@ -66,21 +67,40 @@ def from_lora(
     """
     path, source = Path(folder), os.fspath(folder)
     fields, tensors = read_peft_folder(base_model, path, "LORA", allow_pickle=allow_pickle)
-    _check_plain(fields, source)
-    layers = _layers(tensors, source)
-    ranks = [_checked_rank(layer, parts, fields, source) for layer, parts in layers.items()]
-    rank = max(ranks)
+    layers = factors_of(fields, tensors, source)
+    rank = max(len(own.a) for own in layers.values())
     names = names_now(base_model, layers)
     skills: dict[str, Tensor] = {}
-    for (name, parts), own in zip(layers.items(), ranks, strict=True):
-        scaled = parts["B"].float() * _scale(name, fields, own, source)
-        layer = names[name]
-        skills[f"{layer}.lora_a"] = pad(parts["A"].float().t(), (0, rank - own))[None, None]
-        skills[f"{layer}.lora_b"] = pad(scaled.t(), (0, 0, 0, rank - own))[None, None]
+    for name, own in layers.items():
+        lacking = rank - len(own.a)
+        skills[f"{names[name]}.lora_a"] = pad(own.a.t(), (0, lacking))[None, None]
+        skills[f"{names[name]}.lora_b"] = pad(own.b, (0, 0, 0, lacking))[None, None]
     config = MHRConfig(method="shared", rank=rank, dropout=fields.get("lora_dropout") or 0.0)
     found = ForeignInventory(source, config, skills, {})
     check_whole(base_model, found, fields)
     return routed_model(base_model, found, [path.resolve().name] if tasks is None else tasks)
+
+
+def factors_of(
+    fields: Mapping[str, Any], tensors: Mapping[str, Any], source: str
+) -> dict[str, LoRAFactors]:
+    """The factors of each layer in fp32, with its own rank, and its scale in B.
+
+    Args:
+        fields: `adapter_config.json`.
+        tensors: what `adapter_model.safetensors` holds.
+        source: the folder, for error messages.
+
+    Raises:
+        InputError: the LoRA computes more than a low-rank update, or is not whole.
+    """
+    _check_plain(fields, source)
+    found: dict[str, LoRAFactors] = {}
+    for layer, parts in _layers(tensors, source).items():
+        rank = _checked_rank(layer, parts, fields, source)
+        scaled = parts["B"].float() * _scale(layer, fields, rank, source)
+        found[layer] = LoRAFactors(parts["A"].float(), scaled.t())
+    return found
 
 
 def _layers(tensors: Mapping[str, Any], source: str) -> dict[str, dict[str, Tensor]]:

@@ -49,7 +49,11 @@ def adapters_inside(folder: str | os.PathLike[str]) -> str:
 
 
 def read_peft_folder(
-    base_model: nn.Module, folder: str | os.PathLike[str], peft_type: str, *, allow_pickle: bool
+    base_model: nn.Module | None,
+    folder: str | os.PathLike[str],
+    peft_type: str,
+    *,
+    allow_pickle: bool,
 ) -> tuple[dict[str, Any], Mapping[str, Any]]:
     """Read the settings and the tensors of an adapter.
 
@@ -57,7 +61,7 @@ def read_peft_folder(
     tensors are without such copies.
 
     Args:
-        base_model: the model that the adapter was trained on.
+        base_model: the model that the adapter was trained on; None leaves such copies in.
         folder: a folder that PEFT wrote.
         peft_type: the method that the adapter must have.
         allow_pickle: read `adapter_model.bin` if there are no safetensors; see `read_pickle`.
@@ -79,7 +83,7 @@ def read_peft_folder(
         tensors: Mapping[str, Any] = read_tensors(path / TENSORS)
     else:
         tensors = read_pickle(path / PICKLE, allowed=allow_pickle)
-    own = base_model.state_dict()
+    own = {} if base_model is None else base_model.state_dict()
     copies = {
         key: weight
         for key in tensors

@@ -1,6 +1,7 @@
 """Writing adapters in PEFT's files, such as a task, whose mixture of skills is a plain LoRA."""
 
 import os
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -48,7 +49,7 @@ class PeftTarget:
         """Write one task for PEFT, or for any program that reads its adapters.
 
         B includes the scale of the update, and `lora_alpha` is the rank, so every program that
-        reads the adapter applies the scale exactly once.
+        reads the adapter applies the scale exactly once. Sites may have different ranks.
 
         Args:
             folder: the folder to write to; made if missing.
@@ -57,8 +58,12 @@ class PeftTarget:
         Raises:
             InputError: the folder cannot be written.
         """
-        first = factors[0]
-        method = _lora_fields(first.a.shape[0]) if isinstance(first, LoRAFactors) else _ia3_fields()
+        ranks = {
+            site: len(own.a)
+            for site, own in zip(self.sites, factors, strict=True)
+            if isinstance(own, LoRAFactors)
+        }
+        method = _lora_fields(ranks) if ranks else _ia3_fields()
         tensors = {
             f"{site}.{ending}": tensor
             for site, factor in zip(self.sites, factors, strict=True)
@@ -145,11 +150,16 @@ def write_peft_folder(
     peft_target(base_model, sites).write_tensors(folder, fields, tensors)
 
 
-def _lora_fields(rank: int) -> Mapping[str, Any]:
+def _lora_fields(ranks: Mapping[str, int]) -> Mapping[str, Any]:
+    rank = max(ranks.values())
+    # PEFT takes a key for a regular expression that ends a layer's name.
+    others = {rf"^{re.escape(site)}": own for site, own in ranks.items() if own != rank}
+    patterns = {"rank_pattern": others, "alpha_pattern": others} if others else {}
     return {
         "peft_type": "LORA",
         "r": rank,
         "lora_alpha": rank,
+        **patterns,
         "lora_dropout": 0.0,
         "bias": "none",
         "use_rslora": False,

@@ -1,0 +1,1 @@
+"""LoRAs that were trained apart: their exact arithmetic."""

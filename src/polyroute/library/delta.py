@@ -1,0 +1,235 @@
+"""One LoRA as what it adds to the weights of a base model, with exact arithmetic.
+
+The factors of a LoRA are not unique: (M^-1 A, M B) is the same LoRA for every invertible M. So
+everything here depends on the products alone, and no product is formed. With a_i `[r_i, d_in]` and
+b_i `[r_i, d_out]`, which add b_i^T a_i to a layer's weight `[d_out, d_in]`:
+
+    sum_i w_i b_i^T a_i = [w_1 b_1; w_2 b_2; ...]^T [a_1; a_2; ...]           of rank sum_i r_i
+    <b_1^T a_1, b_2^T a_2> = sum of the entries of (a_1 a_2^T) * (b_1 b_2^T)
+    b^T a = Q_b (R_b R_a^T) Q_a^T       with a^T = Q_a R_a and b^T = Q_b R_b
+
+The singular values of an update are therefore those of a core of `[r, r]`, and the best update of a
+lower rank is that of the core (Eckart and Young, 1936). Norms are those of Frobenius, over all
+layers. Sums are computed in fp32, and norms and cores in fp64.
+
+Shape letters: r rank of a layer.
+"""
+
+import math
+import os
+import warnings
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from polyroute.errors import InputError
+from polyroute.exchange.lora import factors_of
+from polyroute.exchange.peft_folder import read_peft_folder
+from polyroute.layer.factors import LoRAFactors
+from polyroute.saved.peft_export import PeftTarget
+
+__all__ = ["Delta"]
+
+SAID = ("base_model_name_or_path", "task_type")
+"""What PEFT's settings say of the base model."""
+TRANSPOSED = "fan_in_fan_out"
+
+
+@dataclass(frozen=True, eq=False)
+class Delta:
+    """One LoRA, or a sum of several, as an exact low-rank update of each layer.
+
+        sql, legal = pr.Delta.from_peft("loras/sql"), pr.Delta.from_peft("loras/legal")
+        (sql - 0.5 * legal).recompress(energy=0.99).save_peft("loras/sql-not-legal")
+
+    A layer that only one of two has keeps the update that it has.
+    """
+
+    layers: Mapping[str, LoRAFactors]
+    """By the layer's name in the base model, a `[r, d_in]` and b `[r, d_out]`, scale included."""
+    base: Mapping[str, Any]
+    """What `adapter_config.json` says of the base model."""
+    error: float = 0.0
+    """The update is at most this far from the exact one; above 0 only after `recompress`."""
+
+    @classmethod
+    def from_peft(cls, folder: str | os.PathLike[str], *, allow_pickle: bool = False) -> "Delta":
+        """Read a LoRA that PEFT or polyroute wrote, whatever its ranks, scales and patterns.
+
+        Raises:
+            InputError: the folder holds no LoRA, or one that computes more than a low-rank update
+                (DoRA, biases, trained weights of the base model), or is not whole.
+        """
+        fields, tensors = read_peft_folder(None, folder, "LORA", allow_pickle=allow_pickle)
+        layers = factors_of(fields, tensors, os.fspath(folder))
+        for layer, own in layers.items():
+            if not (own.a.isfinite().all() and own.b.isfinite().all()):
+                raise InputError(f"{os.fspath(folder)} is damaged: {layer!r} is not finite")
+        base = {name: fields.get(name) for name in (*SAID, TRANSPOSED)}
+        return cls(layers, base)
+
+    def save_peft(self, folder: str | os.PathLike[str]) -> None:
+        """Write it as an ordinary LoRA of PEFT, which has the scale in B.
+
+        Raises:
+            InputError: the folder cannot be written.
+        """
+        config = {name: self.base.get(name) for name in SAID}
+        config |= {"target_modules": sorted(self.layers), "inference_mode": True}
+        is_transposed = bool(self.base.get(TRANSPOSED))
+        target = PeftTarget(config, tuple(self.layers), is_transposed, {})
+        target.write(Path(folder), list(self.layers.values()))
+
+    @property
+    def ranks(self) -> dict[str, int]:
+        """The rank of each layer's factors, which that of their product may be below."""
+        return {layer: len(own.a) for layer, own in self.layers.items()}
+
+    def __add__(self, other: "Delta") -> "Delta":
+        """The sum, whose ranks are the sums of both ranks."""
+        layers = dict(self.layers)
+        for layer, theirs in other.layers.items():
+            ours = layers.get(layer)
+            if ours is not None:
+                _check_fit(layer, ours, theirs)
+                parts = (ours.a, theirs.a), (ours.b, theirs.b)
+                theirs = LoRAFactors(*(torch.cat(pair) for pair in parts))
+            layers[layer] = theirs
+        return Delta(layers, _agreed(self.base, other.base), self.error + other.error)
+
+    def __mul__(self, weight: float) -> "Delta":
+        """Times a number."""
+        if isinstance(weight, bool) or not isinstance(weight, int | float):
+            return NotImplemented
+        if not math.isfinite(weight):
+            raise InputError(f"a LoRA cannot be weighted by {weight}; use a finite number")
+        layers = {name: LoRAFactors(own.a, own.b * weight) for name, own in self.layers.items()}
+        return replace(self, layers=layers, error=self.error * abs(weight))
+
+    __rmul__ = __mul__
+
+    def __neg__(self) -> "Delta":
+        """Its opposite."""
+        return -1.0 * self
+
+    def __sub__(self, other: "Delta") -> "Delta":
+        """The difference; ranks add up."""
+        return self + -other
+
+    def inner(self, other: "Delta") -> float:
+        """The inner product of both updates; layers that one lacks count nothing."""
+        total = 0.0
+        for layer in sorted(self.layers.keys() & other.layers.keys()):
+            ours, theirs = self.layers[layer], other.layers[layer]
+            _check_fit(layer, ours, theirs)
+            a_rr = ours.a.double() @ theirs.a.double().t()
+            b_rr = ours.b.double() @ theirs.b.double().t()
+            total += float((a_rr * b_rr).sum())
+        return total
+
+    def norm(self) -> float:
+        """The Frobenius norm of the update over all layers."""
+        return math.sqrt(sum(float(_core(own)[0].norm()) ** 2 for own in self.layers.values()))
+
+    def cosine(self, other: "Delta") -> float:
+        """The cosine between both updates.
+
+        Raises:
+            InputError: one of them is zero, so it has no direction.
+        """
+        norms = self.norm() * other.norm()
+        if not norms:
+            raise InputError("a LoRA that adds nothing has no cosine with another")
+        return self.inner(other) / norms
+
+    def recompress(self, *, rank: int | None = None, energy: float | None = None) -> "Delta":
+        """The nearest update of lower ranks; `error` says how near.
+
+        Args:
+            rank: the most of each layer.
+            energy: each layer keeps as many singular values as have this share of the sum of their
+                squares. 1 keeps the update exactly, with the smallest ranks that can hold it.
+
+        Raises:
+            InputError: not exactly one of both is given, or it is out of range.
+        """
+        keep = _keeping(rank, energy)
+        layers: dict[str, LoRAFactors] = {}
+        lost = 0.0
+        for layer, own in self.layers.items():
+            core_rr, basis_a, basis_b = _core(own)
+            left, values_r, right = torch.linalg.svd(core_rr, full_matrices=False)
+            kept = keep(_without_noise(values_r, own))
+            roots = values_r[:kept].sqrt()
+            a = (basis_a @ right[:kept].t() * roots).t()
+            b = (basis_b @ left[:, :kept] * roots).t()
+            layers[layer] = LoRAFactors(a.to(own.a.dtype), b.to(own.b.dtype))
+            lost += float(values_r[kept:].square().sum())
+        return replace(self, layers=layers, error=self.error + math.sqrt(lost))
+
+
+def _core(own: LoRAFactors) -> tuple[Tensor, Tensor, Tensor]:
+    """The core `[p, q]` of an update, and orthonormal bases `[d_in, q]` and `[d_out, p]`."""
+    basis_a, upper_a = torch.linalg.qr(own.a.double().t())
+    basis_b, upper_b = torch.linalg.qr(own.b.double().t())
+    return upper_b @ upper_a.t(), basis_a, basis_b
+
+
+def _without_noise(values_r: Tensor, own: LoRAFactors) -> Tensor:
+    """Singular values with zeros for those that rounding alone can have left."""
+    size = float(own.a.double().norm() * own.b.double().norm())
+    coarse = float(values_r[0]) * torch.finfo(torch.float32).eps
+    tiny = max(coarse, size * torch.finfo(torch.float64).eps) * len(values_r)
+    return torch.where(values_r > tiny, values_r, 0.0)
+
+
+def _keeping(rank: int | None, energy: float | None) -> Callable[[Tensor], int]:
+    """How many of some singular values, largest first, are kept; at least one."""
+    if (rank is None) == (energy is None):
+        raise InputError("recompress takes either rank or energy")
+    if rank is not None:
+        if isinstance(rank, bool) or not isinstance(rank, int) or rank < 1:
+            raise InputError(f"rank must be a whole number from 1 on, not {rank!r}")
+        return lambda values: min(rank, len(values))
+    assert energy is not None
+    if isinstance(energy, bool) or not 0 < energy <= 1:
+        raise InputError(f"energy must be a number above 0 and at most 1, not {energy!r}")
+
+    def enough(values: Tensor) -> int:
+        squares = values.square()
+        lacking = squares.sum() * (1 - energy) if energy < 1 else torch.zeros(())
+        rest = squares.flip(0).cumsum(0).flip(0)  # of each value and all smaller ones
+        return max(1, int((rest > lacking).sum()))
+
+    return enough
+
+
+def _check_fit(layer: str, ours: LoRAFactors, theirs: LoRAFactors) -> None:
+    for one, other in ((ours.a, theirs.a), (ours.b, theirs.b)):
+        if one.shape[-1] != other.shape[-1]:
+            raise InputError(
+                f"layer {layer!r} has a width of {one.shape[-1]} in one LoRA and of "
+                f"{other.shape[-1]} in another: they belong to different base models"
+            )
+
+
+def _agreed(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> dict[str, Any]:
+    """What two LoRAs say of their base models, where they agree."""
+    if bool(ours.get(TRANSPOSED)) != bool(theirs.get(TRANSPOSED)):
+        raise InputError(
+            f"one LoRA has {TRANSPOSED}={ours.get(TRANSPOSED)!r} and another "
+            f"{theirs.get(TRANSPOSED)!r}: they belong to different base models"
+        )
+    names = [said.get("base_model_name_or_path") for said in (ours, theirs)]
+    if all(names) and names[0] != names[1]:
+        warnings.warn(
+            f"one LoRA names the base model {names[0]!r} and another {names[1]!r}; their sum names "
+            "none",
+            stacklevel=4,
+        )
+        return {**ours, "base_model_name_or_path": None}
+    return {key: ours.get(key) or theirs.get(key) for key in {**ours, **theirs}}
