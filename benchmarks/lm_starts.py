@@ -13,12 +13,12 @@ EXAMPLES = 8
 """Examples of a task whose gradient is taken. (`apart-grouped` took 16.)"""
 
 
-def alike(study: Study, model: pr.RoutedModel, kind: ModelKind) -> None:
+def alike(study: Study, model: pr.RoutedModel, kind: ModelKind, seed: int) -> None:
     """Give all skills the same A, so that every mixture of them has its size."""
     share_one_a(model)
 
 
-def grouped(study: Study, model: pr.RoutedModel, kind: ModelKind) -> None:
+def grouped(study: Study, model: pr.RoutedModel, kind: ModelKind, seed: int) -> None:
     """Give each skill a group of tasks whose gradients agree at the base, and all skills one A."""
     rows = encoded_mixture(study.suite, study.train, "train", kind)
-    start_in_groups(model, kind, rows, examples=EXAMPLES)
+    start_in_groups(model, kind, rows, examples=EXAMPLES, seed=seed)

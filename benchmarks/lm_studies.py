@@ -11,23 +11,27 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from lm_routes import by_examples, by_text
 from lm_starts import EXAMPLES, alike, grouped
+from lm_unsaid import Unsaid
 from paper_studies import real
-from paper_study import Prepare, Study, Training
+from paper_study import Prepare, Routes, Study, Training
 
-from polyroute.host.dtypes import AUTO, settled_dtype
+from polyroute.data.suite import held_out_tasks
 
 RANK = 4
 MHR: Mapping[str, Any] = {"method": "mhr", "num_skills": 8, "num_heads": 8, "rank": RANK}
 
 
 def language_model(work: Path, results: Path, data: str) -> Study:
-    """SmolLM2-135M-Instruct on the 46, 15 and 35 tasks with choices."""
+    """SmolLM2-135M-Instruct on the 46, 15 and 35 tasks with choices, and 10 that ask for text."""
+    study = real(work, results, data)
+    suite = study.suite
     return replace(
-        real(work, results, data),
+        study,
         name="lm",
         base="smollm2",
-        dtype=settled_dtype(AUTO),
+        dtype="bfloat16",
         max_input=256,
         exclude=None,
         inventories={
@@ -40,7 +44,14 @@ def language_model(work: Path, results: Path, data: str) -> Study:
         },
         results=results / "lm",
         max_examples=120,
+        text=[task for task in held_out_tasks(suite) if not suite.info(task).has_choices],
     )
+
+
+def unsaid(study: Study) -> Study:
+    """The same tasks, when nothing but their inputs tells them apart."""
+    suite = Unsaid(study.suite)
+    return replace(study, name="lm-unsaid", suite=suite, results=study.results / "unsaid")
 
 
 @dataclass(frozen=True)
@@ -51,14 +62,16 @@ class Contender:
         config: key of `Study.inventories`.
         rates: of the skills, by the way of adapting; a key of `WAYS`.
         prepare: changes the fresh inventory before the first step.
-        start_cost: what `prepare` costs, in steps of training. It trains for so many less.
+        start_examples: of each task, whose gradients `prepare` takes. It trains on so many less.
+        as_is: routes of `AS_IS` that are used on the held-out tasks.
         is_continued: whether its average is also trained on, for zero-shot use.
     """
 
     config: str
     rates: Mapping[str, float]
     prepare: Prepare | None = None
-    start_cost: int = 0
+    start_examples: int = 0
+    as_is: Sequence[str] = ()
     is_continued: bool = False
 
 
@@ -76,6 +89,9 @@ LONGER = 1.5
 """`mu-longer` has so many times the steps, and then costs what `mu-nearest` does. The search takes
 the gradient of every example (4 steps of 8 at 32 shots) and tries 8 candidates on 8 examples and 2
 on the others (112 forwards, about 5 steps)."""
+
+AS_IS: Mapping[str, Routes] = {"text": by_text(0.1), "nearest-32": by_examples(32)}
+"""Routes of new tasks that need no training."""
 
 ROUTED = {"mu": 3e-3, "mu-nearest": 3e-3}
 APART: Mapping[str, Contender] = {
@@ -101,7 +117,7 @@ CONTENDERS: Mapping[str, Contender] = {
         "mhr",
         {"mu-nearest": 6e-3, "mu": 3e-3, "z": 3e-3, "full": 3e-3},
         grouped,
-        start_cost=46 * EXAMPLES // 8,
+        start_examples=EXAMPLES,
         is_continued=True,
     ),
     "shared-matched": Contender("shared-matched", {"mu": 3e-3, "mu-longer": 3e-3}),
@@ -121,7 +137,9 @@ class Plan:
         seeds: how many, each with its own draw of examples.
         cells: by way and shots, how an inventory is adapted.
         developed: those of `cells` for which the rate is chosen on the development tasks.
+        written: those of `cells` that are also for the tasks that ask for text.
         rates: of the skills, tried by every contender.
+        draws: of examples, with which rates are tried.
     """
 
     training: Training
@@ -129,10 +147,14 @@ class Plan:
     seeds: int
     cells: Mapping[tuple[str, int], Mapping[str, Any]]
     developed: Sequence[tuple[str, int]]
+    written: Sequence[tuple[str, int]]
     rates: Sequence[float]
+    draws: int
 
 
-MAIN_TRAINING = Training(steps=600, batch_size=8, lr=2e-3, route_lr=0.1)
+WRITTEN = 96
+"""Tokens of an answer to the tasks that ask for text; the longest has 49 words."""
+MAIN_TRAINING = Training(steps=1000, batch_size=16, lr=2e-3, route_lr=0.1)
 MAIN_PLAN = Plan(
     training=MAIN_TRAINING,
     continued=replace(MAIN_TRAINING, steps=100, lr=5e-4, phase="mu"),
@@ -148,6 +170,9 @@ MAIN_PLAN = Plan(
         for way in WAYS
         if way not in left_out
     },
+    # Those of z and full are not tried: they are that of mu.
     developed=[("mu-nearest", 32), ("mu", 32), ("mu-longer", 32), ("random", 32)],
-    rates=(1e-3, 3e-3, 6e-3),
+    written=[("mu-nearest", 32), ("mu", 32), ("random", 32)],
+    rates=(3e-3, 6e-3),
+    draws=2,
 )

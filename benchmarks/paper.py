@@ -8,11 +8,13 @@ docs/paper.md from them.
     python benchmarks/paper.py real --data ../shared/suite
     python benchmarks/paper.py seq2seq --data ../shared/suite --stages train test controls
     python benchmarks/paper.py lm --data ../shared/suite --threads 2
+    python benchmarks/paper.py lm --data ../shared/suite --threads 2 --stages test
 """
 
 import argparse
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -21,12 +23,15 @@ from lm_studies import (
     APART_ADAPTATION,
     APART_EXAMPLES,
     APART_TRAINING,
+    AS_IS,
     CONTENDERS,
     MAIN_PLAN,
     WAYS,
+    WRITTEN,
     Contender,
     Plan,
     language_model,
+    unsaid,
 )
 from paper_studies import (
     CELLS,
@@ -44,7 +49,7 @@ from paper_studies import (
     real,
     seq2seq,
 )
-from paper_study import Study, Training, adapt, align, finetune, train, zero_shot
+from paper_study import Study, Training, adapt, align, finetune, has_all, train, zero_shot
 
 from polyroute.adapting.settings import AdaptSettings
 
@@ -58,15 +63,16 @@ CONTROLLED = ("shared", "shared-matched", "poly", "mhr", "private")
 STAGES = ("train", "develop", "test", "controls", "continued")
 
 
-def run_generated(study: Study) -> None:
+def run_generated(study: Study, only: Sequence[str]) -> None:
     """Every contender from five seeds of training; with each its own draw of few-shot examples."""
     extras = [name for name in study.inventories if name not in MAIN]
     for configs in (MAIN, extras):
         for seed in TRAINING_SEEDS:
             own = replace(study, seeds=(seed,))
             for config in configs:
-                _run_generated(own, config, seed)
-            if configs is extras:
+                if not only or config in only:
+                    _run_generated(own, config, seed)
+            if configs is extras and not only:
                 values = {**GENERATED_ADAPTATION, "lr": 1e-3}
                 settings = AdaptSettings(phase="mu", **values)  # type: ignore[arg-type]
                 finetune(own, f"fine-tuning-s{seed}", settings, study.test)
@@ -88,7 +94,7 @@ def _run_generated(study: Study, config: str, seed: int) -> None:
 
 
 def _phases(config: str) -> Sequence[str]:
-    if config.startswith("mhr-h"):
+    if config.startswith("mhr-"):
         return ("z",)
     return ("z", "mu", "full", "random") if config in ("poly", "mhr") else ("mu",)
 
@@ -149,79 +155,136 @@ def run_apart(study: Study, stages: Sequence[str], only: Sequence[str]) -> None:
 def run_main(
     study: Study, plan: Plan, contenders: Mapping[str, Contender], stages: Sequence[str]
 ) -> None:
-    """Every contender from each seed of training, with a draw of its own.
+    """Every contender from each seed of training, with a draw of its own on the held-out tasks.
 
-    Rates are chosen from one seed on the development tasks, before the held-out tasks are scored.
+    Rates are chosen before, from one seed on the development tasks, with several draws.
     """
-    for role, tasks in (("develop", study.develop), ("test", study.test)):
-        if role not in stages:
-            continue
-        zero_shot(study, f"{role}-zero-shot-base", "base", tasks)
-        for seed, draw in enumerate(study.seeds[: plan.seeds if role == "test" else 1]):
-            for name, contender in contenders.items():
-                own = replace(study, seeds=(draw,))
-                _run_main(own, plan, f"{name}-s{seed}", contender, seed, role, tasks)
+    parts = {
+        "develop": replace(study, test=study.develop, seeds=study.seeds[: plan.draws]),
+        "test": study,
+        "text": replace(study, test=study.text, max_target=WRITTEN),
+    }
+    if "develop" in stages:
+        _run_part(study, plan, contenders, 0, {"develop": parts["develop"]})
+        zero_shot(study, "own-tasks-base", "base", study.train)
+    if "test" in stages:
+        for seed, draw in enumerate(study.seeds[: plan.seeds]):
+            held_out = {r: replace(parts[r], seeds=(draw,)) for r in ("test", "text")}
+            _run_part(study, plan, contenders, seed, held_out)
+
+
+def _run_part(
+    study: Study,
+    plan: Plan,
+    contenders: Mapping[str, Contender],
+    seed: int,
+    parts: Mapping[str, Study],
+) -> None:
+    for role, part in parts.items():
+        zero_shot(part, f"{role}-zero-shot-base", "base", part.test)
+    for name, contender in contenders.items():
+        for role, part in parts.items():
+            _run_main(study, part, plan, name, contender, seed, role)
 
 
 def _run_main(
     study: Study,
+    part: Study,
     plan: Plan,
     name: str,
     contender: Contender,
     seed: int,
     role: str,
-    tasks: Sequence[str],
 ) -> None:
-    """One contender and seed; nothing is trained where all its results are there."""
-    choices = {}
-    for (way, shots), values in plan.cells.items():
-        rates = {"": contender.rates[way]} if way in contender.rates else {}
-        if rates and role == "develop":
-            rates = {str(rate): rate for rate in plan.rates if (way, shots) in plan.developed}
-        if rates:
-            choices[f"{role}-{way}-{shots}-{name}"] = {
-                label: AdaptSettings(**values, lr=rate) for label, rate in rates.items()
-            }
-    continued = f"{name}-continued" if contender.is_continued and role == "test" else ""
-    untuned = {f"{role}-zero-shot-{n}": n for n in (name, continued) if n}
-    wanted = dict.fromkeys(untuned, len(tasks))
-    wanted |= {stage: len(tasks) * len(own) for stage, own in choices.items()}
-    if all(len(study.read(stage) or ()) == count for stage, count in wanted.items()):
+    """Train one contender in `study`, unless all results are there, and score it in `part`."""
+    name = f"{name}-s{seed}"
+    continued = f"{name}-continued" if contender.is_continued and role != "develop" else ""
+    as_is = _as_is(part, name, continued, contender, role)
+    choices = _choices(plan, name, contender, role)
+    if all(part.read(stage) is not None for stage in as_is) and all(
+        has_all(part.read(stage) or (), part.test, own, part.seeds)
+        for stage, own in choices.items()
+    ):
         return
-    training = replace(plan.training, steps=plan.training.steps - contender.start_cost)
+    less = contender.start_examples * len(study.train) // plan.training.batch_size
+    training = replace(plan.training, steps=plan.training.steps - less)
     train(study, name, contender.config, training, seed=seed, prepare=contender.prepare)
     if continued:
         train(study, continued, contender.config, plan.continued, seed=seed, start=name)
-    for stage, inventory in untuned.items():
-        zero_shot(study, stage, inventory, tasks)
+    for run in as_is.values():
+        run()
     for stage, settings in choices.items():
-        adapt(study, stage, name, settings, tasks)
+        adapt(part, stage, name, settings, part.test)
+
+
+def _as_is(
+    part: Study, name: str, continued: str, contender: Contender, role: str
+) -> dict[str, Callable[[], object]]:
+    """By stage, what scores an inventory without adapting it."""
+    has_routes = part.inventories[contender.config]["method"] in ("poly", "mhr")
+    score = partial(zero_shot, part, tasks=part.test)
+    found = {
+        f"{role}-zero-shot-{own}": partial(score, inventory=own) for own in (name, continued) if own
+    }
+    for rule in AS_IS if role == "develop" and has_routes else contender.as_is:
+        stage = f"{role}-{rule}-{name}"
+        found[stage] = partial(score, inventory=name, route=None, added=AS_IS[rule])
+    if role == "develop":
+        route = None if has_routes else "mu"
+        found[f"own-tasks-{name}"] = partial(score, inventory=name, tasks=part.train, route=route)
+    return {stage: partial(run, stage=stage) for stage, run in found.items()}
+
+
+def _choices(
+    plan: Plan, name: str, contender: Contender, role: str
+) -> dict[str, dict[str, AdaptSettings]]:
+    """By stage, the settings by label with which an inventory is adapted."""
+    found = {}
+    for (way, shots), values in plan.cells.items():
+        rates = {"": contender.rates[way]} if way in contender.rates else {}
+        if role == "text" and (way, shots) not in plan.written:
+            continue
+        if rates and role == "develop":
+            rates = {str(rate): rate for rate in plan.rates if (way, shots) in plan.developed}
+        if rates:
+            found[f"{role}-{way}-{shots}-{name}"] = {
+                label: AdaptSettings(**values, lr=rate) for label, rate in rates.items()
+            }
+    return found
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("study", choices=("generated", "real", "seq2seq", "lm"))
+    parser.add_argument("study", choices=("generated", "real", "seq2seq", "lm", "lm-unsaid"))
     parser.add_argument("--data", default="../shared/suite", help="of the studies on real tasks")
     parser.add_argument("--work", type=Path, default=Path("runs/paper"), help="for inventories")
     parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--stages", nargs="+", default=STAGES, choices=STAGES)
+    parser.add_argument(
+        "--stages", nargs="+", choices=STAGES, help="all; of a language model, all but `test`"
+    )
     parser.add_argument(
         "--only", nargs="+", default=[], help="cells or inventories, to share the work"
     )
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
+    if options.stages is None:
+        is_language_model = options.study.startswith("lm")
+        options.stages = [s for s in STAGES if s != "test" or not is_language_model]
     if options.study == "generated":
-        run_generated(generated(options.work, RESULTS))
+        run_generated(generated(options.work, RESULTS), options.only)
     elif options.study == "real":
         study = real(options.work, RESULTS, options.data)
         run_tasks(study, REAL_TRAINING, DEVELOPMENT, CELLS, options.stages, options.only)
-    elif options.study == "lm":
+    elif options.study in ("lm", "lm-unsaid"):
         study = language_model(options.work, RESULTS, options.data)
         chosen = [name.removeprefix("apart-") for name in options.only if "apart-" in name]
-        if chosen or not options.only:
+        if options.study == "lm-unsaid":
+            study = unsaid(study)
+        elif chosen or not options.only:
             run_apart(study, options.stages, chosen)
-        own = {n: c for n, c in CONTENDERS.items() if n in (options.only or CONTENDERS)}
-        run_main(study, MAIN_PLAN, own, options.stages)
+        own = {n: c for n, c in CONTENDERS.items() if not options.only or n in options.only}
+        if own:
+            run_main(study, MAIN_PLAN, own, options.stages)
     else:
         study = seq2seq(options.work, RESULTS, options.data)
         run_tasks(study, SEQ2SEQ_TRAINING, [], SEQ2SEQ_CELLS, options.stages, options.only)

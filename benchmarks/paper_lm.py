@@ -1,7 +1,7 @@
 """The section of docs/paper.md about SmolLM2, from the raw results of `paper.py lm`."""
 
 import statistics
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -10,7 +10,7 @@ from paper_tables import Result, by_task, difference, interval, read, results_of
 
 __all__ = ["lm_section"]
 
-STARTS = {
+START_TITLES = {
     "shared": "one shared LoRA",
     "shared-matched": "one shared LoRA of rank 32",
     "twins": "published: logits within .001",
@@ -19,7 +19,7 @@ STARTS = {
     "grouped": "a skill for each group of tasks, all A equal",
 }
 """The rows of the tables, by name of the start."""
-WAYS = {
+WAY_TITLES = {
     "zero-shot": "zero-shot",
     "mu": "mu",
     "mu-longer": "mu for half as many steps more",
@@ -29,11 +29,24 @@ WAYS = {
     "random": "a fresh LoRA instead",
 }
 """How inventories are used, by the beginnings of the files' names."""
+AS_IS_TITLES = {
+    "text": "routes by texts, as they are",
+    "nearest-32": "the nearest routes by 32 examples, as they are",
+}
+"""Routes that need no tuning."""
+COMPARED_WITH = {
+    **dict.fromkeys(AS_IS_TITLES, ("zero-shot",)),
+    "nearest-32": ("mu",),
+    "mu-nearest": ("mu-longer", "mu"),
+    **dict.fromkeys(("z", "full", "random"), ("mu",)),
+}
+"""How a shared LoRA is used that a way is compared with: the first that was run. It costs as much
+if it is `mu-longer`. Other ways are compared with themselves."""
 REFERENCE = "shared"
 GROUPED = "grouped"
 REFERENCES = (REFERENCE, "shared-matched")
 """What the contenders of the main runs are compared with."""
-CONTENDERS = {
+CONTENDER_TITLES = {
     "shared": "one shared LoRA",
     "shared-matched": "one shared LoRA of rank 32",
     "poly": "Poly",
@@ -51,7 +64,7 @@ def lm_section(folder: Path) -> str:
     Args:
         folder: the raw results of the study.
     """
-    trainings = {name: read(folder, f"train-apart-{name}") for name in STARTS}
+    trainings = {name: read(folder, f"train-apart-{name}") for name in START_TITLES}
     found = {name: training for name, training in trainings.items() if training}
     if not found:
         return ""
@@ -61,30 +74,32 @@ def lm_section(folder: Path) -> str:
 ## SmolLM2: how skills come to differ
 
 SmolLM2-135M-Instruct with its chat template, the {first["tasks"]} training tasks with choices, rank
-4, 8 skills and heads, {steps} steps of {batch} examples, the same batches for all, one seed.
+4, 8 skills and heads, {steps} steps of {batch} examples, the same batches for all, one seed. (The
+gradients that groups are made of cost as much as 92 steps more, which were not subtracted here.)
 Skills that start alike with routes that start uniform get the same gradient. The table shows how
 far ways of starting have come from that, and the loss on training examples of the last third of
 the steps. The entropy is that of the mixtures as a share of the uniform mixture's, the cosine that
 between the B of two skills, both at the end.
 
-{_trainings(found)}
+{_trainings(found, START_TITLES)}
 
 The {_tasks(folder, found)} development tasks, which no inventory has learned, with 32 shots and 16
 steps of 8 for phase mu, one draw. Scores are means over tasks, by the sum of an answer's
 log-probabilities and by their mean per token.
 
 {_scores(folder, list(found))}
-{_developed(folder)}{_held_out(folder)}"""
+{_developed(folder)}{_held_out(folder)}{_developed(folder, "short-")}"""
 
 
-def _trainings(found: dict[str, dict[str, Any]]) -> str:
-    text = [["start", "loss of the last third", "entropy of mixtures", "cosine of skills"]]
+def _trainings(found: Mapping[str, Mapping[str, Any]], names: Mapping[str, str]) -> str:
+    """What training shows: its loss on the last third of the steps, and the routes at the end."""
+    text = [["inventory", "loss of the last third", "entropy of mixtures", "cosine of skills"]]
     for name, training in found.items():
         logged = [entry for entry in training["log"] if "loss" in entry]
         last = [e["loss"] for e in logged if e["step"] > training["training"]["steps"] * 2 / 3]
         ends = [logged[-1].get(key) for key in ("route_entropy", "skill_cosine")]
         shown = ["" if value is None else f"{value:.3f}" for value in ends]
-        text.append([STARTS[name], f"{statistics.fmean(last):.3f}", *shown])
+        text.append([names[name], f"{statistics.fmean(last):.3f}", *shown])
     return rows(text)
 
 
@@ -94,15 +109,20 @@ def _tasks(folder: Path, found: dict[str, Any]) -> int:
 
 def _scores(folder: Path, names: Sequence[str]) -> str:
     text = [["start", "used", "sum", "per token", "per token, minus shared"]]
-    base = results_of(folder, ["apart-zero-shot-base"])
-    shared = {way: _of_start(folder, way, REFERENCE) for way in WAYS}
-    shared["mu-nearest"] = shared["random"] = shared["mu"]
-    entries = [("the base model as it is", "zero-shot", base)]
-    entries += [(STARTS[name], way, _of_start(folder, way, name)) for way in WAYS for name in names]
-    for title, way, results in entries:
+    shared = {way: results_of(folder, [f"apart-{way}-{REFERENCE}"]) for way in WAY_TITLES}
+    entries = [("the base model as it is", "zero-shot", "base")]
+    entries += [(START_TITLES[name], way, name) for way in WAY_TITLES for name in names]
+    for title, way, name in entries:
+        results = results_of(folder, [f"apart-{way}-{name}"])
         if results:
-            text.append([title, WAYS[way], *_cells(results, [shared[way]])])
+            text.append([title, WAY_TITLES[way], *_cells(results, [_reference(shared, way)])])
     return rows(text)
+
+
+def _reference(shared: Mapping[str, Sequence[Result]], way: str) -> Sequence[Result]:
+    """Of the results of a shared LoRA by way, those that a way is compared with."""
+    others = COMPARED_WITH.get(way, (way,))
+    return next((shared[other] for other in others if shared.get(other)), [])
 
 
 def _cells(results: Sequence[Result], references: Iterable[Sequence[Result]]) -> list[str]:
@@ -115,43 +135,93 @@ def _cells(results: Sequence[Result], references: Iterable[Sequence[Result]]) ->
     return [_score(results), _score(own), *gaps]
 
 
-def _of_start(folder: Path, way: str, name: str) -> Sequence[Result]:
-    return results_of(folder, [f"apart-{way}-{name}"])
-
-
 def _per_token(results: Iterable[Result]) -> list[Result]:
     """Results whose score is the one per token."""
     return [{**result, "score": result["score_normalised"]} for result in results]
 
 
-def _developed(folder: Path) -> str:
-    """The rates that contenders tried on the development tasks; empty before that."""
-    found = [("the base model as it is", "zero-shot", "zero-shot-base")]
-    for way, name in product(WAYS, CONTENDERS):
-        cell = way if way == "zero-shot" else f"{way}-32"
-        found.append((CONTENDERS[name], way, f"{cell}-{name}-s0"))
-    by_rate = {stage: _by_rate(results_of(folder, [f"develop-{stage}"])) for *_, stage in found}
-    trainings = {name: read(folder, f"train-{name}-s0") for name in (REFERENCE, GROUPED)}
-    if not all(trainings.values()):
+def _developed(folder: Path, prefix: str = "") -> str:
+    """The main runs before the held-out tasks: training, their own tasks, the development tasks.
+
+    Args:
+        folder: the raw results of the study.
+        prefix: of the stages' names.
+    """
+    found = {name: read(folder, f"{prefix}train-{name}-s0") for name in CONTENDER_TITLES}
+    trainings = {name: training for name, training in found.items() if training}
+    if not {REFERENCE, GROUPED} <= set(trainings):
         return ""
-    untuned, tuned = (
-        max(by_rate[f"{cell}-{REFERENCE}-s0"].values(), key=_total, default=[])
-        for cell in ("zero-shot", "mu-32")
-    )
-    text = [["inventory", "used", "rate", "sum", "per token", "per token, minus shared"]]
-    for title, way, stage in found:
-        best = untuned if way == "zero-shot" else tuned
-        for rate, results in by_rate[stage].items():
-            text.append([title, WAYS[way], rate, *_cells(results, [best])])
     shared, grouped = (trainings[name]["training"] for name in (REFERENCE, GROUPED))
-    return f"""
-The main runs train for {shared["steps"]} steps of {shared["batch_size"]}, in
-{trainings[REFERENCE]["dtype"]}. One that starts in groups trains for
-{shared["steps"] - grouped["steps"]} steps less, which is what the gradients of its examples cost.
-Rates in adapting were chosen on the development tasks with seed 0, by the score per token:
+    shared_scores = results_of(folder, [f"{prefix}own-tasks-{REFERENCE}-s0"])
+    own = ""
+    if shared_scores:
+        text = [["inventory", "sum", "per token", "per token, minus shared"]]
+        scored = [("the base model as it is", "base")]
+        scored += [(CONTENDER_TITLES[name], f"{name}-s0") for name in trainings]
+        for name, inventory in scored:
+            scores = results_of(folder, [f"{prefix}own-tasks-{inventory}"])
+            if scores:
+                text.append([name, *_cells(scores, [shared_scores])])
+        own = f"""
+The test examples of the training tasks themselves, each with its own routes:
 
 {rows(text)}
 """
+    tuned = results_of(folder, [f"{prefix}develop-mu-32-{REFERENCE}-s0"])
+    count = len({result["seed"] for result in tuned})
+    draws = "one draw of examples" if count == 1 else f"{count} draws of examples"
+    title = "the main runs" if not prefix else "shorter runs"
+    return f"""
+## SmolLM2: {title}
+
+These train for {shared["steps"]} steps of {shared["batch_size"]}, in
+{trainings[REFERENCE]["dtype"]}. One that starts in groups trains for
+{shared["steps"] - grouped["steps"]} steps less, which is what the gradients of its examples cost.
+
+{_trainings(trainings, CONTENDER_TITLES)}
+{_moving(trainings)}{own}
+The development tasks, with 32 shots and 16 steps of 8, unless the table says otherwise, and
+{draws}. Rates in adapting were chosen here, by the score per token, with the
+inventories of seed 0:
+
+{_rates(folder, prefix)}
+"""
+
+
+def _rates(folder: Path, prefix: str) -> str:
+    """The rates that contenders tried on the development tasks, and routes that need no tuning."""
+    titles = {**WAY_TITLES, **AS_IS_TITLES}
+    found = [("the base model as it is", "zero-shot", "develop-zero-shot-base")]
+    for way, name in product(titles, CONTENDER_TITLES):
+        found.append((CONTENDER_TITLES[name], way, _stage(prefix, way, name)))
+    by_rate = {stage: _by_rate(results_of(folder, [stage])) for *_, stage in found}
+    shared = {
+        way: max(by_rate[_stage(prefix, way, REFERENCE)].values(), key=_total, default=[])
+        for way in titles
+    }
+    text = [["inventory", "used", "rate", "sum", "per token", "per token, minus shared"]]
+    for title, way, stage in found:
+        for rate, results in by_rate[stage].items():
+            text.append([title, titles[way], rate, *_cells(results, [_reference(shared, way)])])
+    return rows(text)
+
+
+def _stage(prefix: str, way: str, name: str) -> str:
+    cell = way if way in AS_IS_TITLES or way == "zero-shot" else f"{way}-32"
+    return f"{prefix}develop-{cell}-{name}-s0"
+
+
+def _moving(trainings: Mapping[str, Mapping[str, Any]]) -> str:
+    """The entropy of the mixtures over the steps of the inventories with routes."""
+    shares = (0.1, 0.25, 0.5, 0.75, 1)
+    text = [["entropy of mixtures, by share of the steps", *(f"{share:.0%}" for share in shares)]]
+    for name, training in trainings.items():
+        steps = training["training"]["steps"]
+        logged = {e["step"]: e["route_entropy"] for e in training["log"] if "route_entropy" in e}
+        if logged:
+            nearest = [min(logged, key=lambda step: abs(step - s * steps)) for s in shares]
+            text.append([CONTENDER_TITLES[name], *(f"{logged[step]:.3f}" for step in nearest)])
+    return f"\n{rows(text)}\n" if len(text) > 1 else ""
 
 
 def _by_rate(results: Iterable[Result]) -> dict[str, list[Result]]:
@@ -175,11 +245,12 @@ def _held_out(folder: Path) -> str:
         (32, "With 32 examples"),
         (8, "With 8 examples"),
     ):
-        entries = [("the base model as it is", "zero-shot", base)]
+        untuned = "zero-shot" if not shots else "mu"
+        entries = [("the base model as it is", untuned, "zero-shot", base)]
         entries += [
-            (CONTENDERS[name], f"{WAYS[way]}{shown}", _of_seeds(folder, f"{stage}-{name}", end))
-            for way, stage, end, shown in _stages(shots)
-            for name in CONTENDERS
+            (CONTENDER_TITLES[name], way, used, _of_seeds(folder, f"{stage}-{name}", end))
+            for way, stage, end, used in _stages(shots)
+            for name in CONTENDER_TITLES
         ]
         if any(results for *_, results in entries[1:]):
             text += f"\n{title}:\n\n{_compared(folder, entries, shots)}\n"
@@ -187,26 +258,35 @@ def _held_out(folder: Path) -> str:
 
 
 def _stages(shots: int) -> list[tuple[str, str, str, str]]:
-    """Ways of using inventories: a key of WAYS, how files begin and end, and what is added."""
-    if not shots:
-        way = "zero-shot"
-        continued = ("-continued", ", after more training of the average")
-        return [(way, f"test-{way}", *more) for more in (("", ""), continued)]
-    return [(way, f"test-{way}-{shots}", "", "") for way in WAYS]
+    """Ways of using inventories, how their files begin and end, and what they are called."""
+    if shots:
+        found = [(way, f"test-{way}-{shots}", "", title) for way, title in WAY_TITLES.items()]
+        as_is = f"nearest-{shots}"
+        return [*found, (as_is, f"test-{as_is}", "", AS_IS_TITLES.get(as_is, ""))]
+    title = WAY_TITLES["zero-shot"]
+    more = f"{title}, after more training of the average"
+    found = [("zero-shot", "test-zero-shot", "", title),
+             ("continued", "test-zero-shot", "-continued", more)]  # fmt: skip
+    return [*found, ("text", "test-text", "", AS_IS_TITLES["text"])]
 
 
 def _compared(
-    folder: Path, entries: Sequence[tuple[str, str, Sequence[Result]]], shots: int
+    folder: Path, entries: Sequence[tuple[str, str, str, Sequence[Result]]], shots: int
 ) -> str:
     """Scores, and differences to shared LoRAs with as many examples."""
-    way = f"mu-{shots}" if shots else "zero-shot"
-    references = [_of_seeds(folder, f"test-{way}-{name}") for name in REFERENCES]
     head = ["inventory", "used", "sum", "per token"]
-    head += [f"per token, minus {CONTENDERS[name]}" for name in REFERENCES]
+    head += [f"per token, minus {CONTENDER_TITLES[name]}" for name in REFERENCES]
     text = [[*head, "seeds"]]
-    for title, used, results in entries:
+    shared = {
+        name: {
+            way: _of_seeds(folder, f"{stage}-{name}", end) for way, stage, end, _ in _stages(shots)
+        }
+        for name in REFERENCES
+    }
+    for title, way, used, results in entries:
         if results:
             seeds = {result["seed"] for result in results if "seed" in result}
+            references = [_reference(shared[name], way) for name in REFERENCES]
             text.append([title, used, *_cells(results, references), str(len(seeds) or "")])
     return rows(text)
 

@@ -112,10 +112,10 @@ def alignment_table(folder: Path, stages: Mapping[str, Sequence[str]]) -> str:
     return rows(text)
 
 
-def curve(ways: Ways, heads: Mapping[int, str]) -> str:
-    """Phase z over the number of heads."""
-    text = [["heads", "numbers trained for a task", "accuracy", "minus full of mhr", "seeds"]]
-    for count, name in heads.items():
+def curve(ways: Ways, what: str, names: Mapping[int, str]) -> str:
+    """Phase z over the number of heads or skills."""
+    text = [[what, "numbers trained for a task", "accuracy", "minus full of mhr", "seeds"]]
+    for count, name in sorted(names.items()):
         results = ways.get((name, "z"))
         if results:
             gap = difference(results, ways["mhr", "full"]).signed
@@ -169,7 +169,11 @@ phase mu. Seconds are a slot's share of a run, on a machine that also had other 
 
 Routes alone, over the number of heads:
 
-{curve(ways, {1: "poly", 2: "mhr-h2", 4: "mhr-h4", 8: "mhr", 16: "mhr-h16", 32: "mhr-h32"})}
+{curve(ways, "heads", {1: "poly", 8: "mhr"} | {n: f"mhr-h{n}" for n in (2, 4, 16, 32)})}
+
+The same over the number of skills:
+
+{curve(ways, "skills", {8: "mhr"} | {n: f"mhr-k{n}" for n in (2, 4, 16, 32)})}
 
 Gradient alignment between training tasks at the end of training (mean cosine over sites and pairs;
 "effective": of the tasks' own adapters; "inventory's": of the shared parameters):

@@ -1,4 +1,4 @@
-"""The two studies of `paper.py`: generated tasks, where the skills are known, and real ones."""
+"""The studies of `paper.py` on generated tasks, whose skills are known, and on real ones."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -15,7 +15,13 @@ SEEDS = (42, 1024, 0)
 TRAINING_SEEDS = (0, 1, 2, 3, 4)
 
 
-def _inventories(rank: int, skills: int, heads: int, curve: tuple[int, ...]) -> dict[str, Any]:
+def _inventories(
+    rank: int,
+    skills: int,
+    heads: int,
+    more_heads: tuple[int, ...],
+    more_skills: tuple[int, ...] = (),
+) -> dict[str, Any]:
     """Every contender; `shared-matched` has as many parameters as the inventories."""
     found: dict[str, dict[str, Any]] = {
         "shared": {"method": "shared", "rank": rank},
@@ -25,8 +31,10 @@ def _inventories(rank: int, skills: int, heads: int, curve: tuple[int, ...]) -> 
         "poly": {"method": "poly", "num_skills": skills, "rank": rank},
         "mhr": {"method": "mhr", "num_skills": skills, "num_heads": heads, "rank": rank},
     }
-    for other in curve:
+    for other in more_heads:
         found[f"mhr-h{other}"] = {**found["mhr"], "num_heads": other}
+    for other in more_skills:
+        found[f"mhr-k{other}"] = {**found["mhr"], "num_skills": other}
     return found
 
 
@@ -46,7 +54,7 @@ def generated(work: Path, results: Path) -> Study:
         train=[task.name for task in TASKS if task.role == "train"],
         develop=[],
         test=[task.name for task in TASKS if task.role == "held-out"],
-        inventories=_inventories(1, 8, 8, (2, 4, 16, 32)),
+        inventories=_inventories(1, 8, 8, (2, 4, 16, 32), (2, 4, 16, 32)),
         shots=8,
         seeds=SEEDS[:1],
         work=work,

@@ -26,13 +26,14 @@ from polyroute.adapting.settings import AdaptSettings
 from polyroute.build import loaded
 from polyroute.data.sampling import draw_few_shot
 from polyroute.data.suite import Suite
+from polyroute.errors import InputError
 from polyroute.host.files import make_folder, write_json
 from polyroute.kinds.batches import Row
 from polyroute.kinds.choose import ModelKind, kind_of
 from polyroute.loading import load_base
 from polyroute.program.commands.checkpoints import last_checkpoint
 from polyroute.saved.checkpoint import read_checkpoint
-from polyroute.saved.runs import machine
+from polyroute.saved.runs import DESCRIPTION, machine, record
 from polyroute.study.alignment import alignment
 from polyroute.study.alignment_callback import AlignmentCallback
 from polyroute.study.base_alone import BaseAlone
@@ -40,8 +41,13 @@ from polyroute.study.evaluate import evaluate, questions, score_rows
 from polyroute.study.examples import encoded, encoded_mixture
 from polyroute.trainer import MultiTaskTrainer, MultiTaskTrainingArguments
 
+KEPT = Path(__file__).parents[1] / "inventories"
+"""Trained inventories in the repository, by their base model."""
 Result = dict[str, Any]
-Prepare = Callable[["Study", pr.RoutedModel, ModelKind], None]
+Prepare = Callable[["Study", pr.RoutedModel, ModelKind, int], None]
+"""The last is the seed of training."""
+Routes = Callable[["Study", pr.RoutedModel, ModelKind, Sequence[str]], Mapping[str, Tensor]]
+"""Logits `[N, H, K]` of tasks."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -87,6 +93,8 @@ class Study:
     results: Path
     max_examples: int | None = None
     """The most examples of a task that are scored; None for all."""
+    text: Sequence[str] = ()
+    """Held-out tasks that are answered by writing, which are scored once, apart."""
 
     def base_and_kind(self) -> tuple[nn.Module, ModelKind]:
         """A fresh base model without dropout, which few-shot adaptation has not either."""
@@ -112,8 +120,9 @@ class Study:
         write_json(self.file(stage), content)
 
     def folder(self, inventory: str) -> Path:
-        """Where an inventory lies."""
-        return self.work / self.name / inventory
+        """Where an inventory lies: where it was trained here or, else, where it is kept."""
+        own, kept = self.work / self.name / inventory, KEPT / self.base / inventory
+        return kept if kept.is_dir() and not own.is_dir() else own
 
 
 def train(
@@ -139,20 +148,32 @@ def train(
         alignment_steps: between measurements of gradient alignment, kept as a stage of its own.
         prepare: changes the fresh inventory, in place, before the first step.
     """
-    stage, folder = f"train-{name}", study.folder(name)
+    stage = f"train-{name}"
+    folder = study.folder(name) if study.read(stage) else study.work / study.name / name
+    make_folder(folder)
+    adapter = {**study.inventories[config]}
+    prepared = "" if prepare is None else prepare.__name__
+    how = {"training": vars(training), "seed": seed, "prepared": prepared, "dtype": study.dtype}
+    # As a run of `polyroute train`, so that its commands take the inventory, and so that one that
+    # was trained otherwise is not gone on with.
+    read = {"model": study.base, "max_input": study.max_input, "max_target": study.max_target}
+    described = {**read, "prompt": "auto", "system": None, **adapter, **how, "after": start}
+    record(folder, "train", described, resume=(folder / DESCRIPTION).exists())
     if study.read(stage) is not None and (folder / "polyroute.json").exists():
         return
+    started = time.perf_counter()
     base, kind = study.base_and_kind()
     torch.manual_seed(seed)
+    last = last_checkpoint(folder)
     if start:
         model = pr.from_pretrained(base, study.folder(start))
     else:
-        adapter = pr.MHRConfig(exclude_modules=study.exclude, **study.inventories[config])
-        model = pr.attach(base, adapter, study.train)
-        if prepare is not None:
-            prepare(study, model, kind)
+        chosen = pr.MHRConfig(exclude_modules=study.exclude, **adapter)
+        model = pr.attach(base, chosen, study.train)
+        if prepare is not None and last is None:
+            prepare(study, model, kind, seed)
     arguments = MultiTaskTrainingArguments(
-        output_dir=str(make_folder(folder)),
+        output_dir=str(folder),
         max_steps=training.steps,
         per_device_train_batch_size=training.batch_size,
         learning_rate=training.lr,
@@ -177,28 +198,26 @@ def train(
     if alignment_steps:
         path = make_folder(study.results) / f"alignment-{name}.json"
         trainer.add_callback(AlignmentCallback(model, kind, rows, path, steps=alignment_steps))
-    last = last_checkpoint(folder)
-    started = time.perf_counter()
     trainer.train(resume_from_checkpoint=None if last is None else str(last))
     # What was interrupted and resumed has no time.
     seconds = None if last is not None else time.perf_counter() - started
     model.save_pretrained(folder)
+    log = trainer.state.log_history
+    write_json(folder / "metrics.json", {"log": log, "trained_parameters": model.num_trainable()})
     for path in folder.glob("checkpoint-*"):
         shutil.rmtree(path)
     study.write(
         stage,
         {
             "inventory": name,
-            "config": {**study.inventories[config]},
-            "training": vars(training),
+            "config": adapter,
             "start": start,
-            "seed": seed,
+            **how,
             "tasks": len(study.train),
-            "dtype": study.dtype,
             "seconds": seconds,
             "parameters": model.counts(),
             "trained_parameters": model.num_trainable(),
-            "log": trainer.state.log_history,
+            "log": log,
             "machine": machine(),
         },
     )
@@ -226,20 +245,19 @@ def adapt(
             of the training tasks, `z` for routes tuned first, with half of the steps.
         split: to score on.
     """
-    wanted = len(tasks) * len(study.seeds) * len(choices)
     results: list[Result] = study.read(stage) or []
-    if len(results) >= wanted:
+    if has_all(results, tasks, choices, study.seeds):
         return results
     base, kind = study.base_and_kind()
 
-    def each(result: Result, _: str) -> None:
+    def note(result: Result) -> None:
         results.append({"inventory": inventory, **result})
         study.write(stage, results)
 
     folder = study.folder(inventory)
     with loaded(base, read_checkpoint(folder), folder) as model:
         if start == "z":
-            _adapt_after_z(study, model, kind, choices, tasks, split, results, each)
+            _adapt_after_z(study, model, kind, choices, tasks, split, results, note)
             return results
         if start == "usage":
             model.add_task("usage", init=_usage(model))
@@ -248,15 +266,39 @@ def adapt(
             suite=study.suite, tasks=tasks, choices=choices, seeds=study.seeds, split=split,
             max_examples=study.max_examples, done=list(results),
         )  # fmt: skip
-        adapt_suite(model, kind, wanted, each=each)
+        adapt_suite(model, kind, wanted, note=note)
     return results
+
+
+def has_all(
+    results: Sequence[Result],
+    tasks: Sequence[str],
+    choices: Mapping[str, AdaptSettings],
+    seeds: Sequence[int],
+) -> bool:
+    """Whether results are those of every task, choice of settings and seed.
+
+    Raises:
+        InputError: they are of others too.
+    """
+    found = {(r["task"], r["label"], r["seed"]) for r in results}
+    wanted = set(itertools.product(tasks, choices, seeds))
+    if not found <= wanted:
+        raise InputError(f"results of another plan are in the way, such as {min(found - wanted)}")
+    return found == wanted
 
 
 def _usage(model: pr.RoutedModel) -> Tensor:
     """Logits `[N, H, K]` whose weights are the mean of the training tasks' weights."""
-    mean = torch.stack([model.weights_of(task) for task in model.tasks]).mean(0)
+    weights_TNHK = torch.stack([model.weights_of(task) for task in model.tasks])
+    return mixed(weights_TNHK, torch.full((len(weights_TNHK),), 1 / len(weights_TNHK)))
+
+
+def mixed(weights_TNHK: Tensor, shares_T: Tensor) -> Tensor:
+    """Logits `[N, H, K]` whose weights are those of several tasks, each times its share."""
+    mean_NHK = torch.einsum("t,tnhk->nhk", shares_T.to(weights_TNHK), weights_TNHK)
     # Weights are sigmoids over their sum, so any scale that keeps them below 1 will do.
-    return torch.logit(mean * (0.5 / mean.amax(-1, keepdim=True)))
+    return torch.logit(mean_NHK * (0.5 / mean_NHK.amax(-1, keepdim=True)))
 
 
 def _adapt_after_z(
@@ -267,7 +309,7 @@ def _adapt_after_z(
     tasks: Sequence[str],
     split: str,
     results: list[Result],
-    each: Callable[[Result, str], None],
+    note: Callable[[Result], None],
 ) -> None:
     """Train only routes for half of the steps, then start from their mixture for the others."""
     for (label, chosen), seed in itertools.product(choices.items(), study.seeds):
@@ -290,19 +332,29 @@ def _adapt_after_z(
             model.add_task(start, init=route)
             second = replace(chosen, steps=chosen.steps - half, init=start)
             adapt_suite(
-                model, kind, replace(wanted, tasks=[task], choices={label: second}), each=each
+                model, kind, replace(wanted, tasks=[task], choices={label: second}), note=note
             )
             model.keep_tasks([name for name in model.tasks if name != start])
 
 
-def zero_shot(study: Study, stage: str, inventory: str, tasks: Sequence[str]) -> list[Result]:
-    """Score an inventory's average on tasks, as it is.
+def zero_shot(
+    study: Study,
+    stage: str,
+    inventory: str,
+    tasks: Sequence[str],
+    *,
+    route: str | None = "mu",
+    added: Routes | None = None,
+) -> list[Result]:
+    """Score an inventory on tasks, as it is.
 
     Args:
         study: where.
         stage: what the file of results is called.
         inventory: a trained one; `base` for the base model alone.
         tasks: to score.
+        route: what all tasks are routed as, by default the average; None routes each as itself.
+        added: routes of tasks that the inventory did not learn.
     """
     results: list[Result] | None = study.read(stage)
     if results is not None:
@@ -313,8 +365,10 @@ def zero_shot(study: Study, stage: str, inventory: str, tasks: Sequence[str]) ->
         model_or_base = loaded(base, read_checkpoint(folder), folder)
     with model_or_base as model:
         model.eval()
+        for task, logits in added(study, model, kind, tasks).items() if added else ():
+            model.add_task(task, init=logits)
         scores = evaluate(
-            model, kind, study.suite, tasks, route="mu", max_examples=study.max_examples
+            model, kind, study.suite, tasks, route=route, max_examples=study.max_examples
         )
     results = [{"inventory": inventory, "phase": "zero-shot", **s.to_dict()} for s in scores]
     study.write(stage, results)

@@ -4,23 +4,29 @@ import json
 import shutil
 import sys
 from dataclasses import replace
-from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from safetensors.torch import load_file
+
+import polyroute as pr
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT / "benchmarks"))
 
 import lm_studies  # noqa: E402
 import paper  # noqa: E402
+import paper_lm  # noqa: E402
 import paper_page  # noqa: E402
 import paper_studies  # noqa: E402
 import paper_study  # noqa: E402
 import paper_tables  # noqa: E402
 
 from polyroute.adapting.settings import AdaptSettings  # noqa: E402
+from polyroute.errors import InputError  # noqa: E402
+from polyroute.saved.runs import read_run  # noqa: E402
 
 
 def test_the_page_is_that_of_the_results() -> None:
@@ -33,11 +39,37 @@ def test_settings_of_the_language_model_were_chosen_on_development_tasks_alone()
     tasks = {role: set(names) for role, names in paper_page.read(folder, "tasks").items()}
     assert not tasks["develop"] & tasks["test"]
     assert not tasks["train"] & (tasks["develop"] | tasks["test"])
-    looked_at = {stage: sorted(folder.glob(f"{stage}-*.json")) for stage in ("apart", "develop")}
-    assert all(looked_at.values())
-    for path in chain.from_iterable(looked_at.values()):
-        found = {each["task"] for each in json.loads(path.read_text(encoding="utf-8"))}
-        assert found <= tasks["develop"], path.name
+    looked_at = {
+        "develop": [*folder.glob("apart-*.json"), *folder.rglob("*develop-*.json")],
+        "train": [*folder.rglob("*own-tasks-*.json")],
+    }
+    assert looked_at["develop"]
+    for role, paths in looked_at.items():
+        for path in paths:
+            found = {each["task"] for each in json.loads(path.read_text(encoding="utf-8"))}
+            assert found <= tasks[role], path.name
+
+
+@pytest.mark.parametrize("folder", sorted(paper_study.KEPT.glob("*/*/")), ids=lambda p: p.name)
+def test_a_kept_inventory_is_that_of_a_training(folder: Path) -> None:
+    training = paper_tables.read(paper_page.RESULTS / "lm", f"train-{folder.name}")
+    config = read_run(folder)["config"]
+    for name in ("training", "seed", "dtype"):
+        assert config[name] == training[name]
+    assert config.items() >= training["config"].items()
+    checkpoint = pr.read_checkpoint(folder)
+    tasks = paper_tables.read(paper_page.RESULTS / "lm", "tasks")["train"]
+    assert list(checkpoint.tasks) == tasks
+    stored = load_file(folder / "inventory.safetensors").values()
+    assert all(t.dtype == torch.bfloat16 and t.isfinite().all() for t in stored)
+    assert sum(t.numel() for t in stored) == training["parameters"]["inventory"]
+
+
+def test_every_way_of_the_study_has_a_title() -> None:
+    assert set(paper_lm.WAY_TITLES) == {"zero-shot", *lm_studies.WAYS}
+    assert set(paper_lm.AS_IS_TITLES) == set(lm_studies.AS_IS)
+    assert set(paper_lm.CONTENDER_TITLES) == set(lm_studies.CONTENDERS)
+    assert set(paper_lm.START_TITLES) == set(lm_studies.APART)
 
 
 def test_rates_are_those_that_were_best_on_the_development_tasks() -> None:
@@ -48,7 +80,9 @@ def test_rates_are_those_that_were_best_on_the_development_tasks() -> None:
             found = paper_tables.read(paper_page.RESULTS / "lm", stage)
             if found is not None and way in contender.rates:
                 scores = {
-                    rate: sum(r["score_normalised"] for r in found if r["label"] == str(rate))
+                    rate: sum(
+                        r["score_normalised"] or 0.0 for r in found if r["label"] == str(rate)
+                    )
                     for rate in plan.rates
                 }
                 assert contender.rates[way] == max(scores, key=scores.__getitem__), stage
@@ -117,8 +151,9 @@ def test_a_part_of_the_held_out_table_trains_only_where_a_result_is_missing(
 ) -> None:
     study = paper_studies.generated(tmp_path / "work", tmp_path / "results")
     study = replace(
-        study, train=study.train[:3], develop=study.test[2:4], test=study.test[:2], seeds=(42, 1024)
-    )
+        study, train=study.train[:3], develop=study.test[2:4], test=study.test[:2],
+        text=study.test[4:5], seeds=(42, 1024),
+    )  # fmt: skip
     inventories = {"shared": {"method": "shared", "rank": 4}, "mhr": {**lm_studies.MHR}}
     study = replace(study, inventories=inventories)
     training = replace(paper_studies.GENERATED_TRAINING, steps=2, batch_size=4)
@@ -142,6 +177,9 @@ def test_a_part_of_the_held_out_table_trains_only_where_a_result_is_missing(
     names = ("base", "shared-s0", "mhr-s0", "mhr-s0-continued")
     expected |= {f"test-zero-shot-{name}" for name in names}
     assert {path.stem for path in study.results.glob("test-*")} == expected
+    written = {"mu-32-shared-s0", "random-32-shared-s0", "mu-nearest-32-mhr-s0"}
+    written |= {f"zero-shot-{name}" for name in names}
+    assert {path.stem for path in study.results.glob("text-*")} == {f"text-{w}" for w in written}
     shutil.rmtree(study.work / study.name / "mhr-s0")
     paper.run_main(study, plan, contenders, ("test",))
     assert not (study.work / study.name / "mhr-s0").exists()
@@ -154,9 +192,18 @@ def test_a_part_of_the_held_out_table_trains_only_where_a_result_is_missing(
     developed = {path.stem: json.loads(path.read_text()) for path in study.results.glob("dev*")}
     stages = ("zero-shot-base", "zero-shot-shared-s0", "zero-shot-mhr-s0", "mu-32-shared-s0",
               "random-32-shared-s0", "mu-nearest-32-mhr-s0")  # fmt: skip
-    assert set(developed) == {f"develop-{stage}" for stage in stages}
-    found = [(r["label"], r["task"]) for r in developed["develop-mu-nearest-32-mhr-s0"]]
-    assert sorted(found) == [(rate, t) for rate in ("0.001", "0.01") for t in sorted(study.develop)]
+    rules = [f"{rule}-mhr-s0" for rule in lm_studies.AS_IS]
+    assert set(developed) == {f"develop-{stage}" for stage in (*stages, *rules)}
+    for name in ("base", "shared-s0", "mhr-s0"):
+        assert [r["task"] for r in study.read(f"own-tasks-{name}")] == list(study.train)
+    assert study.read("own-tasks-mhr-s0") != study.read("own-tasks-shared-s0")
+    found = [(r["label"], r["task"], r["seed"]) for r in developed["develop-mu-nearest-32-mhr-s0"]]
+    assert sorted(found) == [
+        (rate, task, draw)
+        for rate in ("0.001", "0.01")
+        for task in sorted(study.develop)
+        for draw in (42, 1024)
+    ]
 
 
 def test_every_cell_is_named_once_and_its_settings_hold() -> None:
@@ -192,5 +239,7 @@ def test_an_interrupted_training_of_a_study_goes_on_to_the_same_inventory(
         paper_study.train(study, "mhr-s0", "mhr", training)
         assert (study.read("train-mhr-s0")["seconds"] is None) == stops
         assert not list(study.folder("mhr-s0").glob("checkpoint-*"))
+        with pytest.raises(InputError, match="was started with training="):
+            paper_study.train(study, "mhr-s0", "mhr", replace(training, lr=1.0))
         ends.append((study.folder("mhr-s0") / "inventory.safetensors").read_bytes())
     assert ends[0] == ends[1]

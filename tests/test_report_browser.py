@@ -92,7 +92,9 @@ def test_every_chart_is_drawn(page: Page) -> None:
         assert page.locator(f'[data-chart="{name}"] g[data-series]').count() >= 3
     for name in ("entropy", "likeness"):
         assert page.locator(f'[data-chart="{name}"] g[data-series]').count() == 2
-    assert "poly: this inventory is one LoRA" in page.locator("#apart-section > ul li").inner_text()
+    assert (
+        "poly: this inventory is one adapter" in page.locator("#apart-section > ul li").inner_text()
+    )
     assert page.locator("#map .task").count() == len(TASKS)
     assert page.locator("#heat tbody tr").count() == len(TASKS)
 

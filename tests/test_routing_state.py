@@ -103,7 +103,7 @@ def test_in_words() -> None:
     assert in_words([]) is None
     assert in_words([{"step": 1, "loss": 2.0}]) is None
     assert found(route_entropy=0.9, skill_cosine=0.5) is None
-    one_lora = "this inventory is one LoRA so far, because "
+    one_lora = "this inventory is one adapter so far, because "
     alike, uniform = "its skills are alike (cosine 0.95)", "its routes are uniform (entropy 0.99 of"
     for state, why in (
         ({ENTROPY: 0.9, COSINE: 0.95}, alike),

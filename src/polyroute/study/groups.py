@@ -112,10 +112,10 @@ def share_one_a(model: RoutedModel) -> None:
 def _check(model: RoutedModel, names: Sequence[str]) -> None:
     if model.routes.shape is None or model.adapter_config.adapter != "lora":
         raise InputError("only LoRA skills with routes can start in groups: choose mhr or poly")
-    skills = _num_groups(model)
-    if len(names) < skills:
+    skills, grouped = _num_groups(model), min(len(names), MOST_TASKS)
+    if grouped < skills:
         raise InputError(
-            f"{len(names)} tasks cannot start in groups on {skills} skills: choose fewer skills"
+            f"{grouped} tasks cannot start in groups on {skills} skills: choose fewer skills"
         )
     for name in names:
         model.routes.row(name)

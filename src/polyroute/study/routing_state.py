@@ -25,8 +25,8 @@ UNIFORM = 0.98
 """Routes of this entropy or more count as uniform. It is that of a mixture of 8 skills in which one
 has the weight .23 and the others .11 each."""
 ALIKE = 0.9
-"""Skills of this cosine or more count as one: what they have in common is then nine times as large
-as what sets them apart."""
+"""Skills of this cosine or more count as one: what they have in common is then three times as long
+as what sets each apart."""
 
 
 @torch.no_grad()
@@ -80,6 +80,6 @@ def in_words(log: Sequence[Mapping[str, Any]]) -> str | None:
     if not why:
         return None
     return (
-        f"this inventory is one LoRA so far, because {' and '.join(why)}: train longer, or start "
-        "its skills apart, as --group-tasks does"
+        f"this inventory is one adapter so far, because {' and '.join(why)}: train longer, or "
+        "begin again with skills that start apart (--group-tasks for LoRA, --route-spread for any)"
     )
