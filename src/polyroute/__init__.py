@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from polyroute.exchange import read_inventory
     from polyroute.kinds.choose import kind_of
     from polyroute.library.delta import Delta
+    from polyroute.library.library import Library
     from polyroute.loading import load_base
     from polyroute.model import RoutedModel
     from polyroute.routes.rule import RouteRule
@@ -32,6 +33,7 @@ __all__ = [
     "AdaptSettings",
     "Delta",
     "InputError",
+    "Library",
     "MHRConfig",
     "MultiTaskTrainer",
     "MultiTaskTrainingArguments",
@@ -59,6 +61,7 @@ PLACES = {
     "AdaptSettings": "adapting.settings",
     "Delta": "library.delta",
     "InputError": "errors",
+    "Library": "library.library",
     "MHRConfig": "config",
     "MultiTaskTrainer": "trainer",
     "MultiTaskTrainingArguments": "trainer",

@@ -15,7 +15,14 @@ from polyroute.host.files import read_json, read_tensors
 from polyroute.layer.sites import find_sites
 from polyroute.saved.peft_export import CONFIG, ROOT, TENSORS
 
-__all__ = ["adapters_inside", "check_whole", "names_now", "peft_type_of", "read_peft_folder"]
+__all__ = [
+    "adapters_inside",
+    "check_whole",
+    "folders_inside",
+    "names_now",
+    "peft_type_of",
+    "read_peft_folder",
+]
 
 PICKLE = "adapter_model.bin"
 MOST_NAMES = 8
@@ -37,13 +44,18 @@ def peft_type_of(folder: str | os.PathLike[str]) -> str | None:
     return str(fields.get("peft_type"))
 
 
+def folders_inside(folder: str | os.PathLike[str]) -> list[Path]:
+    """The sub-folders, at most two below, that hold adapters, sorted."""
+    place = Path(folder)
+    return sorted(p.parent for form in ("*/", "*/*/") for p in place.glob(form + CONFIG))
+
+
 def adapters_inside(folder: str | os.PathLike[str]) -> str:
     """What to do with a folder whose sub-folders hold adapters; empty if none does."""
-    place = Path(folder)
-    found = sorted(p.parent for form in ("*/", "*/*/") for p in place.glob(form + CONFIG))
+    found = folders_inside(folder)
     if not found:
         return ""
-    names = [str(path.relative_to(place)) for path in found]
+    names = [str(path.relative_to(folder)) for path in found]
     some = ", ".join(names[:MOST_NAMES]) + (", ..." if len(names) > MOST_NAMES else "")
     return f"adapters are in its sub-folders, so name one of them: {some}"
 

@@ -18,7 +18,7 @@ Shape letters: r rank of a layer.
 import math
 import os
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -32,7 +32,7 @@ from polyroute.exchange.peft_folder import read_peft_folder
 from polyroute.layer.factors import LoRAFactors
 from polyroute.saved.peft_export import PeftTarget
 
-__all__ = ["Delta"]
+__all__ = ["Delta", "keeping", "weighted_sum"]
 
 SAID = ("base_model_name_or_path", "task_type")
 """What PEFT's settings say of the base model."""
@@ -89,26 +89,20 @@ class Delta:
         """The rank of each layer's factors, which that of their product may be below."""
         return {layer: len(own.a) for layer, own in self.layers.items()}
 
+    @property
+    def widths(self) -> dict[str, tuple[int, int]]:
+        """The widths of each layer, in and out."""
+        return {layer: (own.a.shape[1], own.b.shape[1]) for layer, own in self.layers.items()}
+
     def __add__(self, other: "Delta") -> "Delta":
         """The sum, whose ranks are the sums of both ranks."""
-        layers = dict(self.layers)
-        for layer, theirs in other.layers.items():
-            ours = layers.get(layer)
-            if ours is not None:
-                _check_fit(layer, ours, theirs)
-                parts = (ours.a, theirs.a), (ours.b, theirs.b)
-                theirs = LoRAFactors(*(torch.cat(pair) for pair in parts))
-            layers[layer] = theirs
-        return Delta(layers, _agreed(self.base, other.base), self.error + other.error)
+        return weighted_sum([(1.0, self), (1.0, other)])
 
     def __mul__(self, weight: float) -> "Delta":
         """Times a number."""
         if isinstance(weight, bool) or not isinstance(weight, int | float):
             return NotImplemented
-        if not math.isfinite(weight):
-            raise InputError(f"a LoRA cannot be weighted by {weight}; use a finite number")
-        layers = {name: LoRAFactors(own.a, own.b * weight) for name, own in self.layers.items()}
-        return replace(self, layers=layers, error=self.error * abs(weight))
+        return weighted_sum([(weight, self)])
 
     __rmul__ = __mul__
 
@@ -118,7 +112,7 @@ class Delta:
 
     def __sub__(self, other: "Delta") -> "Delta":
         """The difference; ranks add up."""
-        return self + -other
+        return weighted_sum([(1.0, self), (-1.0, other)])
 
     def inner(self, other: "Delta") -> float:
         """The inner product of both updates; layers that one lacks count nothing."""
@@ -157,7 +151,7 @@ class Delta:
         Raises:
             InputError: not exactly one of both is given, or it is out of range.
         """
-        keep = _keeping(rank, energy)
+        keep = keeping(rank, energy)
         layers: dict[str, LoRAFactors] = {}
         lost = 0.0
         for layer, own in self.layers.items():
@@ -170,6 +164,30 @@ class Delta:
             layers[layer] = LoRAFactors(a.to(own.a.dtype), b.to(own.b.dtype))
             lost += float(values_r[kept:].square().sum())
         return replace(self, layers=layers, error=self.error + math.sqrt(lost))
+
+
+def weighted_sum(terms: Sequence[tuple[float, Delta]]) -> Delta:
+    """The exact sum of LoRAs, each times its weight; at least one.
+
+    Raises:
+        InputError: a weight is not finite, or the LoRAs belong to different base models.
+    """
+    parts: dict[str, list[LoRAFactors]] = {}
+    base = terms[0][1].base
+    for weight, delta in terms:
+        if not math.isfinite(weight):
+            raise InputError(f"a LoRA cannot be weighted by {weight}; use a finite number")
+        base = _agreed(base, delta.base)
+        for layer, own in delta.layers.items():
+            others = parts.setdefault(layer, [])
+            if others:
+                _check_fit(layer, others[0], own)
+            others.append(LoRAFactors(own.a, own.b * weight))
+    layers = {
+        layer: LoRAFactors(torch.cat([o.a for o in several]), torch.cat([o.b for o in several]))
+        for layer, several in parts.items()
+    }
+    return Delta(layers, base, sum(abs(weight) * delta.error for weight, delta in terms))
 
 
 def _core(own: LoRAFactors) -> tuple[Tensor, Tensor, Tensor]:
@@ -187,8 +205,12 @@ def _without_noise(values_r: Tensor, own: LoRAFactors) -> Tensor:
     return torch.where(values_r > tiny, values_r, 0.0)
 
 
-def _keeping(rank: int | None, energy: float | None) -> Callable[[Tensor], int]:
-    """How many of some singular values, largest first, are kept; at least one."""
+def keeping(rank: int | None, energy: float | None) -> Callable[[Tensor], int]:
+    """How many of some singular values, largest first, `Delta.recompress` keeps; at least one.
+
+    Raises:
+        InputError: not exactly one of both is given, or it is out of range.
+    """
     if (rank is None) == (energy is None):
         raise InputError("recompress takes either rank or energy")
     if rank is not None:

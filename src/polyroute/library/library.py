@@ -1,0 +1,214 @@
+"""LoRAs of one base model that were made apart: what they are, how alike they are, their sums.
+
+Shape letters: E LoRAs, R the ranks of several LoRAs together.
+"""
+
+import os
+import warnings
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from polyroute.errors import InputError, did_you_mean, first_few
+from polyroute.exchange.peft_folder import folders_inside
+from polyroute.library.delta import Delta, keeping, weighted_sum
+
+__all__ = ["Library"]
+
+NAMED = 3
+"""As many of the LoRAs that are left out are named in the warning."""
+AT_ONCE = 32
+"""The LoRAs that are compared with as many others at once."""
+
+
+class Library(Mapping[str, Delta]):
+    """LoRAs by name, each read from its folder when it is asked for.
+
+    library = pr.Library.from_peft({"sql": "loras/sql", "legal": "loras/legal"})
+    library.table()
+    library.merge("mean", rank=16).save_peft("loras/both")
+    """
+
+    def __init__(
+        self, folders: Mapping[str, Path], refused: Mapping[str, str], *, allow_pickle: bool = False
+    ) -> None:
+        self._folders, self._allow_pickle = dict(folders), allow_pickle
+        self.refused = dict(refused)
+        """Why other LoRAs that were named are not in the library."""
+
+    @classmethod
+    def from_peft(
+        cls,
+        loras: Mapping[str, str | os.PathLike[str]] | str | os.PathLike[str],
+        *,
+        allow_pickle: bool = False,
+    ) -> "Library":
+        """Gather LoRAs that PEFT or polyroute wrote, and read each once.
+
+        One that cannot be read, computes more than a low-rank update or does not fit the first is
+        left out, and a warning says why; so does `refused`.
+
+        Args:
+            loras: folders by name; or one folder with LoRAs in its sub-folders, which name them.
+            allow_pickle: read `adapter_model.bin` where there are no safetensors.
+
+        Raises:
+            InputError: not one LoRA can be used.
+        """
+        folders = _named(loras)
+        refused: dict[str, str] = {}
+        widths: dict[str, tuple[int, int]] = {}
+        for name, folder in folders.items():
+            try:
+                own = Delta.from_peft(folder, allow_pickle=allow_pickle).widths
+                for layer in sorted(own.keys() & widths.keys()):
+                    if own[layer] != widths[layer]:
+                        raise InputError(
+                            f"{folder} has a layer {layer!r} of {own[layer]}, the others of "
+                            f"{widths[layer]}: it belongs to another base model"
+                        )
+            except InputError as error:
+                refused[name] = str(error)
+            else:
+                widths |= own
+        kept = {name: folder for name, folder in folders.items() if name not in refused}
+        if not kept:
+            raise InputError(f"no LoRA can be used: {next(iter(refused.values()))}")
+        if refused:
+            why = first_few([f"{name}: {reason}" for name, reason in refused.items()], NAMED)
+            warnings.warn(f"{len(refused)} LoRAs are left out ({why})", stacklevel=2)
+        return cls(kept, refused, allow_pickle=allow_pickle)
+
+    def __getitem__(self, name: str) -> Delta:
+        """A LoRA by its name.
+
+        Raises:
+            InputError: there is none of this name.
+        """
+        if name not in self._folders:
+            raise InputError(f"the library has no LoRA {name!r}: {did_you_mean(name, list(self))}")
+        return Delta.from_peft(self._folders[name], allow_pickle=self._allow_pickle)
+
+    def __contains__(self, name: object) -> bool:
+        """Whether there is a LoRA of this name."""
+        return name in self._folders
+
+    def __iter__(self) -> Iterator[str]:
+        """The names, in the order in which they were given."""
+        return iter(self._folders)
+
+    def __len__(self) -> int:
+        """The number E of LoRAs."""
+        return len(self._folders)
+
+    def gram(self) -> Tensor:
+        """The inner products of all pairs, `[E, E]` in fp64; norms and cosines follow from them."""
+        names = list(self)
+        gram_EE = torch.zeros(len(names), len(names), dtype=torch.float64)
+        starts = range(0, len(names), AT_ONCE)
+        for i in starts:
+            ours = [self[name] for name in names[i : i + AT_ONCE]]
+            for j in (start for start in starts if start >= i):
+                theirs = ours if i == j else [self[name] for name in names[j : j + AT_ONCE]]
+                block = _inner_products(ours, theirs)
+                gram_EE[i : i + len(ours), j : j + len(theirs)] = block
+                gram_EE[j : j + len(theirs), i : i + len(ours)] = block.t()
+        return gram_EE
+
+    def table(self) -> list[dict[str, Any]]:
+        """What each LoRA is, and which other is most alike.
+
+        Returns:
+            For each LoRA its `name`, how many `layers` it has, the largest `rank`, its `norm`, the
+            name of the `nearest`, and the `cosine` with it; for one that was left out, `refused`.
+        """
+        gram_EE = self.gram()
+        norms_E = gram_EE.diagonal().clamp(min=0).sqrt()
+        cosines_EE = gram_EE / (norms_E[:, None] * norms_E).clamp(min=1e-300)
+        names = list(self)
+        rows: list[dict[str, Any]] = []
+        for i, name in enumerate(names):
+            ranks = self[name].ranks
+            row = {"name": name, "layers": len(ranks), "rank": max(ranks.values())}
+            others = cosines_EE[i].clone()
+            others[i] = -torch.inf
+            nearest = int(others.argmax())
+            alike = {"nearest": names[nearest], "cosine": float(others[nearest])}
+            rows.append({**row, "norm": float(norms_E[i]), **(alike if len(names) > 1 else {})})
+        return rows + [{"name": name, "refused": why} for name, why in self.refused.items()]
+
+    def merge(
+        self,
+        method: Literal["mean", "arithmetic"],
+        *,
+        weights: Mapping[str, float] | float = 1.0,
+        rank: int | None = None,
+        energy: float | None = None,
+    ) -> Delta:
+        """One LoRA from all: exactly their sum, then recompressed if a rank or energy is given.
+
+        Args:
+            method: `"mean"`, or `"arithmetic"`, the weighted sum of task arithmetic (Ilharco et
+                al., 2023), whose weights may be negative.
+            weights: for `"arithmetic"`, one number for all LoRAs, or those that take part.
+            rank: see `Delta.recompress`.
+            energy: see `Delta.recompress`.
+
+        Raises:
+            InputError: there is no such method or LoRA, or weights are given to the mean.
+        """
+        if method not in ("mean", "arithmetic"):
+            raise InputError(f"no way to merge is called {method!r}; use mean or arithmetic")
+        if rank is not None or energy is not None:
+            keeping(rank, energy)  # before LoRAs are read
+        if method == "mean":
+            if weights != 1.0:
+                raise InputError("the mean has no weights; merge with 'arithmetic'")
+            weights = 1 / len(self)
+        if not isinstance(weights, Mapping):
+            weights = dict.fromkeys(self, weights)
+        if not weights:
+            raise InputError("weights name no LoRA to merge")
+        merged = weighted_sum([(weight, self[name]) for name, weight in weights.items()])
+        if rank is None and energy is None:
+            return merged
+        return merged.recompress(rank=rank, energy=energy)
+
+
+def _named(
+    loras: Mapping[str, str | os.PathLike[str]] | str | os.PathLike[str],
+) -> dict[str, Path]:
+    if isinstance(loras, Mapping):
+        folders = {name: Path(folder) for name, folder in loras.items()}
+    else:
+        place = Path(loras)
+        folders = {path.relative_to(place).as_posix(): path for path in folders_inside(place)}
+    if not folders:
+        raise InputError(f"there are no LoRAs in {loras}")
+    return folders
+
+
+def _inner_products(ours: list[Delta], theirs: list[Delta]) -> Tensor:
+    """`[len(ours), len(theirs)]`; two products for each layer, whatever the number of LoRAs."""
+    found = torch.zeros(len(ours), len(theirs), dtype=torch.float64)
+    for layer in sorted({layer for delta in ours for layer in delta.layers}):
+        (a_Rd, b_Rd, of_R), (a_Qd, b_Qd, of_Q) = (_stacked(side, layer) for side in (ours, theirs))
+        if len(of_R) and len(of_Q):
+            products_RQ = (a_Rd @ a_Qd.t()) * (b_Rd @ b_Qd.t())
+            rows = torch.zeros(len(ours), len(of_Q), dtype=torch.float64)
+            rows.index_add_(0, of_R, products_RQ)
+            found.index_add_(1, of_Q, rows)
+    return found
+
+
+def _stacked(deltas: list[Delta], layer: str) -> tuple[Tensor, Tensor, Tensor]:
+    """The factors of a layer one after another, and whose each rank is."""
+    there = [(i, own.layers[layer]) for i, own in enumerate(deltas) if layer in own.layers]
+    if not there:
+        return torch.zeros(0), torch.zeros(0), torch.zeros(0, dtype=torch.long)
+    whose = torch.cat([torch.full((len(own.a),), i) for i, own in there])
+    a_Rd, b_Rd = (torch.cat([getattr(own, f).double() for _, own in there]) for f in ("a", "b"))
+    return a_Rd, b_Rd, whose

@@ -1,0 +1,118 @@
+"""A library of LoRAs knows what they are, how alike they are, and merges them exactly."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from models import gpt2, llama
+from test_delta import near
+from test_lora_import import PATTERNS, written
+
+import polyroute as pr
+from polyroute.library import library as module
+
+SETTINGS = {
+    "plain": {"r": 2},
+    "rs": {"r": 5, "use_rslora": True, "target_modules": ["q_proj", "down_proj"]},
+    "patterns": PATTERNS,
+}
+
+
+@pytest.fixture(scope="module")
+def loras(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Three LoRAs that differ in ranks, scales and layers."""
+    folder = tmp_path_factory.mktemp("loras")
+    for name, settings in SETTINGS.items():
+        written(folder / name, **settings)
+    return folder
+
+
+@pytest.mark.parametrize("at_once", [1, 2, 32])
+def test_norms_and_cosines_are_those_of_pairs(
+    loras: Path, monkeypatch: pytest.MonkeyPatch, at_once: int
+) -> None:
+    monkeypatch.setattr(module, "AT_ONCE", at_once)
+    library = pr.Library.from_peft(loras)
+    assert list(library) == sorted(SETTINGS)
+    gram = library.gram()
+    for i, one in enumerate(library.values()):
+        for j, other in enumerate(library.values()):
+            assert float(gram[i, j]) == pytest.approx(one.inner(other), rel=1e-9, abs=1e-9)
+    for row in library.table():
+        own = library[row["name"]]
+        cosines = {name: own.cosine(d) for name, d in library.items() if name != row["name"]}
+        nearest = max(cosines, key=cosines.__getitem__)
+        assert row == {
+            "name": row["name"],
+            "layers": len(own.layers),
+            "rank": max(own.ranks.values()),
+            "norm": pytest.approx(own.norm()),
+            "nearest": nearest,
+            "cosine": pytest.approx(cosines[nearest]),
+        }
+
+
+def updates(delta: pr.Delta) -> dict[str, torch.Tensor]:
+    return {name: own.b.double().t() @ own.a.double() for name, own in delta.layers.items()}
+
+
+def test_merges_are_sums(loras: Path) -> None:
+    library = pr.Library.from_peft({name: loras / name for name in ("rs", "plain", "patterns")})
+    assert list(library) == ["rs", "plain", "patterns"]
+    every = {name: updates(delta) for name, delta in library.items()}
+    weights = {"rs": -0.5, "plain": 2}
+    for merged, shares in (
+        (library.merge("mean"), dict.fromkeys(library, 1 / 3)),
+        (library.merge("arithmetic", weights=0.3), dict.fromkeys(library, 0.3)),
+        (library.merge("arithmetic", weights=weights), weights),
+        (library.merge("mean", energy=1), dict.fromkeys(library, 1 / 3)),
+    ):
+        for layer, update in updates(merged).items():
+            parts = [share * every[n][layer] for n, share in shares.items() if layer in every[n]]
+            assert near(update, torch.stack(parts).sum(0)), layer
+    small = library.merge("mean", rank=2)
+    assert max(small.ranks.values()) == 2
+    assert small.error > 0
+
+
+def test_a_library_of_one_is_that_one(loras: Path) -> None:
+    library = pr.Library.from_peft({"one": loras / "rs"})
+    assert library.table()[0].keys() == {"name", "layers", "rank", "norm"}
+    merged = updates(library.merge("mean"))
+    for layer, update in updates(library["one"]).items():
+        assert near(merged[layer], update)
+
+
+def test_what_does_not_belong_is_left_out_and_said(loras: Path, tmp_path: Path) -> None:
+    written(tmp_path / "dora", use_dora=True)
+    written(tmp_path / "other", gpt2, target_modules=["c_attn"], fan_in_fan_out=True)
+    folders = {"good": loras / "plain", "dora": tmp_path / "dora", "gone": tmp_path / "gone"}
+    with pytest.warns(UserWarning, match=r"2 LoRAs are left out \(dora: .* is no plain LoRA"):
+        library = pr.Library.from_peft(folders)
+    assert list(library) == ["good"]
+    assert "use_dora" in library.refused["dora"]
+    assert library.table()[1] == {"name": "dora", "refused": library.refused["dora"]}
+    narrow = llama(hidden_size=16)
+    written(tmp_path / "narrow", lambda: narrow)
+    with pytest.warns(UserWarning, match="belongs to another base model"):
+        pr.Library.from_peft({"good": loras / "plain", "narrow": tmp_path / "narrow"})
+    with pytest.raises(pr.InputError, match="no LoRA can be used"):
+        pr.Library.from_peft({"dora": tmp_path / "dora"})
+    with pytest.raises(pr.InputError, match="there are no LoRAs in"):
+        pr.Library.from_peft(tmp_path / "good")
+
+
+def test_requests_that_make_no_sense_are_refused(loras: Path) -> None:
+    library = pr.Library.from_peft(loras)
+    with pytest.raises(pr.InputError, match="no LoRA 'plan': did you mean 'plain'"):
+        _ = library["plan"]
+    with pytest.raises(pr.InputError, match="no way to merge is called 'ties'"):
+        library.merge("ties")  # type: ignore[arg-type]
+    with pytest.raises(pr.InputError, match="the mean has no weights"):
+        library.merge("mean", weights=0.5)
+    with pytest.raises(pr.InputError, match="name no LoRA"):
+        library.merge("arithmetic", weights={})
+    with pytest.raises(pr.InputError, match="either rank or energy"):
+        library.merge("mean", rank=1, energy=0.5)
+    assert "plain" in library
+    assert "nonsense" not in library
