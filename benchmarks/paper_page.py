@@ -35,9 +35,9 @@ HEAD = """# The paper at our scale
 Does Multi-Head adapter Routing do here what its paper says (Caccia et al., NeurIPS 2023)? Studies
 on two CPU cores look into that: on real tasks with a language model, SmolLM2, which has begun; on
 generated tasks that recombine known skills; and on real tasks with a frozen sentence encoder. All
-contenders of a study have the same base model, tasks, batches and draws of examples, and equal costs of
-training unless a section says otherwise. Intervals are 95 %, from a bootstrap over tasks; differences
-are paired by task. Raw results are in `benchmarks/results/paper/`.
+contenders of a study have the same base model, tasks, batches and draws of examples, and equal
+costs of training unless a section says otherwise. Intervals are 95 %, from a bootstrap over tasks;
+differences are paired by task. Raw results are in `benchmarks/results/paper/`.
 `python benchmarks/paper_page.py` makes this page from them;
 `python benchmarks/paper.py generated`, `python benchmarks/paper.py real --data SUITE` and
 `make study-lm` measure again.
