@@ -123,6 +123,7 @@ CONTENDERS: Mapping[str, Contender] = {
     "shared-matched": Contender("shared-matched", {"mu": 3e-3, "mu-longer": 3e-3}),
     "mhr": Contender("mhr", {"mu": 3e-3, "z": 3e-3, "full": 3e-3}, is_continued=True),
     "poly": Contender("poly", {"mu": 3e-3, "z": 3e-3}),
+    "private": Contender("private", {"mu": 3e-3}),
 }
 """The contenders of the held-out table, in the order in which they run."""
 

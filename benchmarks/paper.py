@@ -221,7 +221,8 @@ def _as_is(
     part: Study, name: str, continued: str, contender: Contender, role: str
 ) -> dict[str, Callable[[], object]]:
     """By stage, what scores an inventory without adapting it."""
-    has_routes = part.inventories[contender.config]["method"] in ("poly", "mhr")
+    method = part.inventories[contender.config]["method"]
+    has_routes = method in ("poly", "mhr")
     score = partial(zero_shot, part, tasks=part.test)
     found = {
         f"{role}-zero-shot-{own}": partial(score, inventory=own) for own in (name, continued) if own
@@ -230,7 +231,7 @@ def _as_is(
         stage = f"{role}-{rule}-{name}"
         found[stage] = partial(score, inventory=name, route=None, added=AS_IS[rule])
     if role == "develop":
-        route = None if has_routes else "mu"
+        route = "mu" if method == "shared" else None
         found[f"own-tasks-{name}"] = partial(score, inventory=name, tasks=part.train, route=route)
     return {stage: partial(run, stage=stage) for stage, run in found.items()}
 

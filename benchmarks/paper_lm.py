@@ -45,6 +45,8 @@ COMPARED_WITH = {
 }
 """How a shared LoRA is used that a way is compared with: the first that was run. It costs as much
 if it is `mu-longer`. Other ways are compared with themselves."""
+WRITTEN_TITLES = {"exact_match": "exact match", "rougeL": "ROUGE-L"}
+"""The metrics of tasks that ask for text."""
 REFERENCE = "shared"
 GROUPED = "grouped"
 REFERENCES = (REFERENCE, "shared-matched")
@@ -55,6 +57,7 @@ CONTENDER_TITLES = {
     "poly": "Poly",
     "mhr": "MHR",
     "grouped": "MHR, a skill for each group of tasks",
+    "private": "a LoRA for each task, or their mean",
 }
 """The rows of the tables of the main runs."""
 SEEDS = range(9)
@@ -257,7 +260,43 @@ def _held_out(folder: Path) -> str:
         ]
         if any(results for *_, results in entries[1:]):
             text += f"\n{title}:\n\n{_compared(folder, entries, shots)}\n"
+    text += _written(folder)
     return f"\n## SmolLM2: held-out tasks\n{text}" if text else ""
+
+
+def _written(folder: Path) -> str:
+    """The held-out tasks that ask for text, by metric; empty before they were scored."""
+    base = results_of(folder, ["text-zero-shot-base"])
+    entries = [("the base model as it is", "zero-shot", base)]
+    entries += [
+        (CONTENDER_TITLES[name], way, _of_seeds(folder, f"text-{cell}-{name}"))
+        for way in WAY_TITLES
+        for cell in (way if way == "zero-shot" else f"{way}-32",)
+        for name in CONTENDER_TITLES
+    ]
+    if not any(results for *_, results in entries[1:]):
+        return ""
+    metrics = {result["task"]: result["metric"] for result in base}
+    shared = {
+        way: results for title, way, results in entries if title == CONTENDER_TITLES[REFERENCE]
+    }
+    text = [["inventory", "used", *WRITTEN_TITLES.values(), "minus shared, over both"]]
+    for title, way, results in entries:
+        if results:
+            scores = [
+                _score(r for r in results if metrics[r["task"]] == metric)
+                for metric in WRITTEN_TITLES
+            ]
+            other = _reference(shared, way)
+            gap = "" if results == other or not other else difference(results, other).signed
+            text.append([title, WAY_TITLES[way], *scores, gap])
+    counts = [sum(metric == own for own in metrics.values()) for metric in WRITTEN_TITLES]
+    return f"""
+Tasks that ask for text, {counts[0]} with short answers and {counts[1]} with longer ones, with 32
+examples unless used as they are:
+
+{rows(text)}
+"""
 
 
 def _stages(shots: int) -> list[tuple[str, str, str, str]]:

@@ -106,8 +106,21 @@ def test_requests_that_make_no_sense_are_refused(loras: Path) -> None:
     library = pr.Library.from_peft(loras)
     with pytest.raises(pr.InputError, match="no LoRA 'plan': did you mean 'plain'"):
         _ = library["plan"]
-    with pytest.raises(pr.InputError, match="no way to merge is called 'ties'"):
-        library.merge("ties")  # type: ignore[arg-type]
+    with pytest.raises(pr.InputError, match="no way to merge is called 'tie': did you mean 'ties'"):
+        library.merge("tie")
+    with pytest.raises(pr.InputError, match="the result of 'ties' is dense: say how much stays"):
+        library.merge("ties")
+    with pytest.raises(pr.InputError, match="'wudi' has no option 'keep': it has ridge"):
+        library.merge("wudi", keep=0.5)
+    with pytest.raises(pr.InputError, match="'mean' has no option 'drop': it has none"):
+        library.merge("mean", drop=0.5)
+    for options in ({"keep": 0}, {"drop": 1}, {"drop": float("nan")}, {"keep": True}):
+        with pytest.raises(pr.InputError, match="must be a number"):
+            library.merge("ties", rank=2, **options)
+    with pytest.raises(pr.InputError, match="ridge must be a number from 0 on"):
+        library.merge("wudi", ridge=-1)
+    with pytest.raises(pr.InputError, match="cannot be weighted by nan"):
+        library.merge("knots", weights=float("nan"))
     with pytest.raises(pr.InputError, match="the mean has no weights"):
         library.merge("mean", weights=0.5)
     with pytest.raises(pr.InputError, match="name no LoRA"):

@@ -243,3 +243,23 @@ def test_an_interrupted_training_of_a_study_goes_on_to_the_same_inventory(
             paper_study.train(study, "mhr-s0", "mhr", replace(training, lr=1.0))
         ends.append((study.folder("mhr-s0") / "inventory.safetensors").read_bytes())
     assert ends[0] == ends[1]
+
+
+def test_tasks_that_ask_for_text_are_shown_by_their_metric(tmp_path: Path) -> None:
+    metrics = {"short": "exact_match", "long": "rougeL"}
+
+    def write(stage: str, scores: dict[str, float], **more: Any) -> None:
+        results = [{"task": t, "score": s, "metric": metrics[t], **more} for t, s in scores.items()]
+        (tmp_path / f"{stage}.json").write_text(json.dumps(results))
+
+    write("text-zero-shot-base", {"short": 0.1, "long": 0.2})
+    assert paper_lm._written(tmp_path) == ""
+    write("text-mu-32-shared-s0", {"short": 0.5, "long": 0.3}, seed=7)
+    write("text-mu-nearest-32-grouped-s0", {"short": 0.7, "long": 0.3}, seed=7)
+    lines = paper_lm._written(tmp_path).splitlines()
+    cells = [[cell.split(" [")[0].strip() for cell in line.split("|")[1:-1]] for line in lines]
+    table = [row for row in cells if row]
+    assert ["the base model as it is", "zero-shot", "0.100", "0.200", ""] in table
+    shared, grouped = (paper_lm.CONTENDER_TITLES[name] for name in ("shared", "grouped"))
+    assert [shared, "mu", "0.500", "0.300", ""] in table
+    assert [grouped, "mu from the nearest routes", "0.700", "0.300", "+0.100"] in table

@@ -30,9 +30,19 @@ from polyroute.errors import InputError
 from polyroute.exchange.lora import factors_of
 from polyroute.exchange.peft_folder import read_peft_folder
 from polyroute.layer.factors import LoRAFactors
+from polyroute.saved.peft_card import write_peft_card
 from polyroute.saved.peft_export import PeftTarget
 
-__all__ = ["Delta", "inner_products", "keeping", "weighted_sum"]
+__all__ = [
+    "Delta",
+    "base_and_error",
+    "inner_products",
+    "is_noise",
+    "keeping",
+    "nearest",
+    "side_by_side",
+    "weighted_sum",
+]
 
 SAID = ("base_model_name_or_path", "task_type")
 """What PEFT's settings say of the base model."""
@@ -75,6 +85,8 @@ class Delta:
     def save_peft(self, folder: str | os.PathLike[str]) -> None:
         """Write it as an ordinary LoRA of PEFT, which has the scale in B.
 
+        Its card, `README.md`, says how near it is to the exact update.
+
         Raises:
             InputError: the folder cannot be written.
         """
@@ -83,6 +95,17 @@ class Delta:
         is_transposed = bool(self.base.get(TRANSPOSED))
         target = PeftTarget(config, tuple(self.layers), is_transposed, {})
         target.write(Path(folder), list(self.layers.values()))
+        write_peft_card(folder, None, origin=self._origin())
+
+    def _origin(self) -> str:
+        if not self.error:
+            return "computed exactly from other LoRAs by polyroute"
+        size = math.hypot(self.norm(), self.error)
+        return (
+            "computed from other LoRAs by polyroute. Its update is at most "
+            f"{self.error:.3g} from the exact one, which is {self.error / size:.1%} of that one's "
+            "norm"
+        )
 
     @property
     def ranks(self) -> dict[str, int]:
@@ -148,14 +171,8 @@ class Delta:
         layers: dict[str, LoRAFactors] = {}
         lost = 0.0
         for layer, own in self.layers.items():
-            core_rr, basis_a, basis_b = _core(own)
-            left, values_r, right = torch.linalg.svd(core_rr, full_matrices=False)
-            kept = keep(_without_noise(values_r, own))
-            roots = values_r[:kept].sqrt()
-            a = (basis_a @ right[:kept].t() * roots).t()
-            b = (basis_b @ left[:, :kept] * roots).t()
-            layers[layer] = LoRAFactors(a.to(own.a.dtype), b.to(own.b.dtype))
-            lost += float(values_r[kept:].square().sum())
+            layers[layer], own_lost = nearest(own, keep)
+            lost += own_lost
         return replace(self, layers=layers, error=self.error + math.sqrt(lost))
 
 
@@ -165,22 +182,38 @@ def weighted_sum(terms: Sequence[tuple[float, Delta]]) -> Delta:
     Raises:
         InputError: a weight is not finite, or the LoRAs belong to different base models.
     """
+    base, error = base_and_error(terms)
     parts: dict[str, list[LoRAFactors]] = {}
+    for weight, delta in terms:
+        for layer, own in delta.layers.items():
+            parts.setdefault(layer, []).append(LoRAFactors(own.a, own.b * weight))
+    return Delta({layer: side_by_side(layer, own) for layer, own in parts.items()}, base, error)
+
+
+def base_and_error(terms: Sequence[tuple[float, Delta]]) -> tuple[Mapping[str, Any], float]:
+    """What weighted LoRAs say of their base model, and how far their sum is from the exact one.
+
+    Raises:
+        InputError: a weight is not finite, or the LoRAs belong to different base models.
+    """
     base = terms[0][1].base
     for weight, delta in terms:
-        if not math.isfinite(weight):
+        if isinstance(weight, bool) or not math.isfinite(weight):
             raise InputError(f"a LoRA cannot be weighted by {weight}; use a finite number")
         base = _agreed(base, delta.base)
-        for layer, own in delta.layers.items():
-            others = parts.setdefault(layer, [])
-            if others:
-                _check_fit(layer, others[0], own)
-            others.append(LoRAFactors(own.a, own.b * weight))
-    layers = {
-        layer: LoRAFactors(torch.cat([o.a for o in several]), torch.cat([o.b for o in several]))
-        for layer, several in parts.items()
-    }
-    return Delta(layers, base, sum(abs(weight) * delta.error for weight, delta in terms))
+    return base, sum(abs(weight) * delta.error for weight, delta in terms)
+
+
+def side_by_side(layer: str, several: Sequence[LoRAFactors]) -> LoRAFactors:
+    """The sum of updates of a layer, of which each keeps its ranks.
+
+    Raises:
+        InputError: their widths differ.
+    """
+    first, *others = several
+    for own in others:
+        _check_fit(layer, first, own)
+    return LoRAFactors(torch.cat([o.a for o in several]), torch.cat([o.b for o in several]))
 
 
 def inner_products(ours: Sequence[Delta], theirs: Sequence[Delta]) -> Tensor:
@@ -209,10 +242,9 @@ def _stacked(deltas: Sequence[Delta], layer: str) -> tuple[LoRAFactors, Tensor] 
     there = [(i, own.layers[layer]) for i, own in enumerate(deltas) if layer in own.layers]
     if not there:
         return None
-    for _, own in there:
-        _check_fit(layer, there[0][1], own)
-    a_Rd, b_Rd = (torch.cat([getattr(own, f).double() for _, own in there]) for f in ("a", "b"))
-    return LoRAFactors(a_Rd, b_Rd), torch.cat([torch.full((len(o.a),), i) for i, o in there])
+    every = side_by_side(layer, [own for _, own in there])
+    of_R = torch.cat([torch.full((len(own.a),), i) for i, own in there])
+    return LoRAFactors(every.a.double(), every.b.double()), of_R
 
 
 def _core(own: LoRAFactors) -> tuple[Tensor, Tensor, Tensor]:
@@ -222,12 +254,41 @@ def _core(own: LoRAFactors) -> tuple[Tensor, Tensor, Tensor]:
     return upper_b @ upper_a.t(), basis_a, basis_b
 
 
-def _without_noise(values_r: Tensor, own: LoRAFactors) -> Tensor:
-    """Singular values with zeros for those that rounding alone can have left."""
-    size = float(own.a.double().norm() * own.b.double().norm())
+def nearest(
+    update: LoRAFactors | Tensor, keep: Callable[[Tensor], int]
+) -> tuple[LoRAFactors, float]:
+    """The best update of a lower rank (Eckart and Young, 1936), and the square of the error.
+
+    Args:
+        update: of one layer; factors, or dense `[d_out, d_in]`.
+        keep: how many of its singular values stay, see `keeping`.
+    """
+    if isinstance(update, Tensor):
+        left, values, right = torch.linalg.svd(update.double(), full_matrices=False)
+        size = float(values.norm())
+        dtype = update.dtype
+    else:
+        core_pq, basis_a, basis_b = _core(update)
+        left, values, right = torch.linalg.svd(core_pq, full_matrices=False)
+        left, right = basis_b @ left, right @ basis_a.t()
+        size = float(update.a.double().norm() * update.b.double().norm())
+        dtype = update.a.dtype
+    kept = keep(torch.where(is_noise(values, size), 0.0, values))
+    roots = values[:kept, None].sqrt()
+    factors = LoRAFactors((right[:kept] * roots).to(dtype), (left[:, :kept].t() * roots).to(dtype))
+    return factors, float(values[kept:].square().sum())
+
+
+def is_noise(values_r: Tensor, size: float) -> Tensor:
+    """Which singular values, largest first, rounding alone can have left.
+
+    Args:
+        values_r: in fp64, of a matrix in fp32.
+        size: the norm of what they were computed from.
+    """
     coarse = float(values_r[0]) * torch.finfo(torch.float32).eps
     tiny = max(coarse, size * torch.finfo(torch.float64).eps) * len(values_r)
-    return torch.where(values_r > tiny, values_r, 0.0)
+    return values_r <= tiny
 
 
 def keeping(rank: int | None, energy: float | None) -> Callable[[Tensor], int]:

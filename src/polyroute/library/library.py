@@ -7,14 +7,15 @@ import os
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from polyroute.errors import InputError, did_you_mean, first_few
 from polyroute.exchange.peft_folder import folders_inside
-from polyroute.library.delta import Delta, inner_products, keeping, weighted_sum
+from polyroute.library.delta import Delta, inner_products, keeping
+from polyroute.library.merging import DENSE, WAYS, Terms, check_options, merged
 
 __all__ = ["Library"]
 
@@ -152,40 +153,52 @@ class Library(Mapping[str, Delta]):
 
     def merge(
         self,
-        method: Literal["mean", "arithmetic"],
+        method: str,
         *,
         weights: Mapping[str, float] | float = 1.0,
         rank: int | None = None,
         energy: float | None = None,
+        **options: float,
     ) -> Delta:
-        """One LoRA from all: exactly their sum, then recompressed if a rank or energy is given.
+        """One LoRA from all. A layer is merged at a time, then recompressed if asked for.
+
+        | method | update of a layer | options |
+        |---|---|---|
+        | `mean` | the mean, exactly | |
+        | `arithmetic` | the weighted sum, exactly; weights may be negative | |
+        | `ties` | of each entry, the mean of the LoRAs that agree on its sign | `keep`, `drop` |
+        | `dare` | the sum of randomly thinned LoRAs | `drop`, `seed` |
+        | `knots` | as `ties`, in the basis of outputs that the LoRAs share | `keep`, `drop` |
+        | `wudi` | what interferes least with each LoRA's own inputs | `ridge` |
+
+        `polyroute.library.merging` has the equations and defaults. Results of `ties` and `dare` are
+        dense, so they need `rank` or `energy`; `error` says what that loses.
 
         Args:
-            method: `"mean"`, or `"arithmetic"`, the weighted sum of task arithmetic (Ilharco et
-                al., 2023), whose weights may be negative.
-            weights: for `"arithmetic"`, one number for all LoRAs, or those that take part.
+            method: one of the table.
+            weights: for all but `mean`, one number for all LoRAs, or those that take part. They
+                multiply the LoRAs before anything else happens.
             rank: see `Delta.recompress`.
             energy: see `Delta.recompress`.
+            **options: of the method.
 
         Raises:
-            InputError: there is no such method or LoRA, or weights are given to the mean.
+            InputError: there is no such method, LoRA or option, an option is out of range, weights
+                are given to the mean, or a dense result has neither rank nor energy.
         """
-        if method not in ("mean", "arithmetic"):
-            raise InputError(f"no way to merge is called {method!r}; use mean or arithmetic")
-        if rank is not None or energy is not None:
-            keeping(rank, energy)  # before LoRAs are read
-        if method == "mean":
-            if weights != 1.0:
-                raise InputError("the mean has no weights; merge with 'arithmetic'")
-            weights = 1 / len(self)
+        check_options(method, options)
+        is_asked = rank is not None or energy is not None
+        if not is_asked and method in DENSE:
+            raise InputError(f"the result of {method!r} is dense: say how much stays, with rank")
+        keep = keeping(rank, energy) if is_asked else None
+        if method == "mean" and weights != 1.0:
+            raise InputError("the mean has no weights; merge with 'arithmetic'")
         if not isinstance(weights, Mapping):
-            weights = dict.fromkeys(self, weights)
+            weights = dict.fromkeys(self, 1 / len(self) if method == "mean" else weights)
         if not weights:
             raise InputError("weights name no LoRA to merge")
-        merged = weighted_sum([(weight, self[name]) for name, weight in weights.items()])
-        if rank is None and energy is None:
-            return merged
-        return merged.recompress(rank=rank, energy=energy)
+        terms = Terms({name: self[name] for name in weights}, weights)
+        return merged(terms, WAYS[method](terms, **options), keep)
 
 
 def _named(

@@ -21,23 +21,31 @@ PLAIN = ("LORA", "IA3")
 
 
 def write_peft_card(
-    folder: str | os.PathLike[str], prompting: Prompting, config: Mapping[str, Any] | None = None
+    folder: str | os.PathLike[str],
+    prompting: Prompting | None,
+    config: Mapping[str, Any] | None = None,
+    *,
+    origin: str = "trained with polyroute",
 ) -> None:
     """Write the README.md of an adapter; one that polyroute did not write stays.
 
     Args:
         folder: the folder of the adapter.
-        prompting: how its base model was prompted.
+        prompting: how its base model was prompted; None where that is not known.
         config: what `run.json` says of the run that it comes from; None where there is no run.
+        origin: the end of the sentence that says what the adapter is.
     """
     place = Path(folder)
     card = place / CARD
     if card.is_file() and MARK not in card.read_text(encoding="utf-8"):
         return
-    write_text(card, _card(read_json(place / CONFIG), prompting, loading_of(config or {})))
+    fields = read_json(place / CONFIG)
+    write_text(card, _card(fields, prompting, loading_of(config or {}), origin))
 
 
-def _card(config: dict[str, Any], prompting: Prompting, loading: str | None) -> str:
+def _card(
+    config: dict[str, Any], prompting: Prompting | None, loading: str | None, origin: str
+) -> str:
     from huggingface_hub import ModelCard, ModelCardData
 
     name = config["base_model_name_or_path"]
@@ -53,18 +61,26 @@ def _card(config: dict[str, Any], prompting: Prompting, loading: str | None) -> 
     parts = [
         MARK,
         f"# {method} adapter",
-        f"A {method} adapter in PEFT's files, trained with polyroute.",
-        "## Prompts",
-        f"{prompting.sentence()} The adapter was trained on prompts of this form, so give it no "
-        "others.",
+        f"A {method} adapter in PEFT's files, {origin}.",
+        *_prompts(prompting),
         *_use(config, base, prompting, loading),
     ]
     text = "\n\n".join(parts)
     return str(ModelCard(f"---\n{data.to_yaml()}\n---\n\n{text}\n"))
 
 
+def _prompts(prompting: Prompting | None) -> list[str]:
+    if prompting is None:
+        return []
+    sentence = prompting.sentence()
+    return [
+        "## Prompts",
+        f"{sentence} The adapter was trained on prompts of this form, so give it no others.",
+    ]
+
+
 def _use(
-    config: dict[str, Any], base: str | None, prompting: Prompting, loading: str | None
+    config: dict[str, Any], base: str | None, prompting: Prompting | None, loading: str | None
 ) -> list[str]:
     """How PEFT loads it, where PEFT alone can."""
     loader = CLASSES.get(config["task_type"])
@@ -82,7 +98,7 @@ def _use(
             f'tokenizer = AutoTokenizer.from_pretrained("{base}")',
         ]  # fmt: skip
     lines.append('model = PeftModel.from_pretrained(base, "FOLDER")  # the folder of this file')
-    if loader is not None:
+    if loader is not None and prompting is not None:
         lines += [*prompting.code(), "ids = model.generate(**prompt)"]
     snippet = "\n".join(lines)
     return [f"## Use\n\n```python\n{snippet}\n```"]
