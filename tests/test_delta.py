@@ -49,6 +49,12 @@ def flat(delta: pr.Delta) -> Tensor:
     return torch.cat([update.flatten() for update in dense(delta).values()])
 
 
+def flat_layers(delta: pr.Delta) -> Tensor:
+    """The update of any layers, in the order of their names."""
+    every = [delta.layers[name] for name in sorted(delta.layers)]
+    return torch.cat([(own.b.double().t() @ own.a.double()).flatten() for own in every])
+
+
 def near(one: Tensor, other: Tensor) -> bool:
     return bool(torch.allclose(one, other, rtol=1e-4, atol=1e-5))
 
@@ -226,3 +232,37 @@ def test_numbers_that_are_not_finite_are_refused(tmp_path: Path) -> None:
     save_file(tensors, tmp_path / "adapter_model.safetensors")
     with pytest.raises(pr.InputError, match=r"q_proj' is not finite"):
         pr.Delta.from_peft(tmp_path)
+
+
+def test_a_copy_of_the_output_layer_is_left_out_with_a_warning(tmp_path: Path) -> None:
+    with pytest.warns(UserWarning, match="embedding"):  # PEFT says that it saves the layer
+        written(tmp_path, target_modules=["q_proj", "lm_head"])
+    assert "base_model.model.lm_head.base_layer.weight" in load_file(
+        tmp_path / "adapter_model.safetensors"
+    )
+    with pytest.warns(UserWarning, match=r"lm_head\.base_layer\.weight', which is taken for a"):
+        delta = pr.Delta.from_peft(tmp_path)
+    assert "lm_head" in delta.layers
+
+
+def test_factors_are_read_when_they_are_used(tmp_path: Path) -> None:
+    written(tmp_path, use_rslora=True)
+    delta = pr.Delta.from_peft(tmp_path)
+    layer = next(iter(delta.layers))
+    stored = load_file(tmp_path / "adapter_model.safetensors")
+    expected = stored[f"base_model.model.{layer}.lora_B.weight"] * (4 / math.sqrt(3))
+    assert torch.equal(delta.layers[layer].b, expected.t())
+    assert delta.layers[layer] is not delta.layers[layer]
+
+
+def test_the_card_says_how_exact_an_update_is(tmp_path: Path) -> None:
+    written(tmp_path / "lora")
+    delta = pr.Delta.from_peft(tmp_path / "lora")
+    (2 * delta).save_peft(tmp_path / "twice")
+    assert "computed exactly from" in (tmp_path / "twice" / "README.md").read_text()
+    small = delta.recompress(rank=1)
+    small.save_peft(tmp_path / "small")
+    share = (delta - small).norm() / delta.norm()
+    assert small.error == pytest.approx((delta - small).norm(), rel=1e-4)
+    card = (tmp_path / "small" / "README.md").read_text()
+    assert f"at most {small.error:.3g} from the exact one, which is {share:.1%}" in card

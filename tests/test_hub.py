@@ -14,7 +14,7 @@ from hub_server import Hub, Repository, serving
 from huggingface_hub import ModelCard, constants
 from models import TASKS, routed, stack
 
-from polyroute import InputError, RoutedModel, SavedRoutes, from_pretrained
+from polyroute import Delta, InputError, Library, RoutedModel, SavedRoutes, from_pretrained
 from polyroute.saved import shards
 from polyroute.saved.hub import locate, public
 from polyroute.trainer import MultiTaskTrainer, MultiTaskTrainingArguments
@@ -332,3 +332,19 @@ def test_a_snapshot_is_located_as_it_is(hub: Hub, model: RoutedModel, tmp_path: 
 )
 def test_paths_of_this_machine_are_not_sent(value: str, sent: str) -> None:
     assert public({"data": [value], "argv": [value]}) == {"data": [sent]}
+
+
+def test_a_lora_on_the_hub_is_read_by_its_id(hub: Hub, tmp_path: Path) -> None:
+    folder = tmp_path / "lora"
+    routed(stack(), method="shared").export_peft(TASKS[0], folder)
+    files = {path.name: path.read_bytes() for path in folder.iterdir()}
+    hub.repositories["user/lora"] = Repository()
+    hub.repositories["user/lora"].commit("main", {**files, "weights.bin": b"pickle"})
+    local, fetched = Delta.from_peft(folder), Delta.from_peft("user/lora@main")
+    assert fetched.norm() == local.norm()
+    assert not any("weights.bin" in path for path in hub.fetched)
+    library = Library.from_peft({"here": folder, "there": "user/lora"})
+    assert list(library) == ["here", "there"]
+    hub.repositories["user/lora"].commit("main", {"README.md": b""})
+    with pytest.raises(InputError, match="user/lora on the hub holds no adapter: there is no adap"):
+        Delta.from_peft("user/lora@main")

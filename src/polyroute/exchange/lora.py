@@ -11,7 +11,8 @@ zeros. Layers that store their weight transposed (GPT-2) have the same two matri
 import math
 import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -81,9 +82,30 @@ def from_lora(
     return routed_model(base_model, found, [path.resolve().name] if tasks is None else tasks)
 
 
-def factors_of(
-    fields: Mapping[str, Any], tensors: Mapping[str, Any], source: str
-) -> dict[str, LoRAFactors]:
+@dataclass(frozen=True)
+class StoredFactors(Mapping[str, LoRAFactors]):
+    """The factors of each layer, which are scaled when they are asked for.
+
+    Tensors of a safetensors file are mapped, so a layer takes memory only while it is used.
+    """
+
+    parts: Mapping[str, Mapping[str, Tensor]]
+    """By layer, `A` `[r, d_in]` and `B` `[d_out, r]`."""
+    scales: Mapping[str, float]
+    """By layer, what B is multiplied by."""
+
+    def __getitem__(self, layer: str) -> LoRAFactors:
+        parts = self.parts[layer]
+        return LoRAFactors(parts["A"].float(), (parts["B"].float() * self.scales[layer]).t())
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.parts)
+
+    def __len__(self) -> int:
+        return len(self.parts)
+
+
+def factors_of(fields: Mapping[str, Any], tensors: Mapping[str, Any], source: str) -> StoredFactors:
     """The factors of each layer in fp32, with its own rank, and its scale in B.
 
     Args:
@@ -95,12 +117,12 @@ def factors_of(
         InputError: the LoRA computes more than a low-rank update, or is not whole.
     """
     _check_plain(fields, source)
-    found: dict[str, LoRAFactors] = {}
-    for layer, parts in _layers(tensors, source).items():
-        rank = _checked_rank(layer, parts, fields, source)
-        scaled = parts["B"].float() * _scale(layer, fields, rank, source)
-        found[layer] = LoRAFactors(parts["A"].float(), scaled.t())
-    return found
+    layers = _layers(tensors, source)
+    scales = {
+        layer: _scale(layer, fields, _checked_rank(layer, parts, fields, source), source)
+        for layer, parts in layers.items()
+    }
+    return StoredFactors(layers, scales)
 
 
 def _layers(tensors: Mapping[str, Any], source: str) -> dict[str, dict[str, Tensor]]:

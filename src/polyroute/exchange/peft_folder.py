@@ -1,7 +1,9 @@
 """Reading the folders that PEFT's `save_pretrained` writes, for any method."""
 
 import os
-from collections.abc import Iterable, Mapping
+import re
+import warnings
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,6 +18,7 @@ from polyroute.layer.sites import find_sites
 from polyroute.saved.peft_export import CONFIG, ROOT, TENSORS
 
 __all__ = [
+    "PICKLE",
     "adapters_inside",
     "check_whole",
     "folders_inside",
@@ -25,6 +28,8 @@ __all__ = [
 ]
 
 PICKLE = "adapter_model.bin"
+COPY = r"(\.base_layer)?\.weight$"
+"""Ends the key of a copy of an adapted layer's weight."""
 MOST_NAMES = 8
 """As many sub-folders are named in an error message."""
 
@@ -73,7 +78,8 @@ def read_peft_folder(
     tensors are without such copies.
 
     Args:
-        base_model: the model that the adapter was trained on; None leaves such copies in.
+        base_model: the model that the adapter was trained on; without it a weight beside its own
+            LoRA is taken for a copy, with a warning.
         folder: a folder that PEFT wrote.
         peft_type: the method that the adapter must have.
         allow_pickle: read `adapter_model.bin` if there are no safetensors; see `read_pickle`.
@@ -95,7 +101,25 @@ def read_peft_folder(
         tensors: Mapping[str, Any] = read_tensors(path / TENSORS)
     else:
         tensors = read_pickle(path / PICKLE, allowed=allow_pickle)
-    own = {} if base_model is None else base_model.state_dict()
+    copies = _copies(base_model, tensors, source)
+    return read_json(path / CONFIG), {k: v for k, v in tensors.items() if k not in copies}
+
+
+def _copies(
+    base_model: nn.Module | None, tensors: Mapping[str, Any], source: str
+) -> Collection[str]:
+    """The keys of weights of the base model, such as that of an adapted output layer."""
+    if base_model is None:
+        adapted = {key.split(".lora_A.")[0] for key in tensors if ".lora_A." in key}
+        found = [key for key in tensors if re.sub(COPY, "", key) in adapted]
+        if found:
+            warnings.warn(
+                f"{source} also holds {found[0]!r}, which is taken for a copy of the base model's "
+                "weight and left out",
+                stacklevel=4,
+            )
+        return found
+    own = base_model.state_dict()
     copies = {
         key: weight
         for key in tensors
@@ -108,7 +132,7 @@ def read_peft_folder(
                 "model that it was trained on; modules_to_save and other trained weights of the "
                 "base model cannot be imported"
             )
-    return read_json(path / CONFIG), {k: v for k, v in tensors.items() if k not in copies}
+    return copies.keys()
 
 
 def _is_copy(tensor: Any, weight: Tensor) -> bool:

@@ -28,10 +28,11 @@ from torch import Tensor
 
 from polyroute.errors import InputError
 from polyroute.exchange.lora import factors_of
-from polyroute.exchange.peft_folder import read_peft_folder
+from polyroute.exchange.peft_folder import PICKLE, read_peft_folder
 from polyroute.layer.factors import LoRAFactors
+from polyroute.saved.hub import locate
 from polyroute.saved.peft_card import write_peft_card
-from polyroute.saved.peft_export import PeftTarget
+from polyroute.saved.peft_export import CONFIG, TENSORS, PeftTarget
 
 __all__ = [
     "Delta",
@@ -70,15 +71,23 @@ class Delta:
     def from_peft(cls, folder: str | os.PathLike[str], *, allow_pickle: bool = False) -> "Delta":
         """Read a LoRA that PEFT or polyroute wrote, whatever its ranks, scales and patterns.
 
+        Its tensors stay in the file, mapped, and are read again when a layer is used.
+
+        Args:
+            folder: a folder or, if there is none of this name, an id on the hub, `user/lora` or
+                `user/lora@revision`.
+            allow_pickle: read `adapter_model.bin` where there are no safetensors.
+
         Raises:
             InputError: the folder holds no LoRA, or one that computes more than a low-rank update
                 (DoRA, biases, trained weights of the base model), or is not whole.
         """
-        fields, tensors = read_peft_folder(None, folder, "LORA", allow_pickle=allow_pickle)
-        layers = factors_of(fields, tensors, os.fspath(folder))
+        place = locate(folder, (CONFIG, TENSORS, *([PICKLE] if allow_pickle else [])))
+        fields, tensors = read_peft_folder(None, place, "LORA", allow_pickle=allow_pickle)
+        layers = factors_of(fields, tensors, str(place))
         for layer, own in layers.items():
             if not (own.a.isfinite().all() and own.b.isfinite().all()):
-                raise InputError(f"{os.fspath(folder)} is damaged: {layer!r} is not finite")
+                raise InputError(f"{place} is damaged: {layer!r} is not finite")
         base = {name: fields.get(name) for name in (*SAID, TRANSPOSED)}
         return cls(layers, base)
 

@@ -90,7 +90,8 @@ class Library(Mapping[str, Delta]):
             raise InputError(f"no LoRA can be used: {next(iter(refused.values()))}")
         if refused:
             why = first_few([f"{name}: {reason}" for name, reason in refused.items()], NAMED)
-            warnings.warn(f"{len(refused)} LoRAs are left out ({why})", stacklevel=2)
+            count = "1 LoRA is" if len(refused) == 1 else f"{len(refused)} LoRAs are"
+            warnings.warn(f"{count} left out ({why})", stacklevel=2)
         return cls(kept, ranks, refused, allow_pickle=allow_pickle)
 
     def __getitem__(self, name: str) -> Delta:
@@ -189,7 +190,9 @@ class Library(Mapping[str, Delta]):
         check_options(method, options)
         is_asked = rank is not None or energy is not None
         if not is_asked and method in DENSE:
-            raise InputError(f"the result of {method!r} is dense: say how much stays, with rank")
+            raise InputError(
+                f"the result of {method!r} is dense: say with rank or energy how much stays"
+            )
         keep = keeping(rank, energy) if is_asked else None
         if method == "mean" and weights != 1.0:
             raise InputError("the mean has no weights; merge with 'arithmetic'")

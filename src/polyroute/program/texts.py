@@ -1,14 +1,14 @@
 """Values as they are typed on the command line: lists, seeds, grids, and options of readers."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import yaml
 
 from polyroute.errors import InputError
 
-__all__ = ["grid", "names", "pattern", "reader", "replacements", "seeds"]
+__all__ = ["grid", "names", "pattern", "reader", "replacements", "seeds", "weights"]
 
 SEEDS = 2**32
 """Seeds are below this number; numpy takes no others."""
@@ -108,6 +108,29 @@ def replacements(texts: Sequence[str] | None, option: str) -> dict[str, Any]:
         except yaml.YAMLError as error:
             raise InputError(f"{option} {text!r}: the value is not valid YAML") from error
     return found
+
+
+def weights(texts: Sequence[str] | float, option: str) -> Mapping[str, float] | float:
+    """`sql=1` as a name and its weight, or `0.5` as the weight of all.
+
+    Raises:
+        InputError: a text has another form, or names a LoRA again.
+    """
+    if isinstance(texts, int | float):
+        return texts
+    found: dict[str, float] = {}
+    for text in texts:
+        name, equals, value = text.rpartition("=")
+        number = _value(value)
+        if isinstance(number, bool) or not isinstance(number, int | float):
+            raise InputError(f"{option} {text!r} must be a name and a number: sql=0.5")
+        if not equals and len(texts) == 1:
+            return number
+        if not equals or name in found:
+            why = "is one number for all beside others" if not equals else f"names {name!r} twice"
+            raise InputError(f"{option} {text!r} {why}; give each LoRA one weight")
+        found[name] = number
+    return found or 1.0
 
 
 def _value(text: str) -> Any:

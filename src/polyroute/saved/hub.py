@@ -89,7 +89,8 @@ def locate(
     Args:
         name: a folder, or an id such as `user/inventory` or `user/inventory@revision`. A snapshot
             is returned as it is.
-        files: patterns of the files to fetch; the description is always fetched.
+        files: patterns of the files to fetch. The first is the name of the one that describes the
+            others, without which they are nothing.
         revision: a branch, a tag or a commit on the hub; by default the main branch.
         token: a token for the hub, instead of the stored one; False for no token.
         cache_dir: the cache of the hub, instead of the usual one.
@@ -100,7 +101,7 @@ def locate(
 
     Raises:
         InputError: there is neither such a folder nor such a repository or revision, the repository
-            cannot be read or holds no inventory, or a revision is given for a local folder.
+            cannot be read or has no description, or a revision is given for a local folder.
     """
     if isinstance(name, Snapshot):
         return name
@@ -122,9 +123,10 @@ def locate(
     if at and revision is not None:
         raise InputError(f"{os.fspath(name)!r} and revision={revision!r} both name a version")
     options = {"token": token, "cache_dir": cache_dir, "local_files_only": local_files_only}
-    folder = _download(base, (DESCRIPTION, *files), revision=version or revision, **options)
-    if not (folder / DESCRIPTION).is_file():
-        raise InputError(f"{base} on the hub holds no inventory: there is no {DESCRIPTION} in it")
+    folder = _download(base, files, revision=version or revision, **options)
+    if not (folder / files[0]).is_file():
+        what = "inventory" if files[0] == DESCRIPTION else "adapter"
+        raise InputError(f"{base} on the hub holds no {what}: there is no {files[0]} in it")
     return Snapshot(base, folder, options)
 
 

@@ -18,7 +18,10 @@ from polyroute.program.cli.evaluate import evaluate
 from polyroute.program.cli.export import export
 from polyroute.program.cli.import_ import import_
 from polyroute.program.cli.inspect import inspect
+from polyroute.program.cli.library import library
+from polyroute.program.cli.merge import merge
 from polyroute.program.cli.push import push
+from polyroute.program.cli.recompress import recompress
 from polyroute.program.cli.report import report
 from polyroute.program.cli.reproduce import reproduce
 from polyroute.program.cli.train import train
@@ -27,6 +30,7 @@ __all__ = ["COMMANDS", "app", "main"]
 
 COMMANDS: tuple[Command[Any], ...] = (
     demo, demo_lm, train, adapt, evaluate, reproduce, export, push, import_, inspect, report,
+    library, merge, recompress,
 )  # fmt: skip
 """In the order of the help."""
 DONE, FAILED, REFUSED = 0, 1, 2
