@@ -1,4 +1,4 @@
-"""Names that users give to what a library does; the options of the command line load nothing else."""
+"""Names of the ways to merge LoRAs; the options of the command line load nothing else."""
 
 __all__ = ["METHODS"]
 
