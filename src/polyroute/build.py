@@ -4,7 +4,7 @@ import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
-from typing import Any
+from typing import Any, Protocol
 
 from torch import nn
 
@@ -23,10 +23,17 @@ from polyroute.saved.inventory import fill
 __all__ = ["attach", "from_checkpoint", "from_pretrained", "loaded"]
 
 
+class Attachable(Protocol):
+    """What brings skills of its own, such as `polyroute.Library`."""
+
+    def attach_to(self, base_model: nn.Module, tasks: Sequence[str] | None) -> RoutedModel:
+        """Attach the skills of some tasks, by default all, to a base model without adapters."""
+
+
 def attach(
     base_model: nn.Module,
-    config: MHRConfig,
-    tasks: Iterable[str],
+    config: MHRConfig | Attachable,
+    tasks: Iterable[str] | None = None,
     *,
     sites: Sequence[str] | None = None,
     rule: RouteRule | None = None,
@@ -38,37 +45,48 @@ def attach(
 
     Args:
         base_model: any tree of torch modules that takes its batch on the first axis.
-        config: the settings of the adapter.
-        tasks: unique names, in the order of their rows.
+        config: the settings of the adapter; or a `polyroute.Library`, each LoRA of which becomes a
+            task of its name. A batch of several tasks then uses several LoRAs, in generation and in
+            training.
+        tasks: unique names, in the order of their rows. Of a library they choose LoRAs, by default
+            all.
         sites: exact names of layers to adapt, in place of `config.target_modules`.
         rule: chooses skills; by default the rule of `config.method`. See
             `polyroute.routes.rule.RouteRule`.
 
     Raises:
-        InputError: no layer matches, the heads do not divide a width, task names clash, or the
-            model carries an adapter already. The model is then as it was before.
+        InputError: no layer matches, the heads do not divide a width, task names clash, a library
+            belongs to another base model, or the model carries an adapter already. The model is
+            then as it was before.
     """
     if not isinstance(base_model, nn.Module):
         raise InputError(f"base_model must be a torch module, not a {type(base_model).__name__}")
-    if not isinstance(config, MHRConfig):
+    has_skills = not isinstance(config, MHRConfig) and hasattr(config, "attach_to")
+    if not (has_skills or isinstance(config, MHRConfig)):
         raise InputError(
             f"config must be an MHRConfig, not a {type(config).__name__}: write MHRConfig(...)"
         )
-    if not isinstance(tasks, Iterable) or isinstance(tasks, set | frozenset):
-        raise InputError(
-            f"tasks must be a list of names, not {tasks!r}: their order is that of the rows"
-        )
-    check_list(tasks)
-    tasks = tuple(tasks)
-    if config.method == "private" and not tasks:
-        raise InputError("method='private' has one skill per task: name at least one task")
-    if rule is not None and not isinstance(rule, RouteRule):
-        raise InputError(f"rule must be a RouteRule, not a {type(rule).__name__}")
+    if not (has_skills and tasks is None):
+        if not isinstance(tasks, Iterable) or isinstance(tasks, set | frozenset):
+            raise InputError(
+                f"tasks must be a list of names, not {tasks!r}: their order is that of the rows"
+            )
+        check_list(tasks)
+        tasks = tuple(tasks)
     if isinstance(base_model, RoutedModel):
         raise InputError(
             "the base model carries an inventory already; call unload() on the routed model"
         )
     check_bare(base_model)
+    if not isinstance(config, MHRConfig):
+        if sites is not None or rule is not None:
+            raise InputError("the LoRAs of a library have their layers: leave sites and rule out")
+        return config.attach_to(base_model, tasks)
+    assert tasks is not None
+    if config.method == "private" and not tasks:
+        raise InputError("method='private' has one skill per task: name at least one task")
+    if rule is not None and not isinstance(rule, RouteRule):
+        raise InputError(f"rule must be a RouteRule, not a {type(rule).__name__}")
     found = (
         find_sites(base_model, config) if sites is None else named_sites(base_model, sites, config)
     )
@@ -154,7 +172,10 @@ def from_checkpoint(
     saved = description.get("rule")
     rule = None if saved is None else rule_named(saved["name"]).restored(saved["settings"])
     check_bare(base_model)
-    model = RoutedModel(base_model, config, found, loaded_tasks, rule)
+    ranks = [site["ranks"] for site in sites] if "ranks" in sites[0] else None
+    if ranks is not None:
+        _check_ranks(checkpoint, source)
+    model = RoutedModel(base_model, config, found, loaded_tasks, rule, ranks=ranks)
     if description["config"]["granularity"] != CUSTOM:
         model.mixer.become(settings, model.rule)
     try:
@@ -175,6 +196,17 @@ def _check_widths(site: Site, saved: Mapping[str, Any], source: str) -> None:
             f"{source} belongs to another base model: layer {site.name!r} is "
             f"{here[0]} to {here[2]} here, {there[0]} to {there[2]} there"
         )
+
+
+def _check_ranks(checkpoint: Checkpoint, source: str) -> None:
+    """Make sure, before memory is taken, that ranks are those of the file of skills."""
+    for site in checkpoint.description["sites"]:
+        stored = checkpoint.skills.get(f"{site['name']}.lora_a")
+        if stored is None or stored.dim() == 0 or len(stored) != sum(site["ranks"]):
+            raise InputError(
+                f"{source} is damaged: the ranks of layer {site['name']!r} are not those of its "
+                "skills"
+            )
 
 
 @contextmanager

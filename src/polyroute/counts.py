@@ -13,7 +13,7 @@ __all__ = ["count_parameters", "describe"]
 
 
 def count_parameters(
-    base_model: nn.Module, sites: Sequence[Site], inventory: Inventory, routes: RoutingTable
+    base_model: nn.Module, inventory: Inventory, routes: RoutingTable
 ) -> dict[str, int]:
     """Count parameters by purpose.
 
@@ -21,22 +21,23 @@ def count_parameters(
     the number of skills, H of heads, N of routers and T of tasks. The counts are
 
     - `base`: the frozen base model;
-    - `inventory`: all skills, K r P;
+    - `inventory`: all skills, K r P, or of each LoRA of a library its own;
     - `routing_table`: all routes, T N H K;
-    - `one_adapter`: an exported LoRA, which is also what phase `mu` trains, r P;
+    - `one_adapter`: an exported LoRA, which is also what phase `mu` trains, r P; of a library the
+      largest;
     - `new_task_z`: what phase `z` trains, N H K;
     - `new_task_full`: what phase `full` trains, K r P + N H K.
     """
-    width = sum((s.d_in if inventory.adapter == "lora" else 0) + s.d_out for s in sites)
-    one = width * inventory.rank
+    one = inventory.size_of_one
+    skills = sum(p.numel() for p in inventory.parameters())
     row = routes.shape[0] * routes.shape[1] * routes.shape[2] if routes.shape else 0
     return {
         "base": sum(p.numel() for p in base_model.parameters()),
-        "inventory": inventory.num_skills * one,
+        "inventory": skills,
         "routing_table": len(routes) * row,
         "one_adapter": one,
         "new_task_z": row,
-        "new_task_full": inventory.num_skills * one + row,
+        "new_task_full": skills + row,
     }
 
 
@@ -52,7 +53,7 @@ def describe(
     for site in sites:
         key = (site.name.rsplit(".", 1)[-1], site.d_in, site.d_out)
         shapes[key] = shapes.get(key, 0) + 1
-    counts = count_parameters(base_model, sites, inventory, routes)
+    counts = count_parameters(base_model, inventory, routes)
     lines = [
         f"{config.method} {config.adapter} on {type(base_model).__name__}: "
         f"{inventory.num_skills} skills, {inventory.heads} heads, rank {inventory.rank}, "

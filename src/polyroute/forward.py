@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from polyroute.config import MHRConfig
 from polyroute.errors import InputError
-from polyroute.guards import add_digest, check_digest, routed_generate, routed_resize
+from polyroute.guards import add_digest, check_digest, is_compiled, routed_generate, routed_resize
 from polyroute.host.trainers import refuse_plain_trainer
 from polyroute.layer.factors import PlainFactors
 from polyroute.layer.fingerprint import sample_all
@@ -20,8 +20,9 @@ from polyroute.layer.media import media_fit_examples, media_modules
 from polyroute.layer.open_route import Block, Mixture, OpenRoutes, Recomputation, is_in_backward
 from polyroute.layer.sites import Site
 from polyroute.layer.wrapping import Wrapping, find_modules
-from polyroute.routes.inventory import Inventory, skills_like
+from polyroute.routes.inventory import skills_like
 from polyroute.routes.mixer import Mixer
+from polyroute.routes.ragged import make_inventory
 from polyroute.routes.rule import Gates, RouteRule
 from polyroute.routes.table import RoutingTable
 from polyroute.routes.table_rules import rule_of
@@ -49,6 +50,7 @@ class RoutedForward(nn.Module):
         sites: the layers to adapt.
         tasks: the names of the tasks, in row order.
         rule: chooses skills; by default the rule of `config.method`.
+        ranks: for skills of any ranks, those of `polyroute.routes.ragged.RaggedInventory`.
     """
 
     open_routes: OpenRoutes
@@ -60,6 +62,8 @@ class RoutedForward(nn.Module):
         sites: Sequence[Site],
         tasks: Sequence[str],
         rule: RouteRule | None = None,
+        *,
+        ranks: Sequence[Sequence[int]] | None = None,
     ) -> None:
         super().__init__()
         self.sites = tuple(sites)
@@ -73,7 +77,7 @@ class RoutedForward(nn.Module):
         # Everything that can fail comes before the base model is changed.
         # Rows are drawn before skills, so that a seed gives what it gave in earlier versions.
         self.routes = RoutingTable(tasks, shape, skills_like(sites), config)
-        self.inventory = Inventory(sites, config, num_skills, sites[0].device)
+        self.inventory = make_inventory(sites, config, num_skills, ranks)
         self.mixer = Mixer(config, self.inventory, self.routes, self.rule, routers, by_site)
         self.rule.start(self.mixer)
         self.rule.is_started = True
@@ -212,7 +216,9 @@ class RoutedForward(nn.Module):
         """
         self._check_loaded()
         with self._block_of_call(tasks, condition, segments):
-            if self._is_compiled:  # compiled code skips the hook that prepares the mixture
+            if is_compiled(
+                self.base_model
+            ):  # compiled code skips the hook that prepares the mixture
                 kwargs |= self._start_forward(args, kwargs)
             return self.base_model(*args, **kwargs)
 
@@ -260,15 +266,6 @@ class RoutedForward(nn.Module):
     def _route_of(self, inputs: Mapping[str, Any]) -> Route | None:
         block = self.open_routes.now()
         return None if block is None else route_of_call(block.value, inputs)
-
-    @property
-    def _is_compiled(self) -> bool:
-        base = self.base_model
-        return (
-            torch.compiler.is_compiling()
-            or hasattr(base, "_orig_mod")
-            or getattr(base, "_compiled_call_impl", None) is not None
-        )
 
     def compile(self, *args: Any, **kwargs: Any) -> None:
         """Compile the base model in place.

@@ -7,11 +7,21 @@ do the wrong thing in silence, so they are replaced on the base model itself.
 from typing import Any
 
 import torch
+from torch import nn
 
 from polyroute.errors import InputError
 from polyroute.routes.tasks import named_inputs
 
-__all__ = ["add_digest", "check_digest", "routed_generate", "routed_resize"]
+__all__ = ["add_digest", "check_digest", "is_compiled", "routed_generate", "routed_resize"]
+
+
+def is_compiled(base_model: nn.Module) -> bool:
+    """Whether a base model runs as compiled code, which skips hooks."""
+    return (
+        torch.compiler.is_compiling()
+        or hasattr(base_model, "_orig_mod")
+        or getattr(base_model, "_compiled_call_impl", None) is not None
+    )
 
 
 def routed_generate(model: Any, *args: Any, **kwargs: Any) -> Any:

@@ -24,7 +24,7 @@ from polyroute.routes.tasks import Tasks
 from polyroute.saved.card import write_card
 from polyroute.saved.hub import Repository, push
 from polyroute.saved.inventory import load_checkpoint, save_inventory
-from polyroute.saved.peft_export import peft_target
+from polyroute.saved.peft_export import adapted_sites, peft_target
 
 __all__ = ["Phase", "RoutedModel", "Tasks"]
 
@@ -366,14 +366,15 @@ class RoutedModel(RoutedForward):
                 cannot be written.
         """
         self._check_loaded()
-        target = peft_target(self.base_model, self.sites, self.wrapping.trained)
-        target.write(folder, self.factors_of(task))
+        adapted = adapted_sites(self.sites, self.factors_of(task))
+        target = peft_target(self.base_model, list(adapted), self.wrapping.trained)
+        target.write(folder, list(adapted.values()))
 
     # ---------------------------------------------------------------- reports
 
     def counts(self) -> dict[str, int]:
         """The numbers of parameters by purpose; see `polyroute.counts.count_parameters`."""
-        return count_parameters(self.base_model, self.sites, self.inventory, self.routes)
+        return count_parameters(self.base_model, self.inventory, self.routes)
 
     def num_trainable(self) -> int:
         """The number of parameters that the present phase trains."""

@@ -22,6 +22,7 @@ from polyroute.errors import InputError, did_you_mean
 from polyroute.host.files import read_json
 from polyroute.layer.sites import find_endings, named_sites
 from polyroute.model import RoutedModel
+from polyroute.routes.ragged import RaggedInventory
 from polyroute.routes.table_rules import rule_of
 from polyroute.routes.tasks import check_list
 from polyroute.settings import marked
@@ -179,12 +180,17 @@ def check_plain(model: RoutedModel, program: str) -> None:
     """Make sure that skills and a routing table are all that an inventory consists of.
 
     Raises:
-        InputError: it has a rule of its own, whole modules that trained, or an output layer that
-            was resized; or the model is merged. The message names the program.
+        InputError: it has a rule of its own, LoRAs of different ranks, whole modules that trained,
+            or an output layer that was resized; or the model is merged. The message names the
+            program.
     """
     model.check_unmerged()
     if model.rule.name != rule_of(model.adapter_config).name:
         raise InputError(f"{program} has no rule {model.rule.name!r}, which this inventory uses")
+    if isinstance(model.inventory, RaggedInventory):
+        raise InputError(
+            f"{program} cannot hold LoRAs of different ranks; write each task with --format peft"
+        )
     if model.wrapping.trained:
         raise InputError(
             f"{program} cannot hold the modules that were trained beside the skills "

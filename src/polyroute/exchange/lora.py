@@ -186,7 +186,7 @@ def _checked_rank(
         raise InputError(f"{source} lacks {lacking} of layer {layer!r}; it is not whole")
     rank = _of_layer(fields.get("rank_pattern"), layer, fields.get("r"), source)
     shapes = parts["A"].shape[0], parts["B"].shape[1]
-    if shapes != (rank, rank):
+    if shapes != (rank, rank) or not all(shapes):
         raise InputError(
             f"{source} is damaged: layer {layer!r} should have rank {rank!r}, and its matrices "
             f"have {shapes[0]} and {shapes[1]}"

@@ -10,12 +10,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from polyroute.errors import InputError, did_you_mean, first_few
 from polyroute.exchange.peft_folder import folders_inside
+from polyroute.library.attaching import attach_library
 from polyroute.library.delta import Delta, inner_products, keeping
 from polyroute.library.merging import DENSE, WAYS, Terms, check_options, merged
+from polyroute.model import RoutedModel
 
 __all__ = ["Library"]
 
@@ -38,12 +40,17 @@ class Library(Mapping[str, Delta]):
     def __init__(
         self,
         folders: Mapping[str, Path],
-        ranks: Mapping[str, Sequence[int]],
+        ranks: Mapping[str, Mapping[str, int]],
+        widths: Mapping[str, tuple[int, int]],
         refused: Mapping[str, str],
         *,
         allow_pickle: bool,
     ) -> None:
-        self._folders, self._ranks, self._allow_pickle = dict(folders), dict(ranks), allow_pickle
+        self._folders, self._allow_pickle = dict(folders), allow_pickle
+        self.ranks = dict(ranks)
+        """By LoRA and layer, the rank."""
+        self.widths = dict(widths)
+        """By layer, the widths in and out."""
         self.refused = dict(refused)
         """Why other LoRAs that were named are not in the library."""
 
@@ -68,7 +75,7 @@ class Library(Mapping[str, Delta]):
         """
         folders = _named(loras)
         refused: dict[str, str] = {}
-        ranks: dict[str, list[int]] = {}
+        ranks: dict[str, dict[str, int]] = {}
         widths: dict[str, tuple[int, int]] = {}
         for name, folder in folders.items():
             try:
@@ -84,7 +91,7 @@ class Library(Mapping[str, Delta]):
                 refused[name] = str(error)
             else:
                 widths |= own
-                ranks[name] = list(delta.ranks.values())
+                ranks[name] = delta.ranks
         kept = {name: folders[name] for name in ranks}
         if not kept:
             raise InputError(f"no LoRA can be used: {next(iter(refused.values()))}")
@@ -92,7 +99,7 @@ class Library(Mapping[str, Delta]):
             why = first_few([f"{name}: {reason}" for name, reason in refused.items()], NAMED)
             count = "1 LoRA is" if len(refused) == 1 else f"{len(refused)} LoRAs are"
             warnings.warn(f"{count} left out ({why})", stacklevel=2)
-        return cls(kept, ranks, refused, allow_pickle=allow_pickle)
+        return cls(kept, ranks, widths, refused, allow_pickle=allow_pickle)
 
     def __getitem__(self, name: str) -> Delta:
         """A LoRA by its name.
@@ -100,8 +107,7 @@ class Library(Mapping[str, Delta]):
         Raises:
             InputError: there is none of this name.
         """
-        if name not in self._folders:
-            raise InputError(f"the library has no LoRA {name!r}: {did_you_mean(name, list(self))}")
+        self.check_name(name)
         return Delta.from_peft(self._folders[name], allow_pickle=self._allow_pickle)
 
     def __contains__(self, name: object) -> bool:
@@ -115,6 +121,19 @@ class Library(Mapping[str, Delta]):
     def __len__(self) -> int:
         """The number E of LoRAs."""
         return len(self._folders)
+
+    def check_name(self, name: str) -> None:
+        """Make sure that there is a LoRA of this name.
+
+        Raises:
+            InputError: there is none; the message offers the nearest names.
+        """
+        if name not in self._folders:
+            raise InputError(f"the library has no LoRA {name!r}: {did_you_mean(name, list(self))}")
+
+    def attach_to(self, base_model: nn.Module, tasks: Sequence[str] | None) -> RoutedModel:
+        """What `polyroute.attach` does with a library."""
+        return attach_library(base_model, self, list(self) if tasks is None else tasks)
 
     def gram(self) -> Tensor:
         """The inner products of all pairs, `[E, E]` in fp64; norms and cosines follow from them."""
@@ -143,7 +162,7 @@ class Library(Mapping[str, Delta]):
         names = list(self)
         rows: list[dict[str, Any]] = []
         for i, name in enumerate(names):
-            ranks = self._ranks[name]
+            ranks = self.ranks[name].values()
             row = {"name": name, "layers": len(ranks), "rank": max(ranks)}
             others = cosines_EE[i].clone()
             others[i] = -torch.inf

@@ -89,7 +89,7 @@ class Inventory(nn.Module):
         self.rank = config.rank
         self.scale = config.scale
         self.adapter = config.adapter
-        self.combine = config.combine
+        self.combine: str = config.combine
         self.init = config.init
         by_shape: dict[tuple[int, int], list[int]] = {}
         for i, site in enumerate(sites):
@@ -103,11 +103,13 @@ class Inventory(nn.Module):
         for factor in self.factor_names:
             self.add_module(factor, nn.ParameterDict())
         for stack, factor, parameters in self._stacked():
-            block = (stack.d_in if factor == "lora_a" else stack.d_out) // self.heads
-            shape = (len(stack.sites), self.heads, num_skills, self.rank, block)
-            skills = torch.empty(shape, dtype=dtype, device=device)
+            skills = torch.empty(self._shape(stack, factor), dtype=dtype, device=device)
             parameters[stack.key] = nn.Parameter(skills)
         self.reset_parameters()
+
+    def _shape(self, stack: Stack, factor: str) -> tuple[int, ...]:
+        block = (stack.d_in if factor == "lora_a" else stack.d_out) // self.heads
+        return len(stack.sites), self.heads, self.num_skills, self.rank, block
 
     @property
     def like(self) -> Tensor:
@@ -199,17 +201,16 @@ class Inventory(nn.Module):
             weights = None if mixture is None else mixture[number].unsqueeze(0)
             for factor in source.factor_names:
                 own = self._set_of(self._stacks_of(factor)[stack.key], place)
-                skills = source._stacks_of(factor)[stack.key]
-                own.copy_(
-                    skills
-                    if own.shape == skills.shape
-                    else source._as_one(factor, skills, skill, weights)
-                )
+                new = source._stacks_of(factor)[stack.key]
+                if own.shape != new.shape:
+                    new = source._as_one(stack, factor, skill, weights)
+                own.copy_(pad(new, (0, 0, 0, own.shape[-2] - new.shape[-2])))
 
     def _as_one(
-        self, factor: str, skills: Tensor, skill: int | None, weights: Tensor | None
+        self, stack: Stack, factor: str, skill: int | None = None, weights: Tensor | None = None
     ) -> Tensor:
         """One skill, a mixture, or the average, as one plain adapter: `[n, 1, 1, r, H D]`."""
+        skills: Tensor = self._stacks_of(factor)[stack.key]
         n, heads, count, rank, block = skills.shape
         if self.combine == "output" and factor != "ia3":
             if weights is None:
@@ -336,12 +337,11 @@ class Inventory(nn.Module):
     def average(self) -> None:
         """Replace the skills, in place, by their uniform mixture as the only skill, with one head.
 
-        It computes what the uniform mixture computes (Poly-mu, MHR-mu) with 1/K of the parameters.
-        In output space it has as many parameters as before: it is one skill of rank K r.
+        It computes what the uniform mixture computes (Poly-mu, MHR-mu) with 1/K of the parameters;
+        in output space with all of them, as one skill of rank K r.
         """
         for stack, factor, parameters in self._stacked():
-            average = self._as_one(factor, parameters[stack.key], None, None)
-            parameters[stack.key] = nn.Parameter(average.clone())
+            parameters[stack.key] = nn.Parameter(self._as_one(stack, factor).clone())
         self.rank = self.rank_of_average
         self.num_skills = self.num_sets = self.heads = 1
 
@@ -349,6 +349,12 @@ class Inventory(nn.Module):
     def rank_of_average(self) -> int:
         """The rank of the average of all skills, and of every other mixture of them."""
         return self.rank * (self.num_skills if self.combine == "output" else 1)
+
+    @property
+    def size_of_one(self) -> int:
+        """The number of parameters of one adapter."""
+        has_a = self.adapter == "lora"
+        return self.rank * sum(has_a * site.d_in + site.d_out for site in self.sites)
 
     @torch.no_grad()
     def add_skill(self, source: int | None) -> None:

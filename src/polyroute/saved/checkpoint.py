@@ -1,7 +1,8 @@
 """The files of a saved inventory: JSON for its description, safetensors for its numbers.
 
     polyroute.json           format, id, config, sites, routers; rows, or tasks if they have no rows
-    inventory.safetensors    <site>.lora_a [H, K, d_in/H, r], <site>.lora_b [H, K, r, d_out/H]
+    inventory.safetensors    <site>.lora_a [H, K, d_in/H, r], <site>.lora_b [H, K, r, d_out/H];
+                             of skills of any ranks [R, d_in], [R, d_out], see `routes.ragged`
     modules.safetensors      rule.<parameter>, module.<name>; only if either has trained
     routes-*.safetensors     the tasks and their rows, see `polyroute.saved.shards`
 
@@ -207,6 +208,8 @@ def _check_description(description: dict[str, Any]) -> None:
     _expect(bool(sites), "sites", "a list of at least one layer")
     for i, site in enumerate(sites):
         _check_site(f"sites[{i}]", site, len(routers))
+        if "ranks" in sites[0] or "ranks" in site:
+            _check_ranks(f"sites[{i}].ranks", site.get("ranks"), skills)
     base = description["base"]
     _expect(isinstance(base, dict) and {"name", "class"} <= base.keys(), "base", "name and class")
     others = base.get("sample", [])
@@ -228,6 +231,11 @@ def _check_site(place: str, site: Any, num_routers: int) -> None:
     _expect(_is_sample(site["base_sample"]), f"{place}.base_sample", f"{SAMPLED} numbers, or null")
     width = site.get("out_features", site["d_out"])
     _expect(_is_whole(width) and width > 0, f"{place}.out_features", "a width")
+
+
+def _check_ranks(place: str, ranks: Any, skills: int) -> None:
+    is_list = isinstance(ranks, list) and all(_is_whole(rank) and rank >= 0 for rank in ranks)
+    _expect(is_list and len(ranks) == skills, place, f"the ranks of {skills} skills")
 
 
 def _expect(holds: bool, name: str, what: str) -> None:

@@ -14,6 +14,7 @@ from polyroute.layer.fingerprint import changed_since, norm, sample, sample_all
 from polyroute.layer.sites import Site
 from polyroute.layer.wrapping import Wrapping, tensors_of
 from polyroute.routes.mixer import Mixer
+from polyroute.routes.ragged import RaggedInventory
 from polyroute.routes.table_rules import rule_of
 from polyroute.saved.checkpoint import (
     Checkpoint,
@@ -85,6 +86,7 @@ def _description(mixer: Mixer, wrapping: Wrapping) -> dict[str, Any]:
     base, rule = wrapping.base_model, mixer.rule
     modules = wrapping.trained.values()
     trained = {id(p) for module in modules for p in module.parameters()}
+    ranks = mixer.inventory.ranks if isinstance(mixer.inventory, RaggedInventory) else ()
     described: dict[str, Any] = {
         "config": mixer.config.to_dict(),
         "num_skills": mixer.inventory.num_skills,
@@ -103,6 +105,7 @@ def _description(mixer: Mixer, wrapping: Wrapping) -> dict[str, Any]:
                 "router": mixer.router_of_site[i],
                 **_fingerprint(site, trained),
                 **({} if site.out_features == site.d_out else {"out_features": site.out_features}),
+                **({"ranks": list(ranks[i])} if ranks else {}),
             }
             for i, site in enumerate(mixer.sites)
         ],

@@ -19,6 +19,7 @@ __all__ = [
     "ROOT",
     "TENSORS",
     "PeftTarget",
+    "adapted_sites",
     "peft_target",
     "write_peft_folder",
 ]
@@ -82,6 +83,14 @@ class PeftTarget:
         path = make_folder(folder)
         write_tensors(path / TENSORS, {ROOT + name: tensor for name, tensor in tensors.items()})
         write_json(path / CONFIG, {**fields, **self.config})
+
+
+def adapted_sites(
+    sites: Sequence[Site], factors: Sequence[PlainFactors]
+) -> dict[Site, PlainFactors]:
+    """The layers that factors change; a LoRA of a library may lack some of the others' layers."""
+    pairs = zip(sites, factors, strict=True)
+    return {s: own for s, own in pairs if not (isinstance(own, LoRAFactors) and not len(own.a))}
 
 
 def peft_target(
