@@ -258,7 +258,7 @@ def test_padding_does_not_count_in_the_balance_of_the_gates() -> None:
 def test_gates_are_kept_only_while_they_are_recorded() -> None:
     model = gated(llama())
     model(**batch(model.base_model))
-    assert model.rule.gates == []
+    assert model.mixer.gates is None
     with model.record_gates() as gates:
         model(**batch(model.base_model))
     assert [gate.site for gate in gates] == list(range(len(model.sites)))

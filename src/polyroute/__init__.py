@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from polyroute.kinds.choose import kind_of
     from polyroute.library.delta import Delta
     from polyroute.library.library import Library
+    from polyroute.library.token_routes import LAG, Arrow, AverageActivation, SpectR
     from polyroute.loading import load_base
     from polyroute.model import RoutedModel
     from polyroute.routes.rule import RouteRule
@@ -30,7 +31,10 @@ if TYPE_CHECKING:
     from polyroute.trainer import MultiTaskTrainer, MultiTaskTrainingArguments, RoutedTrainer
 
 __all__ = [
+    "LAG",
     "AdaptSettings",
+    "Arrow",
+    "AverageActivation",
     "Delta",
     "InputError",
     "Library",
@@ -41,6 +45,7 @@ __all__ = [
     "RoutedModel",
     "RoutedTrainer",
     "SavedRoutes",
+    "SpectR",
     "adapt_many",
     "attach",
     "encoded_mixture",
@@ -58,6 +63,10 @@ __version__ = "0.1.0"
 
 
 PLACES = {
+    "Arrow": "library.token_routes",
+    "AverageActivation": "library.token_routes",
+    "LAG": "library.token_routes",
+    "SpectR": "library.token_routes",
     "AdaptSettings": "adapting.settings",
     "Delta": "library.delta",
     "InputError": "errors",

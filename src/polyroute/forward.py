@@ -157,7 +157,8 @@ class RoutedForward(nn.Module):
         Args:
             tasks: one name or row number for a batch of any size; or one per example, as a list or
                 an integer tensor; `"mu"` is the average of the inventory; None is the base model
-                alone. A model may repeat each example (for beams, returned sequences or windows)
+                alone; a rule that stands alone, such as `polyroute.Arrow()`, chooses for every
+                token. A model may repeat each example (for beams, returned sequences or windows)
                 if the repetitions of one example stay consecutive.
             condition: what the model's rule looks at, if it looks at a condition.
             segments: for a batch whose rows hold several examples one after another, the lengths
@@ -281,11 +282,12 @@ class RoutedForward(nn.Module):
         The block gets the list that the gates are added to. They are part of the graph, so a loss
         can be computed from them, such as one that balances the use of the skills.
         """
-        self.rule.gates, self.mixer.is_recording = [], True
+        gates: list[Gates] = []
+        self.mixer.gates = gates
         try:
-            yield self.rule.gates
+            yield gates
         finally:
-            self.rule.gates, self.mixer.is_recording = [], False
+            self.mixer.gates = None
 
     # ---------------------------------------------------------------- mixing
 

@@ -37,6 +37,7 @@ from polyroute.saved.peft_export import CONFIG, TENSORS, PeftTarget
 __all__ = [
     "Delta",
     "base_and_error",
+    "core",
     "inner_products",
     "is_noise",
     "keeping",
@@ -152,7 +153,7 @@ class Delta:
 
     def norm(self) -> float:
         """The Frobenius norm of the update over all layers."""
-        return math.sqrt(sum(float(_core(own)[0].norm()) ** 2 for own in self.layers.values()))
+        return math.sqrt(sum(float(core(own)[0].norm()) ** 2 for own in self.layers.values()))
 
     def cosine(self, other: "Delta") -> float:
         """The cosine between both updates.
@@ -256,7 +257,7 @@ def _stacked(deltas: Sequence[Delta], layer: str) -> tuple[LoRAFactors, Tensor] 
     return LoRAFactors(every.a.double(), every.b.double()), of_R
 
 
-def _core(own: LoRAFactors) -> tuple[Tensor, Tensor, Tensor]:
+def core(own: LoRAFactors) -> tuple[Tensor, Tensor, Tensor]:
     """The core `[p, q]` of an update, and orthonormal bases `[d_in, q]` and `[d_out, p]`."""
     basis_a, upper_a = torch.linalg.qr(own.a.double().t())
     basis_b, upper_b = torch.linalg.qr(own.b.double().t())
@@ -277,7 +278,7 @@ def nearest(
         size = float(values.norm())
         dtype = update.dtype
     else:
-        core_pq, basis_a, basis_b = _core(update)
+        core_pq, basis_a, basis_b = core(update)
         left, values, right = torch.linalg.svd(core_pq, full_matrices=False)
         left, right = basis_b @ left, right @ basis_a.t()
         size = float(update.a.double().norm() * update.b.double().norm())

@@ -16,7 +16,7 @@ from polyroute.layer.sites import Site
 from polyroute.routes.averaging import Averaged
 from polyroute.routes.index import index_on
 from polyroute.routes.inventory import Inventory
-from polyroute.routes.rule import Batch, RouteRule
+from polyroute.routes.rule import Batch, Gates, RouteRule
 from polyroute.routes.table import MU, MU_ROW, RoutingTable
 from polyroute.routes.tasks import Route
 from polyroute.routes.weights import anneal, skill_weights
@@ -47,7 +47,7 @@ class Mixer(nn.Module):
         routers: as given.
         router_of_site: as given.
         anneal_progress: 0 mixes as learned, 1 uniformly; a trainer sets it.
-        is_recording: whether rules keep their gates.
+        gates: those that rules had, while they are recorded; else None.
     """
 
     def __init__(
@@ -71,7 +71,7 @@ class Mixer(nn.Module):
         self.routers = tuple(routers)
         self.anneal_progress = 0.0
         self.averaged: Averaged | None = None
-        self.is_recording = False
+        self.gates: list[Gates] | None = None
         self._cache: OrderedDict[Any, tuple[Any, Mixture]] = OrderedDict()
 
     @property
@@ -183,21 +183,25 @@ class Mixer(nn.Module):
             return BASE_ALONE
         self.check_memory()
         dtype = self._compute_dtype()
-        if self.rule.is_fixed or (route is not None and set(route.rows or ()) == {MU_ROW}):
-            assert route is not None
-            return self._fixed(route, dtype, training=training)
-        if route is not None and MU_ROW in (route.rows or ()):
-            raise InputError(
-                f"'mu' cannot share a batch with other tasks under the rule {self.rule.name!r}, "
-                "which looks at the input: route it in a batch of its own"
-            )
-        batch = Batch(route, mask, training, dtype, self.is_recording)
-        segments = None if route is None else route.segments
-        factors = self.rule.factors(batch, self)
+        rule = self.rule if route is None or route.rule is None else route.rule
+        if rule is self.rule and route is not None:
+            if rule.is_fixed or set(route.rows or ()) == {MU_ROW}:
+                return self._fixed(route, dtype, training=training)
+            if MU_ROW in (route.rows or ()):
+                raise InputError(
+                    f"'mu' cannot share a batch with other tasks under the rule {rule.name!r}, "
+                    "which looks at the input: route it in a batch of its own"
+                )
+        return self._chosen_by(rule, Batch(route, mask, training, dtype, self.gates))
+
+    def _chosen_by(self, rule: RouteRule, batch: Batch) -> Mixture:
+        """The mixture of a rule that looks at more than the task."""
+        segments = None if batch.route is None else batch.route.segments
+        factors = rule.factors(batch, self)
         counts = {n for one in factors if (n := one.num_examples) is not None}
         if len(counts) > 1:
             raise InputError(
-                f"the rule {self.rule.name!r} gave factors for {sorted(counts)} examples: give all "
+                f"the rule {rule.name!r} gave factors for {sorted(counts)} examples: give all "
                 "sites factors for the same examples"
             )
         return self._mixture_of(factors, next(iter(counts), None), segments)

@@ -53,8 +53,8 @@ class Batch:
     is_training: bool
     dtype: torch.dtype
     """The type that the layers compute in."""
-    record: bool
-    """Whether the caller records the gates; see `RouteRule.show`."""
+    gates: "list[Gates] | None"
+    """Where gates are recorded, if the caller asked for it; see `RouteRule.show`."""
 
 
 class Gates(NamedTuple):
@@ -77,9 +77,6 @@ class RouteRule(nn.Module):
 
     A rule that depends on the task alone defines `choose` instead of `factors` and sets `is_fixed`.
     Every task is then one plain adapter, which can be merged and exported.
-
-    Attributes:
-        gates: the gates of every site and forward, in order, while they are recorded.
     """
 
     name: ClassVar[str] = ""
@@ -93,6 +90,9 @@ class RouteRule(nn.Module):
     owns_skills: ClassVar[bool] = False
     """Whether each task has a skill of its own, which is added and dropped with the task."""
 
+    stands_alone: ClassVar[bool] = False
+    """Whether it can route a model that has another rule: `model.route(rule)`."""
+
     def __init_subclass__(cls, name: str = "", **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
         cls.name = name  # never that of a parent, under which another class would be loaded
@@ -101,7 +101,6 @@ class RouteRule(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.gates: list[Gates] = []
         self.is_started = False
 
     def start(self, mixer: "Mixer") -> None:
@@ -164,8 +163,8 @@ class RouteRule(nn.Module):
             The gates as given.
         """
         # A recomputed layer has recorded its gates in its forward.
-        if batch.record and not is_in_backward():
-            self.gates.append(Gates(site, weights, batch.mask))
+        if batch.gates is not None and not is_in_backward():
+            batch.gates.append(Gates(site, weights, batch.mask))
         return weights
 
     def check_free(self, config: MHRConfig) -> None:

@@ -4,14 +4,17 @@ import inspect
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from polyroute.errors import InputError
 from polyroute.layer.kernels import Segments
-from polyroute.routes.table import RoutingTable
+from polyroute.routes.table import MU_ROW, RoutingTable
+
+if TYPE_CHECKING:
+    from polyroute.routes.rule import RouteRule
 
 __all__ = [
     "BASE",
@@ -25,7 +28,7 @@ __all__ = [
     "route_of_call",
 ]
 
-Tasks = str | int | Sequence[str | int] | Tensor | None
+Tasks: TypeAlias = "str | int | Sequence[str | int | RouteRule] | Tensor | RouteRule | None"
 TEXT = ("input_ids", "inputs_embeds", "inputs", "encoder_outputs")
 MEDIA = ("input_features", "input_values", "pixel_values")
 TARGETS = ("decoder_input_ids", "decoder_inputs_embeds", "labels")
@@ -45,6 +48,8 @@ class Route:
     """What the caller gave for the rule to look at."""
     lengths: Sequence[Sequence[int]] | None = field(default=None, compare=False)
     """For each packed row of a batch the lengths of its examples, as the caller gave them."""
+    rule: "RouteRule | None" = None
+    """Chooses skills in place of the model's rule; the rows then say nothing."""
     segments: Segments | None = None
     """Where the examples of packed rows begin and end in the batch of one call."""
 
@@ -58,14 +63,18 @@ def find_route(tasks: Tasks, table: RoutingTable) -> Route:
 
     Args:
         tasks: one name or row number for a batch of any size; or one per example, as a list or an
-            integer tensor; None for the base model alone.
+            integer tensor; a rule that stands alone, or a list of it; None for the base model
+            alone.
         table: the routing table.
 
     Raises:
-        InputError: a task is unknown, a number is negative, or the list is empty.
+        InputError: a task is unknown, a number is negative, the list is empty, or a rule cannot
+            stand alone or stands among tasks.
     """
     if tasks is None:
         return BASE
+    if isinstance(tasks, nn.Module):
+        return _rule_alone([tasks], per_example=False)
     if isinstance(tasks, str | int):
         return Route((table.row(tasks),), per_example=False)
     if isinstance(tasks, Tensor):
@@ -84,10 +93,25 @@ def find_route(tasks: Tasks, table: RoutingTable) -> Route:
             "tasks must be a name, a row number, or a list of one per example, "
             f"not a {type(tasks).__name__}"
         )
-    rows = tuple(table.row(task) for task in tasks)
+    tasks = list(tasks)
+    if any(isinstance(task, nn.Module) for task in tasks):
+        return _rule_alone(tasks, per_example=True)
+    rows = tuple(table.row(task) for task in tasks)  # type: ignore[arg-type]
     if not rows:
         raise InputError("no tasks given: name one task per example")
     return Route(rows, per_example=True)
+
+
+def _rule_alone(rules: Sequence[Any], *, per_example: bool) -> Route:
+    rule = rules[0]
+    if not getattr(rule, "stands_alone", False):
+        raise InputError(
+            f"{type(rule).__name__} cannot route a model that it does not belong to: give it to "
+            "attach, or name a task"
+        )
+    if any(other is not rule for other in rules):
+        raise InputError("a batch has one rule, or tasks: route them in batches of their own")
+    return Route((MU_ROW,) * len(rules), per_example=per_example, rule=rule)
 
 
 def check_list(tasks: object) -> None:
