@@ -64,7 +64,7 @@ COMPLETE = (
         ("bash", "polyroute reproduce ", {"suite", "superni", "t0"}),
         ("bash", "polyroute inspect RUN --j", {"--json"}),
         ("bash", "polyroute export RUN --format ", set(WRITTEN)),
-        ("bash", "polyroute import SOURCE --format ", set(READ)),
+        ("bash", "polyroute import SOURCE --format ", {*READ, "library"}),
     ],
 )
 def test_shells_complete_options_and_their_values(

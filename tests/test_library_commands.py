@@ -3,14 +3,16 @@
 from pathlib import Path
 
 import pytest
-from commands_run import Capture, document, refused
+import torch
+from commands_run import Capture, document, read, refused
 from models import llama, relative_error
 from test_delta import flat_layers
 from test_lora_import import PATTERNS, written
+from transformers import T5ForConditionalGeneration
 
 import polyroute as pr
 from polyroute.library.merging import WAYS
-from polyroute.library.names import METHODS
+from polyroute.library.names import METHODS, TOKEN_ROUTES
 from polyroute.program.cli.app import main
 
 peft = pytest.importorskip("peft")
@@ -116,3 +118,49 @@ def test_every_way_to_merge_has_a_name_and_its_options() -> None:
     for method, way in WAYS.items():
         names = way.__code__.co_varnames[1 : 1 + way.__code__.co_kwonlyargcount]
         assert names == METHODS[method]
+
+
+def loras_of(place: Path) -> Path:
+    """Two LoRAs of the tiny base model, named as two of its training tasks."""
+    folder = place / "loras"
+    for seed, name in enumerate(("copy", "upper")):
+        base = T5ForConditionalGeneration.from_pretrained(place / "base")
+        model = peft.get_peft_model(base, peft.LoraConfig(r=2 + seed, target_modules=["q", "v"]))
+        torch.manual_seed(seed)
+        for key, parameter in model.named_parameters():
+            if "lora_" in key:
+                parameter.data.normal_(std=0.3)
+        model.save_pretrained(folder / name)
+    return folder
+
+
+def test_a_library_becomes_a_run(place: Path, capsys: Capture) -> None:
+    folder, run = loras_of(place), place / "of-loras"
+    given = ["import", str(folder), "--model", str(place / "base"), "--out", str(run)]
+    assert "or take all as a library" in refused(given, capsys)
+    found = document([*given, "--format", "library"], capsys)
+    assert found["tasks"] == ["copy", "upper"]
+    main(["export", str(run), "--task", "upper", "--out", str(place / "again")])
+    again, first = (pr.Delta.from_peft(p) for p in (place / "again", folder / "upper"))
+    assert again.cosine(first) == pytest.approx(1)
+    data = ["evaluate", str(run), "--data", str(place / "suite")]
+    own = document(data, capsys)
+    assert [task["task"] for task in own["tasks"]] == ["copy", "upper"]
+    for route in TOKEN_ROUTES:
+        scored = document([*data, "--route", route, "--top-k", "1"], capsys)
+        assert (scored["route"], scored["top_k"]) == (route, 1)
+        assert [task["task"] for task in scored["tasks"]] == ["first", "pick"]
+        assert read(run / f"evaluate-{route}-test.json")["tasks"] == scored["tasks"]
+    for wrong, sentence in (
+        (["--route", "arow"], "unknown --route 'arow': did you mean 'arrow'"),
+        (["--top-k", "2"], "--top-k goes with --route"),
+        (["--route", "arrow", "--zero-shot"], "without --zero-shot"),
+    ):
+        assert sentence in refused([*data, *wrong], capsys)
+    adapted = ["adapt", str(run), "--data", str(place / "suite"), "--tasks", "first", "--phase",
+               "mu", "--shots", "4", "--steps", "2", "--out", str(place / "adapted")]  # fmt: skip
+    assert len(document(adapted, capsys)["results"]) == 3  # draws
+
+
+def test_routes_have_the_names_of_their_rules() -> None:
+    assert [rule.name for rule in (pr.Arrow, pr.SpectR, pr.LAG)] == list(TOKEN_ROUTES)

@@ -62,7 +62,10 @@ def adapters_inside(folder: str | os.PathLike[str]) -> str:
         return ""
     names = [str(path.relative_to(folder)) for path in found]
     some = ", ".join(names[:MOST_NAMES]) + (", ..." if len(names) > MOST_NAMES else "")
-    return f"adapters are in its sub-folders, so name one of them: {some}"
+    return (
+        f"adapters are in its sub-folders, so name one of them ({some}), or take all as a library "
+        "(polyroute.Library, `polyroute import --format library`)"
+    )
 
 
 def read_peft_folder(

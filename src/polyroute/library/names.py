@@ -1,6 +1,6 @@
-"""Names of the ways to merge LoRAs; the options of the command line load nothing else."""
+"""Names of what a library does; the options of the command line load nothing else."""
 
-__all__ = ["METHODS"]
+__all__ = ["METHODS", "TOKEN_ROUTES"]
 
 METHODS = {
     "mean": (),
@@ -11,3 +11,5 @@ METHODS = {
     "wudi": ("ridge",),
 }
 """Ways to merge LoRAs, and the options of each; `polyroute.library.merging` says what they do."""
+TOKEN_ROUTES = ("arrow", "spectr", "lag")
+"""Routes without training or texts, see `polyroute.library.token_routes`."""

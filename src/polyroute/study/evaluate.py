@@ -22,6 +22,7 @@ from polyroute.errors import InputError
 from polyroute.host.progress import progress
 from polyroute.kinds.choose import ModelKind
 from polyroute.model import RoutedModel
+from polyroute.routes.rule import RouteRule
 from polyroute.study.base_alone import BaseAlone
 from polyroute.study.examples import encoded, prompt_lengths, warn_of_cuts
 
@@ -109,7 +110,7 @@ def evaluate(  # noqa: PLR0913 (public: users know its keywords)
     suite: Suite,
     tasks: Sequence[str],
     *,
-    route: str | None = None,
+    route: str | RouteRule | None = None,
     split: str = "test",
     batch_size: int = 32,
     max_examples: int | None = None,
@@ -121,7 +122,8 @@ def evaluate(  # noqa: PLR0913 (public: users know its keywords)
         kind: how its base model answers.
         suite: where the tasks are.
         tasks: their names.
-        route: the task, or `"mu"`, that all examples are routed as; None routes each as itself.
+        route: the task, or `"mu"`, that all examples are routed as, or a rule that stands alone;
+            None routes each as itself.
         split: a split of the suite.
         batch_size: examples in a forward.
         max_examples: the most examples of each task, the same ones each time; None for all.
@@ -129,7 +131,7 @@ def evaluate(  # noqa: PLR0913 (public: users know its keywords)
     Raises:
         InputError: a task has no route or no such split, or cannot be answered.
     """
-    if isinstance(model, RoutedModel):
+    if isinstance(model, RoutedModel) and not isinstance(route, RouteRule):
         for task in tasks:
             model.routes.row(task if route is None else route)
     check_answerable(suite, tasks, kind)
@@ -141,7 +143,7 @@ def evaluate(  # noqa: PLR0913 (public: users know its keywords)
     warn_of_cuts([asked.rows for asked in all_asked.values()], kind)
     for task, asked in progress(list(all_asked.items()), "evaluating"):
         score, normalised = score_rows(
-            model, kind, asked, route=route or task, batch_size=batch_size
+            model, kind, asked, route=task if route is None else route, batch_size=batch_size
         )
         train = suite.split(task, "train") if "train" in suite.splits(task) else None
         test = suite.split(task, split).select(chosen[task])
@@ -158,7 +160,7 @@ def score_rows(
     kind: ModelKind,
     asked: Questions,
     *,
-    route: str,
+    route: str | RouteRule,
     batch_size: int = 32,
 ) -> tuple[float, float | None]:
     """Mean score of the rows of one task.
@@ -170,7 +172,7 @@ def score_rows(
         model: the routed model.
         kind: how its base model answers.
         asked: the rows, and what a good answer is.
-        route: the task, or `"mu"`, that the rows are routed as.
+        route: the task, `"mu"` or rule that the rows are routed as.
         batch_size: examples in a forward.
 
     Returns:
@@ -211,13 +213,17 @@ def _accuracy(
             if not is_warned and firsts != list(range(len(firsts))):
                 is_warned = True
                 warnings.warn(
-                    f"two choices of an example routed as {row['task']!r} are the same "
+                    f"two choices of an example routed as {_called(row['task'])} are the same "
                     f"{kind.max_target} tokens: raise max_target to tell them apart",
                     stacklevel=3,
                 )
             for column in range(2):
                 hits[column] += _share(scores[firsts, column], row["label"])
     return hits[0] / num_rows, hits[1] / num_rows
+
+
+def _called(route: str | RouteRule) -> str:
+    return repr(route) if isinstance(route, str) else route.name
 
 
 def _first_equal(choices: Sequence[Sequence[int]]) -> list[int]:
@@ -232,7 +238,9 @@ def _share(scores: Tensor, label: int) -> float:
     return 1 / int(is_best.sum()) if label >= 0 and is_best[label] else 0.0
 
 
-def _batches(rows: datasets.Dataset, batch_size: int, route: str) -> Iterator[list[dict[str, Any]]]:
+def _batches(
+    rows: datasets.Dataset, batch_size: int, route: str | RouteRule
+) -> Iterator[list[dict[str, Any]]]:
     """Rows in batches of similar length, to save padding; `index` is the place of a row."""
     order = np.argsort(prompt_lengths(rows), kind="stable").tolist()
     for start in range(0, len(rows), batch_size):

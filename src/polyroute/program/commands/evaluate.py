@@ -13,6 +13,7 @@ from polyroute.errors import InputError
 from polyroute.host.files import check_place, make_folder, read_json, write_json
 from polyroute.host.output import Result
 from polyroute.kinds.choose import ModelKind
+from polyroute.library import token_routes  # noqa: F401 - names its rules
 from polyroute.loading import load_suite
 from polyroute.model import RoutedModel
 from polyroute.program.commands.adapted import number
@@ -27,6 +28,7 @@ from polyroute.program.commands.runs import (
 )
 from polyroute.program.commands.tasks import chosen_tasks
 from polyroute.program.options.finished import EvaluateOptions
+from polyroute.routes.rule import RouteRule, rule_named
 from polyroute.saved.hub import locate
 from polyroute.study.base_alone import BaseAlone
 from polyroute.study.evaluate import TaskScore, evaluate, macro_average
@@ -50,6 +52,8 @@ def evaluate_run(options: EvaluateOptions) -> Result:
         "data": options.source.data,
         "split": options.split,
         "zero_shot": options.zero_shot,
+        "route": options.route,
+        "top_k": options.top_k,
         "max_test": options.max_test,
         **read,
         "macro_average": macro_average(scores),
@@ -64,7 +68,8 @@ def _place_of(options: EvaluateOptions) -> Path:
     if options.run is None or options.out is not None:
         assert options.out is not None
         return options.out
-    name = f"evaluate-{'zero-shot-' if options.zero_shot else ''}{options.split}.json"
+    way = "zero-shot-" if options.zero_shot else f"{options.route}-" if options.route else ""
+    name = f"evaluate-{way}{options.split}.json"
     return beside(options.run) / name
 
 
@@ -81,28 +86,37 @@ def _reading(base: Any, kind: ModelKind) -> dict[str, Any]:
 
 def _scores_of_run(options: EvaluateOptions) -> tuple[dict[str, Any], list[TaskScore]]:
     assert options.run is not None
-    data, zero_shot = options.source.data, options.zero_shot
+    data, is_routed = options.source.data, not options.zero_shot and options.route is None
     run = Path(locate(options.run))
     checkpoint = inventory_of(run)
     suite = load_suite(data, options.source.reader)
     base, kind = base_of(run, limits=options.reading)
     trained = tuple(t for t in checkpoint.tasks if t in suite.tasks)
-    missing = "no held-out task" if zero_shot else f"none of the tasks of {run}"
+    missing = f"none of the tasks of {run}" if is_routed else "no held-out task"
     tasks = chosen_tasks(
-        suite, options.source.tasks, held_out_tasks(suite) if zero_shot else trained, kind,
+        suite, options.source.tasks, trained if is_routed else held_out_tasks(suite), kind,
         none=f"{data} has {missing}",
     )  # fmt: skip
     validate(suite, tasks, needs=[options.split])
-    route = "mu" if zero_shot else None
+    route = "mu" if options.zero_shot else _token_route(options.route, options.top_k)
     with loaded(base, checkpoint, run) as model:
         for task in tasks:
             if route is None and task not in model.routes:
                 raise InputError(
                     f"task {task!r} has no route in {run}: add --zero-shot to route it as the "
-                    "average of the skills, or adapt to it with `polyroute adapt`"
+                    "average of the skills or --route to let each token choose, or adapt to it "
+                    "with `polyroute adapt`"
                 )
         model.eval()
         return _reading(base, kind), _scores(options, model, kind, suite, tasks, route)
+
+
+def _token_route(name: str | None, top_k: int | None) -> RouteRule | None:
+    """The route in which each token chooses; None for that of each task."""
+    if name is None:
+        return None
+    made = rule_named(name)
+    return made() if top_k is None else made(top_k=top_k)  # type: ignore[call-arg]
 
 
 def _scores_of_base(options: EvaluateOptions) -> tuple[dict[str, Any], list[TaskScore]]:
@@ -127,7 +141,7 @@ def _scores(
     kind: ModelKind,
     suite: Suite,
     tasks: Sequence[str],
-    route: str | None,
+    route: str | RouteRule | None,
 ) -> list[TaskScore]:
     return evaluate(
         model, kind, suite, tasks, route=route, split=options.split,

@@ -2,10 +2,11 @@
 
 from pathlib import Path
 
-from polyroute.build import loaded
+from polyroute.build import attach, loaded
 from polyroute.exchange import check_export, read_inventory, write_inventory
 from polyroute.exchange.foreign import read_names
 from polyroute.host.output import Result
+from polyroute.library.library import Library
 from polyroute.program.commands.folder import RunFolder
 from polyroute.program.commands.runs import (
     BaseModel,
@@ -52,9 +53,14 @@ def import_run(options: ImportOptions) -> Result:
     tasks = None if options.tasks_file is None else read_names(options.tasks_file)
     reading, given = settled(options.reading, options.given)
     base, kind = load(BaseModel(options.model, reading))
-    model = read_inventory(
-        base, options.source, form=options.format, tasks=tasks, allow_pickle=options.allow_pickle
-    )
+    if options.format == "library":
+        model = attach(base, Library.from_peft(options.source, allow_pickle=options.allow_pickle),
+                       tasks)  # fmt: skip
+    else:
+        model = read_inventory(
+            base, options.source, form=options.format, tasks=tasks,
+            allow_pickle=options.allow_pickle,
+        )  # fmt: skip
     config = {**given.recorded, **limits_of(reading), "method": model.adapter_config.method}
     place = folder.open(config, given, {NOTE: kind.prompting.to_dict()})
     with held(place):

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from polyroute.errors import InputError
+from polyroute.library.names import TOKEN_ROUTES
 from polyroute.program.options.flags import flags_of, group
 from polyroute.program.options.shared import (
     CONFIG,
@@ -17,7 +18,7 @@ from polyroute.program.options.shared import (
     Reading,
     Source,
 )
-from polyroute.settings import flag, setting, text, whole
+from polyroute.settings import flag, named, setting, text, whole
 
 __all__ = [
     "EvaluateOptions",
@@ -42,6 +43,13 @@ class EvaluateOptions(Options):
     reading: Reading = group(Reading, from_run=True, panel="A base model alone")
     source: Source = group(Source)
     zero_shot: bool = setting(False, flag(), help="Route every task as the average of the skills.")
+    route: str | None = setting(
+        None, values=TOKEN_ROUTES,
+        help="How each token chooses among the skills: arrow, spectr or lag; see docs/library.md.",
+    )  # fmt: skip
+    top_k: int | None = setting(
+        None, whole(optional=True), help="With --route: skills that a token uses [the route's]."
+    )
     split: str = setting("test", text(), help="train, validation or test.")
     batch_size: int = setting(32, whole(), help="Examples in a forward.")
     max_test: int | None = setting(
@@ -57,6 +65,12 @@ class EvaluateOptions(Options):
             raise InputError("name a run, or with --model a base model to score alone")
         if self.run is None and self.zero_shot:
             raise InputError("--zero-shot is for a run: leave it out with --model")
+        if self.route is not None:
+            named(TOKEN_ROUTES)("--route", self.route)
+            if self.run is None or self.zero_shot:
+                raise InputError("--route chooses among the skills of a run, without --zero-shot")
+        elif self.top_k is not None:
+            raise InputError("--top-k goes with --route: name arrow, spectr or lag")
         if self.run is None and self.out is None:
             raise InputError("say with --out where the scores of a base model alone go")
         for each in flags_of(type(self)):
@@ -107,8 +121,9 @@ class ImportOptions(Options):
     model: str = setting(REQUIRED, help="The base model that it was trained on, as in train.")
     out: Path = setting(REQUIRED, recorded=False, help="Folder of the run.")
     format: str | None = setting(
-        None, values=("mttl", "mttl-main", "peft", "peft-mhr", "peft-poly"),
-        help="mttl, mttl-main, peft (a LoRA), peft-mhr or peft-poly [by what is there].",
+        None, values=("mttl", "mttl-main", "peft", "peft-mhr", "peft-poly", "library"),
+        help="mttl, mttl-main, peft (a LoRA), peft-mhr, peft-poly, or library: all LoRAs in the "
+        "sub-folders of SOURCE, each a task [by what is there].",
     )  # fmt: skip
     tasks_file: Path | None = setting(
         None, help="Names of the routing rows: one a line, or a JSON list [numbers]."
