@@ -50,7 +50,7 @@ bench-paper: $(INSTALLED)
 # and ONLY='grouped' runs that start alone. The stage `test` follows once settings are chosen.
 DATA ?= ../shared/suite
 study-lm: $(INSTALLED)
-	$(BIN)/python benchmarks/paper.py lm --threads 2 --data $(DATA) --stages train develop \
+	$(BIN)/python benchmarks/paper.py lm --threads 2 --data $(DATA) --stages train own develop \
 		$(if $(ONLY),--only $(ONLY))
 	$(BIN)/python benchmarks/paper_page.py
 

@@ -30,6 +30,7 @@ def language_model(work: Path, results: Path, data: str) -> Study:
     return replace(
         study,
         name="lm",
+        kept="smollm2",
         base="smollm2",
         dtype="bfloat16",
         max_input=256,
@@ -51,7 +52,8 @@ def language_model(work: Path, results: Path, data: str) -> Study:
 def unsaid(study: Study) -> Study:
     """The same tasks, when nothing but their inputs tells them apart."""
     suite = Unsaid(study.suite)
-    return replace(study, name="lm-unsaid", suite=suite, results=study.results / "unsaid")
+    results = study.results / "unsaid"
+    return replace(study, name="lm-unsaid", suite=suite, results=results, kept="")
 
 
 @dataclass(frozen=True)

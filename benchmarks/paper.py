@@ -60,7 +60,12 @@ CONTINUED = ("shared", "poly", "mhr")
 """Whose average is also trained on, for zero-shot use."""
 CONTROLLED = ("shared", "shared-matched", "poly", "mhr", "private")
 """Inventories of the real tasks that are scored untuned and whose gradients are compared."""
-STAGES = ("train", "develop", "test", "controls", "continued")
+STAGES = ("train", "own", "develop", "test", "controls", "continued")
+"""`own` scores inventories on the tasks that they learned; the language model alone has it."""
+
+
+OWN = "own-tasks-"
+"""Begins the names of the results of stage `own`."""
 
 
 def run_generated(study: Study, only: Sequence[str]) -> None:
@@ -160,13 +165,14 @@ def run_main(
     Rates are chosen before, from one seed on the development tasks, with several draws.
     """
     parts = {
+        "own": replace(study, test=study.train),
         "develop": replace(study, test=study.develop, seeds=study.seeds[: plan.draws]),
         "test": study,
         "text": replace(study, test=study.text, max_target=WRITTEN),
     }
-    if "develop" in stages:
-        _run_part(study, plan, contenders, 0, {"develop": parts["develop"]})
-        zero_shot(study, "own-tasks-base", "base", study.train)
+    for role in ("own", "develop"):
+        if role in stages:
+            _run_part(study, plan, contenders, 0, {role: parts[role]})
     if "test" in stages:
         for seed, draw in enumerate(study.seeds[: plan.seeds]):
             held_out = {r: replace(parts[r], seeds=(draw,)) for r in ("test", "text")}
@@ -181,7 +187,8 @@ def _run_part(
     parts: Mapping[str, Study],
 ) -> None:
     for role, part in parts.items():
-        zero_shot(part, f"{role}-zero-shot-base", "base", part.test)
+        zero_shot(part, OWN + "base" if role == "own" else f"{role}-zero-shot-base", "base",
+                  part.test)  # fmt: skip
     for name, contender in contenders.items():
         for role, part in parts.items():
             _run_main(study, part, plan, name, contender, seed, role)
@@ -198,7 +205,8 @@ def _run_main(
 ) -> None:
     """Train one contender in `study`, unless all results are there, and score it in `part`."""
     name = f"{name}-s{seed}"
-    continued = f"{name}-continued" if contender.is_continued and role != "develop" else ""
+    is_held_out = role in ("test", "text")
+    continued = f"{name}-continued" if contender.is_continued and is_held_out else ""
     as_is = _as_is(part, name, continued, contender, role)
     choices = _choices(plan, name, contender, role)
     if all(part.read(stage) is not None for stage in as_is) and all(
@@ -224,15 +232,15 @@ def _as_is(
     method = part.inventories[contender.config]["method"]
     has_routes = method in ("poly", "mhr")
     score = partial(zero_shot, part, tasks=part.test)
+    if role == "own":
+        route = "mu" if method == "shared" else None
+        return {OWN + name: partial(score, stage=OWN + name, inventory=name, route=route)}
     found = {
         f"{role}-zero-shot-{own}": partial(score, inventory=own) for own in (name, continued) if own
     }
     for rule in AS_IS if role == "develop" and has_routes else contender.as_is:
         stage = f"{role}-{rule}-{name}"
         found[stage] = partial(score, inventory=name, route=None, added=AS_IS[rule])
-    if role == "develop":
-        route = "mu" if method == "shared" else None
-        found[f"own-tasks-{name}"] = partial(score, inventory=name, tasks=part.train, route=route)
     return {stage: partial(run, stage=stage) for stage, run in found.items()}
 
 
@@ -240,7 +248,9 @@ def _choices(
     plan: Plan, name: str, contender: Contender, role: str
 ) -> dict[str, dict[str, AdaptSettings]]:
     """By stage, the settings by label with which an inventory is adapted."""
-    found = {}
+    found: dict[str, dict[str, AdaptSettings]] = {}
+    if role == "own":
+        return found
     for (way, shots), values in plan.cells.items():
         rates = {"": contender.rates[way]} if way in contender.rates else {}
         if role == "text" and (way, shots) not in plan.written:

@@ -42,7 +42,7 @@ from polyroute.study.examples import encoded, encoded_mixture
 from polyroute.trainer import MultiTaskTrainer, MultiTaskTrainingArguments
 
 KEPT = Path(__file__).parents[1] / "inventories"
-"""Trained inventories in the repository, by their base model."""
+"""Trained inventories in the repository."""
 Result = dict[str, Any]
 Prepare = Callable[["Study", pr.RoutedModel, ModelKind, int], None]
 """The last is the seed of training."""
@@ -95,6 +95,8 @@ class Study:
     """The most examples of a task that are scored; None for all."""
     text: Sequence[str] = ()
     """Held-out tasks that are answered by writing, which are scored once, apart."""
+    kept: str = ""
+    """The folder of `KEPT` that has inventories of this study."""
 
     def base_and_kind(self) -> tuple[nn.Module, ModelKind]:
         """A fresh base model without dropout, which few-shot adaptation has not either."""
@@ -121,8 +123,8 @@ class Study:
 
     def folder(self, inventory: str) -> Path:
         """Where an inventory lies: where it was trained here or, else, where it is kept."""
-        own, kept = self.work / self.name / inventory, KEPT / self.base / inventory
-        return kept if kept.is_dir() and not own.is_dir() else own
+        own, kept = self.work / self.name / inventory, KEPT / self.kept / inventory
+        return kept if self.kept and kept.is_dir() and not own.is_dir() else own
 
 
 def train(

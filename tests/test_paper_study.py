@@ -188,7 +188,7 @@ def test_a_part_of_the_held_out_table_trains_only_where_a_result_is_missing(
     assert (study.work / study.name / "mhr-s0" / "polyroute.json").exists()
     assert study.file("test-z-32-mhr-s0").exists()
     # Rates are chosen on other tasks, where each contender tries all of them.
-    paper.run_main(study, plan, contenders, ("develop",))
+    paper.run_main(study, plan, contenders, ("own", "develop"))
     developed = {path.stem: json.loads(path.read_text()) for path in study.results.glob("dev*")}
     stages = ("zero-shot-base", "zero-shot-shared-s0", "zero-shot-mhr-s0", "mu-32-shared-s0",
               "random-32-shared-s0", "mu-nearest-32-mhr-s0")  # fmt: skip

@@ -19,6 +19,8 @@ if TYPE_CHECKING:
     from polyroute.kinds.choose import kind_of
     from polyroute.library.delta import Delta
     from polyroute.library.library import Library
+    from polyroute.library.ranking import rank_skills
+    from polyroute.library.static import Static
     from polyroute.library.token_routes import LAG, Arrow, AverageActivation, SpectR
     from polyroute.loading import load_base
     from polyroute.model import RoutedModel
@@ -46,6 +48,7 @@ __all__ = [
     "RoutedTrainer",
     "SavedRoutes",
     "SpectR",
+    "Static",
     "adapt_many",
     "attach",
     "encoded_mixture",
@@ -54,6 +57,7 @@ __all__ = [
     "kind_of",
     "load_base",
     "open_suite",
+    "rank_skills",
     "read_checkpoint",
     "read_inventory",
     "start_in_groups",
@@ -78,6 +82,8 @@ PLACES = {
     "RoutedModel": "model",
     "RoutedTrainer": "trainer",
     "SavedRoutes": "saved.rows",
+    "Static": "library.static",
+    "rank_skills": "library.ranking",
     "adapt_many": "adapt",
     "attach": "build",
     "encoded_mixture": "study.examples",

@@ -1,0 +1,172 @@
+"""Constant weights over the LoRAs of a library, learned and ranked."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from models import batch, llama, relative_error, routed
+from test_library_attached import SETTINGS
+from test_library_commands import loras_of
+from test_lora_import import written
+from torch import Tensor
+from transformers import ByT5Tokenizer, T5ForConditionalGeneration
+
+import polyroute as pr
+from polyroute.kinds.choose import ModelKind
+from polyroute.library.ranking import Ranking
+from polyroute.study.examples import encoded_records
+
+WEIGHTS = {"plain": 0.5, "rs": -1.5}
+
+
+@pytest.fixture(scope="module")
+def loras(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("loras")
+    for name, settings in SETTINGS.items():
+        written(folder / name, **settings)
+    return folder
+
+
+def attached(loras: Path) -> pr.RoutedModel:
+    return pr.attach(llama(), pr.Library.from_peft(loras)).eval()
+
+
+def logits(model: pr.RoutedModel, tasks: Any) -> Tensor:
+    found: Tensor = model(**batch(llama()), tasks=tasks).logits
+    return found
+
+
+@torch.no_grad()
+def test_weights_are_those_of_a_merge(loras: Path, tmp_path: Path) -> None:
+    model, library = attached(loras), pr.Library.from_peft(loras)
+    library.merge("arithmetic", weights=WEIGHTS).save_peft(tmp_path / "merged" / "one")
+    merged = pr.attach(llama(), pr.Library.from_peft(tmp_path / "merged")).eval()
+    for granularity in ("coarsegrained", "blockwise", "finegrained"):
+        rule = pr.Static(model, WEIGHTS, granularity=granularity)  # type: ignore[arg-type]
+        assert relative_error(logits(model, rule), logits(merged, "one")) < 1e-5
+
+
+@torch.no_grad()
+def test_one_weight_is_the_lora_and_none_is_the_base(loras: Path) -> None:
+    model = attached(loras)
+    for name in SETTINGS:
+        assert (
+            relative_error(logits(model, pr.Static(model, {name: 1})), logits(model, name)) < 1e-6
+        )
+    base = llama()(**batch(llama())).logits
+    assert relative_error(logits(model, pr.Static(model)), base) < 1e-6
+    uniform = pr.Static(model, softmax=True, granularity="finegrained")
+    assert torch.allclose(uniform.values(), torch.full((len(model.sites), 3), 1 / 3))
+    assert relative_error(logits(model, uniform), logits(model, "mu")) < 1e-5
+
+
+def test_weights_learn_and_nothing_else_does(loras: Path) -> None:
+    model = attached(loras)
+    wanted = logits(model, "rs").detach()
+    before = [p.clone() for p in model.inventory.parameters()]
+    rule = pr.Static(model)
+    optimizer = torch.optim.Adam(rule.parameters(), lr=0.1)
+    for _ in range(150):
+        optimizer.zero_grad()
+        with model.route(rule):
+            (model(**batch(llama())).logits - wanted).square().mean().backward()
+        optimizer.step()
+    found = dict(zip(model.tasks, rule.values()[0].tolist(), strict=True))
+    assert found == pytest.approx({"patterns": 0, "plain": 0, "rs": 1}, abs=0.02)
+    assert all(
+        torch.equal(*pair) for pair in zip(before, model.inventory.parameters(), strict=True)
+    )
+
+
+def test_weights_belong_to_their_model(loras: Path) -> None:
+    model = attached(loras)
+    some = pr.attach(llama(), pr.Library.from_peft(loras), ["rs"])
+    mhr = routed(llama())
+    for act, sentence in (
+        (lambda: logits(some, pr.Static(model)), "belong to another model"),
+        (lambda: pr.Static(model, {"rz": 1}), "unknown task 'rz': did you mean 'rs'"),
+        (lambda: pr.Static(model, {"rs": float("nan")}), "weight must be a finite number"),
+        (lambda: pr.Static(model, 1.0, softmax=True), "weights of a softmax start uniform"),
+        (lambda: pr.Static(mhr, {mhr.tasks[0]: 1.0}), "tasks have no skills of their own here"),
+        (lambda: logits(mhr, pr.Static(mhr, 0.1)), "constant weights add the updates of LoRAs"),
+    ):
+        with pytest.raises(pr.InputError, match=sentence):
+            act()  # type: ignore[no-untyped-call]
+
+
+@pytest.fixture(scope="module")
+def setting(place: Path) -> tuple[pr.RoutedModel, ModelKind, list[Any]]:
+    """A library on a tiny base model in fp64, and examples."""
+    base = T5ForConditionalGeneration.from_pretrained(place / "base").double()
+    kind = pr.kind_of(base, ByT5Tokenizer.from_pretrained(place / "base"), max_input=32)
+    model = pr.attach(base, pr.Library.from_peft(loras_of(place))).eval()
+    records = [{"input": word, "target": word[::-1]} for word in ("abc", "defg", "hi", "jklmn")]
+    return model, kind, encoded_records(records, "back", kind)
+
+
+def test_ranks_are_derivatives_of_the_loss(
+    setting: tuple[pr.RoutedModel, ModelKind, list[Any]],
+) -> None:
+    model, kind, rows = setting
+    found = pr.rank_skills(model, kind, rows, batch_size=3)
+    rule = pr.Static(model, granularity="finegrained")
+
+    def loss() -> float:
+        total = 0.0
+        for start, count in ((0, 3), (3, 1)):  # a batch is a mean over its tokens
+            chosen = [{**row, "task": rule} for row in rows[start : start + count]]
+            total += float(kind.loss(model, kind.collate(chosen))) * count / len(rows)
+        return total
+
+    step = 1e-3  # the loss is in fp32
+    with torch.no_grad():
+        for site, skill in ((0, 0), (3, 1), (len(model.sites) - 1, 0)):
+            slopes = []
+            for sign in (1, -1):
+                rule.weights[site, skill] = sign * step
+                slopes.append(loss())
+            rule.weights.zero_()
+            slope = (slopes[0] - slopes[1]) / (2 * step)
+            assert float(found.by_site[site, skill]) == pytest.approx(-slope, rel=2e-3, abs=1e-3)
+    assert found.scores == pytest.approx(
+        dict(zip(found.names, found.by_site.sum(0).tolist(), strict=True))
+    )
+    assert found.alike.diagonal().tolist() == pytest.approx([1, 1])
+    assert all(parameter.grad is None for parameter in model.inventory.parameters())
+
+
+def test_a_lora_that_was_trained_for_a_task_comes_first(
+    setting: tuple[pr.RoutedModel, ModelKind, list[Any]],
+) -> None:
+    model, kind, rows = setting
+    optimizer = model.optimizer("full", lr=2e-2)
+    chosen = [{**row, "task": "upper"} for row in rows]
+    for _ in range(30):
+        kind.loss(model, kind.collate(chosen)).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    ranking = pr.rank_skills(model.eval(), kind, rows)
+    assert next(iter(ranking.scores)) == "upper"
+    assert ranking.top(1) == ["upper"]
+
+
+def test_diversity_leaves_out_what_is_alike() -> None:
+    alike = torch.tensor([[1, 0.9, 0.1], [0.9, 1, 0.1], [0.1, 0.1, 1]])
+    ranking = Ranking(("a", "b", "c"), torch.tensor([[3.0, 2.9, 1.0]]), alike)
+    assert ranking.top(2) == ["a", "b"]
+    assert ranking.top(2, diversity=1) == ["a", "c"]
+    assert ranking.top(9, diversity=1) == ["a", "c", "b"]
+    for wrong in ({"count": 0}, {"count": 2, "diversity": 2}, {"count": 2, "diversity": -1}):
+        with pytest.raises(pr.InputError, match="must"):
+            ranking.top(**wrong)  # type: ignore[arg-type]
+
+
+def test_only_libraries_are_ranked(
+    setting: tuple[pr.RoutedModel, ModelKind, list[Any]],
+) -> None:
+    model, kind, rows = setting
+    with pytest.raises(pr.InputError, match="LoRAs of a library are ranked"):
+        pr.rank_skills(routed(llama()), kind, rows)
+    with pytest.raises(pr.InputError, match="give at least one example"):
+        pr.rank_skills(model, kind, [])
