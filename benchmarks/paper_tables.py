@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from polyroute.report_page.intervals import estimates
+from polyroute.study.intervals import estimates
 
 Result = Mapping[str, Any]
 

@@ -20,10 +20,10 @@ from polyroute.report_page import figures, tables, write_report
 from polyroute.report_page import routing as routing_module
 from polyroute.report_page.contents import Contents, collect
 from polyroute.report_page.data import read_runs
-from polyroute.report_page.intervals import estimates
 from polyroute.report_page.page import render
 from polyroute.saved.checkpoint import read_checkpoint
 from polyroute.study.analysis import saved_weights
+from polyroute.study.intervals import estimates
 from polyroute.study.routing_measures import route_similarity
 
 TASKS = [f"task{i}" for i in range(9)]

@@ -16,10 +16,13 @@ if TYPE_CHECKING:
     from polyroute.data.open import open_suite
     from polyroute.errors import InputError
     from polyroute.exchange import read_inventory
+    from polyroute.judge import judge
     from polyroute.kinds.choose import kind_of
     from polyroute.library.delta import Delta
+    from polyroute.library.learning import learn_weights
     from polyroute.library.library import Library
     from polyroute.library.ranking import rank_skills
+    from polyroute.library.settings import JudgeSettings
     from polyroute.library.static import Static
     from polyroute.library.token_routes import LAG, Arrow, AverageActivation, SpectR
     from polyroute.loading import load_base
@@ -39,6 +42,7 @@ __all__ = [
     "AverageActivation",
     "Delta",
     "InputError",
+    "JudgeSettings",
     "Library",
     "MHRConfig",
     "MultiTaskTrainer",
@@ -54,7 +58,9 @@ __all__ = [
     "encoded_mixture",
     "evaluate",
     "from_pretrained",
+    "judge",
     "kind_of",
+    "learn_weights",
     "load_base",
     "open_suite",
     "rank_skills",
@@ -89,7 +95,10 @@ PLACES = {
     "encoded_mixture": "study.examples",
     "evaluate": "study.evaluate",
     "from_pretrained": "build",
+    "JudgeSettings": "library.settings",
+    "judge": "judge",
     "kind_of": "kinds.choose",
+    "learn_weights": "library.learning",
     "load_base": "loading",
     "open_suite": "data.open",
     "read_checkpoint": "saved.checkpoint",

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from polyroute.report_page.data import Result, Run
-from polyroute.report_page.intervals import Estimate, estimates
+from polyroute.study.intervals import Estimate, estimates
 
 __all__ = ["Reference", "ResultRow", "groups", "references", "summarise"]
 

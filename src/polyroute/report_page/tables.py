@@ -3,8 +3,8 @@
 from collections.abc import Mapping, Sequence
 from html import escape
 
-from polyroute.report_page.intervals import Estimate
 from polyroute.report_page.summary import Reference, ResultRow
+from polyroute.study.intervals import Estimate
 
 __all__ = ["results_table", "tasks_table"]
 

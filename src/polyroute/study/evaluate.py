@@ -33,6 +33,7 @@ __all__ = [
     "evaluate",
     "macro_average",
     "questions",
+    "row_scores",
     "score_rows",
 ]
 
@@ -178,18 +179,38 @@ def score_rows(
     Returns:
         The score and, for accuracy, the score by log-probability per token.
     """
+    found = np.array(row_scores(model, kind, asked, route=route, batch_size=batch_size))
+    score, *normalised = found.mean(0).tolist()
+    return score, normalised[0] if normalised else None
+
+
+def row_scores(
+    model: RoutedModel | BaseAlone,
+    kind: ModelKind,
+    asked: Questions,
+    *,
+    route: str | RouteRule,
+    batch_size: int = 32,
+) -> list[list[float]]:
+    """The score of each row, in order, and for accuracy also the one by log-probability per token.
+
+    The arguments are those of `score_rows`.
+    """
     count = len(asked.rows)
     what = f"scoring {asked.rows[0]['task']}" if count else "scoring"
+    found: list[list[float]] = [[] for _ in range(count)]
     with progress(what=what, unit="example", total=count) as bar:
         batches = _counted(_batches(asked.rows, batch_size, route), bar)
         if asked.metric == "accuracy":
-            return _accuracy(model, kind, batches, count)
+            for index, shares in _hits(model, kind, batches):
+                found[index] = shares
+            return found
         compare = text_metric(asked.metric)
-        total = 0.0
         for batch in batches:
             for row, answer in zip(batch, kind.generate(model, batch), strict=True):
-                total += best_match(compare, answer, asked.answers[row["index"]])
-    return total / count, None
+                index = row["index"]
+                found[index] = [best_match(compare, answer, asked.answers[index])]
+    return found
 
 
 def _counted(batches: Iterator[list[dict[str, Any]]], bar: Any) -> Iterator[list[dict[str, Any]]]:
@@ -199,14 +220,11 @@ def _counted(batches: Iterator[list[dict[str, Any]]], bar: Any) -> Iterator[list
         bar.update(len(batch))
 
 
-def _accuracy(
-    model: RoutedModel | BaseAlone,
-    kind: ModelKind,
-    batches: Iterator[list[dict[str, Any]]],
-    num_rows: int,
-) -> tuple[float, float]:
-    """The share of rows whose label has the best score, by sum and by mean over tokens."""
-    hits, is_warned = [0.0, 0.0], False
+def _hits(
+    model: RoutedModel | BaseAlone, kind: ModelKind, batches: Iterator[list[dict[str, Any]]]
+) -> Iterator[tuple[int, list[float]]]:
+    """For each row its place, and whether its label scores best, by sum and by mean over tokens."""
+    is_warned = False
     for batch in batches:
         for row, scores in zip(batch, kind.scores(model, batch), strict=True):
             firsts = _first_equal(row["choice_ids"])
@@ -217,9 +235,8 @@ def _accuracy(
                     f"{kind.max_target} tokens: raise max_target to tell them apart",
                     stacklevel=3,
                 )
-            for column in range(2):
-                hits[column] += _share(scores[firsts, column], row["label"])
-    return hits[0] / num_rows, hits[1] / num_rows
+            columns = range(scores.shape[1])
+            yield row["index"], [_share(scores[firsts, c], row["label"]) for c in columns]
 
 
 def _called(route: str | RouteRule) -> str:

@@ -12,6 +12,7 @@ from polyroute.host import output
 from polyroute.host.interrupts import terminable
 from polyroute.program.cli.adapt import adapt
 from polyroute.program.cli.command import EXIT_CODES, Command, Stopped, output_flags
+from polyroute.program.cli.compare import compare
 from polyroute.program.cli.demo import demo
 from polyroute.program.cli.demo_lm import demo_lm
 from polyroute.program.cli.evaluate import evaluate
@@ -30,7 +31,7 @@ __all__ = ["COMMANDS", "app", "main"]
 
 COMMANDS: tuple[Command[Any], ...] = (
     demo, demo_lm, train, adapt, evaluate, reproduce, export, push, import_, inspect, report,
-    library, merge, recompress,
+    library, merge, recompress, compare,
 )  # fmt: skip
 """In the order of the help."""
 DONE, FAILED, REFUSED = 0, 1, 2

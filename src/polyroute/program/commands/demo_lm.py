@@ -26,12 +26,12 @@ from polyroute.program.commands.runs import base_of
 from polyroute.program.options.experiments import DemoLmOptions
 from polyroute.program.stages import Prepare, Stage
 from polyroute.report_page import write_report
-from polyroute.report_page.intervals import Estimate, estimates
 from polyroute.saved.markdown import table
 from polyroute.saved.runs import held, machine
 from polyroute.settings import typed
 from polyroute.study.base_alone import BaseAlone
 from polyroute.study.examples import encoded
+from polyroute.study.intervals import Estimate, estimates
 
 __all__ = ["run_demo_lm", "table_of_contenders"]
 

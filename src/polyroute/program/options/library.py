@@ -1,4 +1,4 @@
-"""Options of the commands for LoRAs that exist: `library`, `merge`, `recompress`."""
+"""Options of the commands for LoRAs that exist: `library`, `merge`, `recompress`, `compare`."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -7,12 +7,13 @@ from typing import Any
 
 from polyroute.errors import InputError
 from polyroute.library.names import METHODS
+from polyroute.library.settings import JudgeSettings
 from polyroute.program import texts
 from polyroute.program.options.flags import group
-from polyroute.program.options.shared import REQUIRED, Options
-from polyroute.settings import check_settings, flag, number, one_of, setting, whole
+from polyroute.program.options.shared import REQUIRED, Options, Source
+from polyroute.settings import check_settings, flag, number, one_of, setting, text, whole
 
-__all__ = ["LibraryOptions", "MergeOptions", "RecompressOptions", "Size"]
+__all__ = ["CompareOptions", "LibraryOptions", "MergeOptions", "RecompressOptions", "Size"]
 
 LORAS = (
     "LoRAs of PEFT: folders, folders of such folders, or ids on the hub. NAME=LORA gives one "
@@ -109,3 +110,22 @@ class RecompressOptions(Options):
         super().__post_init__()
         if self.size.rank is None and self.size.energy is None:
             raise InputError("say with --rank or --energy how much stays")
+
+
+@dataclass(frozen=True, kw_only=True)
+class CompareOptions(Options):
+    """Options of `polyroute compare`."""
+
+    run: Path = setting(
+        REQUIRED, argument=True, help="Folder that `polyroute import --format library` wrote."
+    )
+    source: Source = group(Source)
+    settings: JudgeSettings = group(JudgeSettings)
+    seeds: Sequence[int] = setting(
+        (0,), parse=texts.seeds, typed=str, help="Draws of examples: `42,1024,0`."
+    )
+    split: str = setting("test", text(), help="train, validation or test.")
+    max_test: int | None = setting(
+        None, whole(optional=True), help="Most examples of each task, drawn with one seed [all]."
+    )
+    out: Path | None = setting(None, help="JSON file [RUN/compare.json].")

@@ -24,13 +24,14 @@ class Estimate(NamedTuple):
     tasks: int
 
 
-def estimates(values: Array) -> list[Estimate]:
+def estimates(values: Array, *, outside: float = 0.05) -> list[Estimate]:
     """Means over tasks with bootstrap intervals: 95% of the means when tasks are drawn again.
 
     The draws are seeded and the same for all columns, so equal numbers have equal intervals.
 
     Args:
         values: `[T, n]`, one row for each task; columns are independent.
+        outside: the share of the means that lie outside, half on each side.
 
     Returns:
         One estimate for each column.
@@ -39,7 +40,9 @@ def estimates(values: Array) -> list[Estimate]:
     means = values.mean(0).tolist()
     if tasks == 1:
         return [Estimate(mean, None, None, 1) for mean in means]
-    low, high = np.quantile(_shares(tasks) @ values, [0.025, 0.975], axis=0).tolist()
+    low, high = np.quantile(
+        _shares(tasks) @ values, [outside / 2, 1 - outside / 2], axis=0
+    ).tolist()
     return [Estimate(*each, tasks) for each in zip(means, low, high, strict=True)]
 
 

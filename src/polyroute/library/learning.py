@@ -1,0 +1,71 @@
+"""Learning constant weights over a library from a few examples (LoraHub's objective)."""
+
+from collections.abc import Sequence
+
+import torch
+
+from polyroute.config import Granularity
+from polyroute.errors import InputError
+from polyroute.kinds.batches import Row, evaluating
+from polyroute.kinds.choose import ModelKind
+from polyroute.library.static import Static
+from polyroute.model import RoutedModel
+
+__all__ = ["learn_weights"]
+
+
+def learn_weights(  # noqa: PLR0913 (public: users know its keywords)
+    model: RoutedModel,
+    kind: ModelKind,
+    rows: Sequence[Row],
+    *,
+    granularity: Granularity = "coarsegrained",
+    steps: int = 40,
+    batch_size: int = 8,
+    lr: float = 0.05,
+    penalty: float = 0.05,
+    seed: int = 0,
+) -> Static:
+    """Learn a weight for each LoRA, from 0 on, by gradient; the LoRAs stay as they are.
+
+    The objective is the loss plus `penalty` times the mean size of the weights (LoraHub, Huang et
+    al., 2023, which searches without gradients).
+
+    Args:
+        model: has the library.
+        kind: how its base model learns.
+        rows: encoded examples.
+        granularity: layers that share weights: those of the whole model, of a block, or of one.
+        steps: of Adam, with a rate that falls linearly to 0.
+        batch_size: examples in a step.
+        lr: the rate at the start.
+        penalty: see above.
+        seed: of the order of examples.
+
+    Raises:
+        InputError: there is no example, or the model has no library.
+    """
+    if not len(rows):
+        raise InputError("give at least one example to learn weights from")
+    rule = Static(model, granularity=granularity)
+    optimizer = torch.optim.Adam(rule.parameters(), lr=lr)
+    schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 1e-3, total_iters=steps)
+    generator = torch.Generator().manual_seed(seed)
+    frozen = [p for p in model.inventory.parameters() if p.requires_grad]
+    model.inventory.requires_grad_(False)
+    order: list[int] = []
+    try:
+        with evaluating(model), torch.enable_grad():
+            for _ in range(steps):
+                while len(order) < min(batch_size, len(rows)):
+                    order += torch.randperm(len(rows), generator=generator).tolist()
+                places, order = order[:batch_size], order[batch_size:]
+                batch = kind.collate([{**rows[i], "task": rule} for i in places])
+                loss = kind.loss(model, batch) + penalty * rule.weights.abs().mean()
+                (rule.weights.grad,) = torch.autograd.grad(loss, [rule.weights])
+                optimizer.step()
+                schedule.step()
+    finally:
+        for parameter in frozen:
+            parameter.requires_grad_()
+    return rule
