@@ -164,3 +164,32 @@ def test_a_library_becomes_a_run(place: Path, capsys: Capture) -> None:
 
 def test_routes_have_the_names_of_their_rules() -> None:
     assert [rule.name for rule in (pr.Arrow, pr.SpectR, pr.LAG)] == list(TOKEN_ROUTES)
+
+
+def test_a_run_is_ranked_and_a_route_frozen(place: Path, capsys: Capture) -> None:
+    folder, run, data = loras_of(place), place / "to-rank", str(place / "suite")
+    main(["import", str(folder), "--model", str(place / "base"), "--format", "library",
+          "--out", str(run), "--max-target", "8"])  # fmt: skip
+    given = ["rank", str(run), "--data", data, "--tasks", "first,pick", "--shots", "6"]
+    ranked = document(given, capsys)["scores"]
+    assert list(ranked) == ["first", "pick"]
+    for scores in ranked.values():
+        assert set(scores) == {"copy", "upper"}
+        assert list(scores.values()) == sorted(scores.values(), reverse=True)
+    assert document([*given, "--diversity", "1"], capsys)["scores"] == ranked  # none is left out
+    out = place / "frozen"
+    given = ["freeze", str(run), "--data", data, "--tasks", "first", "--rank", "4", "--texts", "20",
+             "--tokens", "3", "--batch-size", "4", "--out", str(out)]  # fmt: skip
+    found = document(given, capsys)
+    assert (found["route"], found["texts"], found["rank"]) == ("arrow", 20, 4)
+    assert found["error"] == pytest.approx(sum(found["errors"].values()) / len(found["errors"]))
+    assert max(pr.Delta.from_peft(out).ranks.values()) == 4
+    assert "frozen from the route arrow" in (out / "README.md").read_text()
+    base = T5ForConditionalGeneration.from_pretrained(place / "base")
+    assert peft.PeftModel.from_pretrained(base, out).num_parameters()
+    for wrong, sentence in (
+        (["--route", "spect"], "did you mean 'spectr'"),
+        (["--texts", "3"], "at least 5 texts"),
+        (["--rank", "0"], "rank must be a positive"),
+    ):
+        assert sentence in refused([*given, *wrong], capsys)

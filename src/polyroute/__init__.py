@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from polyroute.judge import judge
     from polyroute.kinds.choose import kind_of
     from polyroute.library.delta import Delta
+    from polyroute.library.freezing import freeze
     from polyroute.library.learning import learn_weights
     from polyroute.library.library import Library
     from polyroute.library.ranking import rank_skills
@@ -57,6 +58,7 @@ __all__ = [
     "attach",
     "encoded_mixture",
     "evaluate",
+    "freeze",
     "from_pretrained",
     "judge",
     "kind_of",
@@ -94,6 +96,7 @@ PLACES = {
     "attach": "build",
     "encoded_mixture": "study.examples",
     "evaluate": "study.evaluate",
+    "freeze": "library.freezing",
     "from_pretrained": "build",
     "JudgeSettings": "library.settings",
     "judge": "judge",

@@ -92,10 +92,13 @@ class Delta:
         base = {name: fields.get(name) for name in (*SAID, TRANSPOSED)}
         return cls(layers, base)
 
-    def save_peft(self, folder: str | os.PathLike[str]) -> None:
+    def save_peft(self, folder: str | os.PathLike[str], *, origin: str | None = None) -> None:
         """Write it as an ordinary LoRA of PEFT, which has the scale in B.
 
-        Its card, `README.md`, says how near it is to the exact update.
+        Args:
+            folder: the folder to write to; made if missing.
+            origin: ends the sentence of its card, `README.md`, that says what it is; by default how
+                near it is to the exact update.
 
         Raises:
             InputError: the folder cannot be written.
@@ -105,7 +108,7 @@ class Delta:
         is_transposed = bool(self.base.get(TRANSPOSED))
         target = PeftTarget(config, tuple(self.layers), is_transposed, {})
         target.write(Path(folder), list(self.layers.values()))
-        write_peft_card(folder, None, origin=self._origin())
+        write_peft_card(folder, None, origin=origin or self._origin())
 
     def _origin(self) -> str:
         if not self.error:

@@ -31,7 +31,15 @@ from polyroute.routes.ragged import RaggedInventory
 from polyroute.routes.rule import Batch, RouteRule
 from polyroute.settings import flag, number, whole
 
-__all__ = ["LAG", "Arrow", "AverageActivation", "Scores", "SpectR", "TokenRoute"]
+__all__ = [
+    "LAG",
+    "Arrow",
+    "AverageActivation",
+    "Scores",
+    "SpectR",
+    "TokenRoute",
+    "token_route",
+]
 
 Scores = Callable[[Tensor], Tensor]
 """From the input of a layer, fp32 `[..., d_in]`, to the scores of the skills, `[..., E]`."""
@@ -328,3 +336,14 @@ class LAG(TokenRoute, name="lag"):
             return found
 
         return scores
+
+
+def token_route(name: str, top_k: int | None = None) -> TokenRoute:
+    """A route without training or texts by its name, one of `polyroute.library.names.TOKEN_ROUTES`.
+
+    Args:
+        name: of the rule.
+        top_k: skills that a token uses; None for as many as the rule's default.
+    """
+    made = {rule.name: rule for rule in (Arrow, SpectR, LAG)}[name]
+    return made() if top_k is None else made(top_k=top_k)

@@ -61,7 +61,7 @@ def _card(
     parts = [
         MARK,
         f"# {method} adapter",
-        f"A {method} adapter in PEFT's files, {origin}.",
+        f"A {method} adapter in PEFT's files, {origin}" + ("" if origin[-1] == "\n" else "."),
         *_prompts(prompting),
         *_use(config, base, prompting, loading),
     ]

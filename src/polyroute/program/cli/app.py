@@ -17,11 +17,13 @@ from polyroute.program.cli.demo import demo
 from polyroute.program.cli.demo_lm import demo_lm
 from polyroute.program.cli.evaluate import evaluate
 from polyroute.program.cli.export import export
+from polyroute.program.cli.freeze import freeze
 from polyroute.program.cli.import_ import import_
 from polyroute.program.cli.inspect import inspect
 from polyroute.program.cli.library import library
 from polyroute.program.cli.merge import merge
 from polyroute.program.cli.push import push
+from polyroute.program.cli.rank import rank
 from polyroute.program.cli.recompress import recompress
 from polyroute.program.cli.report import report
 from polyroute.program.cli.reproduce import reproduce
@@ -31,7 +33,7 @@ __all__ = ["COMMANDS", "app", "main"]
 
 COMMANDS: tuple[Command[Any], ...] = (
     demo, demo_lm, train, adapt, evaluate, reproduce, export, push, import_, inspect, report,
-    library, merge, recompress, compare,
+    library, merge, recompress, rank, compare, freeze,
 )  # fmt: skip
 """In the order of the help."""
 DONE, FAILED, REFUSED = 0, 1, 2

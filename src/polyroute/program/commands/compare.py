@@ -1,21 +1,16 @@
 """`polyroute compare`: does a library of LoRAs help with some tasks?"""
 
-from pathlib import Path
 from typing import Any
 
 from rich.markup import escape
 from rich.table import Table
 
-from polyroute.build import loaded
-from polyroute.data.suite import held_out_tasks, validate
 from polyroute.host.files import check_place, make_folder, write_json
 from polyroute.host.output import Result
 from polyroute.judge import BASE, FRESH, ORACLE, RANDOM, Judgement, judge
-from polyroute.loading import load_suite
-from polyroute.program.commands.runs import base_of, beside, inventory_of
-from polyroute.program.commands.tasks import chosen_tasks
+from polyroute.program.commands.library_run import opened
+from polyroute.program.commands.runs import beside
 from polyroute.program.options.library import CompareOptions
-from polyroute.saved.hub import locate
 from polyroute.study.intervals import Estimate
 
 __all__ = ["compare_library"]
@@ -29,24 +24,16 @@ def compare_library(options: CompareOptions) -> Result:
     """
     path = options.out or beside(options.run) / "compare.json"
     check_place(path.parent)
-    run = Path(locate(options.run))
-    checkpoint = inventory_of(run)
-    suite = load_suite(options.source.data, options.source.reader)
-    base, kind = base_of(run)
-    tasks = chosen_tasks(
-        suite, options.source.tasks, held_out_tasks(suite), kind,
-        none=f"{options.source.data} has no held-out task",
-    )  # fmt: skip
-    validate(suite, tasks, needs=["train", options.split])
-    with loaded(base, checkpoint, run) as model:
+    given = opened(options.run, options.source, needs=["train", options.split])
+    with given.attached() as model:
         found = judge(
-            model.eval(), kind, suite, tasks, options.settings, seeds=options.seeds,
-            split=options.split, max_examples=options.max_test,
+            model.eval(), given.kind, given.suite, given.tasks, options.settings,
+            seeds=options.seeds, split=options.split, max_examples=options.max_test,
         )  # fmt: skip
     content = {
         "run": str(options.run),
         "data": options.source.data,
-        "tasks": tasks,
+        "tasks": given.tasks,
         "split": options.split,
         "seeds": list(options.seeds),
         "settings": vars(options.settings),

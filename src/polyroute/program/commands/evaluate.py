@@ -13,7 +13,7 @@ from polyroute.errors import InputError
 from polyroute.host.files import check_place, make_folder, read_json, write_json
 from polyroute.host.output import Result
 from polyroute.kinds.choose import ModelKind
-from polyroute.library import token_routes  # noqa: F401 - names its rules
+from polyroute.library.token_routes import token_route
 from polyroute.loading import load_suite
 from polyroute.model import RoutedModel
 from polyroute.program.commands.adapted import number
@@ -28,7 +28,7 @@ from polyroute.program.commands.runs import (
 )
 from polyroute.program.commands.tasks import chosen_tasks
 from polyroute.program.options.finished import EvaluateOptions
-from polyroute.routes.rule import RouteRule, rule_named
+from polyroute.routes.rule import RouteRule
 from polyroute.saved.hub import locate
 from polyroute.study.base_alone import BaseAlone
 from polyroute.study.evaluate import TaskScore, evaluate, macro_average
@@ -98,7 +98,9 @@ def _scores_of_run(options: EvaluateOptions) -> tuple[dict[str, Any], list[TaskS
         none=f"{data} has {missing}",
     )  # fmt: skip
     validate(suite, tasks, needs=[options.split])
-    route = "mu" if options.zero_shot else _token_route(options.route, options.top_k)
+    route: str | RouteRule | None = "mu" if options.zero_shot else None
+    if options.route is not None:
+        route = token_route(options.route, options.top_k)
     with loaded(base, checkpoint, run) as model:
         for task in tasks:
             if route is None and task not in model.routes:
@@ -109,14 +111,6 @@ def _scores_of_run(options: EvaluateOptions) -> tuple[dict[str, Any], list[TaskS
                 )
         model.eval()
         return _reading(base, kind), _scores(options, model, kind, suite, tasks, route)
-
-
-def _token_route(name: str | None, top_k: int | None) -> RouteRule | None:
-    """The route in which each token chooses; None for that of each task."""
-    if name is None:
-        return None
-    made = rule_named(name)
-    return made() if top_k is None else made(top_k=top_k)  # type: ignore[call-arg]
 
 
 def _scores_of_base(options: EvaluateOptions) -> tuple[dict[str, Any], list[TaskScore]]:

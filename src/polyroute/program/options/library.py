@@ -1,4 +1,4 @@
-"""Options of the commands for LoRAs that exist: `library`, `merge`, `recompress`, `compare`."""
+"""Options of the commands for LoRAs that exist: `library`, `merge`, `recompress`, `rank`, ...."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -6,19 +6,28 @@ from pathlib import Path
 from typing import Any
 
 from polyroute.errors import InputError
-from polyroute.library.names import METHODS
+from polyroute.library.names import METHODS, TOKEN_ROUTES
 from polyroute.library.settings import JudgeSettings
 from polyroute.program import texts
 from polyroute.program.options.flags import group
-from polyroute.program.options.shared import REQUIRED, Options, Source
+from polyroute.program.options.shared import REQUIRED, RUN_HELP, Options, Source
 from polyroute.settings import check_settings, flag, number, one_of, setting, text, whole
 
-__all__ = ["CompareOptions", "LibraryOptions", "MergeOptions", "RecompressOptions", "Size"]
+__all__ = [
+    "CompareOptions",
+    "FreezeOptions",
+    "LibraryOptions",
+    "MergeOptions",
+    "RankOptions",
+    "RecompressOptions",
+    "Size",
+]
 
 LORAS = (
     "LoRAs of PEFT: folders, folders of such folders, or ids on the hub. NAME=LORA gives one "
     "another name than that of its folder."
 )
+LIBRARY_HELP = "Folder that `polyroute import --format library` wrote."
 PICKLE_HELP = "Read adapter_model.bin where there are no safetensors; runs no code in it."
 
 
@@ -113,12 +122,49 @@ class RecompressOptions(Options):
 
 
 @dataclass(frozen=True, kw_only=True)
+class RankOptions(Options):
+    """Options of `polyroute rank`."""
+
+    run: Path = setting(REQUIRED, argument=True, help=LIBRARY_HELP)
+    source: Source = group(Source)
+    shots: int = setting(32, whole(), help="Examples of each task to rank by.")
+    seed: int = setting(0, whole(0), help="Draws the examples.")
+    diversity: float = setting(
+        0.0, number(least=0),
+        help="0 to 1: how much a LoRA loses for being like those before it.",
+    )  # fmt: skip
+
+    def __post_init__(self) -> None:
+        """Check every value."""
+        super().__post_init__()
+        if self.diversity > 1:
+            raise InputError(f"--diversity is a share, at most 1, not {self.diversity:g}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class FreezeOptions(Options):
+    """Options of `polyroute freeze`."""
+
+    run: Path = setting(REQUIRED, argument=True, help=RUN_HELP)
+    source: Source = group(Source)
+    out: Path = setting(REQUIRED, help="Folder to write the LoRA to.")
+    route: str = setting(
+        "arrow", one_of(*TOKEN_ROUTES), help="The route to freeze: arrow, spectr or lag."
+    )
+    top_k: int | None = setting(
+        None, whole(optional=True), help="Skills that a token uses [the route's]."
+    )
+    rank: int = setting(16, whole(), help="Most ranks of a layer.")
+    texts: int = setting(200, whole(), help="Prompts of the tasks to learn from, without answers.")
+    tokens: int = setting(8, whole(), help="Tokens that the route itself writes after a prompt.")
+    batch_size: int = setting(8, whole(), help="Prompts in a forward.")
+
+
+@dataclass(frozen=True, kw_only=True)
 class CompareOptions(Options):
     """Options of `polyroute compare`."""
 
-    run: Path = setting(
-        REQUIRED, argument=True, help="Folder that `polyroute import --format library` wrote."
-    )
+    run: Path = setting(REQUIRED, argument=True, help=LIBRARY_HELP)
     source: Source = group(Source)
     settings: JudgeSettings = group(JudgeSettings)
     seeds: Sequence[int] = setting(

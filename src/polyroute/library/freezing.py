@@ -1,0 +1,236 @@
+"""Freeze: one plain LoRA that stands in for a route, on texts of a task.
+
+A route in which tokens choose can be neither merged nor exported nor served elsewhere. On texts of
+a task, its update of a layer is a function of the layer's input. The best update of rank r in its
+place is a reduced-rank regression, which has a closed form. With the inputs X and the live updates
+Y of all tokens, C = X^T X + ridge and M = X^T Y,
+
+    min_D |X D - Y|^2   at   D = C^-1/2 [C^-1/2 M]_r
+
+where [.]_r keeps r singular values. The sums C and M are collected in one pass over the texts. This
+is an approximation: `errors` says for every layer what share of the live update is lost on texts
+that were left out. A route of constant weights is a LoRA already, and its sum is recompressed.
+
+Shape letters: n tokens, r rank.
+"""
+
+import math
+import os
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from polyroute.errors import InputError
+from polyroute.kinds.batches import evaluating
+from polyroute.layer.factors import Factors, LoRAFactors, Segments
+from polyroute.library.delta import Delta, core, keeping, nearest
+from polyroute.library.static import Static
+from polyroute.model import RoutedModel
+from polyroute.routes.mixer import Mixer
+from polyroute.routes.rule import Batch, RouteRule
+from polyroute.saved.peft_export import peft_target
+from polyroute.settings import number, whole
+
+__all__ = ["Frozen", "freeze"]
+
+HELD_OUT = 5
+"""Every so many calls one is left out of the sums, to measure the error."""
+
+
+@dataclass(frozen=True)
+class Frozen:
+    """A LoRA in place of a route."""
+
+    delta: Delta
+    errors: Mapping[str, float]
+    """By layer, what share of the live update's norm is lost on texts that were left out."""
+    route: str
+    """The name of the rule."""
+
+    def save_peft(self, folder: str | os.PathLike[str]) -> None:
+        """Write it as an ordinary LoRA of PEFT, whose card has the errors.
+
+        Raises:
+            InputError: the folder cannot be written.
+        """
+        lines = "\n".join(f"- `{layer}`: {error:.3f}" for layer, error in self.errors.items())
+        self.delta.save_peft(
+            folder,
+            origin=f"frozen from the route {self.route} by polyroute. On texts that were left out "
+            f"it misses {self.error:.3f} of the norm of the live update, as a mean over layers:\n\n"
+            f"{lines}\n",
+        )
+
+    @property
+    def error(self) -> float:
+        """The mean of `errors`."""
+        return math.fsum(self.errors.values()) / max(1, len(self.errors))
+
+
+class _Nothing(nn.Module):
+    """A layer that gives zeros, beside which an update stands alone."""
+
+    def __init__(self, d_out: int) -> None:
+        super().__init__()
+        self.d_out = d_out
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x.new_zeros(*x.shape[:-1], self.d_out)
+
+
+class _Sums:
+    """What a regression needs to know of inputs and updates."""
+
+    def __init__(self, d_in: int, d_out: int) -> None:
+        self.inputs = torch.zeros(d_in, d_in, dtype=torch.float64)
+        self.products = torch.zeros(d_in, d_out, dtype=torch.float64)
+        self.size = 0.0
+
+    def add(self, x_nd: Tensor, y_nd: Tensor) -> None:
+        x_nd, y_nd = x_nd.double().cpu(), y_nd.double().cpu()
+        self.inputs += x_nd.t() @ x_nd
+        self.products += x_nd.t() @ y_nd
+        self.size += float(y_nd.square().sum())
+
+    def lost(self, own: LoRAFactors) -> float:
+        """The share of the updates' norm by which a LoRA misses them."""
+        if not self.size:
+            return 0.0
+        a, b = own.a.double(), own.b.double()
+        kept = ((a @ self.inputs @ a.t()) * (b @ b.t())).sum()
+        shared = ((a @ self.products) * b).sum()
+        return math.sqrt(max(0.0, float(self.size + kept - 2 * shared)) / self.size)
+
+
+@dataclass(frozen=True)
+class _Watched:
+    """Factors that note what a layer sees and what they add."""
+
+    factors: Factors
+    sums: _Sums
+    nothing: _Nothing
+    mask: Tensor | None
+
+    num_examples: None = None
+
+    def apply(
+        self, base: nn.Module, x: Tensor, dropout: float, segments: Segments | None = None
+    ) -> Tensor:
+        exact = x.float()
+        update = self.factors.apply(self.nothing, exact, 0.0, segments)
+        rows: Any = slice(None)
+        if self.mask is not None and self.mask.shape == x.shape[:-1]:
+            rows = self.mask.bool().flatten()
+        self.sums.add(exact.flatten(0, -2)[rows], update.flatten(0, -2)[rows])
+        y: Tensor = base(x)
+        return y + update.to(y.dtype)
+
+    def to(self, device: torch.device) -> "_Watched":
+        return replace(self, factors=self.factors.to(device))
+
+
+class _Watching(RouteRule, name="watching"):
+    """Routes as another rule does, and collects the sums of every layer."""
+
+    needs_tasks = False
+    stands_alone = True
+
+    def __init__(self, rule: RouteRule, model: RoutedModel) -> None:
+        super().__init__()
+        self.rule = rule
+        self.nothing = [_Nothing(site.d_out) for site in model.sites]
+        self.used, self.held_out = (
+            [_Sums(site.d_in, site.d_out) for site in model.sites] for _ in range(2)
+        )
+        self.calls = 0
+        self.plain: Sequence[Factors] | None = None
+
+    def factors(self, batch: Batch, mixer: Mixer) -> Sequence[Factors]:
+        self.calls += 1
+        own = self.rule.factors(replace(batch, dtype=torch.float32), mixer)
+        sums = self.held_out if self.calls % HELD_OUT == 0 else self.used
+        return [
+            _Watched(one, of_site, nothing, batch.mask)
+            for one, of_site, nothing in zip(own, sums, self.nothing, strict=True)
+        ]
+
+
+@torch.no_grad()
+def freeze(
+    model: RoutedModel,
+    rule: RouteRule,
+    texts: Iterable[Any],
+    *,
+    rank: int = 16,
+    ridge: float = 1e-3,
+    run: Callable[[RoutedModel, Any, RouteRule], object] | None = None,
+) -> Frozen:
+    """Turn a route into one LoRA for the task that texts belong to.
+
+    Args:
+        model: whose skills the rule chooses.
+        rule: a rule that stands alone, such as `polyroute.Arrow()`.
+        texts: arguments of the base model, without answers. Of every five calls of the base model
+            the sums leave one out, for `errors`.
+        rank: the most of each layer.
+        ridge: the share of the mean square of a layer's inputs that is added to every direction,
+            for those that the texts do not show.
+        run: runs the model on one of `texts`, by default with it as arguments.
+
+    Raises:
+        InputError: there are fewer than five texts, or a number is out of range.
+    """
+    whole()("rank", rank)
+    number(least=0)("ridge", ridge)
+    target = peft_target(model.base_model, model.sites)
+    base = {**target.config, "fan_in_fan_out": target.fan_in_fan_out}
+    if isinstance(rule, Static):
+        return _of_constant(model, rule, rank, base)
+    watching = _Watching(rule, model)
+    with evaluating(model):
+        for given in texts:
+            if run is not None:
+                run(model, given, watching)
+            else:
+                model(**given, tasks=watching)
+    if watching.calls < HELD_OUT:
+        raise InputError(
+            f"a route is frozen on at least {HELD_OUT} texts, of which one measures the error; "
+            f"there are {watching.calls}"
+        )
+    layers, errors = {}, {}
+    sums = zip(model.sites, watching.used, watching.held_out, strict=True)
+    for site, used, held_out in sums:
+        layers[site.name] = _regression(used, rank, ridge)
+        errors[site.name] = held_out.lost(layers[site.name])
+    return Frozen(
+        Delta(layers, {**target.config, "fan_in_fan_out": target.fan_in_fan_out}), errors, rule.name
+    )
+
+
+def _of_constant(model: RoutedModel, rule: Static, rank: int, base: Mapping[str, Any]) -> Frozen:
+    batch = Batch(None, None, is_training=False, dtype=torch.float32, gates=None)
+    layers, errors = {}, {}
+    keep = keeping(rank, None)
+    for site, own in zip(model.sites, rule.factors(batch, model.mixer), strict=True):
+        assert isinstance(own, LoRAFactors)
+        if len(own.a):
+            layers[site.name], lost = nearest(own, keep)
+            size = float(core(own)[0].norm())
+            errors[site.name] = math.sqrt(lost) / size if size else 0.0
+    return Frozen(Delta(layers, base), errors, rule.name)
+
+
+def _regression(sums: _Sums, rank: int, ridge: float) -> LoRAFactors:
+    values, vectors = torch.linalg.eigh(sums.inputs)
+    values = values.clamp(min=0) + ridge * sums.inputs.diagonal().mean()
+    there = values > 1e-12 * values.max()
+    inverse_root = vectors[:, there] * values[there].rsqrt()
+    left, scales, right = torch.linalg.svd(inverse_root.t() @ sums.products, full_matrices=False)
+    kept = min(rank, len(scales))
+    roots = scales[:kept].sqrt()
+    a = (inverse_root @ left[:, :kept] * roots).t()
+    return LoRAFactors(a.float(), (roots[:, None] * right[:kept]).float())
