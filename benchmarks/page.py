@@ -17,6 +17,7 @@ from typing import Any
 from measure import summarise
 from plots import draw_all, has_overview, has_peaks
 from smollm2_page import smollm2_lines
+from token_routes import token_route_lines
 
 RESULTS = Path(__file__).parent / "results"
 DOCS = Path(__file__).parents[1] / "docs"
@@ -279,7 +280,7 @@ def render(results: Path) -> str:
             lines += show(group, groups[group])
         elif group == "gpu":
             lines += ["## On a GPU", "", "Not measured yet.", ""]
-    lines += smollm2_lines(results, table)
+    lines += [*smollm2_lines(results, table), *token_route_lines(results, table)]
     for name in INCLUDED:
         lines += included(results, name)
     if (results / "paper").exists():

@@ -25,6 +25,7 @@ from polyroute.errors import InputError
 from polyroute.layer.factors import Factors, LoRAFactors
 from polyroute.library.delta import core, is_noise
 from polyroute.model import RoutedModel
+from polyroute.routes.index import index_on
 from polyroute.routes.inventory import Inventory
 from polyroute.routes.mixer import Mixer
 from polyroute.routes.ragged import RaggedInventory
@@ -89,12 +90,9 @@ class TokenRoute(RouteRule):
             else:
                 shares = torch.softmax(best.values / self.temperature, dim=-1)
             inventory = mixer.inventory
-            numbers = _present(inventory, site)
-            places = best.indices
-            if len(numbers) < inventory.num_skills:
-                places = torch.tensor(numbers, device=x.device)[places]
             weights = shares.new_zeros(*shares.shape[:-1], inventory.num_skills)
-            weights = weights.scatter(-1, places, shares)
+            numbers = index_on(x.device, tuple(_present(inventory, site)))
+            weights = weights.scatter(-1, numbers[best.indices], shares)
         heads = inventory.heads if inventory.combine == "weight" else 1
         shown = self.show(batch, site, weights.unsqueeze(-2))
         return shown.expand(*shown.shape[:-2], heads, -1)
@@ -188,14 +186,15 @@ class SpectR(TokenRoute, name="spectr"):
         bases = [_seen(own, weighted=self.weighted) for own in skills.values()]
         ranks = [len(basis) for basis in bases]
         projections_Rd = torch.cat(bases)
-        owner = [place for place, rank in enumerate(ranks) for _ in range(rank)]
-        scale = [1.0 if self.weighted else 1 / rank for rank in ranks]
+        owner = projections_Rd.new_tensor(
+            [place for place, rank in enumerate(ranks) for _ in range(rank)], dtype=torch.long
+        )
+        scale = projections_Rd.new_tensor([1.0 if self.weighted else 1 / rank for rank in ranks])
 
         def scores(x: Tensor) -> Tensor:
             seen_R = (x @ projections_Rd.to(x.dtype).t()).square()
             total = seen_R.new_zeros(*seen_R.shape[:-1], len(ranks))
-            total = total.index_add(-1, torch.tensor(owner, device=x.device), seen_R)
-            found: Tensor = (total * torch.tensor(scale, dtype=x.dtype, device=x.device)).sqrt()
+            found: Tensor = (total.index_add(-1, owner, seen_R) * scale).sqrt()
             return found
 
         return scores
