@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from polyroute.exchange import read_inventory
     from polyroute.judge import judge
     from polyroute.kinds.choose import kind_of
+    from polyroute.library.compiling import compile_library
     from polyroute.library.delta import Delta
     from polyroute.library.freezing import freeze
     from polyroute.library.learning import learn_weights
@@ -56,6 +57,7 @@ __all__ = [
     "Static",
     "adapt_many",
     "attach",
+    "compile_library",
     "encoded_mixture",
     "evaluate",
     "freeze",
@@ -94,6 +96,7 @@ PLACES = {
     "rank_skills": "library.ranking",
     "adapt_many": "adapt",
     "attach": "build",
+    "compile_library": "library.compiling",
     "encoded_mixture": "study.examples",
     "evaluate": "study.evaluate",
     "freeze": "library.freezing",

@@ -21,7 +21,7 @@ Method = Literal["mhr", "poly", "shared", "private"]
 Adapter = Literal["lora", "ia3"]
 Combine = Literal["weight", "output"]
 Gate = Literal["sigmoid", "relaxed_bernoulli", "straight_through"]
-Normalization = Literal["sum", "l2", "average_correction"]
+Normalization = Literal["sum", "l2", "average_correction", "none"]
 Init = Literal["mttl", "peft"]
 Granularity = Literal["finegrained", "layerwise", "blockwise", "coderwise", "coarsegrained"]
 
@@ -134,11 +134,12 @@ class MHRConfig:
     from the gate of evaluation (0.66 and 0.73 at logit 1)."""
     normalization: Normalization = setting(
         "sum", one_of(*get_args(Normalization)), computes=True, of_table=True,
-        help="sum, l2 or average_correction.",
+        help="sum, l2, average_correction or none.",
     )  # fmt: skip
     """How gates become weights. `sum`: they are divided by their sum over the skills. `l2`: the
     weights are the logits divided by their 2-norm, without a gate, and may be negative.
-    `average_correction`: gates are multiplied by sqrt(heads / skills)."""
+    `average_correction`: gates are multiplied by sqrt(heads / skills). `none`: the weights are the
+    logits themselves, which may be negative."""
     logit_dropout: float = setting(
         0.0, number(least=0, below=1), computes=True, of_table=True,
         help="Probability with which a gate is dropped in training.",
@@ -164,12 +165,12 @@ class MHRConfig:
         if self.adapter == "ia3":
             self._check_ia3()
         self._fill_counts()
-        if self.normalization == "l2" and (
+        if self.normalization in ("l2", "none") and (
             self.gate != "sigmoid" or self.logit_dropout or self.shared_skill
         ):
             raise InputError(
-                "normalization='l2' uses the logits themselves: leave gate, logit_dropout and "
-                "shared_skill at their defaults"
+                f"normalization={self.normalization!r} uses the logits themselves: leave gate, "
+                "logit_dropout and shared_skill at their defaults"
             )
 
     def _check_ia3(self) -> None:

@@ -223,6 +223,11 @@ def check_exportable(model: RoutedModel, program: str) -> None:
             f"{program} averages the factors of skills, and this inventory combines what they add "
             "(combine='output'); write each task with --format peft"
         )
+    if model.adapter_config.normalization == "none":
+        raise InputError(
+            f"{program} normalises weights, and this inventory does not (normalization='none'); "
+            "write each task with --format peft"
+        )
     if model.adapter_config.method == "private":
         raise InputError(
             f"{program} cannot hold private adapters; write each task with --format peft"

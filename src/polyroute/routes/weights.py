@@ -35,6 +35,8 @@ def skill_weights(logits: Tensor, config: MHRConfig, *, training: bool) -> Tenso
         Weights `[U, N, H, K]`. With `normalization="sum"` they are non-negative and sum to one over
         K; if every gate is zero, the weights are zero and not NaN.
     """
+    if config.normalization == "none":
+        return logits
     if config.normalization == "l2":
         return torch.nn.functional.normalize(logits, dim=-1, eps=EPSILON)
     is_plain = config.gate == "sigmoid" and not config.shared_skill and not config.logit_dropout

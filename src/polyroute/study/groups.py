@@ -92,8 +92,8 @@ def start_in_groups(
     groups = {names[task]: skill for task, skill in zip(chosen, skills, strict=True)}
     shape = model.routes.shape
     assert shape is not None
-    # Under l2 the logits are the weights, and a negative one would subtract a skill.
-    others = 0.0 if model.adapter_config.normalization == "l2" else -LOGIT
+    # Where the logits are the weights, a negative one would subtract a skill.
+    others = 0.0 if model.adapter_config.normalization in ("l2", "none") else -LOGIT
     for name, skill in groups.items():
         logits_NHK = torch.full(shape, others)
         logits_NHK[..., skill] = LOGIT
