@@ -200,7 +200,7 @@ def test_what_cannot_be_computed_is_refused(tmp_path: Path) -> None:
     for compute in (lambda: one + wide, lambda: one.inner(wide)):
         with pytest.raises(pr.InputError, match="width of 7 in one LoRA and of 8 in another"):
             compute()
-    with pytest.raises(pr.InputError, match="use a finite number"):
+    with pytest.raises(pr.InputError, match="must be a finite number"):
         _ = math.nan * one
     with pytest.raises(TypeError):
         _ = one * "2"  # type: ignore[operator]
@@ -266,3 +266,24 @@ def test_the_card_says_how_exact_an_update_is(tmp_path: Path) -> None:
     assert small.error == pytest.approx((delta - small).norm(), rel=1e-4)
     card = (tmp_path / "small" / "README.md").read_text()
     assert f"at most {small.error:.3g} from the exact one, which is {share:.1%}" in card
+
+
+def test_sums_and_quotients_are_written_as_usual(tmp_path: Path) -> None:
+    written(tmp_path)
+    delta = pr.Delta.from_peft(tmp_path)
+    assert near(flat_layers(sum([delta, delta]) / 4), flat_layers(0.5 * delta))  # type: ignore[arg-type, operator]
+    for act in (lambda: delta + 1, lambda: delta - "x", lambda: delta / 0, lambda: delta * True):
+        with pytest.raises(TypeError):
+            act()  # type: ignore[no-untyped-call]
+
+
+@pytest.mark.parametrize("weight", [1e39, 10**400, float("inf"), -1e38])
+def test_weights_that_overflow_are_refused(tmp_path: Path, weight: float) -> None:
+    written(tmp_path / "lora")
+    delta = pr.Delta.from_peft(tmp_path / "lora")
+    with pytest.raises(pr.InputError, match="the weight of a LoRA must be"):
+        weight * delta
+    large = 1e30 * (1e30 * delta)
+    with pytest.raises(pr.InputError, match=r"is not written to .* not finite: use smaller"):
+        large.save_peft(tmp_path / "large")
+    assert not (tmp_path / "large").exists()

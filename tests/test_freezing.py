@@ -11,7 +11,7 @@ from test_lora_import import written
 from torch import Tensor
 
 import polyroute as pr
-from polyroute.library.freezing import _regression, _Sums
+from polyroute.library.freezing import OF_TEXTS, OF_WEIGHTS, _regression, _Sums
 
 peft = pytest.importorskip("peft")
 
@@ -55,8 +55,11 @@ def test_constant_weights_are_frozen_exactly(model: pr.RoutedModel, tmp_path: Pa
         relative_error(logits(theirs, **batch(llama())), logits(model, rule, **batch(llama())))
         < 1e-5
     )
+    assert OF_WEIGHTS in (tmp_path / "README.md").read_text()
     small = pr.freeze(model, rule, [], rank=1)
     assert 0.1 < small.error < 1
+    exact = pr.freeze(model, rule, [], rank=16).delta
+    assert small.delta.error == pytest.approx((exact - small.delta).norm(), rel=1e-3)
 
 
 def test_one_lora_for_all_tokens_is_found_again(loras: Path, tmp_path: Path) -> None:
@@ -86,7 +89,7 @@ def test_a_route_of_tokens_is_approximated(model: pr.RoutedModel, tmp_path: Path
     more = pr.freeze(model, rule, texts(40), rank=3)
     assert more.error > frozen.error
     card = (tmp_path / "README.md").read_text()
-    assert "frozen from the route arrow by polyroute. On texts that were left out it misses" in card
+    assert f"frozen from the route arrow by polyroute; {OF_TEXTS} {frozen.error:.3f} of" in card
     layer = model.sites[0].name
     assert f"- `{layer}`: {frozen.errors[layer]:.3f}" in card
 
@@ -134,3 +137,23 @@ def test_too_little_is_refused(model: pr.RoutedModel) -> None:
         pr.freeze(model, pr.Arrow(), texts(4))
     with pytest.raises(pr.InputError, match="rank must be a positive"):
         pr.freeze(model, pr.Arrow(), texts(9), rank=0)
+    with pytest.raises(pr.InputError, match="a route in which tokens choose is frozen"):
+        pr.freeze(model, model.rule, texts(9))
+
+
+def test_all_forwards_of_a_text_are_left_out_together(model: pr.RoutedModel) -> None:
+    """Texts that are left out differ from the others, however often the model runs on each."""
+    same, other = texts(1)[0], texts(1, seed=5)[0]
+    given = [same] * 4 + [other]
+
+    def often(model: pr.RoutedModel, text: dict[str, Tensor], rule: pr.RouteRule) -> None:
+        for _ in range(3):
+            model(**text, tasks=rule)
+
+    once = pr.freeze(model, pr.Arrow(), given, rank=4)
+    thrice = pr.freeze(model, pr.Arrow(), given, rank=4, run=often)
+    assert thrice.errors == pytest.approx(once.errors, rel=1e-3)
+    seen = pr.freeze(model, pr.Arrow(), [same] * 5, rank=4)
+    assert seen.error < 0.8 * once.error
+    with pytest.raises(pr.InputError, match="there are 2"):
+        pr.freeze(model, pr.Arrow(), given[:2], rank=4, run=often)

@@ -1,5 +1,6 @@
 """A library of LoRAs knows what they are, how alike they are, and merges them exactly."""
 
+import shutil
 from pathlib import Path
 
 import pytest
@@ -119,7 +120,7 @@ def test_requests_that_make_no_sense_are_refused(loras: Path) -> None:
             library.merge("ties", rank=2, **options)
     with pytest.raises(pr.InputError, match="ridge must be a number from 0 on"):
         library.merge("wudi", ridge=-1)
-    with pytest.raises(pr.InputError, match="cannot be weighted by nan"):
+    with pytest.raises(pr.InputError, match="the weight of a LoRA must be a finite"):
         library.merge("knots", weights=float("nan"))
     with pytest.raises(pr.InputError, match="the mean has no weights"):
         library.merge("mean", weights=0.5)
@@ -129,3 +130,15 @@ def test_requests_that_make_no_sense_are_refused(loras: Path) -> None:
         library.merge("mean", rank=1, energy=0.5)
     assert "plain" in library
     assert "nonsense" not in library
+
+
+def test_a_folder_counts_as_what_it_is(loras: Path, tmp_path: Path) -> None:
+    assert list(pr.Library.from_peft(loras / "plain")) == ["plain"]
+    shutil.copytree(loras / "plain", tmp_path / "run")
+    shutil.copytree(loras / "plain", tmp_path / "run" / "checkpoint-10")
+    assert list(pr.Library.from_peft(tmp_path)) == ["run"]
+    with pytest.raises(pr.InputError, match="loras must be folders by name, or one folder"):
+        pr.Library.from_peft([loras])  # type: ignore[arg-type]
+    library = pr.Library.from_peft(loras)
+    assert library.get("none") is None
+    assert library.get("plain") is not None

@@ -9,8 +9,9 @@ import pytest
 import torch
 from hypothesis import given
 from models import batch, gpt2, llama, relative_error
+from safetensors.torch import load_file, save_file
 from test_delta import flat_layers
-from test_lora_import import PATTERNS, written
+from test_lora_import import PATTERNS, llava, written
 from torch import Tensor, nn
 
 import polyroute as pr
@@ -273,3 +274,80 @@ def test_any_ranks_are_mixed_without_padding(ranks: list[list[int]]) -> None:
 
 def dense(own: LoRAFactors) -> Tensor:
     return (own.b.t() @ own.a).detach()
+
+
+def renamed(folder: Path, to: Path) -> None:
+    """A copy of a LoRA whose layers have the names of an older version of transformers."""
+    to.mkdir(parents=True)
+    (to / "adapter_config.json").write_bytes((folder / "adapter_config.json").read_bytes())
+    tensors = load_file(folder / "adapter_model.safetensors")
+    older = {
+        k.replace("model.language_model.", "language_model.model."): t for k, t in tensors.items()
+    }
+    assert older.keys() != tensors.keys()
+    save_file(older, to / "adapter_model.safetensors")
+
+
+def test_loras_that_name_a_layer_differently_are_all_there(tmp_path: Path) -> None:
+    settings = {"target_modules": r".*language_model.*\.(q|v)_proj"}
+    written(tmp_path / "loras" / "new", llava, **settings)
+    renamed(tmp_path / "loras" / "new", tmp_path / "loras" / "old")
+    library = pr.Library.from_peft(tmp_path / "loras")
+    model = pr.attach(llava(), library)
+    assert isinstance(model.inventory, RaggedInventory)
+    assert all(ranks == (3, 3) for ranks in model.inventory.ranks)
+    for new, old in zip(model.factors_of("new"), model.factors_of("old"), strict=True):
+        assert isinstance(new, LoRAFactors)
+        assert isinstance(old, LoRAFactors)
+        assert torch.equal(new.a, old.a)
+        assert new.a.any()
+    with pytest.warns(UserWarning, match="'new' has no layer in common with the others"):
+        library.merge("mean")
+
+
+def test_a_lora_that_changed_on_the_disk_is_refused(tmp_path: Path) -> None:
+    written(tmp_path / "one", r=2)
+    library = pr.Library.from_peft({"one": tmp_path / "one"})
+    written(tmp_path / "one", r=3)
+    base = llama()
+    with pytest.raises(pr.InputError, match="the LoRA 'one' has changed since"):
+        pr.attach(base, library)
+    pr.attach(base, pr.Library.from_peft({"one": tmp_path / "one"}))
+
+
+def test_a_merged_model_refuses_rules(model: pr.RoutedModel) -> None:
+    model.merge("mu")
+    for rule in (pr.Arrow(), pr.Static(model)):
+        with pytest.raises(pr.InputError, match="the model is merged with 'mu'; call unmerge"):
+            logits(model, rule)  # type: ignore[arg-type]
+    with pytest.raises(pr.InputError, match="the model is merged with 'mu'"):
+        pr.freeze(model, pr.Arrow(), [batch(llama())] * 5)
+    model.unmerge()
+    logits(model, pr.Arrow())  # type: ignore[arg-type]
+
+
+def test_rules_keep_to_their_loras_when_tasks_come_and_go(model: pr.RoutedModel) -> None:
+    rs, arrow = pr.Static(model, {"rs": 1.0}), pr.Arrow(top_k=1)
+    expected = logits(model, "rs")
+    logits(model, arrow)  # type: ignore[arg-type]
+    model.keep_tasks(["rs", "patterns"])
+    assert relative_error(logits(model, rs), expected) < 1e-6  # type: ignore[arg-type]
+    assert torch.equal(logits(model, arrow), logits(model, pr.Arrow(top_k=1)))  # type: ignore[arg-type]
+    model.keep_tasks(["rs"])  # other layers have no LoRA any more
+    assert relative_error(logits(model, arrow), expected) < 1e-6  # type: ignore[arg-type]
+    model.add_task("more", init="rs")
+    with pytest.raises(pr.InputError, match="this rule knows nothing of 'more'"):
+        logits(model, rs)  # type: ignore[arg-type]
+
+
+def test_packed_examples_of_one_task_are_kept_apart(model: pr.RoutedModel) -> None:
+    ids = batch(llama())["input_ids"][:2, :6]
+    packed = ids.reshape(1, -1)
+    positions = torch.arange(6).repeat(2)[None]
+    for route in ("rs", pr.Arrow()):
+        with torch.no_grad():
+            found = model(input_ids=packed, position_ids=positions, tasks=route, segments=[[6, 6]])
+            apart = model(input_ids=ids, tasks=route)
+        assert relative_error(found.logits.reshape(apart.logits.shape), apart.logits) < 1e-5
+    with pytest.raises(pr.InputError, match="longer than their row"):
+        model(input_ids=packed, position_ids=positions, tasks="rs", segments=[[600, 6]])

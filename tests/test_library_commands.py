@@ -83,13 +83,14 @@ def test_recompress_keeps_what_it_can(loras: Path, tmp_path: Path, capsys: Captu
     (["--weight", "plain=1", "--weight", "plain=2"], "names 'plain' twice"),
     (["--method", "tie"], "did you mean 'ties'"),
     (["--method", "ties"], "say with rank or energy how much stays"),
-    (["--method", "ties", "--keep", "1.5", "--rank", "2"], "keep must be a number above 0"),
+    (["--method", "ties", "--keep", "1.5", "--rank", "2"], "keep must be at most 1"),
     (["--keep", "0.5"], "--keep is for ties, knots: leave it out with mean"),
     (["--method", "dare", "--drop", "1", "--rank", "2"], "drop must be in [0, 1)"),
     (["--rank", "2", "--energy", "0.5"], "--rank and --energy exclude each other"),
-    (["--energy", "2"], "--energy is a share, at most 1"),
+    (["--energy", "2"], "energy must be at most 1"),
     (["--rank", "0"], "rank must be a positive whole number"),
     (["--weight", "0.5"], "the mean has no weights"),
+    (["--method", "arithmetic", "--weight", "1e39"], "the weight of a LoRA must be at most 1e+37"),
 ])  # fmt: skip
 def test_what_cannot_be_merged_is_said(
     loras: Path, tmp_path: Path, capsys: Capture, arguments: list[str], sentence: str
@@ -103,8 +104,11 @@ def test_sources_are_not_overwritten_and_names_do_not_clash(
     loras: Path, tmp_path: Path, capsys: Capture
 ) -> None:
     plain = str(loras / "plain")
-    assert "is one of the LoRAs that are read" in refused(
+    assert "is, or contains, one of the LoRAs that are read" in refused(
         ["merge", plain, "--out", str(loras / "deep" / ".." / "plain")], capsys
+    )
+    assert "is, or contains, one of the LoRAs" in refused(
+        ["merge", plain, "--out", str(loras)], capsys
     )
     assert "both have the name 'plain'" in refused(["library", plain, plain], capsys)
     assert "say with --rank or --energy" in refused(
@@ -189,7 +193,7 @@ def test_a_run_is_ranked_and_a_route_frozen(place: Path, capsys: Capture) -> Non
     assert peft.PeftModel.from_pretrained(base, out).num_parameters()
     for wrong, sentence in (
         (["--route", "spect"], "did you mean 'spectr'"),
-        (["--texts", "3"], "at least 5 texts"),
+        (["--texts", "12"], "at least 5 texts"),
         (["--rank", "0"], "rank must be a positive"),
     ):
         assert sentence in refused([*given, *wrong], capsys)

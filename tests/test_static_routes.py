@@ -81,10 +81,15 @@ def test_weights_learn_and_nothing_else_does(loras: Path) -> None:
 
 def test_weights_belong_to_their_model(loras: Path) -> None:
     model = attached(loras)
-    some = pr.attach(llama(), pr.Library.from_peft(loras), ["rs"])
+    some = pr.attach(llama(), pr.Library.from_peft(loras), ["plain"])
     mhr = routed(llama())
     for act, sentence in (
-        (lambda: logits(some, pr.Static(model)), "belong to another model"),
+        (lambda: logits(model, pr.Static(some)), "this rule knows nothing of 'patterns'"),
+        (lambda: pr.Static(model, {"mu": 1.0}), "'mu' is the average of all LoRAs"),
+        (
+            lambda: pr.Static(model, granularity="block"),
+            "unknown granularity 'block'",
+        ),
         (lambda: pr.Static(model, {"rz": 1}), "unknown task 'rz': did you mean 'rs'"),
         (lambda: pr.Static(model, {"rs": float("nan")}), "weight must be a finite number"),
         (lambda: pr.Static(model, 1.0, softmax=True), "weights of a softmax start uniform"),
@@ -166,7 +171,48 @@ def test_only_libraries_are_ranked(
     setting: tuple[pr.RoutedModel, ModelKind, list[Any]],
 ) -> None:
     model, kind, rows = setting
-    with pytest.raises(pr.InputError, match="LoRAs of a library are ranked"):
+    with pytest.raises(pr.InputError, match="this needs the LoRAs of a library"):
         pr.rank_skills(routed(llama()), kind, rows)
     with pytest.raises(pr.InputError, match="give at least one example"):
         pr.rank_skills(model, kind, [])
+
+
+def test_weights_are_learned_from_examples(
+    setting: tuple[pr.RoutedModel, ModelKind, list[Any]],
+) -> None:
+    model, kind, rows = setting
+    model.inventory.requires_grad_()
+    rule = pr.learn_weights(model, kind, rows, steps=20, seed=1)
+    assert all(p.requires_grad for p in model.inventory.parameters())
+
+    def loss(rule: pr.RouteRule) -> float:
+        with torch.no_grad():
+            return float(kind.loss(model, kind.collate([{**row, "task": rule} for row in rows])))
+
+    assert loss(rule) < loss(pr.Static(model)) - 1e-3
+    again = pr.learn_weights(model, kind, rows, steps=20, seed=1)
+    assert torch.equal(rule.weights, again.weights)
+    of_layers = pr.learn_weights(model, kind, rows, steps=20, granularity="finegrained")
+    assert of_layers.weights.shape == (len(model.sites), 2)
+    small = pr.learn_weights(model, kind, rows, steps=20, penalty=100.0)
+    assert float(small.weights.abs().sum()) < 0.5 * float(rule.weights.abs().sum())
+    for wrong in ({"steps": 0}, {"batch_size": 0}, {"lr": 0.0}, {"penalty": -1.0}):
+        with pytest.raises(pr.InputError, match=next(iter(wrong))):
+            pr.learn_weights(model, kind, rows, **wrong)  # type: ignore[arg-type]
+    with pytest.raises(pr.InputError, match="at least one example"):
+        pr.learn_weights(model, kind, [])
+
+
+def test_weights_are_not_saved_with_a_model(loras: Path) -> None:
+    rule = pr.Static(attached(loras))
+    with pytest.raises(pr.InputError, match="constant weights are not saved with a model"):
+        pr.attach(llama(), pr.MHRConfig(), ["a"], rule=rule)
+
+
+def test_a_library_that_became_its_mean_is_no_longer_ranked(
+    setting: tuple[pr.RoutedModel, ModelKind, list[Any]],
+) -> None:
+    model, kind, rows = setting
+    model.set_phase("mu")
+    with pytest.raises(pr.InputError, match="this needs the LoRAs of a library"):
+        pr.rank_skills(model, kind, rows)

@@ -1,5 +1,6 @@
 """Routes without training: what they choose, against slow references and PEFT's Arrow."""
 
+import pickle
 from pathlib import Path
 from typing import Any
 
@@ -7,7 +8,7 @@ import hypothesis.strategies as st
 import pytest
 import torch
 from hypothesis import given
-from models import batch, llama, relative_error, routed
+from models import batch, llama, relative_error, routed, t5
 from test_delta import deltas
 from test_library_attached import SETTINGS
 from test_lora_import import written
@@ -282,3 +283,27 @@ def test_requests_that_make_no_sense_are_refused(loras: Path) -> None:
     ia3 = routed(llama(), adapter="ia3").eval()
     with pytest.raises(pr.InputError, match=r"Arrow routes LoRA skills; these are \(IA\)\^3"):
         logits(ia3, pr.Arrow())
+
+
+def test_rules_are_pickled(loras: Path) -> None:
+    model, rule = attached(loras, "ragged"), pr.Arrow(top_k=2, temperature=0.5)
+    expected = logits(model, rule)
+    again = pickle.loads(pickle.dumps(rule))
+    assert torch.equal(logits(model, again), expected)
+
+
+def test_padding_of_an_encoder_is_not_that_of_the_decoder() -> None:
+    """Also where both have the same length."""
+    model = pr.attach(t5(), pr.MHRConfig(method="private"), ["a"]).eval()
+    for parameter in model.inventory.parameters():
+        parameter.data.normal_(std=0.1)
+    ids, answer = torch.randint(3, 30, (2, 6)), torch.randint(3, 30, (2, 6))
+    mask = torch.ones_like(ids)
+    mask[:, 4:] = 0
+    given = {"input_ids": ids, "attention_mask": mask, "decoder_input_ids": answer}
+    same = pr.AverageActivation.of(model, {"a": [given]})
+    more = {**given, "input_ids": torch.cat([ids, ids[:, :3]], 1),
+            "attention_mask": torch.cat([mask, torch.zeros_like(mask[:, :3])], 1)}  # fmt: skip
+    longer = pr.AverageActivation.of(model, {"a": [more]})
+    for one, other in zip(same.keys, longer.keys, strict=True):
+        assert relative_error(one, other) < 1e-4

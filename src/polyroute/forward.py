@@ -172,7 +172,8 @@ class RoutedForward(nn.Module):
         self._check_loaded()
         route = find_route(tasks, self.routes)
         merged = self.merged_task
-        if merged is not None and set(route.rows or ()) != {self.routes.row(merged)}:
+        rows = set(route.rows or ())
+        if merged is not None and (route.rule or rows != {self.routes.row(merged)}):
             raise InputError(
                 f"the model is merged with {merged!r}; call unmerge() to route anything else"
             )

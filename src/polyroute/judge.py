@@ -7,6 +7,7 @@ be able to say no. It says yes only where something from the library beats the b
 LoRA and every random library, with intervals above zero that allow for the number of attempts.
 """
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -23,13 +24,13 @@ from polyroute.errors import InputError
 from polyroute.host.progress import progress
 from polyroute.kinds.batches import evaluating
 from polyroute.kinds.choose import ModelKind
+from polyroute.library.attaching import library_of
 from polyroute.library.controls import Given, random_skills
 from polyroute.library.learning import learn_weights
 from polyroute.library.ranking import rank_skills
 from polyroute.library.settings import JudgeSettings
 from polyroute.library.token_routes import Arrow, SpectR
 from polyroute.model import RoutedModel
-from polyroute.routes.ragged import RaggedInventory
 from polyroute.routes.rule import RouteRule
 from polyroute.study.evaluate import Questions, check_answerable, questions, row_scores
 from polyroute.study.examples import encoded, warn_of_cuts
@@ -42,11 +43,15 @@ RANDOM = "random, "
 """Begins the names of what was done with a random library."""
 DOUBT = 0.05
 """The chance that a library of no use is said to help, shared by all attempts."""
+UNITS = 20
+"""Fewer tasks are too few to be certain, so that examples are counted; so are fewer examples."""
 TRIED = 4
 """So many of the LoRAs that the ranking puts first are tried on the examples."""
 
-Route = str | RouteRule
+Chosen = str | RouteRule
+"""What the model is routed by: a task or a rule."""
 Scores = np.ndarray[Any, Any]
+"""One for each unit."""
 
 
 @dataclass(frozen=True)
@@ -54,7 +59,7 @@ class Judgement:
     """What was scored, and what follows."""
 
     scores: Mapping[str, Scores]
-    """By contender, the score of each unit: a task, or an example if there is one task."""
+    """By contender, the score of each unit: a task or, where these are few, a test example."""
     unit: str
     """`task` or `example`."""
     chosen: Mapping[str, Sequence[str]] = field(default_factory=dict)
@@ -72,7 +77,7 @@ class Judgement:
 
     def controls_of(self, use: str) -> list[str]:
         """What a use has to beat: the base, a fresh LoRA, and random libraries used alike."""
-        alike = [name for name in self.scores if name.startswith(f"{RANDOM}{use} ")]
+        alike = [name for name in self.scores if name.rpartition(" ")[0] == RANDOM + use]
         return [BASE, FRESH, *alike]
 
     @property
@@ -86,13 +91,16 @@ class Judgement:
 
     def _lows(self, use: str) -> list[float]:
         """The lower ends of the differences to the controls."""
+        if len(self.scores[use]) < UNITS:
+            return [-math.inf]
         # One side of the interval counts, and each attempt has its share of the doubt.
         outside = 2 * DOUBT / len(self.uses)
         found = []
         for control in self.controls_of(use):
             gap = self.scores[use] - self.scores[control]
             low = estimates(gap[:, None], outside=outside)[0].low
-            found.append(float("-inf") if low is None else low)
+            assert low is not None
+            found.append(low)
         return found
 
     @property
@@ -142,8 +150,7 @@ def judge(  # noqa: PLR0913 (public: users know its keywords)
     Raises:
         InputError: the model has no library, or a task has too few examples.
     """
-    if not isinstance(model.inventory, RaggedInventory):
-        raise InputError("LoRAs of a library are judged: attach a polyroute.Library")
+    library_of(model)
     if not tasks:
         raise InputError("name at least one task to judge a library on")
     check_answerable(suite, tasks, kind)
@@ -170,9 +177,10 @@ def judge(  # noqa: PLR0913 (public: users know its keywords)
         name: {task: np.mean(several, axis=0) for task, several in own.items()}
         for name, own in by_task.items()
     }
-    if len(tasks) == 1:
-        return Judgement({n: own[tasks[0]] for n, own in means.items()}, "example", chosen)
-    of_tasks = {name: np.array([own[task].mean() for task in tasks]) for name, own in means.items()}
+    if len(tasks) < UNITS:
+        pooled = {n: np.concatenate([own[task] for task in tasks]) for n, own in means.items()}
+        return Judgement(pooled, "example", chosen)
+    of_tasks = {n: np.array([own[task].mean() for task in tasks]) for n, own in means.items()}
     return Judgement(of_tasks, "task", chosen)
 
 
@@ -206,12 +214,12 @@ class _Case:
             found[ORACLE] = max(every, key=lambda own: float(own.mean()))
         return found
 
-    def _score(self, route: Route) -> Scores:
+    def _score(self, route: Chosen) -> Scores:
         # Per token, where choices are scored: their lengths then matter less.
         rows = row_scores(self.model, self.kind, self.asked, route=route)
         return np.array([row[-1] for row in rows])
 
-    def _fresh(self) -> Route:
+    def _fresh(self) -> Chosen:
         settings = self.settings
         (one,) = adapt_many(
             self.model, {"new": self.shots}, kind=self.kind, phase="random", seeds=[self.seed],
@@ -219,13 +227,13 @@ class _Case:
         )  # fmt: skip
         return Given(one.factors)
 
-    def best_single(self) -> Route:
+    def best_single(self) -> Chosen:
         """The LoRA with the least loss on the examples, of those that the ranking puts first."""
         names = rank_skills(self.model, self.kind, list(self.shots)).top(TRIED)
         return min(names, key=self._loss)
 
     @torch.no_grad()
-    def _loss(self, route: Route) -> float:
+    def _loss(self, route: Chosen) -> float:
         total, rows = 0.0, [{**row, "task": route} for row in self.shots]
         with evaluating(self.model):
             for start in range(0, len(rows), self.settings.batch_size):
@@ -233,7 +241,7 @@ class _Case:
                 total += float(self.kind.loss(self.model, self.kind.collate(batch))) * len(batch)
         return total
 
-    def weights(self, granularity: Granularity) -> Route:
+    def weights(self, granularity: Granularity) -> Chosen:
         """Weights that were learned on the examples."""
         settings = self.settings
         return learn_weights(
@@ -244,7 +252,7 @@ class _Case:
 
 
 SINGLE = "best single"
-USES: Mapping[str, Callable[[_Case], Route]] = {
+USES: Mapping[str, Callable[[_Case], Chosen]] = {
     "average": lambda _: "mu",
     SINGLE: _Case.best_single,
     "weights": lambda case: case.weights("coarsegrained"),

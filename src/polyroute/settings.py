@@ -120,6 +120,7 @@ def number(
     above: float | None = None,
     least: float | None = None,
     below: float | None = None,
+    most: float | None = None,
     optional: bool = False,
     infinite: bool = False,
 ) -> Check:
@@ -134,6 +135,8 @@ def number(
             raise InputError(f"{name} must be {bound}, not {value!r}")
         if least is not None and below is not None and not least <= found < below:
             raise InputError(f"{name} must be in [{least:g}, {below:g}), not {value!r}")
+        if most is not None and found > most:
+            raise InputError(f"{name} must be at most {most:g}, not {value!r}")
         if least is not None and found < least:
             bound = "must not be negative" if least == 0 else f"must be at least {least:g}"
             raise InputError(f"{name} {bound}, not {value!r}")

@@ -50,9 +50,13 @@ def peft_type_of(folder: str | os.PathLike[str]) -> str | None:
 
 
 def folders_inside(folder: str | os.PathLike[str]) -> list[Path]:
-    """The sub-folders, at most two below, that hold adapters, sorted."""
+    """The sub-folders, at most two below, that hold adapters, sorted.
+
+    What lies inside an adapter, such as checkpoints of its training, is not among them.
+    """
     place = Path(folder)
-    return sorted(p.parent for form in ("*/", "*/*/") for p in place.glob(form + CONFIG))
+    found = {p.parent for form in ("*/", "*/*/") for p in place.glob(form + CONFIG)}
+    return sorted(path for path in found if path.parent not in found)
 
 
 def adapters_inside(folder: str | os.PathLike[str]) -> str:

@@ -1,9 +1,11 @@
 """Granularity: which layers share a router."""
 
 from collections.abc import Callable, Sequence
+from typing import get_args
 
 from polyroute.config import Granularity
 from polyroute.errors import InputError
+from polyroute.settings import named
 
 __all__ = ["router_of", "routers_of"]
 
@@ -48,6 +50,7 @@ def router_of(name: str, granularity: Granularity) -> str:
     Raises:
         InputError: the name contains no numbered block, or neither an encoder nor a decoder.
     """
+    named(get_args(Granularity))("granularity", granularity)
     if granularity == "finegrained":
         return name
     if granularity == "coarsegrained":

@@ -1,1 +1,1 @@
-"""LoRAs that were trained apart: their exact arithmetic."""
+"""LoRAs that were trained apart: their arithmetic, routes among them, and what stands for them."""

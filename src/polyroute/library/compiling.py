@@ -24,15 +24,17 @@ from polyroute.config import Granularity, MHRConfig
 from polyroute.errors import InputError
 from polyroute.layer.factors import LoRAFactors
 from polyroute.layer.granularity import routers_of
+from polyroute.library.attaching import library_of
 from polyroute.library.library import Library
 from polyroute.model import RoutedModel
-from polyroute.routes.ragged import RaggedInventory
 from polyroute.settings import number, whole
 
 __all__ = ["Compiled", "compile_library"]
 
 TURNS = 30
+"""Of the alternation; it starts near its end, at the leading directions among the LoRAs."""
 SMALL = 1e-12
+"""Guards divisions by what can be zero, and bounds what a system of rows takes for zero."""
 
 
 @dataclass(frozen=True)
@@ -59,10 +61,12 @@ class _Core:
         self.loras = len(factors)
         ranks = [0 if own is None else len(own.a) for own in factors]
         self.owner = torch.tensor([e for e, rank in enumerate(ranks) for _ in range(rank)])
+        products = (self.inner_a @ self.inner_a.t()) * (self.inner_b @ self.inner_b.t())
+        self.gram = _summed(products, self.owner, self.owner, self.loras, self.loras)
         self.skills_a: Tensor = torch.empty(0)
         self.skills_b: Tensor = torch.empty(0)
 
-    def sum(self, weights_E: Tensor) -> Tensor:
+    def weighted(self, weights_E: Tensor) -> Tensor:
         """The weighted sum of the LoRAs, `[R, R]`, outputs first."""
         total: Tensor = (self.inner_b * weights_E[self.owner, None]).t() @ self.inner_a
         return total
@@ -75,7 +79,7 @@ class _Core:
         """Make one skill the best for what the others leave."""
         own_E = rows_EK[:, k]
         size = own_E.square().sum().clamp(min=SMALL)
-        left = self.sum(own_E)
+        left = self.weighted(own_E)
         for j, shared in enumerate((own_E @ rows_EK).tolist()):
             if j != k:
                 left = left - shared * self.skill(j)
@@ -92,18 +96,16 @@ class _Core:
         for k in range(count):
             self.fit(rows_EK, k, rank)
 
-    def products(self) -> tuple[Tensor, Tensor, Tensor]:
-        """Inner products of LoRAs with skills `[E, K]`, of skills `[K, K]`, of LoRAs `[E, E]`."""
-        count, size = len(self.skills_a), self.loras
+    def products(self) -> tuple[Tensor, Tensor]:
+        """Inner products of LoRAs with skills `[E, K]`, and of skills `[K, K]`."""
+        count = len(self.skills_a)
         flat_a, flat_b = (t.flatten(0, 1) for t in (self.skills_a, self.skills_b))
         of_skill = torch.arange(count).repeat_interleave(self.skills_a.shape[1])
         mixed = (self.inner_a @ flat_a.t()) * (self.inner_b @ flat_b.t())
         own = (flat_a @ flat_a.t()) * (flat_b @ flat_b.t())
-        every = (self.inner_a @ self.inner_a.t()) * (self.inner_b @ self.inner_b.t())
         return (
-            _summed(mixed, self.owner, of_skill, size, count),
+            _summed(mixed, self.owner, of_skill, self.loras, count),
             _summed(own, of_skill, of_skill, count, count),
-            _summed(every, self.owner, self.owner, size, size),
         )
 
 
@@ -122,7 +124,7 @@ def compile_library(
     granularity: Granularity = "coarsegrained",
     most_error: float = 0.5,
 ) -> Compiled:
-    """Attach an inventory of few skills that stands for a library.
+    """Attach an inventory of few skills that stands for a library, all of which is in memory.
 
     Args:
         base_model: the model that the LoRAs were trained on.
@@ -147,10 +149,9 @@ def compile_library(
     )  # fmt: skip
     with_all = attach(base_model, library)  # checks that it fits, and knows the layers' names
     layers = [site.name for site in with_all.sites]
-    inventory = with_all.inventory
-    assert isinstance(inventory, RaggedInventory)
+    inventory = library_of(with_all)
     cores = [
-        _Core([_there(inventory.skill(i, e)) for e in range(len(names))])
+        _Core([own if len((own := inventory.skill(i, e)).a) else None for e in range(len(names))])
         for i in range(len(layers))
     ]
     with_all.unload()
@@ -172,10 +173,6 @@ def compile_library(
     return Compiled(model, errors)
 
 
-def _there(own: LoRAFactors) -> LoRAFactors | None:
-    return own if len(own.a) else None
-
-
 def _alternate(cores: Sequence[_Core], loras: int, skills: int, rank: int) -> Tensor:
     """The rows `[E, K]` of layers that share weights; the cores then have their skills."""
     if loras <= skills:  # each LoRA is a skill
@@ -183,10 +180,7 @@ def _alternate(cores: Sequence[_Core], loras: int, skills: int, rank: int) -> Te
         for core in cores:
             core.start(alone_EK, rank)
         return alone_EK
-    gram_EE = torch.zeros(loras, loras, dtype=torch.float64)
-    for core in cores:
-        every = (core.inner_a @ core.inner_a.t()) * (core.inner_b @ core.inner_b.t())
-        gram_EE += _summed(every, core.owner, core.owner, loras, loras)
+    gram_EE = torch.stack([core.gram for core in cores]).sum(0)
     _, vectors = torch.linalg.eigh(gram_EE)
     rows_EK: Tensor = vectors.flip(1)[:, :skills]
     for core in cores:
@@ -195,7 +189,7 @@ def _alternate(cores: Sequence[_Core], loras: int, skills: int, rank: int) -> Te
         shared_EK = torch.zeros(loras, skills, dtype=torch.float64)
         own_KK = torch.zeros(skills, skills, dtype=torch.float64)
         for core in cores:
-            mixed, own, _ = core.products()
+            mixed, own = core.products()
             shared_EK += mixed
             own_KK += own
         rows_EK = shared_EK @ torch.linalg.pinv(own_KK, hermitian=True, rtol=SMALL)
@@ -211,11 +205,11 @@ def _errors(
     lost_E = torch.zeros(len(names), dtype=torch.float64)
     size_E = torch.zeros_like(lost_E)
     for core, router in zip(cores, router_of, strict=True):
-        mixed, own, every = core.products()
-        rows_EK, squares_E = rows_NEK[router], every.diagonal()
+        mixed, own = core.products()
+        rows_EK, squares_E = rows_NEK[router], core.gram.diagonal()
         size_E += squares_E
         lost_E += squares_E + ((rows_EK @ own - 2 * mixed) * rows_EK).sum(1)
-    shares = (lost_E.clamp(min=0) / size_E.clamp(min=SMALL)).sqrt().tolist()
+    shares = (lost_E.clamp(min=0) / size_E.clamp(min=1e-300)).sqrt().tolist()
     return dict(zip(names, shares, strict=True))
 
 

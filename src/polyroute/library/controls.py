@@ -7,15 +7,16 @@ import torch
 
 from polyroute.errors import InputError
 from polyroute.layer.factors import Factors, LoRAFactors, PlainFactors
+from polyroute.library.attaching import library_of
+from polyroute.library.delta import norm
 from polyroute.model import RoutedModel
 from polyroute.routes.mixer import Mixer
-from polyroute.routes.ragged import RaggedInventory
 from polyroute.routes.rule import Batch, RouteRule
 
 __all__ = ["Given", "random_skills"]
 
 
-class Given(RouteRule, name="given"):
+class Given(RouteRule):
     """Applies the same factors to every token; without factors the base model runs alone.
 
     Args:
@@ -44,9 +45,7 @@ def random_skills(model: RoutedModel, seed: int) -> Iterator[None]:
     Raises:
         InputError: the model has no library.
     """
-    inventory = model.inventory
-    if not isinstance(inventory, RaggedInventory):
-        raise InputError("LoRAs of a library are drawn again: attach a polyroute.Library")
+    inventory = library_of(model)
     kept = [p.detach().clone() for p in inventory.parameters()]
     generator = torch.Generator().manual_seed(seed)
     try:
@@ -64,13 +63,7 @@ def random_skills(model: RoutedModel, seed: int) -> Iterator[None]:
 def _draw(own: LoRAFactors, generator: torch.Generator) -> None:
     if not len(own.a):
         return
-    norm = _norm(own)
+    size = norm(own)
     for factor in (own.a, own.b):
         factor.copy_(torch.randn(factor.shape, generator=generator))
-    own.b.mul_(norm / _norm(own))
-
-
-def _norm(own: LoRAFactors) -> float:
-    """The Frobenius norm of an update, from products of the size of its rank."""
-    a, b = own.a.double(), own.b.double()
-    return float(((a @ a.t()) * (b @ b.t())).sum().clamp(min=0).sqrt())
+    own.b.mul_(size / norm(own))

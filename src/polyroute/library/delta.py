@@ -33,15 +33,19 @@ from polyroute.layer.factors import LoRAFactors
 from polyroute.saved.hub import locate
 from polyroute.saved.peft_card import write_peft_card
 from polyroute.saved.peft_export import CONFIG, TENSORS, PeftTarget
+from polyroute.settings import number, whole
 
 __all__ = [
+    "TRANSPOSED",
     "Delta",
     "base_and_error",
     "core",
+    "cosines",
     "inner_products",
     "is_noise",
     "keeping",
     "nearest",
+    "norm",
     "side_by_side",
     "weighted_sum",
 ]
@@ -101,8 +105,14 @@ class Delta:
                 near it is to the exact update.
 
         Raises:
-            InputError: the folder cannot be written.
+            InputError: the update is not finite, or the folder cannot be written.
         """
+        for layer, own in self.layers.items():
+            if not (own.a.isfinite().all() and own.b.isfinite().all()):
+                raise InputError(
+                    f"the LoRA is not written to {folder}, because layer {layer!r} is not finite: "
+                    "use smaller weights"
+                )
         config = {name: self.base.get(name) for name in SAID}
         config |= {"target_modules": sorted(self.layers), "inference_mode": True}
         is_transposed = bool(self.base.get(TRANSPOSED))
@@ -132,7 +142,13 @@ class Delta:
 
     def __add__(self, other: "Delta") -> "Delta":
         """The sum, whose ranks are the sums of both ranks."""
+        if not isinstance(other, Delta):
+            return NotImplemented
         return weighted_sum([(1.0, self), (1.0, other)])
+
+    def __radd__(self, other: object) -> "Delta":
+        """Itself, if `sum` begins with 0."""
+        return self if other == 0 else NotImplemented
 
     def __mul__(self, weight: float) -> "Delta":
         """Times a number."""
@@ -142,12 +158,20 @@ class Delta:
 
     __rmul__ = __mul__
 
+    def __truediv__(self, divisor: float) -> "Delta":
+        """Divided by a number."""
+        if isinstance(divisor, bool) or not isinstance(divisor, int | float) or not divisor:
+            return NotImplemented
+        return weighted_sum([(1 / divisor, self)])
+
     def __neg__(self) -> "Delta":
         """Its opposite."""
         return -1.0 * self
 
     def __sub__(self, other: "Delta") -> "Delta":
         """The difference; ranks add up."""
+        if not isinstance(other, Delta):
+            return NotImplemented
         return weighted_sum([(1.0, self), (-1.0, other)])
 
     def inner(self, other: "Delta") -> float:
@@ -156,7 +180,7 @@ class Delta:
 
     def norm(self) -> float:
         """The Frobenius norm of the update over all layers."""
-        return math.sqrt(sum(float(core(own)[0].norm()) ** 2 for own in self.layers.values()))
+        return math.sqrt(sum(norm(own) ** 2 for own in self.layers.values()))
 
     def cosine(self, other: "Delta") -> float:
         """The cosine between both updates.
@@ -211,8 +235,7 @@ def base_and_error(terms: Sequence[tuple[float, Delta]]) -> tuple[Mapping[str, A
     """
     base = terms[0][1].base
     for weight, delta in terms:
-        if isinstance(weight, bool) or not math.isfinite(weight):
-            raise InputError(f"a LoRA cannot be weighted by {weight}; use a finite number")
+        number()("the weight of a LoRA", weight)
         base = _agreed(base, delta.base)
     return base, sum(abs(weight) * delta.error for weight, delta in terms)
 
@@ -257,7 +280,7 @@ def _stacked(deltas: Sequence[Delta], layer: str) -> tuple[LoRAFactors, Tensor] 
         return None
     every = side_by_side(layer, [own for _, own in there])
     of_R = torch.cat([torch.full((len(own.a),), i) for i, own in there])
-    return LoRAFactors(every.a.double(), every.b.double()), of_R
+    return LoRAFactors(every.a.double().cpu(), every.b.double().cpu()), of_R
 
 
 def core(own: LoRAFactors) -> tuple[Tensor, Tensor, Tensor]:
@@ -292,6 +315,17 @@ def nearest(
     return factors, float(values[kept:].square().sum())
 
 
+def norm(own: LoRAFactors) -> float:
+    """The Frobenius norm of an update, which is that of its core."""
+    return float(core(own)[0].norm())
+
+
+def cosines(gram_EE: Tensor) -> Tensor:
+    """Those of all pairs, from inner products; 0 where an update is zero."""
+    norms_E = gram_EE.diagonal().clamp(min=0).sqrt()
+    return gram_EE / (norms_E[:, None] * norms_E).clamp(min=1e-300)
+
+
 def is_noise(values_r: Tensor, size: float) -> Tensor:
     """Which singular values, largest first, rounding alone can have left.
 
@@ -313,12 +347,10 @@ def keeping(rank: int | None, energy: float | None) -> Callable[[Tensor], int]:
     if (rank is None) == (energy is None):
         raise InputError("recompress takes either rank or energy")
     if rank is not None:
-        if isinstance(rank, bool) or not isinstance(rank, int) or rank < 1:
-            raise InputError(f"rank must be a whole number from 1 on, not {rank!r}")
+        whole()("rank", rank)
         return lambda values: min(rank, len(values))
     assert energy is not None
-    if isinstance(energy, bool) or not 0 < energy <= 1:
-        raise InputError(f"energy must be a number above 0 and at most 1, not {energy!r}")
+    number(above=0, most=1)("energy", energy)
 
     def enough(values: Tensor) -> int:
         squares = values.square()

@@ -26,8 +26,11 @@ from torch import Tensor, nn
 from polyroute.errors import InputError
 from polyroute.kinds.batches import evaluating
 from polyroute.layer.factors import Factors, LoRAFactors, Segments
-from polyroute.library.delta import Delta, core, keeping, nearest
+from polyroute.layer.sites import Site
+from polyroute.library.controls import Given
+from polyroute.library.delta import TRANSPOSED, Delta, norm
 from polyroute.library.static import Static
+from polyroute.library.tokens import real_tokens
 from polyroute.model import RoutedModel
 from polyroute.routes.mixer import Mixer
 from polyroute.routes.rule import Batch, RouteRule
@@ -37,7 +40,10 @@ from polyroute.settings import number, whole
 __all__ = ["Frozen", "freeze"]
 
 HELD_OUT = 5
-"""Every so many calls one is left out of the sums, to measure the error."""
+"""Every so many texts one is left out of the sums, to measure the error."""
+TINY = 1e-300
+OF_TEXTS = "on texts that were left out it misses"
+OF_WEIGHTS = "of the exact sum it misses"
 
 
 @dataclass(frozen=True)
@@ -46,9 +52,12 @@ class Frozen:
 
     delta: Delta
     errors: Mapping[str, float]
-    """By layer, what share of the live update's norm is lost on texts that were left out."""
+    """By layer, what share of the norm is lost: of the live updates on texts that were left out or,
+    of constant weights, of the update itself."""
     route: str
     """The name of the rule."""
+    missing: str = OF_TEXTS
+    """Says in the card what the errors are."""
 
     def save_peft(self, folder: str | os.PathLike[str]) -> None:
         """Write it as an ordinary LoRA of PEFT, whose card has the errors.
@@ -59,9 +68,8 @@ class Frozen:
         lines = "\n".join(f"- `{layer}`: {error:.3f}" for layer, error in self.errors.items())
         self.delta.save_peft(
             folder,
-            origin=f"frozen from the route {self.route} by polyroute. On texts that were left out "
-            f"it misses {self.error:.3f} of the norm of the live update, as a mean over layers:\n\n"
-            f"{lines}\n",
+            origin=f"frozen from the route {self.route} by polyroute; {self.missing} "
+            f"{self.error:.3f} of the norm, as a mean over layers:\n\n{lines}\n",
         )
 
     @property
@@ -113,6 +121,7 @@ class _Watched:
     sums: _Sums
     nothing: _Nothing
     mask: Tensor | None
+    site: Site
 
     num_examples: None = None
 
@@ -121,10 +130,8 @@ class _Watched:
     ) -> Tensor:
         exact = x.float()
         update = self.factors.apply(self.nothing, exact, 0.0, segments)
-        rows: Any = slice(None)
-        if self.mask is not None and self.mask.shape == x.shape[:-1]:
-            rows = self.mask.bool().flatten()
-        self.sums.add(exact.flatten(0, -2)[rows], update.flatten(0, -2)[rows])
+        rows = (real_tokens(t, self.mask, self.site) for t in (exact, update))
+        self.sums.add(*rows)
         y: Tensor = base(x)
         return y + update.to(y.dtype)
 
@@ -132,7 +139,7 @@ class _Watched:
         return replace(self, factors=self.factors.to(device))
 
 
-class _Watching(RouteRule, name="watching"):
+class _Watching(RouteRule):
     """Routes as another rule does, and collects the sums of every layer."""
 
     needs_tasks = False
@@ -145,16 +152,15 @@ class _Watching(RouteRule, name="watching"):
         self.used, self.held_out = (
             [_Sums(site.d_in, site.d_out) for site in model.sites] for _ in range(2)
         )
-        self.calls = 0
-        self.plain: Sequence[Factors] | None = None
+        self.sums = self.used
 
     def factors(self, batch: Batch, mixer: Mixer) -> Sequence[Factors]:
-        self.calls += 1
         own = self.rule.factors(replace(batch, dtype=torch.float32), mixer)
-        sums = self.held_out if self.calls % HELD_OUT == 0 else self.used
         return [
-            _Watched(one, of_site, nothing, batch.mask)
-            for one, of_site, nothing in zip(own, sums, self.nothing, strict=True)
+            _Watched(one, of_site, nothing, batch.mask, site)
+            for one, of_site, nothing, site in zip(
+                own, self.sums, self.nothing, mixer.sites, strict=True
+            )
         ]
 
 
@@ -173,55 +179,63 @@ def freeze(
     Args:
         model: whose skills the rule chooses.
         rule: a rule that stands alone, such as `polyroute.Arrow()`.
-        texts: arguments of the base model, without answers. Of every five calls of the base model
-            the sums leave one out, for `errors`.
+        texts: arguments of the base model, without answers. One of every five is left out of the
+            sums, for `errors`.
         rank: the most of each layer.
         ridge: the share of the mean square of a layer's inputs that is added to every direction,
             for those that the texts do not show.
         run: runs the model on one of `texts`, by default with it as arguments.
 
     Raises:
-        InputError: there are fewer than five texts, or a number is out of range.
+        InputError: there are fewer than five texts, a number is out of range, or the rule needs a
+            task.
     """
     whole()("rank", rank)
     number(least=0)("ridge", ridge)
+    if not isinstance(rule, RouteRule) or not rule.stands_alone or isinstance(rule, Given):
+        raise InputError(
+            f"a route in which tokens choose is frozen, such as polyroute.Arrow(), not {rule!r}; "
+            "export_peft writes the LoRA of a task exactly"
+        )
+    model.check_unmerged()
     target = peft_target(model.base_model, model.sites)
-    base = {**target.config, "fan_in_fan_out": target.fan_in_fan_out}
+    base = {**target.config, TRANSPOSED: target.fan_in_fan_out}
     if isinstance(rule, Static):
         return _of_constant(model, rule, rank, base)
-    watching = _Watching(rule, model)
+    watching, count = _Watching(rule, model), 0
     with evaluating(model):
         for given in texts:
+            count += 1
+            watching.sums = watching.held_out if count % HELD_OUT == 0 else watching.used
             if run is not None:
                 run(model, given, watching)
             else:
                 model(**given, tasks=watching)
-    if watching.calls < HELD_OUT:
+    if count < HELD_OUT:
         raise InputError(
             f"a route is frozen on at least {HELD_OUT} texts, of which one measures the error; "
-            f"there are {watching.calls}"
+            f"there are {count}"
         )
     layers, errors = {}, {}
-    sums = zip(model.sites, watching.used, watching.held_out, strict=True)
-    for site, used, held_out in sums:
+    for site, used, held_out in zip(model.sites, watching.used, watching.held_out, strict=True):
         layers[site.name] = _regression(used, rank, ridge)
         errors[site.name] = held_out.lost(layers[site.name])
-    return Frozen(
-        Delta(layers, {**target.config, "fan_in_fan_out": target.fan_in_fan_out}), errors, rule.name
-    )
+    return Frozen(Delta(layers, base), errors, rule.name)
 
 
 def _of_constant(model: RoutedModel, rule: Static, rank: int, base: Mapping[str, Any]) -> Frozen:
     batch = Batch(None, None, is_training=False, dtype=torch.float32, gates=None)
-    layers, errors = {}, {}
-    keep = keeping(rank, None)
-    for site, own in zip(model.sites, rule.factors(batch, model.mixer), strict=True):
-        assert isinstance(own, LoRAFactors)
-        if len(own.a):
-            layers[site.name], lost = nearest(own, keep)
-            size = float(core(own)[0].norm())
-            errors[site.name] = math.sqrt(lost) / size if size else 0.0
-    return Frozen(Delta(layers, base), errors, rule.name)
+    live = {
+        site.name: own
+        for site, own in zip(model.sites, rule.factors(batch, model.mixer), strict=True)
+        if isinstance(own, LoRAFactors) and len(own.a)
+    }
+    delta = Delta(live, base).recompress(rank=rank)
+    errors = {
+        layer: Delta({layer: own}, base).recompress(rank=rank).error / max(norm(own), TINY)
+        for layer, own in live.items()
+    }
+    return Frozen(delta, errors, rule.name, OF_WEIGHTS)
 
 
 def _regression(sums: _Sums, rank: int, ridge: float) -> LoRAFactors:

@@ -10,6 +10,7 @@ from polyroute.kinds.batches import Row, evaluating
 from polyroute.kinds.choose import ModelKind
 from polyroute.library.static import Static
 from polyroute.model import RoutedModel
+from polyroute.settings import number, whole
 
 __all__ = ["learn_weights"]
 
@@ -22,11 +23,11 @@ def learn_weights(  # noqa: PLR0913 (public: users know its keywords)
     granularity: Granularity = "coarsegrained",
     steps: int = 40,
     batch_size: int = 8,
-    lr: float = 0.05,
+    lr: float = 0.1,
     penalty: float = 0.05,
     seed: int = 0,
 ) -> Static:
-    """Learn a weight for each LoRA, from 0 on, by gradient; the LoRAs stay as they are.
+    """Learn a weight for each LoRA by gradient, starting at 0; the LoRAs stay as they are.
 
     The objective is the loss plus `penalty` times the mean size of the weights (LoraHub, Huang et
     al., 2023, which searches without gradients).
@@ -43,10 +44,16 @@ def learn_weights(  # noqa: PLR0913 (public: users know its keywords)
         seed: of the order of examples.
 
     Raises:
-        InputError: there is no example, or the model has no library.
+        InputError: there is no example, a number is out of range, or the model averages the factors
+            of skills.
     """
+    whole()("steps", steps)
+    whole()("batch_size", batch_size)
+    number(above=0)("lr", lr)
+    number(least=0)("penalty", penalty)
     if not len(rows):
         raise InputError("give at least one example to learn weights from")
+    model.check_unmerged()
     rule = Static(model, granularity=granularity)
     optimizer = torch.optim.Adam(rule.parameters(), lr=lr)
     schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 1e-3, total_iters=steps)
@@ -55,7 +62,7 @@ def learn_weights(  # noqa: PLR0913 (public: users know its keywords)
     model.inventory.requires_grad_(False)
     order: list[int] = []
     try:
-        with evaluating(model), torch.enable_grad():
+        with torch.inference_mode(False), evaluating(model), torch.enable_grad():
             for _ in range(steps):
                 while len(order) < min(batch_size, len(rows)):
                     order += torch.randperm(len(rows), generator=generator).tolist()

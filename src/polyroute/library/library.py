@@ -5,7 +5,7 @@ Shape letters: E LoRAs.
 
 import os
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +15,10 @@ from torch import Tensor, nn
 from polyroute.errors import InputError, did_you_mean, first_few
 from polyroute.exchange.peft_folder import folders_inside
 from polyroute.library.attaching import attach_library
-from polyroute.library.delta import Delta, inner_products, keeping
+from polyroute.library.delta import Delta, cosines, inner_products, keeping
 from polyroute.library.merging import DENSE, WAYS, Terms, check_options, merged
 from polyroute.model import RoutedModel
+from polyroute.saved.peft_export import CONFIG
 
 __all__ = ["Library"]
 
@@ -110,6 +111,10 @@ class Library(Mapping[str, Delta]):
         self.check_name(name)
         return Delta.from_peft(self._folders[name], allow_pickle=self._allow_pickle)
 
+    def get(self, name: str, default: Any = None) -> Any:
+        """A LoRA by its name, or the default if there is none."""
+        return self[name] if name in self else default  # noqa: SIM401 (it would call itself)
+
     def __contains__(self, name: object) -> bool:
         """Whether there is a LoRA of this name."""
         return name in self._folders
@@ -157,8 +162,7 @@ class Library(Mapping[str, Delta]):
             name of the `nearest`, and the `cosine` with it; for one that was left out, `refused`.
         """
         gram_EE = self.gram()
-        norms_E = gram_EE.diagonal().clamp(min=0).sqrt()
-        cosines_EE = gram_EE / (norms_E[:, None] * norms_E).clamp(min=1e-300)
+        norms_E, cosines_EE = gram_EE.diagonal().clamp(min=0).sqrt(), cosines(gram_EE)
         names = list(self)
         rows: list[dict[str, Any]] = []
         for i, name in enumerate(names):
@@ -170,6 +174,20 @@ class Library(Mapping[str, Delta]):
             alike = {"nearest": names[nearest], "cosine": float(others[nearest])}
             rows.append({**row, "norm": float(norms_E[i]), **(alike if len(names) > 1 else {})})
         return rows + [{"name": name, "refused": why} for name, why in self.refused.items()]
+
+    def _warn_of_strangers(self, names: Iterable[str]) -> None:
+        """Warn of a LoRA that has no layer in common with any other: their names may differ."""
+        layers = {name: set(self.ranks.get(name, ())) for name in names}
+        for name, own in layers.items():
+            others = set().union(*(theirs for other, theirs in layers.items() if other != name))
+            if others and not own & others:
+                warnings.warn(
+                    f"the LoRA {name!r} has no layer in common with the others, such as "
+                    f"{min(own)!r} beside {min(others)!r}: if these are one layer under two names, "
+                    "save both LoRAs from one class of the base model",
+                    stacklevel=3,
+                )
+                return
 
     def merge(
         self,
@@ -213,6 +231,7 @@ class Library(Mapping[str, Delta]):
                 f"the result of {method!r} is dense: say with rank or energy how much stays"
             )
         keep = keeping(rank, energy) if is_asked else None
+        self._warn_of_strangers(weights if isinstance(weights, Mapping) else self)
         if method == "mean" and weights != 1.0:
             raise InputError("the mean has no weights; merge with 'arithmetic'")
         if not isinstance(weights, Mapping):
@@ -228,6 +247,10 @@ def _named(
 ) -> dict[str, Path]:
     if isinstance(loras, Mapping):
         folders = {name: Path(folder) for name, folder in loras.items()}
+    elif not isinstance(loras, str | os.PathLike):
+        raise InputError(f"loras must be folders by name, or one folder, not {loras!r}")
+    elif (Path(loras) / CONFIG).is_file():
+        folders = {Path(loras).resolve().name: Path(loras)}
     else:
         place = Path(loras)
         folders = {path.relative_to(place).as_posix(): path for path in folders_inside(place)}

@@ -213,7 +213,7 @@ def merged(terms: Terms, update: Update, keep: Callable[[Tensor], int] | None = 
         update: merges a layer.
         keep: recompresses each layer, see `polyroute.library.delta.keeping`.
     """
-    base, error = base_and_error(terms.pairs)
+    base, _ = base_and_error(terms.pairs)
     layers: dict[str, LoRAFactors] = {}
     lost = 0.0
     for layer in terms.layers:
@@ -223,7 +223,7 @@ def merged(terms: Terms, update: Update, keep: Callable[[Tensor], int] | None = 
             lost += own_lost
         assert isinstance(own, LoRAFactors)
         layers[layer] = own
-    return Delta(layers, base, error + math.sqrt(lost))
+    return Delta(layers, base, math.sqrt(lost))
 
 
 def check_options(method: str, options: Mapping[str, float]) -> None:

@@ -21,10 +21,10 @@ from torch import Tensor
 from polyroute.errors import InputError
 from polyroute.kinds.batches import Row, evaluating
 from polyroute.kinds.choose import ModelKind
-from polyroute.library.delta import Delta, inner_products
+from polyroute.library.attaching import library_of
+from polyroute.library.delta import Delta, cosines, inner_products
 from polyroute.library.static import Static
 from polyroute.model import RoutedModel
-from polyroute.routes.ragged import RaggedInventory
 from polyroute.settings import number, whole
 
 __all__ = ["Ranking", "rank_skills"]
@@ -57,8 +57,7 @@ class Ranking:
                 with those that were chosen before.
         """
         whole()("count", count)
-        if number(least=0)("diversity", diversity) > 1:
-            raise InputError(f"diversity must be at most 1, not {diversity!r}")
+        number(least=0, most=1)("diversity", diversity)
         scores = self.by_site.sum(0).double()
         likeness, chosen = torch.zeros_like(scores), list[int]()
         for _ in range(min(count, len(self.names))):
@@ -84,8 +83,9 @@ def rank_skills(
     Raises:
         InputError: there is no example, or the model has no library.
     """
-    if not isinstance(model.inventory, RaggedInventory) or not model.rule.owns_skills:
-        raise InputError("LoRAs of a library are ranked: attach a polyroute.Library")
+    library_of(model)
+    model.check_unmerged()
+    whole()("batch_size", batch_size)
     if not len(rows):
         raise InputError("give at least one example to rank LoRAs by")
     rule = Static(model, granularity="finegrained")
@@ -101,12 +101,9 @@ def rank_skills(
 
 @torch.no_grad()
 def _cosines(model: RoutedModel) -> Tensor:
-    inventory = model.inventory
-    assert isinstance(inventory, RaggedInventory)
+    inventory = library_of(model)
     deltas = [
         Delta({s.name: inventory.skill(i, k) for i, s in enumerate(model.sites)}, {})
         for k in range(inventory.num_skills)
     ]
-    gram_EE = inner_products(deltas, deltas)
-    norms_E = gram_EE.diagonal().clamp(min=0).sqrt()
-    return gram_EE / (norms_E[:, None] * norms_E).clamp(min=1e-300)
+    return cosines(inner_products(deltas, deltas))

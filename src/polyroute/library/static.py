@@ -14,6 +14,7 @@ Shape letters: E skills, G groups of layers.
 """
 
 from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -22,10 +23,12 @@ from polyroute.config import Granularity
 from polyroute.errors import InputError
 from polyroute.layer.factors import Factors
 from polyroute.layer.granularity import routers_of
+from polyroute.library.attaching import owners_of, places_of
 from polyroute.model import RoutedModel
 from polyroute.routes.index import index_on
 from polyroute.routes.mixer import Mixer
 from polyroute.routes.rule import Batch, RouteRule
+from polyroute.routes.table import MU
 from polyroute.settings import flag, number
 
 __all__ = ["Static"]
@@ -56,6 +59,7 @@ class Static(RouteRule, name="static"):
     ) -> None:
         super().__init__()
         self.softmax = flag()("softmax", softmax)
+        self._owners = owners_of(model.mixer)
         groups, self._group_of_site = routers_of([s.name for s in model.sites], granularity)
         skills = model.inventory.num_skills
         start = torch.zeros(skills)
@@ -63,6 +67,8 @@ class Static(RouteRule, name="static"):
             if not model.rule.owns_skills:
                 raise InputError("tasks have no skills of their own here: give one number for all")
             for name, weight in weights.items():
+                if name == MU:
+                    raise InputError("'mu' is the average of all LoRAs: give each 1 / E instead")
                 start[model.routes.row(name)] = number()("weight", weight)
         else:
             start.fill_(number()("weights", weights) or 0.0)
@@ -71,6 +77,10 @@ class Static(RouteRule, name="static"):
         like = model.inventory.like
         start = start.to(like.device, torch.promote_types(like.dtype, torch.float32))
         self.weights = nn.Parameter(start.repeat(len(groups), 1))
+
+    def settings(self) -> dict[str, Any]:
+        """Nothing: a rule of constant weights is not saved with a model."""
+        raise InputError("constant weights are not saved with a model: use model.route(rule)")
 
     def values(self) -> Tensor:
         """The weights of the skills in each group of layers, `[G, E]`."""
@@ -83,17 +93,17 @@ class Static(RouteRule, name="static"):
             InputError: the model has other layers or skills, or averages the factors of skills.
         """
         inventory = mixer.inventory
-        if (len(self._group_of_site), self.weights.shape[1]) != (
-            len(inventory.sites), inventory.num_skills,
-        ):  # fmt: skip
+        if len(self._group_of_site) != len(inventory.sites):
             raise InputError("these weights belong to another model: make a new rule")
+        places = places_of(self._owners, mixer)
         if inventory.combine != "output" or inventory.adapter == "ia3":
             raise InputError(
                 "constant weights add the updates of LoRAs: attach a library, or train with "
                 "combine='output'"
             )
         of_site = index_on(mixer.device, tuple(self._group_of_site))
-        weights = self.values().index_select(0, of_site)[None, :, None]
+        own = self.values().index_select(1, index_on(mixer.device, places))
+        weights = own.index_select(0, of_site)[None, :, None]
         shown = weights.expand(-1, -1, inventory.heads, -1)
         sites = [index_on(mixer.device, stack.sites) for stack in inventory.stacks]
         with torch.autocast(mixer.device.type, enabled=False):

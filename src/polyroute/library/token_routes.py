@@ -12,7 +12,6 @@ Shape letters: E skills, R the ranks of all skills together, r rank of a skill.
 """
 
 import math
-from abc import abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from typing import Any
@@ -22,8 +21,11 @@ import torch
 from torch import Tensor, nn
 
 from polyroute.errors import InputError
+from polyroute.kinds.batches import evaluating
 from polyroute.layer.factors import Factors, LoRAFactors
+from polyroute.library.attaching import places_of
 from polyroute.library.delta import core, is_noise
+from polyroute.library.tokens import real_tokens
 from polyroute.model import RoutedModel
 from polyroute.routes.index import index_on
 from polyroute.routes.inventory import Inventory
@@ -61,7 +63,6 @@ class TokenRoute(RouteRule):
         self.temperature = temperature
         self._known: WeakKeyDictionary[Inventory, tuple[Any, list[Scores]]] = WeakKeyDictionary()
 
-    @abstractmethod
     def scores_of(self, skills: Mapping[int, LoRAFactors], site: int) -> Scores:
         """How the skills of a layer are scored, in their order.
 
@@ -69,13 +70,15 @@ class TokenRoute(RouteRule):
             skills: those that adapt the layer, in fp32 or more, by their numbers.
             site: the place of the layer in the list of sites.
         """
+        raise NotImplementedError
 
     def factors(self, batch: Batch, mixer: Mixer) -> Sequence[Factors]:
         """The factors of each site, whose gates choose for each token."""
-        every = self._scores(mixer.inventory)
+        every = self._scores(mixer)
         return [
             mixer.gated(site, partial(self._gate, batch, mixer, site, scores), batch,
                         top_k=self.top_k)
+            if _present(mixer.inventory, site) else _nothing(mixer, site, batch)
             for site, scores in enumerate(every)
         ]  # fmt: skip
 
@@ -97,18 +100,44 @@ class TokenRoute(RouteRule):
         shown = self.show(batch, site, weights.unsqueeze(-2))
         return shown.expand(*shown.shape[:-2], heads, -1)
 
+    def __getstate__(self) -> dict[str, Any]:
+        return {key: value for key, value in self.__dict__.items() if key != "_known"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
+        self._known = WeakKeyDictionary()
+
+    def for_model(self, mixer: Mixer) -> None:
+        """Get ready for the skills that a model has now; nothing by default."""
+
     @torch.no_grad()
-    def _scores(self, inventory: Inventory) -> list[Scores]:
+    def _scores(self, mixer: Mixer) -> list[Scores]:
         """How the skills are scored, made again only after they changed."""
+        inventory = mixer.inventory
         stamp = [(id(p), p._version, p.data_ptr()) for p in inventory.parameters()]
         known = self._known.get(inventory)
         if known is None or known[0] != stamp:
             if inventory.adapter == "ia3":
                 raise InputError(f"{type(self).__name__} routes LoRA skills; these are (IA)^3")
-            sites = range(len(inventory.sites))
-            known = (stamp, [self.scores_of(_skills(inventory, site), site) for site in sites])
+            self.for_model(mixer)
+            skills = [_skills(inventory, site) for site in range(len(inventory.sites))]
+            known = (
+                stamp,
+                [self.scores_of(own, site) if own else _none for site, own in enumerate(skills)],
+            )
             self._known[inventory] = known
         return known[1]
+
+
+def _none(x: Tensor) -> Tensor:
+    return x.new_zeros(*x.shape[:-1], 0)
+
+
+def _nothing(mixer: Mixer, site: int, batch: Batch) -> Factors:
+    """The factors of a layer that no skill adapts any more."""
+    own = mixer.sites[site]
+    like = mixer.inventory.like.detach().to(batch.dtype)
+    return LoRAFactors(like.new_zeros(0, own.d_in), like.new_zeros(0, own.out_features))
 
 
 def _present(inventory: Inventory, site: int) -> list[int]:
@@ -223,11 +252,16 @@ class AverageActivation(TokenRoute, name="average_activation"):
     Args:
         keys: for each site the keys of all skills, `[E, d_in]`.
         top_k: skills that a token uses.
+        owners: the tasks whose skills they belong to; by default the numbers of the skills.
     """
 
-    def __init__(self, keys: Sequence[Tensor], top_k: int = 2) -> None:
+    def __init__(
+        self, keys: Sequence[Tensor], top_k: int = 2, *, owners: Sequence[str | int] | None = None
+    ) -> None:
         super().__init__(top_k, 1.0)
         self.keys = tuple(keys)
+        self._owners = tuple(range(len(keys[0]))) if owners is None else tuple(owners)
+        self._places = tuple(range(len(self._owners)))
 
     @classmethod
     @torch.no_grad()
@@ -251,7 +285,12 @@ class AverageActivation(TokenRoute, name="average_activation"):
                 f"{', '.join(sorted(set(batches) ^ set(model.tasks))) or 'tasks share skills here'}"
             )
         by_task = [_mean_inputs(model, task, batches[task]) for task in model.tasks]
-        return cls([torch.stack(of_site) for of_site in zip(*by_task, strict=True)], top_k)
+        keys = [torch.stack(of_site) for of_site in zip(*by_task, strict=True)]
+        return cls(keys, top_k, owners=model.tasks)
+
+    def for_model(self, mixer: Mixer) -> None:
+        """Find the keys of the present skills."""
+        self._places = places_of(self._owners, mixer)
 
     def settings(self) -> dict[str, Any]:
         """Nothing that JSON can hold."""
@@ -260,7 +299,8 @@ class AverageActivation(TokenRoute, name="average_activation"):
     def scores_of(self, skills: Mapping[int, LoRAFactors], site: int) -> Scores:
         """The products with the keys."""
         width = self.keys[site].shape[1]
-        keys_Ed = torch.nn.functional.layer_norm(self.keys[site][list(skills)], (width,))
+        rows = [self._places[skill] for skill in skills]
+        keys_Ed = torch.nn.functional.layer_norm(self.keys[site][rows], (width,))
 
         def scores(x: Tensor) -> Tensor:
             normal = torch.nn.functional.layer_norm(x, (width,))
@@ -278,26 +318,22 @@ def _mean_inputs(
 
     def note(site: int, mask: Tensor | None, _: nn.Module, args: tuple[Tensor, ...]) -> None:
         (x,) = args
-        rows = x.float()
-        if mask is not None and mask.shape == x.shape[:-1]:
-            rows = rows[mask.bool()]
-        totals[site] = totals[site] + rows.reshape(-1, x.shape[-1]).sum(0)
-        counts[site] += rows.numel() // x.shape[-1]
+        rows = real_tokens(x.float(), mask, model.sites[site])
+        totals[site] = totals[site] + rows.sum(0)
+        counts[site] += len(rows)
 
-    was_training = model.training
-    model.eval()
-    for batch in batches:
-        mask = batch.get("attention_mask")
-        hooks = [
-            layer.register_forward_pre_hook(partial(note, site, mask))
-            for site, layer in enumerate(model.routed_layers)
-        ]
-        try:
-            model(**batch, tasks=task)
-        finally:
-            for hook in hooks:
-                hook.remove()
-    model.train(was_training)
+    with evaluating(model):
+        for batch in batches:
+            mask = batch.get("attention_mask")
+            hooks = [
+                layer.register_forward_pre_hook(partial(note, site, mask))
+                for site, layer in enumerate(model.routed_layers)
+            ]
+            try:
+                model(**batch, tasks=task)
+            finally:
+                for hook in hooks:
+                    hook.remove()
     if not all(counts):
         raise InputError(f"{task!r} has no batch of tokens: give at least one")
     return [total / count for total, count in zip(totals, counts, strict=True)]  # type: ignore[misc]

@@ -189,6 +189,7 @@ class RaggedInventory(Inventory):
     def _as_one(
         self, stack: Stack, factor: str, skill: int | None = None, weights: Tensor | None = None
     ) -> Tensor:
+        assert weights is None, "tasks of a library have no weights"
         skills = [skill] if skill is not None else range(self.num_skills)
         taken, mask = self._taken(stack, factor, [skills])
         if factor == "lora_b":

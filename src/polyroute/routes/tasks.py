@@ -206,9 +206,12 @@ def route_of_call(route: Route, inputs: Mapping[str, Any]) -> Route:
         InputError: the lengths of the route do not fit the rows or the number of tasks.
     """
     is_plain = route.lengths is None and inputs.get("position_ids") is None
-    if is_plain or not route.per_example:
+    if is_plain or (not route.per_example and route.lengths is None):
         return route
-    return replace(route, segments=_find_segments(route.lengths, len(route.rows or ()), inputs))
+    count = len(route.rows or ())
+    if not route.per_example:  # one task for all examples, which are still kept apart
+        count = sum(len(row) for row in route.lengths or () if isinstance(row, list | tuple))
+    return replace(route, segments=_find_segments(route.lengths, count, inputs))
 
 
 def _find_segments(

@@ -240,7 +240,7 @@ def _hits(
 
 
 def _called(route: str | RouteRule) -> str:
-    return repr(route) if isinstance(route, str) else route.name
+    return repr(route) if isinstance(route, str) else type(route).__name__
 
 
 def _first_equal(choices: Sequence[Sequence[int]]) -> list[int]:

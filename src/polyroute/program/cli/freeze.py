@@ -15,6 +15,6 @@ def freeze(options: FreezeOptions) -> Result:
 
     Example: `polyroute freeze runs/library --data SUITE --tasks boolq --out frozen`
     """
-    from polyroute.program.commands.library_run import freeze_route
+    from polyroute.program.commands.freeze import freeze_route
 
     return freeze_route(options)

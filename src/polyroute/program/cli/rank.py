@@ -15,6 +15,6 @@ def rank(options: RankOptions) -> Result:
 
     Example: `polyroute rank runs/library --data SUITE --tasks boolq`
     """
-    from polyroute.program.commands.library_run import rank_library
+    from polyroute.program.commands.rank import rank_library
 
     return rank_library(options)

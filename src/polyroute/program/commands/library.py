@@ -116,6 +116,9 @@ def _written(delta: Delta, out: Path, about: Mapping[str, object], first: str) -
 def _check_out(out: Path, sources: Iterable[str]) -> None:
     """Make sure, before anything is computed, that the folder can be written and is no source."""
     for source in sources:
-        if out.exists() and Path(source).exists() and out.resolve() == Path(source).resolve():
-            raise InputError(f"--out {out} is one of the LoRAs that are read; name another folder")
+        place = Path(source).resolve()
+        if Path(source).exists() and out.resolve() in (place, *place.parents):
+            raise InputError(
+                f"--out {out} is, or contains, one of the LoRAs that are read; name another folder"
+            )
     make_folder(out)

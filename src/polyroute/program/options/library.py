@@ -45,7 +45,7 @@ class Size:
 
     rank: int | None = setting(None, whole(optional=True), help="Most ranks of a layer.")
     energy: float | None = setting(
-        None, number(above=0, optional=True),
+        None, number(above=0, most=1, optional=True),
         help="Share of each layer's squared norm that stays, up to 1.",
     )  # fmt: skip
 
@@ -54,8 +54,6 @@ class Size:
         check_settings(self)
         if self.rank is not None and self.energy is not None:
             raise InputError("--rank and --energy exclude each other; leave one out")
-        if self.energy is not None and self.energy > 1:
-            raise InputError(f"--energy is a share, at most 1, not {self.energy:g}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,7 +76,9 @@ class MergeOptions(Gathered):
     )  # fmt: skip
     size: Size = group(Size)
     keep: float | None = setting(
-        None, number(above=0, optional=True), help="ties, knots: share of entries that stay [0.2]."
+        None,
+        number(above=0, most=1, optional=True),
+        help="ties, knots: share of entries that stay [0.2].",
     )
     drop: float | None = setting(
         None, number(least=0, below=1, optional=True),
@@ -130,15 +130,9 @@ class RankOptions(Options):
     shots: int = setting(32, whole(), help="Examples of each task to rank by.")
     seed: int = setting(0, whole(0), help="Draws the examples.")
     diversity: float = setting(
-        0.0, number(least=0),
+        0.0, number(least=0, most=1),
         help="0 to 1: how much a LoRA loses for being like those before it.",
     )  # fmt: skip
-
-    def __post_init__(self) -> None:
-        """Check every value."""
-        super().__post_init__()
-        if self.diversity > 1:
-            raise InputError(f"--diversity is a share, at most 1, not {self.diversity:g}")
 
 
 @dataclass(frozen=True, kw_only=True)
