@@ -210,10 +210,10 @@ def test_what_cannot_be_computed_is_refused(tmp_path: Path) -> None:
         with pytest.raises(pr.InputError, match="either rank or energy"):
             one.recompress(**settings)
     for rank in (0, True, 1.5):
-        with pytest.raises(pr.InputError, match="rank must be a whole number"):
+        with pytest.raises(pr.InputError, match="rank must be a positive whole number"):
             one.recompress(rank=rank)  # type: ignore[arg-type]
     for energy in (0.0, 1.5, math.nan, True):
-        with pytest.raises(pr.InputError, match="energy must be a number"):
+        with pytest.raises(pr.InputError, match="energy must be"):
             one.recompress(energy=energy)
     other = pr.Delta(one.layers, {**SOURCE, "base_model_name_or_path": "another"})
     with pytest.warns(UserWarning, match="their sum names none"):
