@@ -94,7 +94,7 @@ steps of 8 for phase mu, one draw. Scores are means over tasks, by the sum of an
 log-probabilities and by their mean per token.
 
 {_scores(folder, list(found))}
-{_developed(folder)}{_held_out(folder)}{_developed(folder, "short-")}"""
+{_developed(folder)}{_unsaid(folder / "unsaid")}{_held_out(folder)}{_developed(folder, "short-")}"""
 
 
 def _trainings(found: Mapping[str, Mapping[str, Any]], names: Mapping[str, str]) -> str:
@@ -158,21 +158,6 @@ def _developed(folder: Path, prefix: str = "") -> str:
     if not {REFERENCE, GROUPED} <= set(trainings):
         return ""
     shared, grouped = (trainings[name]["training"] for name in (REFERENCE, GROUPED))
-    shared_scores = results_of(folder, [f"{prefix}own-tasks-{REFERENCE}-s0"])
-    own = ""
-    if shared_scores:
-        text = [["inventory", "sum", "per token", "per token, minus shared"]]
-        scored = [("the base model as it is", "base")]
-        scored += [(CONTENDER_TITLES[name], f"{name}-s0") for name in trainings]
-        for name, inventory in scored:
-            scores = results_of(folder, [f"{prefix}own-tasks-{inventory}"])
-            if scores:
-                text.append([name, *_cells(scores, [shared_scores])])
-        own = f"""
-The test examples of the training tasks themselves, each with its own routes:
-
-{rows(text)}
-"""
     tuned = results_of(folder, [f"{prefix}develop-mu-32-{REFERENCE}-s0"])
     count = len({result["seed"] for result in tuned})
     draws = "one draw of examples" if count == 1 else f"{count} draws of examples"
@@ -185,13 +170,53 @@ These train for {shared["steps"]} steps of {shared["batch_size"]}, in
 {shared["steps"] - grouped["steps"]} steps less, which is what the gradients of its examples cost.
 
 {_trainings(trainings, CONTENDER_TITLES)}
-{_moving(trainings)}{own}
+{_moving(trainings)}{_own_tasks(folder, prefix)}
 The development tasks, with 32 shots and 16 steps of 8, unless the table says otherwise, and
 {draws}. Rates in adapting were chosen here, by the score per token, with the
 inventories of seed 0{"" if prefix else BY_TEXTS}:
 
 {_rates(folder, prefix)}
 """
+
+
+def _own_tasks(folder: Path, prefix: str = "") -> str:
+    """The tasks that inventories learned, each with its own routes; empty if nothing was scored."""
+    stages = {name: f"{prefix}own-tasks-{name}-s0" for name in CONTENDER_TITLES}
+    scores = {name: results_of(folder, [stage]) for name, stage in stages.items()}
+    references = [name for name in REFERENCES if scores[name]]
+    if not references:
+        return ""
+    gaps = [f"per token, minus {CONTENDER_TITLES[name]}" for name in references]
+    text = [["inventory", "sum", "per token", *gaps]]
+    base = results_of(folder, [f"{prefix}own-tasks-base"])
+    entries = [("the base model as it is", base)]
+    entries += [(CONTENDER_TITLES[name], own) for name, own in scores.items()]
+    for title, own in entries:
+        if own:
+            text.append([title, *_cells(own, [scores[name] for name in references])])
+    return f"""
+The test examples of the training tasks themselves, each with its own routes:
+
+{rows(text)}
+"""
+
+
+def _unsaid(folder: Path) -> str:
+    """The same training tasks without their instructions; empty before anything was measured."""
+    found = {name: read(folder, f"train-{name}-s0") for name in CONTENDER_TITLES}
+    trainings = {name: training for name, training in found.items() if training}
+    own = _own_tasks(folder)
+    if not own:
+        return ""
+    return f"""
+## SmolLM2: when the prompt does not say what the task is
+
+The main runs again, with the instructions left out of every prompt, in training and in testing.
+Only the input, and the choices that are compared, tell tasks apart then; one shared LoRA cannot
+know more.
+
+{_trainings(trainings, CONTENDER_TITLES)}
+{own}"""
 
 
 def _rates(folder: Path, prefix: str) -> str:
