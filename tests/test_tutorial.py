@@ -61,11 +61,23 @@ def test_the_model_of_the_tutorial_has_learned_the_tasks(
 NOT_RUN = {"routes", "elsewhere"}  # a notebook; prose about scripts that have tests
 LEFT = {
     "adapt16": "runs/more/polyroute.json",
+    "choose": "report.html",
     "csv": "runs/again/metrics.json",
     "serve": "out/loras/mu/adapter_model.safetensors",
     "users": "runs/users/polyroute.json",
 }
 """A file that the last lines of a page leave behind."""
+
+
+def test_the_page_of_libraries_runs(
+    words: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shutil.copytree(words, tmp_path, dirs_exist_ok=True)
+    monkeypatch.chdir(tmp_path)
+    names = run_page(DOCS / "library.md")
+    assert set(names["compiled"].errors) == {"first-upper", "last-reverse", "last-initial"}
+    for folder in ("merged/small", "merged/both", "frozen"):
+        assert (tmp_path / folder / "adapter_model.safetensors").is_file()
 
 
 @pytest.mark.parametrize("page", sorted({p.stem for p in (DOCS / "howto").glob("*.md")} - NOT_RUN))

@@ -8,6 +8,7 @@ LoRA and every random library, with intervals above zero that allow for the numb
 """
 
 import math
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -167,7 +168,7 @@ def judge(  # noqa: PLR0913 (public: users know its keywords)
     warn_of_cuts([one.rows for one in asked.values()], kind)
     by_task: dict[str, dict[str, list[Scores]]] = {}
     chosen: dict[str, list[str]] = {}
-    for (task, seed), places in progress(list(drawn.items()), "judging"):
+    for (task, seed), places in progress(list(drawn.items()), "judging", unit="draw"):
         case = _Case(model, kind, settings, trains[task].select(places), asked[task], seed)
         found = case.scores()
         chosen.setdefault(task, []).append(case.single)
@@ -221,10 +222,14 @@ class _Case:
 
     def _fresh(self) -> Chosen:
         settings = self.settings
-        (one,) = adapt_many(
-            self.model, {"new": self.shots}, kind=self.kind, phase="random", seeds=[self.seed],
-            steps=settings.steps, batch_size=settings.batch_size, lr=settings.lr,
-        )  # fmt: skip
+        with warnings.catch_warnings():
+            # All contenders have these shots, whichever answers are missing.
+            warnings.filterwarnings("ignore", message=".* draws of shots have no example")
+            (one,) = adapt_many(
+                self.model, {"new": self.shots}, kind=self.kind, phase="random",
+                seeds=[self.seed], steps=settings.steps, batch_size=settings.batch_size,
+                lr=settings.lr,
+            )  # fmt: skip
         return Given(one.factors)
 
     def best_single(self) -> Chosen:

@@ -44,7 +44,7 @@ def freeze_route(options: FreezeOptions) -> Result:
     with given.attached() as model:
         frozen = freeze(
             model.eval(), token_route(options.route, options.top_k),
-            progress(batches, "freezing"), rank=options.rank, run=run_prompts,
+            progress(batches, "freezing", unit="batch"), rank=options.rank, run=run_prompts,
         )  # fmt: skip
     frozen.save_peft(options.out)
     document = {
