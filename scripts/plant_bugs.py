@@ -55,9 +55,9 @@ BUGS = (
     # ------------------------------------------------------------- the equations
     Bug(
         "the average is scaled twice", INVENTORY,
-        "average = self._as_one(factor, parameters[stack.key], None, None)",
-        "average = self._as_one(factor, parameters[stack.key], None, None) * (\n"
-        "                self.scale if factor == 'lora_b' else 1.0\n"
+        "nn.Parameter(self._as_one(stack, factor).clone())",
+        "nn.Parameter(\n"
+        "                self._as_one(stack, factor) * (self.scale if factor == 'lora_b' else 1.0)\n"
         "            )",
         ("test_inventory.py::test_the_collapsed_average_computes_what_mu_computes",),
     ),
@@ -262,10 +262,10 @@ BUGS = (
     ),
     Bug(
         "an exported task lacks its scale", "model.py",
-        "        target.write(folder, self.factors_of(task))\n",
-        "        for factors in (plain := self.factors_of(task)):\n"
+        "        target.write(folder, list(adapted.values()))\n",
+        "        for factors in adapted.values():\n"
         "            vars(factors)['b'] = factors.b / self.adapter_config.scale\n"
-        "        target.write(folder, plain)\n",
+        "        target.write(folder, list(adapted.values()))\n",
         ("test_peft_export.py::test_peft_computes_the_exported_task",),
     ),
     Bug(

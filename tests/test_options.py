@@ -112,7 +112,7 @@ def test_a_value_that_is_completed_is_one_that_is_known() -> None:
     assert completed["adapt", "optimizer"] == OPTIMIZERS == adapting.OPTIMIZERS
     assert completed["adapt", "phase"] == get_args(Phase)
     assert completed["export", "format"] == WRITTEN
-    assert completed["import", "format"] == READ
+    assert completed["import", "format"] == (*READ, "library")
 
 
 def test_lists_of_names_are_separated_by_commas() -> None:

@@ -295,3 +295,11 @@ def test_a_config_key_that_does_not_exist_is_refused_with_the_nearest() -> None:
 def test_a_config_survives_its_dictionary(method: Any) -> None:
     chosen = MHRConfig(method=method, rank=2, target_modules=["q", "v"], exclude_modules="x.*")
     assert MHRConfig.from_dict(chosen.to_dict()) == chosen
+
+
+def test_without_normalization_the_logits_are_the_weights() -> None:
+    given = logits()
+    assert torch.equal(skill_weights(given, config(normalization="none"), training=True), given)
+    for setting in ({"gate": "straight_through"}, {"shared_skill": True}, {"logit_dropout": 0.1}):
+        with pytest.raises(InputError, match="normalization='none' uses the logits themselves"):
+            config(normalization="none", **setting)
