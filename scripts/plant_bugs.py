@@ -57,7 +57,8 @@ BUGS = (
         "the average is scaled twice", INVENTORY,
         "nn.Parameter(self._as_one(stack, factor).clone())",
         "nn.Parameter(\n"
-        "                self._as_one(stack, factor) * (self.scale if factor == 'lora_b' else 1.0)\n"
+        "                self._as_one(stack, factor)\n"
+        "                * (self.scale if factor == 'lora_b' else 1.0)\n"
         "            )",
         ("test_inventory.py::test_the_collapsed_average_computes_what_mu_computes",),
     ),
