@@ -14,6 +14,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from library_study import merging_lines
 from measure import summarise
 from plots import draw_all, has_overview, has_peaks
 from smollm2_page import smollm2_lines
@@ -280,7 +281,8 @@ def render(results: Path) -> str:
             lines += show(group, groups[group])
         elif group == "gpu":
             lines += ["## On a GPU", "", "Not measured yet.", ""]
-    lines += [*smollm2_lines(results, table), *token_route_lines(results, table)]
+    for own_lines in (smollm2_lines, token_route_lines, merging_lines):
+        lines += own_lines(results, table)
     for name in INCLUDED:
         lines += included(results, name)
     if (results / "paper").exists():

@@ -142,3 +142,14 @@ def test_a_folder_counts_as_what_it_is(loras: Path, tmp_path: Path) -> None:
     library = pr.Library.from_peft(loras)
     assert library.get("none") is None
     assert library.get("plain") is not None
+
+
+def test_the_library_of_the_repository_can_be_used() -> None:
+    place = Path(__file__).parents[1] / "inventories" / "smollm2" / "loras"
+    library = pr.Library.from_peft(place)
+    assert len(library) == 8
+    assert not library.refused
+    for row in library.table():
+        assert (row["layers"], row["rank"]) == (60, 2)
+        assert row["norm"] > 1
+        assert abs(row["cosine"]) < 0.5
