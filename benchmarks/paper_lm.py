@@ -153,8 +153,7 @@ def _developed(folder: Path, prefix: str = "") -> str:
         folder: the raw results of the study.
         prefix: of the stages' names.
     """
-    found = {name: read(folder, f"{prefix}train-{name}-s0") for name in CONTENDER_TITLES}
-    trainings = {name: training for name, training in found.items() if training}
+    trainings = _trained(folder, prefix)
     if not {REFERENCE, GROUPED} <= set(trainings):
         return ""
     shared, grouped = (trainings[name]["training"] for name in (REFERENCE, GROUPED))
@@ -177,6 +176,12 @@ inventories of seed 0{"" if prefix else BY_TEXTS}:
 
 {_rates(folder, prefix)}
 """
+
+
+def _trained(folder: Path, prefix: str = "") -> dict[str, Any]:
+    """The contenders of the main runs that were trained from seed 0."""
+    found = {name: read(folder, f"{prefix}train-{name}-s0") for name in CONTENDER_TITLES}
+    return {name: training for name, training in found.items() if training}
 
 
 def _own_tasks(folder: Path, prefix: str = "") -> str:
@@ -203,8 +208,6 @@ The test examples of the training tasks themselves, each with its own routes:
 
 def _unsaid(folder: Path) -> str:
     """The same training tasks without their instructions; empty before anything was measured."""
-    found = {name: read(folder, f"train-{name}-s0") for name in CONTENDER_TITLES}
-    trainings = {name: training for name, training in found.items() if training}
     own = _own_tasks(folder)
     if not own:
         return ""
@@ -215,7 +218,7 @@ The main runs again, with the instructions left out of every prompt, in training
 Only the input, and the choices that are compared, tell tasks apart then; one shared LoRA cannot
 know more.
 
-{_trainings(trainings, CONTENDER_TITLES)}
+{_trainings(_trained(folder), CONTENDER_TITLES)}
 {own}"""
 
 

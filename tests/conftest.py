@@ -37,6 +37,14 @@ def run(place: Path) -> Path:
 
 
 @pytest.fixture(scope="module")
+def loras(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with three LoRAs that differ in ranks, scales and layers."""
+    from unlike_loras import write_unlike
+
+    return write_unlike(tmp_path_factory.mktemp("loras"))
+
+
+@pytest.fixture(scope="module")
 def chat_base(place: Path) -> Path:
     """A tiny decoder-only base model with a chat template."""
     from test_chat import CHATML, tokenizer

@@ -6,8 +6,7 @@ from typing import Any
 import pytest
 import torch
 from models import batch, llama, relative_error
-from test_library_attached import SETTINGS
-from test_lora_import import written
+from unlike_loras import write_unlike
 
 import polyroute as pr
 from polyroute.layer.factors import LoRAFactors
@@ -97,9 +96,7 @@ def test_loras_that_share_nothing_are_refused(apart: Path) -> None:
 
 
 def test_ragged_libraries_compile(tmp_path: Path) -> None:
-    for name, settings in SETTINGS.items():
-        written(tmp_path / name, **settings)
-    library = pr.Library.from_peft(tmp_path)
+    library = pr.Library.from_peft(write_unlike(tmp_path))
     found = pr.compile_library(llama(), library, num_skills=3)
     live = pr.attach(llama(), library)
     for name in library:

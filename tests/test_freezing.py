@@ -6,22 +6,12 @@ from typing import Any
 import pytest
 import torch
 from models import batch, llama, relative_error
-from test_library_attached import SETTINGS
-from test_lora_import import written
 from torch import Tensor
 
 import polyroute as pr
 from polyroute.library.freezing import OF_TEXTS, OF_WEIGHTS, _regression, _Sums
 
 peft = pytest.importorskip("peft")
-
-
-@pytest.fixture(scope="module")
-def loras(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("loras")
-    for name, settings in SETTINGS.items():
-        written(folder / name, **settings)
-    return folder
 
 
 @pytest.fixture

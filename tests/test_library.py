@@ -7,25 +7,11 @@ import pytest
 import torch
 from models import gpt2, llama
 from test_delta import near
-from test_lora_import import PATTERNS, written
+from test_lora_import import written
+from unlike_loras import SETTINGS
 
 import polyroute as pr
 from polyroute.library import library as module
-
-SETTINGS = {
-    "plain": {"r": 2},
-    "rs": {"r": 5, "use_rslora": True, "target_modules": ["q_proj", "down_proj"]},
-    "patterns": PATTERNS,
-}
-
-
-@pytest.fixture(scope="module")
-def loras(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Three LoRAs that differ in ranks, scales and layers."""
-    folder = tmp_path_factory.mktemp("loras")
-    for name, settings in SETTINGS.items():
-        written(folder / name, **settings)
-    return folder
 
 
 @pytest.mark.parametrize("at_once", [1, 2, 32])

@@ -11,8 +11,9 @@ from hypothesis import given
 from models import batch, gpt2, llama, relative_error
 from safetensors.torch import load_file, save_file
 from test_delta import flat_layers
-from test_lora_import import PATTERNS, llava, written
+from test_lora_import import llava, written
 from torch import Tensor, nn
+from unlike_loras import SETTINGS
 
 import polyroute as pr
 from polyroute.adapting.slots import Slots
@@ -21,21 +22,6 @@ from polyroute.layer.factors import LoRAFactors
 from polyroute.routes.ragged import RaggedInventory
 
 peft = pytest.importorskip("peft")
-
-SETTINGS = {
-    "plain": {"r": 2},
-    "rs": {"r": 5, "use_rslora": True, "target_modules": ["q_proj", "down_proj"]},
-    "patterns": PATTERNS,
-}
-
-
-@pytest.fixture(scope="module")
-def loras(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Three LoRAs that differ in ranks, scales and layers."""
-    folder = tmp_path_factory.mktemp("loras")
-    for name, settings in SETTINGS.items():
-        written(folder / name, **settings)
-    return folder
 
 
 @pytest.fixture

@@ -6,11 +6,10 @@ from typing import Any
 import pytest
 import torch
 from models import batch, llama, relative_error, routed
-from test_library_attached import SETTINGS
 from test_library_commands import loras_of
-from test_lora_import import written
 from torch import Tensor
 from transformers import ByT5Tokenizer, T5ForConditionalGeneration
+from unlike_loras import SETTINGS
 
 import polyroute as pr
 from polyroute.kinds.choose import ModelKind
@@ -18,14 +17,6 @@ from polyroute.library.ranking import Ranking
 from polyroute.study.examples import encoded_records
 
 WEIGHTS = {"plain": 0.5, "rs": -1.5}
-
-
-@pytest.fixture(scope="module")
-def loras(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("loras")
-    for name, settings in SETTINGS.items():
-        written(folder / name, **settings)
-    return folder
 
 
 def attached(loras: Path) -> pr.RoutedModel:

@@ -10,9 +10,8 @@ import torch
 from hypothesis import given
 from models import batch, llama, relative_error, routed, t5
 from test_delta import deltas
-from test_library_attached import SETTINGS
-from test_lora_import import written
 from torch import Tensor, nn
+from unlike_loras import write_unlike
 
 import polyroute as pr
 from polyroute.layer.factors import LoRAFactors
@@ -30,8 +29,7 @@ def loras(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for seed, name in enumerate(EQUAL):
         torch.manual_seed(seed)
         written_with(folder / "equal" / name, seed)
-    for name, settings in SETTINGS.items():
-        written(folder / "ragged" / name, **settings)
+    write_unlike(folder / "ragged")
     return folder
 
 

@@ -18,6 +18,7 @@ import numpy as np
 import torch
 
 from polyroute.adapt import adapt_many
+from polyroute.adapting.row_batches import losses_of
 from polyroute.config import Granularity
 from polyroute.data.sampling import draw_few_shot, some_places
 from polyroute.data.suite import Suite
@@ -48,6 +49,8 @@ UNITS = 20
 """Fewer tasks are too few to be certain, so that examples are counted; so are fewer examples."""
 TRIED = 4
 """So many of the LoRAs that the ranking puts first are tried on the examples."""
+TOKENS = 2048
+"""Most of them in a forward on the examples."""
 
 Chosen = str | RouteRule
 """What the model is routed by: a task or a rule."""
@@ -234,17 +237,11 @@ class _Case:
 
     def best_single(self) -> Chosen:
         """The LoRA with the least loss on the examples, of those that the ranking puts first."""
-        names = rank_skills(self.model, self.kind, list(self.shots)).top(TRIED)
-        return min(names, key=self._loss)
-
-    @torch.no_grad()
-    def _loss(self, route: Chosen) -> float:
-        total, rows = 0.0, [{**row, "task": route} for row in self.shots]
-        with evaluating(self.model):
-            for start in range(0, len(rows), self.settings.batch_size):
-                batch = rows[start : start + self.settings.batch_size]
-                total += float(self.kind.loss(self.model, self.kind.collate(batch))) * len(batch)
-        return total
+        rows = list(self.shots)
+        names = rank_skills(self.model, self.kind, rows).top(TRIED)
+        with evaluating(self.model), torch.no_grad():
+            losses = losses_of(self.model, self.kind, [(name, rows) for name in names], TOKENS)
+        return names[int(np.argmin(losses))]
 
     def weights(self, granularity: Granularity) -> Chosen:
         """Weights that were learned on the examples."""

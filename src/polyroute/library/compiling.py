@@ -25,6 +25,7 @@ from polyroute.errors import InputError
 from polyroute.layer.factors import LoRAFactors
 from polyroute.layer.granularity import routers_of
 from polyroute.library.attaching import library_of
+from polyroute.library.delta import by_owner
 from polyroute.library.library import Library
 from polyroute.model import RoutedModel
 from polyroute.settings import number, whole
@@ -52,8 +53,10 @@ class _Core:
 
     def __init__(self, factors: Sequence[LoRAFactors | None]) -> None:
         there = [own for own in factors if own is not None]
+        # On the CPU, where the rows are, whatever device the model is on.
         a_Rd, b_Rd = (
-            torch.cat([getattr(own, f).detach().double() for own in there]) for f in ("a", "b")
+            torch.cat([getattr(own, f).detach().double().cpu() for own in there])
+            for f in ("a", "b")
         )
         self.basis_a, upper_a = torch.linalg.qr(a_Rd.t())
         self.basis_b, upper_b = torch.linalg.qr(b_Rd.t())
@@ -62,7 +65,7 @@ class _Core:
         ranks = [0 if own is None else len(own.a) for own in factors]
         self.owner = torch.tensor([e for e, rank in enumerate(ranks) for _ in range(rank)])
         products = (self.inner_a @ self.inner_a.t()) * (self.inner_b @ self.inner_b.t())
-        self.gram = _summed(products, self.owner, self.owner, self.loras, self.loras)
+        self.gram = by_owner(products, self.owner, self.owner, self.loras, self.loras)
         self.skills_a: Tensor = torch.empty(0)
         self.skills_b: Tensor = torch.empty(0)
 
@@ -104,15 +107,9 @@ class _Core:
         mixed = (self.inner_a @ flat_a.t()) * (self.inner_b @ flat_b.t())
         own = (flat_a @ flat_a.t()) * (flat_b @ flat_b.t())
         return (
-            _summed(mixed, self.owner, of_skill, self.loras, count),
-            _summed(own, of_skill, of_skill, count, count),
+            by_owner(mixed, self.owner, of_skill, self.loras, count),
+            by_owner(own, of_skill, of_skill, count, count),
         )
-
-
-def _summed(values: Tensor, rows: Tensor, columns: Tensor, height: int, width: int) -> Tensor:
-    """Entries of the same pair of owners, added up."""
-    by_row = values.new_zeros(height, values.shape[1]).index_add_(0, rows, values)
-    return values.new_zeros(height, width).index_add_(1, columns, by_row)
 
 
 def compile_library(

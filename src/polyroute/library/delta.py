@@ -39,6 +39,7 @@ __all__ = [
     "TRANSPOSED",
     "Delta",
     "base_and_error",
+    "by_owner",
     "core",
     "cosines",
     "inner_products",
@@ -268,9 +269,17 @@ def inner_products(ours: Sequence[Delta], theirs: Sequence[Delta]) -> Tensor:
         (all_R, of_R), (all_Q, of_Q) = one, other
         _check_fit(layer, all_R, all_Q)
         products_RQ = (all_R.a @ all_Q.a.t()) * (all_R.b @ all_Q.b.t())
-        rows = torch.zeros(len(ours), len(of_Q), dtype=torch.float64)
-        found.index_add_(1, of_Q, rows.index_add_(0, of_R, products_RQ))
+        found += by_owner(products_RQ, of_R, of_Q, len(ours), len(theirs))
     return found
+
+
+def by_owner(values: Tensor, rows: Tensor, columns: Tensor, height: int, width: int) -> Tensor:
+    """The sums `[height, width]` of the entries `[R, Q]` of each pair of owners.
+
+    `rows` `[R]` says whose each row is, of `height` owners; `columns` `[Q]` and `width` likewise.
+    """
+    of_rows = values.new_zeros(height, values.shape[1]).index_add_(0, rows, values)
+    return values.new_zeros(height, width).index_add_(1, columns, of_rows)
 
 
 def _stacked(deltas: Sequence[Delta], layer: str) -> tuple[LoRAFactors, Tensor] | None:

@@ -28,7 +28,7 @@ from polyroute.kinds.batches import evaluating
 from polyroute.layer.factors import Factors, LoRAFactors, Segments
 from polyroute.layer.sites import Site
 from polyroute.library.controls import Given
-from polyroute.library.delta import TRANSPOSED, Delta, norm
+from polyroute.library.delta import TRANSPOSED, Delta, keeping, nearest, norm
 from polyroute.library.static import Static
 from polyroute.library.tokens import real_tokens
 from polyroute.model import RoutedModel
@@ -225,17 +225,14 @@ def freeze(
 
 def _of_constant(model: RoutedModel, rule: Static, rank: int, base: Mapping[str, Any]) -> Frozen:
     batch = Batch(None, None, is_training=False, dtype=torch.float32, gates=None)
-    live = {
-        site.name: own
-        for site, own in zip(model.sites, rule.factors(batch, model.mixer), strict=True)
-        if isinstance(own, LoRAFactors) and len(own.a)
-    }
-    delta = Delta(live, base).recompress(rank=rank)
-    errors = {
-        layer: Delta({layer: own}, base).recompress(rank=rank).error / max(norm(own), TINY)
-        for layer, own in live.items()
-    }
-    return Frozen(delta, errors, rule.name, OF_WEIGHTS)
+    keep, total = keeping(rank, None), 0.0
+    layers, errors = {}, {}
+    for site, own in zip(model.sites, rule.factors(batch, model.mixer), strict=True):
+        if isinstance(own, LoRAFactors) and len(own.a):
+            layers[site.name], lost = nearest(own, keep)
+            errors[site.name] = math.sqrt(lost) / max(norm(own), TINY)
+            total += lost
+    return Frozen(Delta(layers, base, math.sqrt(total)), errors, rule.name, OF_WEIGHTS)
 
 
 def _regression(sums: _Sums, rank: int, ridge: float) -> LoRAFactors:

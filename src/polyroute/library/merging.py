@@ -7,12 +7,12 @@ memory at a time.
 Shape letters: R ranks of all LoRAs of a layer, p rank of their common basis.
 """
 
-import inspect
 import math
 import zlib
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import lru_cache
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -20,6 +20,7 @@ from torch import Tensor
 from polyroute.errors import InputError, did_you_mean
 from polyroute.layer.factors import LoRAFactors
 from polyroute.library.delta import Delta, base_and_error, is_noise, nearest, side_by_side
+from polyroute.library.names import METHODS
 
 __all__ = ["DENSE", "WAYS", "Terms", "Update", "check_options", "merged"]
 
@@ -39,9 +40,12 @@ class Terms:
 
     deltas: Mapping[str, Delta]
     weights: Mapping[str, float]
+    base: Mapping[str, Any] = field(init=False)
+    """What the LoRAs say of their base model."""
 
     def __post_init__(self) -> None:
-        base_and_error(self.pairs)  # raises before a method begins to compute
+        base, _ = base_and_error(self.pairs)  # raises before a method begins to compute
+        object.__setattr__(self, "base", base)
 
     @property
     def pairs(self) -> list[tuple[float, Delta]]:
@@ -213,7 +217,6 @@ def merged(terms: Terms, update: Update, keep: Callable[[Tensor], int] | None = 
         update: merges a layer.
         keep: recompresses each layer, see `polyroute.library.delta.keeping`.
     """
-    base, _ = base_and_error(terms.pairs)
     layers: dict[str, LoRAFactors] = {}
     lost = 0.0
     for layer in terms.layers:
@@ -223,7 +226,7 @@ def merged(terms: Terms, update: Update, keep: Callable[[Tensor], int] | None = 
             lost += own_lost
         assert isinstance(own, LoRAFactors)
         layers[layer] = own
-    return Delta(layers, base, math.sqrt(lost))
+    return Delta(layers, terms.base, math.sqrt(lost))
 
 
 def check_options(method: str, options: Mapping[str, float]) -> None:
@@ -236,7 +239,7 @@ def check_options(method: str, options: Mapping[str, float]) -> None:
         raise InputError(
             f"no way to merge is called {method!r}: {did_you_mean(method, list(WAYS))}"
         )
-    known = list(inspect.signature(WAYS[method]).parameters)[1:]
+    known = METHODS[method]
     for name, value in options.items():
         if name not in known:
             has = f"it has {', '.join(known)}" if known else "it has none"
