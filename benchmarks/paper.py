@@ -170,11 +170,12 @@ def run_main(
         "test": study,
         "text": replace(study, test=study.text, max_target=WRITTEN),
     }
-    for role in ("own", "develop"):
-        if role in stages:
-            _run_part(study, plan, contenders, 0, {role: parts[role]})
-    if "test" in stages:
-        for seed, draw in enumerate(study.seeds[: plan.seeds]):
+    if "develop" in stages:
+        _run_part(study, plan, contenders, 0, {"develop": parts["develop"]})
+    for seed, draw in enumerate(study.seeds[: plan.seeds]):
+        if "own" in stages:
+            _run_part(study, plan, contenders, seed, {"own": parts["own"]})
+        if "test" in stages:
             held_out = {r: replace(parts[r], seeds=(draw,)) for r in ("test", "text")}
             _run_part(study, plan, contenders, seed, held_out)
 

@@ -186,19 +186,20 @@ def _trained(folder: Path, prefix: str = "") -> dict[str, Any]:
 
 def _own_tasks(folder: Path, prefix: str = "") -> str:
     """The tasks that inventories learned, each with its own routes; empty if nothing was scored."""
-    stages = {name: f"{prefix}own-tasks-{name}-s0" for name in CONTENDER_TITLES}
-    scores = {name: results_of(folder, [stage]) for name, stage in stages.items()}
+    scores = {name: _of_seeds(folder, f"{prefix}own-tasks-{name}") for name in CONTENDER_TITLES}
     references = [name for name in REFERENCES if scores[name]]
     if not references:
         return ""
     gaps = [f"per token, minus {CONTENDER_TITLES[name]}" for name in references]
-    text = [["inventory", "sum", "per token", *gaps]]
+    text = [["inventory", "sum", "per token", *gaps, "seeds"]]
     base = results_of(folder, [f"{prefix}own-tasks-base"])
-    entries = [("the base model as it is", base)]
+    entries: list[tuple[str, Sequence[Result]]] = [("the base model as it is", base)]
     entries += [(CONTENDER_TITLES[name], own) for name, own in scores.items()]
     for title, own in entries:
         if own:
-            text.append([title, *_cells(own, [scores[name] for name in references])])
+            seeds = {result["seed"] for result in own if "seed" in result}
+            cells = _cells(own, [scores[name] for name in references])
+            text.append([title, *cells, str(len(seeds) or "")])
     return f"""
 The test examples of the training tasks themselves, each with its own routes:
 

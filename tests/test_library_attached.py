@@ -180,6 +180,28 @@ def test_slots_start_where_the_library_is(model: pr.RoutedModel, phase: str, ini
         assert relative_error(logits(model, "slot 1"), expected) < 1e-5
 
 
+@pytest.mark.parametrize("init", ["uniform", "rs"])
+def test_phase_z_trains_a_weight_for_each_lora(
+    model: pr.RoutedModel, loras: Path, tmp_path: Path, init: str
+) -> None:
+    before = llama()(**batch(llama())).logits if init == "uniform" else logits(model, init)
+    with Slots(model, "z", 2) as slots:
+        slots.start(1, seed=0, init=init)
+        (row,) = slots.parameters(1)["routes"]
+        assert row.numel() == len(SETTINGS)
+        assert relative_error(logits(model, "slot 1"), before) < 1e-2
+        row.copy_(torch.tensor([0.5, -1.0, 0.25, 2.0])[: len(SETTINGS)])
+        found = logits(model, "slot 1")
+        model.export_peft("slot 1", tmp_path)
+    weights = dict(zip(model.tasks, row.tolist(), strict=True))
+    with torch.no_grad(), model.route(pr.Static(model, weights)):
+        expected = model(**batch(llama())).logits
+    assert relative_error(found, expected) < 1e-5
+    assert relative_error(of_peft(tmp_path), expected) < 1e-5
+    with pytest.raises(pr.InputError, match="phase 'z' trains routing logits"):
+        model.set_phase("z")
+
+
 def test_a_gate_mixes_loras_of_any_ranks(model: pr.RoutedModel, loras: Path) -> None:
     library = pr.Library.from_peft(loras)
     layer = "model.layers.0.self_attn.q_proj"

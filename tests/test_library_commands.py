@@ -164,6 +164,12 @@ def test_a_library_becomes_a_run(place: Path, capsys: Capture) -> None:
     adapted = ["adapt", str(run), "--data", str(place / "suite"), "--tasks", "first", "--phase",
                "mu", "--shots", "4", "--steps", "2", "--out", str(place / "adapted")]  # fmt: skip
     assert len(document(adapted, capsys)["results"]) == 3  # draws
+    weights = [*adapted[:6], "--phase", "z", "--shots", "4", "--steps", "2", "--seeds", "0",
+               "--out", str(place / "weights")]  # fmt: skip
+    (result,) = document(weights, capsys)["results"]
+    assert result["trained_parameters"] == 2  # a weight for each LoRA
+    sum_of_both = pr.Delta.from_peft(place / "weights" / "first" / "seed-0")
+    assert set(sum_of_both.ranks.values()) == {2 + 3}
 
 
 def test_routes_have_the_names_of_their_rules() -> None:

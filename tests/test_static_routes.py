@@ -1,5 +1,6 @@
 """Constant weights over the LoRAs of a library, learned and ranked."""
 
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -183,15 +184,83 @@ def test_weights_are_learned_from_examples(
     assert loss(rule) < loss(pr.Static(model)) - 1e-3
     again = pr.learn_weights(model, kind, rows, steps=20, seed=1)
     assert torch.equal(rule.weights, again.weights)
-    of_layers = pr.learn_weights(model, kind, rows, steps=20, granularity="finegrained")
+    of_layers = pr.Static(model, granularity="finegrained")
+    assert pr.learn_weights(model, kind, rows, of_layers, steps=20) is of_layers
     assert of_layers.weights.shape == (len(model.sites), 2)
     small = pr.learn_weights(model, kind, rows, steps=20, penalty=100.0)
-    assert float(small.weights.abs().sum()) < 0.5 * float(rule.weights.abs().sum())
+    assert float(small.values().detach().abs().sum()) < 0.5 * float(rule.weights.abs().sum())
     for wrong in ({"steps": 0}, {"batch_size": 0}, {"lr": 0.0}, {"penalty": -1.0}):
         with pytest.raises(pr.InputError, match=next(iter(wrong))):
             pr.learn_weights(model, kind, rows, **wrong)  # type: ignore[arg-type]
     with pytest.raises(pr.InputError, match="at least one example"):
         pr.learn_weights(model, kind, [])
+    with pytest.raises(pr.InputError, match="did you mean 'entropy'"):
+        pr.learn_weights(model, kind, rows, objective="entrop")  # type: ignore[arg-type]
+
+
+def test_weights_are_searched_without_gradients(
+    setting: tuple[pr.RoutedModel, ModelKind, list[Any]],
+) -> None:
+    pytest.importorskip("nevergrad")
+    model, kind, rows = setting
+
+    def loss(rule: pr.RouteRule) -> float:
+        with torch.no_grad():
+            return float(kind.loss(model, kind.collate([{**row, "task": rule} for row in rows])))
+
+    some = {"trials": 30, "penalty": 0.0, "most": 0.7, "batch_size": len(rows)}
+    rule = pr.search_weights(model, kind, rows, **some)  # type: ignore[arg-type]
+    assert loss(rule) < loss(pr.Static(model)) - 1e-3
+    assert float(rule.weights.detach().abs().max()) <= 0.7
+    again = pr.search_weights(model, kind, rows, **some)  # type: ignore[arg-type]
+    assert torch.equal(rule.weights, again.weights)
+    start = pr.Static(model, {"upper": 0.3})
+    only = pr.search_weights(model, kind, rows, start, trials=1)
+    assert only is start
+    assert torch.equal(only.weights, pr.Static(model, {"upper": 0.3}).weights)
+    with pytest.raises(pr.InputError, match="larger than most"):
+        pr.search_weights(model, kind, rows, start, most=0.2)
+    with pytest.raises(pr.InputError, match="trials"):
+        pr.search_weights(model, kind, rows, trials=0)
+
+
+def test_a_missing_nevergrad_is_named(
+    setting: tuple[pr.RoutedModel, ModelKind, list[Any]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, kind, rows = setting
+    monkeypatch.setitem(sys.modules, "nevergrad", None)
+    with pytest.raises(pr.InputError, match=r"install polyroute\[nevergrad\]"):
+        pr.search_weights(model, kind, rows)
+
+
+def test_entropies_are_those_of_the_choices(
+    setting: tuple[pr.RoutedModel, ModelKind, list[Any]],
+) -> None:
+    model, kind, rows = setting
+    asked = [{**row, "task": "upper", "choice_ids": [[5], [7], [9]]} for row in rows]
+    found = kind.entropies(model, asked)
+    for one, scores in zip(found, kind.scores(model, asked), strict=True):
+        probabilities = scores[:, 0].double().softmax(0)
+        expected = -(probabilities * probabilities.log()).sum()
+        assert float(one) == pytest.approx(float(expected), rel=1e-4)
+    with pytest.raises(pr.InputError, match="choices"):
+        kind.entropies(model, rows)
+
+
+def test_weights_are_learned_without_answers(
+    setting: tuple[pr.RoutedModel, ModelKind, list[Any]],
+) -> None:
+    model, kind, rows = setting
+    asked = [{**row, "choice_ids": [[5], [7], [9]], "target_ids": []} for row in rows]
+
+    def entropy(rule: pr.RouteRule) -> float:
+        with torch.no_grad():
+            return float(kind.entropies(model, [{**row, "task": rule} for row in asked]).mean())
+
+    rule = pr.Static(model, 0.3, granularity="finegrained")
+    before = entropy(rule)
+    pr.learn_weights(model, kind, asked, rule, objective="entropy", penalty=0.0, steps=10)
+    assert entropy(rule) < before - 1e-3
 
 
 def test_weights_are_not_saved_with_a_model(loras: Path) -> None:

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from polyroute.library.compiling import compile_library
     from polyroute.library.delta import Delta
     from polyroute.library.freezing import freeze
-    from polyroute.library.learning import learn_weights
+    from polyroute.library.learning import learn_weights, search_weights
     from polyroute.library.library import Library
     from polyroute.library.ranking import rank_skills
     from polyroute.library.settings import JudgeSettings
@@ -70,6 +70,7 @@ __all__ = [
     "rank_skills",
     "read_checkpoint",
     "read_inventory",
+    "search_weights",
     "start_in_groups",
 ]
 
@@ -105,6 +106,7 @@ PLACES = {
     "judge": "judge",
     "kind_of": "kinds.choose",
     "learn_weights": "library.learning",
+    "search_weights": "library.learning",
     "load_base": "loading",
     "open_suite": "data.open",
     "read_checkpoint": "saved.checkpoint",

@@ -31,6 +31,7 @@ from polyroute.library.controls import Given, random_skills
 from polyroute.library.learning import learn_weights
 from polyroute.library.ranking import rank_skills
 from polyroute.library.settings import JudgeSettings
+from polyroute.library.static import Static
 from polyroute.library.token_routes import Arrow, SpectR
 from polyroute.model import RoutedModel
 from polyroute.routes.rule import RouteRule
@@ -247,7 +248,7 @@ class _Case:
         """Weights that were learned on the examples."""
         settings = self.settings
         return learn_weights(
-            self.model, self.kind, list(self.shots), granularity=granularity,
+            self.model, self.kind, list(self.shots), Static(self.model, granularity=granularity),
             steps=settings.steps, batch_size=settings.batch_size, lr=settings.weight_lr,
             seed=self.seed,
         )  # fmt: skip

@@ -15,7 +15,7 @@ from polyroute.adapting.memory import Budget, plan
 from polyroute.adapting.row_batches import losses_of
 from polyroute.adapting.slot import Slot
 from polyroute.adapting.slot_training import SlotTraining
-from polyroute.adapting.slots import NEAREST, Slots, check_starts
+from polyroute.adapting.slots import NEAREST, Slots, check_phase, check_starts
 from polyroute.adapting.starts import nearest_routes
 from polyroute.errors import InputError
 from polyroute.host.interrupts import deferred
@@ -69,7 +69,7 @@ def train_slots(
             slot is damaged or was written with other settings.
     """
     (phase,) = {slot.settings.phase for slot in slots}
-    model.check_phase(phase)
+    check_phase(model, phase)
     if calls.score is None and any(slot.settings.choose_by != "loss" for slot in slots):
         raise InputError(
             "only an adaptation to tasks of a suite can choose by a score: leave out choose_by"

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import psutil
 import torch
 
-from polyroute.adapting.slots import has_one_skill
+from polyroute.adapting.slots import has_one_skill, shape_of_row, weights_library
 from polyroute.errors import InputError
 from polyroute.host.processes import count_here
 from polyroute.kinds.choose import ModelKind
@@ -72,7 +72,9 @@ def plan(model: RoutedModel, kind: ModelKind, phase: Phase, memory: str | int | 
     smallest = min(site.d_in for site in model.sites)
     # Inputs and outputs of the adapted layers, and as much again for the layers between them; the
     # factors of each row and their gradients; and the logits, their logarithms and gradients.
-    numbers = 2 * widths + 2 * model.inventory.rank * widths // SHORTEST_ROW
+    inventory = model.inventory
+    rank = inventory.rank_of_average if weights_library(model, phase) else inventory.rank
+    numbers = 2 * widths + 2 * rank * widths // SHORTEST_ROW
     if kind.supports_generation:
         numbers += 3 * len(kind.tokenizer)
     per_token = 4 * numbers
@@ -88,8 +90,8 @@ def plan(model: RoutedModel, kind: ModelKind, phase: Phase, memory: str | int | 
 
 def _trained(model: RoutedModel, phase: Phase, widths: int) -> int:
     """How many numbers one slot trains."""
-    shape = model.routes.shape
-    row = 0 if shape is None else shape[0] * shape[1] * shape[2]
+    shape = shape_of_row(model, phase)
+    row = 0 if shape is None else math.prod(shape)
     if phase == "z":
         return row
     skills = 1 if has_one_skill(model, phase) else model.inventory.num_skills

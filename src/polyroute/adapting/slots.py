@@ -7,7 +7,7 @@ the name of a slot can be used wherever a task is named.
 Shape letters: n layers of a stack, N routers, H heads, K skills, r rank, D width of a head's block.
 """
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import replace
 from typing import Any
@@ -17,6 +17,7 @@ from torch import Tensor
 
 from polyroute.config import MHRConfig, Phase
 from polyroute.errors import InputError
+from polyroute.layer.granularity import routers_of
 from polyroute.model import RoutedModel
 from polyroute.routes.averaging import Averaged, averaged
 from polyroute.routes.inventory import Inventory
@@ -24,7 +25,16 @@ from polyroute.routes.mixer import Mixer
 from polyroute.routes.table import MU, RoutingTable
 from polyroute.routes.table_rules import rule_of
 
-__all__ = ["NEAREST", "Slots", "check_starts", "has_one_skill", "has_own_rule"]
+__all__ = [
+    "NEAREST",
+    "Slots",
+    "check_phase",
+    "check_starts",
+    "has_one_skill",
+    "has_own_rule",
+    "shape_of_row",
+    "weights_library",
+]
 
 NEAREST = "nearest"
 """The start of a slot at the row that `polyroute.adapting.starts` finds for its examples."""
@@ -33,9 +43,34 @@ NEAREST = "nearest"
 def has_one_skill(model: RoutedModel, phase: Phase) -> bool:
     """Whether a slot in this phase trains one plain adapter.
 
-    It always does so if the model has no routing table.
+    It always does so if the model has no routing table, unless it weights the LoRAs of a library.
     """
-    return phase == "mu" or not model.rule.has_table
+    return phase == "mu" or not (model.rule.has_table or weights_library(model, phase))
+
+
+def weights_library(model: RoutedModel, phase: Phase) -> bool:
+    """Whether a slot in this phase trains a weight for each LoRA of a library."""
+    return phase == "z" and model.rule.owns_skills and model.inventory.combine == "output"
+
+
+def check_phase(model: RoutedModel, phase: Phase) -> None:
+    """Make sure that slots have something to train in a phase.
+
+    Raises:
+        InputError: as `RoutedModel.set_phase`; but a library has weights for slots in phase z.
+    """
+    if weights_library(model, phase):
+        model.check_unmerged()
+    else:
+        model.check_phase(phase)
+
+
+def shape_of_row(model: RoutedModel, phase: Phase) -> tuple[int, int, int] | None:
+    """The numbers of routers, heads and skills that a slot has logits for; None if it has none."""
+    if weights_library(model, phase):
+        return 1, 1, model.inventory.num_skills
+    has_row = phase in ("full", "z", "random") and not has_one_skill(model, phase)
+    return model.mixer.shape if has_row else None
 
 
 def _plain_config(model: RoutedModel, phase: Phase) -> MHRConfig:
@@ -45,6 +80,14 @@ def _plain_config(model: RoutedModel, phase: Phase) -> MHRConfig:
     return replace(
         config, method="private", num_skills=None, num_heads=1, combine="weight", rank=rank,
         alpha=config.scale * rank,
+    )  # fmt: skip
+
+
+def _weighting_config(model: RoutedModel) -> MHRConfig:
+    """The settings of slots that train a weight for each LoRA, for the whole model (LoraHub)."""
+    return replace(
+        model.adapter_config, method="poly", num_skills=model.inventory.num_skills, num_heads=1,
+        combine="output", normalization="none", granularity="coarsegrained",
     )  # fmt: skip
 
 
@@ -105,7 +148,7 @@ class Slots(AbstractContextManager["Slots"]):
     """
 
     def __init__(self, model: RoutedModel, phase: Phase, size: int) -> None:
-        model.check_phase(phase)
+        check_phase(model, phase)
         if has_own_rule(model) and phase != "mu":
             raise InputError(
                 f"the rule {model.rule.name!r} has parameters that all tasks share, so tasks "
@@ -116,6 +159,7 @@ class Slots(AbstractContextManager["Slots"]):
             raise InputError("no private adapter is left to start from: add a task first")
         self.model = model
         self.phase = phase
+        self._is_weighting = weights_library(model, phase)
         self.names = tuple(f"slot {place}" for place in range(size))
         self._has_own_rule = has_own_rule(model)
         self._own: dict[str, Any] = {
@@ -124,8 +168,12 @@ class Slots(AbstractContextManager["Slots"]):
         }  # fmt: skip
         is_plain = has_one_skill(model, phase)
         config = _plain_config(model, phase) if is_plain else model.adapter_config
-        has_logits = phase in ("full", "z", "random") and not is_plain
-        shape = model.routes.shape if has_logits else None
+        routers: Sequence[str] = model.mixer.routers
+        by_site: Sequence[int] = model.mixer.router_of_site
+        if self._is_weighting:
+            config = _weighting_config(model)
+            routers, by_site = routers_of([s.name for s in model.sites], config.granularity)
+        shape = shape_of_row(model, phase)
         self.routes = RoutingTable(self.names, shape, model.inventory.like, config)
         self.inventory = model.inventory
         if phase != "z":
@@ -134,7 +182,6 @@ class Slots(AbstractContextManager["Slots"]):
             self.inventory = Inventory(model.sites, config, count, device, num_sets=size)
         self.averaged: dict[int, Averaged | None] = {}
         self.rule = rule_of(config)
-        routers, by_site = model.mixer.routers, model.mixer.router_of_site
         self.mixer = Mixer(config, self.inventory, self.routes, self.rule, routers, by_site)
         self.mixer.eval()
 
@@ -167,7 +214,9 @@ class Slots(AbstractContextManager["Slots"]):
             place: the number of the slot, counted from 0.
             seed: seed of the new logits and, in phase `random`, of the new skills.
             init: `"uniform"`; one of the model's tasks, whose row is copied; or logits `[N, H, K]`.
-                If the slot has no logits, its one adapter starts as the mixture of this start.
+                If the slot has no logits, its one adapter starts as the mixture of this start. A
+                slot that weights the LoRAs of a library starts with all weights at 0, or with 1 for
+                the LoRA of the task.
 
         Raises:
             InputError: there is no such task to copy.
@@ -185,6 +234,8 @@ class Slots(AbstractContextManager["Slots"]):
         elif init not in ("uniform", MU):
             source = table.row(init)
             logits = None if table.logits is None else table[source]
+            if self._is_weighting:
+                logits = torch.eye(len(table))[source].expand(self.mixer.shape)
         if self.phase == "random":
             self.inventory.redraw_set(place, seed + 1)  # the logits are drawn with the seed itself
         elif self.phase != "z":

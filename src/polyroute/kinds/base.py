@@ -277,6 +277,17 @@ class ModelKind(ABC):
         """
 
     @abstractmethod
+    def entropies(self, model: nn.Module, rows: Sequence[Row]) -> Tensor:
+        """The entropy of the model's choice of each row, in nats: `[B]`, float32, with a gradient.
+
+        Choices are as likely as the model finds them, by the sum over their tokens. The answers of
+        the rows are not used.
+
+        Raises:
+            InputError: a row has no choices.
+        """
+
+    @abstractmethod
     def generate(
         self,
         model: nn.Module,

@@ -23,6 +23,7 @@ __all__ = [
     "choice_counts",
     "choice_index",
     "choice_labels",
+    "entropies",
     "evaluating",
     "flat_choices",
     "flat_tasks",
@@ -143,6 +144,16 @@ def choice_index(rows: Sequence[Row]) -> Tensor:
     """
     places = iter(range(sum(choice_counts(rows))))
     return padded([[next(places) for _ in row["choice_ids"]] for row in rows], -1)
+
+
+def entropies(scores: Sequence[Tensor]) -> Tensor:
+    """The entropy, in nats, of a choice in proportion to the exponential of its score: `[B]`.
+
+    Args:
+        scores: those of each row's choices, which are finite.
+    """
+    by_row = [one.log_softmax(0) for one in scores]
+    return torch.stack([-(log_probs.exp() * log_probs).sum() for log_probs in by_row])
 
 
 def choice_labels(rows: Sequence[Row]) -> Tensor:

@@ -15,6 +15,7 @@ from polyroute.kinds.batches import (
     Row,
     choice_counts,
     choice_labels,
+    entropies,
     evaluating,
     on_device_of,
     padded,
@@ -141,6 +142,13 @@ class EncoderKind(ModelKind):
             row[:count].unsqueeze(1).repeat(1, 2)
             for row, count in zip(scores_BC, counts, strict=True)
         ]
+
+    def entropies(self, model: nn.Module, rows: Sequence[Row]) -> Tensor:
+        """See `ModelKind.entropies`; the scaled cosines stand for log-probabilities."""
+        counts = choice_counts(rows)
+        scores_BC = self._scores(model, self._pairs(rows))
+        own = [scores[:count] for scores, count in zip(scores_BC, counts, strict=True)]
+        return entropies(own)
 
     def _scores(self, model: nn.Module, batch: Mapping[str, Any]) -> Tensor:
         """Scaled cosines `[B, C]`, -inf if a row has fewer choices."""

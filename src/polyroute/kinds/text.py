@@ -18,6 +18,7 @@ from polyroute.kinds.batches import (
     choice_counts,
     choice_index,
     choice_labels,
+    entropies,
     evaluating,
     on_device_of,
 )
@@ -133,6 +134,13 @@ class TextKind(ModelKind):
                 self._scored(model, part).log_probs() for part in _parts(chain(*map(_split, rows)))
             ]
         return list(torch.split(torch.cat(found), counts))
+
+    def entropies(self, model: nn.Module, rows: Sequence[Row]) -> Tensor:
+        """See `ModelKind.entropies`."""
+        counts = choice_counts(rows)
+        batch = on_device_of(model, self._choices(rows))
+        log_prob_N = self._choice_predictions(model, batch).log_probs()[:, 0]
+        return entropies(torch.split(log_prob_N, counts))
 
 
 def _split(row: Row) -> Iterator[Row]:
