@@ -1,112 +1,200 @@
-"""Merging LoRAs of SmolLM2 that were trained apart: which way keeps what each can do.
+"""What a library of LoRAs of SmolLM2 is good for, on tasks that none of its LoRAs learned.
 
-    python benchmarks/library_study.py --data SUITE
+    python benchmarks/library_study.py judge --loras FOLDER --data SUITE
+    python benchmarks/library_study.py draws --data SUITE
+    python benchmarks/library_study.py shares --loras FOLDER --data SUITE
+    python benchmarks/library_study.py compiled --loras FOLDER --data SUITE
+    python benchmarks/library_study.py frozen --loras FOLDER --data SUITE
 
-The eight LoRAs of `inventories/smollm2/loras` are merged into one, which then answers all eight
-tasks. How much each merge is multiplied by is chosen on the validation split, for all ways alike;
-the scores are those of the test split. The result is `benchmarks/results/library_merging.json`, and
-the table is part of docs/benchmarks.md.
+The LoRAs are those of the contender `private` of `paper.py lm`, one for each training task of the
+study on SmolLM2, all from one run that had the budget of each other contender. `--loras` names its
+folder. The tasks are the development tasks of that study. `draws` takes the eight LoRAs of
+`inventories/smollm2/loras`.
+
+Each stage writes `benchmarks/results/library_STAGE.json` as it goes, and goes on where it stopped;
+`python benchmarks/page.py` makes the tables of docs/benchmarks.md from them.
 """
 
 import argparse
 import json
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
-from paper_tables import difference, interval
+from library_merging import LORAS, RESULTS
+from lm_studies import language_model
+from paper_study import Study
 
 import polyroute as pr
+from polyroute.errors import InputError
 from polyroute.host.files import make_folder, write_json
-from polyroute.library.names import METHODS
+from polyroute.kinds.choose import ModelKind
 from polyroute.saved.runs import machine
+from polyroute.study.examples import encoded
 
-RESULTS = Path(__file__).parent / "results"
-NAME = "library_merging.json"
-LORAS = Path(__file__).parents[1] / "inventories" / "smollm2" / "loras"
-SCALES = (0.1, 0.3, 0.6, 1.0, 2.0)
-"""What a merge is multiplied by; TIES and KnOTS are means of those that agree, the others sums."""
-RANK = 16
-Result = dict[str, Any]
+SETTINGS = pr.JudgeSettings(shots=32, randoms=1)
+DRAWS = pr.JudgeSettings(shots=32, randoms=43)
+"""Each random library is judged in its turn, with the three that follow it as controls."""
+PLANTED = "clinc_home_intent"
+"""A task with a LoRA of its own in the small library, which the judge has to find."""
+TEXTS, RANK = 60, 16
+"""Prompts on which a route is frozen, and the rank of the LoRA in its place."""
+PROMPTS = 8
+"""Of each training task, whose tokens' choices are counted."""
+SKILLS = (8, 16, 32)
+RULES: Mapping[str, pr.RouteRule] = {
+    "arrow": pr.Arrow(top_k=1),
+    "spectr": pr.SpectR(top_k=1),
+    "spectr, weighted": pr.SpectR(top_k=1, weighted=True),
+}
+Found = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Place:
+    """What all stages read."""
+
+    data: str
+    loras: Path
+    most: int
+    """Test examples of each task."""
+
+    @cached_property
+    def study(self) -> Study:
+        """Has the suite, and the training and development tasks of the study on SmolLM2."""
+        return language_model(Path(), Path(), self.data)
+
+    def opened(self, loras: Path | Mapping[str, Path]) -> tuple[pr.RoutedModel, ModelKind]:
+        """A library on its base model."""
+        base, kind = self.study.base_and_kind()
+        return pr.attach(base, pr.Library.from_peft(loras)).eval(), kind
+
+
+def exported(run: Path) -> Path:
+    """The LoRAs of the tasks of a trained inventory, in a folder beside it; others as they are."""
+    if not (run / "polyroute.json").exists():
+        return run
+    place = run.parent / f"{run.name}-loras"
+    base, _ = pr.load_base("smollm2", dtype="bfloat16")
+    model = pr.from_pretrained(base, run)
+    for task in model.tasks:
+        if not (place / task / "adapter_config.json").exists():
+            model.export_peft(task, place / task)
+    return place
+
+
+def judge(place: Place, found: Found, keep: Callable[[], None]) -> None:
+    """Every use of the library on every development task."""
+    model, kind = place.opened(exported(place.loras))
+    for task in place.study.develop:
+        _judged(place, model, kind, found, task, SETTINGS)
+        keep()
+
+
+def draws(place: Place, found: Found, keep: Callable[[], None]) -> None:
+    """Many random libraries in place of the small one, on its planted task and two new ones."""
+    model, kind = place.opened(LORAS)
+    for task in (PLANTED, *place.study.develop[:2]):
+        _judged(place, model, kind, found, task, DRAWS)
+        keep()
+
+
+def _judged(
+    place: Place, model: pr.RoutedModel, kind: ModelKind, found: Found, task: str,
+    settings: pr.JudgeSettings,
+) -> None:  # fmt: skip
+    if task in found:
+        return
+    one = pr.judge(model, kind, place.study.suite, [task], settings, max_examples=place.most)
+    scores = {name: [round(float(v), 6) for v in own] for name, own in one.scores.items()}
+    found[task] = {"scores": scores, "single": list(one.chosen[task])}
+    print(task, {n: round(sum(v) / len(v), 3) for n, v in scores.items()}, flush=True)
+
+
+def shares(place: Place, found: Found, keep: Callable[[], None]) -> None:
+    """The share of a task's tokens that choose the task's own LoRA, by layer."""
+    model, kind = place.opened(exported(place.loras))
+    for task in place.study.train:
+        if task in found:
+            continue
+        rows = list(encoded(place.study.suite, task, "test", kind).select(range(PROMPTS)))
+        own = model.tasks.index(task)
+        found[task] = {}
+        for name, rule in RULES.items():
+            of_site: dict[str, list[float]] = {}
+            with torch.no_grad(), model.record_gates() as gates, model.route(rule):
+                for row in rows:
+                    model(input_ids=torch.tensor([row["prompt_ids"]]))
+            for gate in gates:
+                chosen = gate.weights.flatten(0, -2)[:, own] > 0
+                of_site.setdefault(model.sites[gate.site].name, []).extend(chosen.float().tolist())
+            found[task][name] = {site: sum(c) / len(c) for site, c in of_site.items()}
+        print(task, {n: sum(v.values()) / len(v) for n, v in found[task].items()}, flush=True)
+        keep()
+
+
+def compiled(place: Place, found: Found, keep: Callable[[], None]) -> None:
+    """What is lost where the library becomes an inventory of few skills."""
+    library = pr.Library.from_peft(exported(place.loras))
+    for skills in SKILLS:
+        if str(skills) in found:
+            continue
+        base, _ = pr.load_base("smollm2", dtype="bfloat16")
+        try:
+            errors = pr.compile_library(base, library, num_skills=skills, most_error=1.0).errors
+            found[str(skills)] = {"errors": dict(errors)}
+        except InputError as error:
+            found[str(skills)] = {"refused": str(error)}
+        print(skills, found[str(skills)], flush=True)
+        keep()
+
+
+def frozen(place: Place, found: Found, keep: Callable[[], None]) -> None:
+    """One plain LoRA in place of Arrow, for each development task."""
+    model, kind = place.opened(exported(place.loras))
+    for task in place.study.develop:
+        if task in found:
+            continue
+        rows = list(encoded(place.study.suite, task, "train", kind).select(range(TEXTS)))
+        texts = [{"input_ids": torch.tensor([row["prompt_ids"]])} for row in rows]
+        live = pr.evaluate(
+            model, kind, place.study.suite, [task], route=pr.Arrow(), max_examples=place.most
+        )
+        lora = pr.freeze(model, pr.Arrow(), texts, rank=RANK)
+        with tempfile.TemporaryDirectory() as folder:
+            lora.save_peft(folder)
+            own, _ = place.opened({task: Path(folder)})
+        still = pr.evaluate(own, kind, place.study.suite, [task], max_examples=place.most)
+        found[task] = {
+            "arrow": live[0].to_dict(), "frozen": still[0].to_dict(), "error": lora.error,
+        }  # fmt: skip
+        keep()
+
+
+STAGES: Mapping[str, Callable[[Place, Found, Callable[[], None]], None]] = {
+    one.__name__: one for one in (judge, draws, shares, compiled, frozen)
+}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("stage", choices=STAGES)
     parser.add_argument("--data", default="../shared/suite")
+    parser.add_argument("--loras", type=Path, default=LORAS)
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--validation", type=int, default=20, help="examples of each task")
-    parser.add_argument("--test", type=int, default=120)
+    parser.add_argument("--test", type=int, default=60, help="examples of each task")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
-    suite, library = pr.open_suite(options.data), pr.Library.from_peft(LORAS)
-    tasks = list(library)
-
-    def scored(folder: Path | None, split: str, most: int) -> list[Result]:
-        base, tokenizer = pr.load_base("smollm2", dtype="bfloat16")
-        kind = pr.kind_of(base, tokenizer, max_input=256, max_target=32)
-        route, own = None, library
-        if folder is not None:
-            own, route = pr.Library.from_peft({"merged": folder}), "merged"
-        model = pr.attach(base, own).eval()
-        found = pr.evaluate(model, kind, suite, tasks, route=route, split=split, max_examples=most)
-        return [score.to_dict() for score in found]
-
-    with tempfile.TemporaryDirectory() as place:
-        found: dict[str, Any] = {"individual": {"results": scored(None, "test", options.test)}}
-        for method in METHODS:
-            if method == "mean":  # with a scale it is the sum with another
-                continue
-            tried, best, chosen = {}, -1.0, 0.0
-            merged = library.merge(method, rank=RANK)
-            for scale in SCALES:
-                folder = Path(place) / f"{method}-{scale}"
-                (scale * merged).save_peft(folder)
-                results = scored(folder, "validation", options.validation)
-                tried[str(scale)] = sum(r["score"] for r in results) / len(results)
-                if tried[str(scale)] > best:
-                    best, chosen = tried[str(scale)], scale
-            found[method] = {
-                "validation": tried,
-                "scale": chosen,
-                "lost": merged.error / max(merged.norm(), 1e-12),
-                "results": scored(Path(place) / f"{method}-{chosen}", "test", options.test),
-            }
-            write_json(
-                make_folder(RESULTS) / NAME,
-                {"merges": found, "tasks": tasks, "rank": RANK, "machine": machine()},
-            )
-            print(method, tried, flush=True)
-
-
-def merging_lines(results: Path, table: Callable[..., list[str]]) -> list[str]:
-    """The section of docs/benchmarks.md; empty before anything was measured."""
-    path = results / NAME
-    if not path.exists():
-        return []
-    content = json.loads(path.read_text(encoding="utf-8"))
-    merges = content["merges"]
-    own, rows = merges["individual"]["results"], []
-    for name, one in merges.items():
-        gap = "" if name == "individual" else difference(one["results"], own).signed
-        scale = f"{one['scale']:g}" if "scale" in one else ""
-        rows.append([name, scale, str(interval(_scores(one["results"]))), gap])
-    head = ["merge", "times", "score", "minus each task's own LoRA"]
-    return [
-        "## Merging LoRAs",
-        "",
-        f"SmolLM2-135M with the {len(content['tasks'])} LoRAs of `inventories/smollm2/loras` (rank "
-        f"2, trained apart), merged into one of rank {content['rank']} that answers all of their "
-        "tasks. What a merge is multiplied by was chosen on validation examples. Means over tasks, "
-        "with 95 % intervals. `python benchmarks/library_study.py` measures it.",
-        "",
-        *table(head, rows),
-    ]
-
-
-def _scores(results: Sequence[Result]) -> list[float]:
-    return [result["score"] for result in results]
+    path = make_folder(RESULTS) / f"library_{options.stage}.json"
+    content: dict[str, Any] = {"found": {}, "test": options.test, "machine": machine()}
+    if path.exists():
+        content = json.loads(path.read_text(encoding="utf-8"))
+    place = Place(options.data, options.loras, options.test)
+    STAGES[options.stage](place, content["found"], lambda: write_json(path, content))
 
 
 if __name__ == "__main__":

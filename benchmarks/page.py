@@ -14,7 +14,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from library_study import merging_lines
+from library_merging import merging_lines
+from library_page import library_lines
 from measure import summarise
 from plots import draw_all, has_overview, has_peaks
 from smollm2_page import smollm2_lines
@@ -281,7 +282,7 @@ def render(results: Path) -> str:
             lines += show(group, groups[group])
         elif group == "gpu":
             lines += ["## On a GPU", "", "Not measured yet.", ""]
-    for own_lines in (smollm2_lines, token_route_lines, merging_lines):
+    for own_lines in (smollm2_lines, token_route_lines, merging_lines, library_lines):
         lines += own_lines(results, table)
     for name in INCLUDED:
         lines += included(results, name)

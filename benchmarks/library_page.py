@@ -1,0 +1,188 @@
+"""The sections of docs/benchmarks.md about libraries of LoRAs, from the results of the studies."""
+
+import json
+import statistics
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from paper_tables import Interval, interval
+
+from polyroute.judge import BASE, FRESH, RANDOM, Judgement
+
+__all__ = ["library_lines"]
+
+Table = Callable[..., list[str]]
+Scores = Mapping[str, Sequence[float]]
+CONTROLS = 3
+"""Random libraries that one judgement compares with."""
+BY_USE = {
+    "average": "the mean of all LoRAs",
+    "best single": "the LoRA that fits the examples best",
+    "weights": "learned weights, one for each LoRA",
+    "weights of layers": "learned weights, one for each LoRA and layer",
+    "arrow": "Arrow",
+    "spectr": "SpectR",
+}
+
+
+def library_lines(results: Path, table: Table) -> list[str]:
+    """All that was measured, as Markdown."""
+    sections = {
+        "judge": _judge, "draws": _draws, "shares": _shares, "frozen": _frozen,
+        "compiled": _compiled,
+    }  # fmt: skip
+    lines: list[str] = []
+    for name, make in sections.items():
+        path = results / f"library_{name}.json"
+        found = json.loads(path.read_text(encoding="utf-8"))["found"] if path.exists() else {}
+        if found:
+            lines += [*make(found, table), ""]
+    return lines
+
+
+def _judge(found: Mapping[str, Any], table: Table) -> list[str]:
+    of_task: dict[str, Scores] = {task: one["scores"] for task, one in found.items()}
+
+    def gap(name: str, other: str) -> str:
+        return _of_tasks({t: np.subtract(s[name], s[other]) for t, s in of_task.items()}).signed
+
+    rows = []
+    for name in (BASE, FRESH, *BY_USE):
+        control = f"{RANDOM}{name} 1"
+        has = control in next(iter(of_task.values()))
+        rows.append(
+            [
+                BY_USE.get(name, name),
+                str(_of_tasks({task: own[name] for task, own in of_task.items()})),
+                "" if name == BASE else gap(name, BASE),
+                "" if name in (BASE, FRESH) else gap(name, FRESH),
+                gap(name, control) if has else "",
+            ]
+        )
+    pooled = Judgement(
+        {
+            name: np.concatenate([own[name] for own in of_task.values()])
+            for name in next(iter(of_task.values()))
+        },
+        "example",
+    )
+    examples = len(next(iter(pooled.scores.values())))
+    head = ["use", "score per token", "minus base", "minus fresh LoRA", "minus a random library"]
+    return [
+        "## Does a library help with new tasks?",
+        "",
+        "46 LoRAs of SmolLM2 (rank 4, all linear layers), one for each training task of [the study "
+        f"on SmolLM2](paper.md), and {len(of_task)} tasks that none of them learned, with 32 "
+        f"examples each; {examples} test examples. A fresh LoRA and learned weights take 16 steps "
+        "of 8. The random library has the same ranks and norms. Means over tasks, with 95 % "
+        f"intervals over tasks. The judge's verdict over all examples: {pooled.verdict}. "
+        "`python benchmarks/library_study.py judge` measures it.",
+        "",
+        *table(head, rows),
+    ]
+
+
+def _draws(found: Mapping[str, Any], table: Table) -> list[str]:
+    rows = []
+    for task, one in found.items():
+        scores = {name: np.array(own) for name, own in one["scores"].items()}
+        count = max(int(name.rpartition(" ")[2]) for name in scores if name.startswith(RANDOM))
+        judged = count - CONTROLS
+        yes = sum(bool(_as_library(scores, draw).helping) for draw in range(1, judged + 1))
+        real = Judgement(_with_controls(scores, {use: use for use in BY_USE}, 0), "example")
+        rows.append(
+            [
+                f"`{task}`", str(len(scores[BASE])), f"{yes} of {judged}",
+                "yes" if real.helping else "no", real.verdict,
+            ]
+        )  # fmt: skip
+    return [
+        "### Random libraries",
+        "",
+        "Random libraries are judged as if they were real, each with the three that follow it as "
+        "controls, and so is the library of `inventories/smollm2/loras`, which has a LoRA for the "
+        "first of these tasks. `python benchmarks/library_study.py draws` measures it.",
+        "",
+        *table(
+            ["task", "test examples", "random libraries that help", "the library", "its verdict"],
+            rows,
+        ),
+    ]
+
+
+def _as_library(scores: Mapping[str, Any], draw: int) -> Judgement:
+    """A random library as the one that is judged."""
+    uses = {use: f"{RANDOM}{use} {draw}" for use in BY_USE}
+    return Judgement(_with_controls(scores, uses, draw), "example")
+
+
+def _with_controls(scores: Mapping[str, Any], uses: Mapping[str, str], draw: int) -> dict[str, Any]:
+    """The scores of one library, by where each use is, and of the random ones that follow it."""
+    found = {name: scores[name] for name in (BASE, FRESH)}
+    for use, place in uses.items():
+        found[use] = scores[place]
+        for control in range(1, CONTROLS + 1):
+            found[f"{RANDOM}{use} {control}"] = scores[f"{RANDOM}{use} {draw + control}"]
+    return found
+
+
+def _shares(found: Mapping[str, Any], table: Table) -> list[str]:
+    rows = []
+    for rule in next(iter(found.values())):
+        by_task = [list(own[rule].values()) for own in found.values()]
+        layers = np.array(by_task).mean(0)
+        rows.append(
+            [
+                rule, str(interval([float(np.mean(own)) for own in by_task])),
+                f"{layers.min():.3f}", f"{statistics.median(layers):.3f}", f"{layers.max():.3f}",
+            ]
+        )  # fmt: skip
+    head = ["route", "share", "least layer", "median layer", "most layer"]
+    return [
+        "### Do tokens find the LoRA of their task?",
+        "",
+        f"The share of the tokens of a task's prompts that choose the task's own LoRA, among "
+        f"{len(found)}; by chance it would be {1 / len(found):.3f}. "
+        "`python benchmarks/library_study.py shares` measures it.",
+        "",
+        *table(head, rows),
+    ]
+
+
+def _frozen(found: Mapping[str, Any], table: Table) -> list[str]:
+    key = "score_normalised"
+    live, still = ([one[name][key] for one in found.values()] for name in ("arrow", "frozen"))
+    gaps = [b - a for a, b in zip(live, still, strict=True)]
+    missed = [one["error"] for one in found.values()]
+    head = ["", "Arrow", "frozen", "difference", "share of the update that is missed"]
+    row = ["per token", str(interval(live)), str(interval(still)), interval(gaps).signed,
+           str(interval(missed))]  # fmt: skip
+    return [
+        "### One plain LoRA in place of Arrow",
+        "",
+        f"For each of {len(found)} tasks that no LoRA learned, `pr.freeze` fits a LoRA of rank "
+        "16 to Arrow on 60 prompts. `python benchmarks/library_study.py frozen` measures it.",
+        "",
+        *table(head, [row]),
+    ]
+
+
+def _compiled(found: Mapping[str, Any], table: Table) -> list[str]:
+    rows = []
+    for skills, one in found.items():
+        lost = "" if "errors" not in one else str(interval(list(one["errors"].values())))
+        rows.append([skills, lost, one.get("refused", "")])
+    return [
+        "### Few skills in place of many LoRAs",
+        "",
+        "What `pr.compile_library` loses of the norm of each LoRA, where the 46 LoRAs become an "
+        "inventory of few skills. `python benchmarks/library_study.py compiled` measures it.",
+        "",
+        *table(["skills", "share that is lost", "refused"], rows),
+    ]
+
+
+def _of_tasks(by_task: Mapping[str, Any]) -> Interval:
+    return interval([float(np.mean(own)) for own in by_task.values()])
