@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from lm_readers import Readers
 from lm_routes import by_examples, by_text
 from lm_starts import EXAMPLES, alike, grouped
 from lm_unsaid import Unsaid
@@ -54,6 +55,22 @@ def unsaid(study: Study) -> Study:
     suite = Unsaid(study.suite)
     results = study.results / "unsaid"
     return replace(study, name="lm-unsaid", suite=suite, results=results, kept="")
+
+
+def readers(study: Study) -> Study:
+    """Readers who want other things of the same texts: three in five to train on."""
+    suite = Readers(study.suite)
+    return replace(
+        study,
+        name="lm-readers",
+        suite=suite,
+        kept="",
+        train=[task for remainder in (0, 1, 2) for task in suite.part(remainder)],
+        develop=suite.part(3),
+        test=suite.part(4),
+        text=(),
+        results=study.results / "readers",
+    )
 
 
 @dataclass(frozen=True)
@@ -179,3 +196,9 @@ MAIN_PLAN = Plan(
     rates=(3e-3, 6e-3),
     draws=2,
 )
+READERS_PLAN = replace(
+    MAIN_PLAN,
+    cells={key: cell for key, cell in MAIN_PLAN.cells.items() if key[0] != "mu-longer"},
+    draws=1,
+)
+"""Routes are what is asked about here, so that nobody trains longer to make up for a search."""

@@ -26,11 +26,13 @@ from lm_studies import (
     AS_IS,
     CONTENDERS,
     MAIN_PLAN,
+    READERS_PLAN,
     WAYS,
     WRITTEN,
     Contender,
     Plan,
     language_model,
+    readers,
     unsaid,
 )
 from paper_studies import (
@@ -60,6 +62,7 @@ CONTINUED = ("shared", "poly", "mhr")
 """Whose average is also trained on, for zero-shot use."""
 CONTROLLED = ("shared", "shared-matched", "poly", "mhr", "private")
 """Inventories of the real tasks that are scored untuned and whose gradients are compared."""
+STUDIES = ("generated", "real", "seq2seq", "lm", "lm-unsaid", "lm-readers")
 STAGES = ("train", "own", "develop", "test", "controls", "continued")
 """`own` scores inventories on the tasks that they learned; the language model alone has it."""
 
@@ -267,7 +270,7 @@ def _choices(
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("study", choices=("generated", "real", "seq2seq", "lm", "lm-unsaid"))
+    parser.add_argument("study", choices=STUDIES)
     parser.add_argument("--data", default="../shared/suite", help="of the studies on real tasks")
     parser.add_argument("--work", type=Path, default=Path("runs/paper"), help="for inventories")
     parser.add_argument("--threads", type=int, default=1)
@@ -287,16 +290,18 @@ def main() -> None:
     elif options.study == "real":
         study = real(options.work, RESULTS, options.data)
         run_tasks(study, REAL_TRAINING, DEVELOPMENT, CELLS, options.stages, options.only)
-    elif options.study in ("lm", "lm-unsaid"):
-        study = language_model(options.work, RESULTS, options.data)
+    elif options.study.startswith("lm"):
+        study, plan = language_model(options.work, RESULTS, options.data), MAIN_PLAN
         chosen = [name.removeprefix("apart-") for name in options.only if "apart-" in name]
         if options.study == "lm-unsaid":
             study = unsaid(study)
+        elif options.study == "lm-readers":
+            study, plan = readers(study), READERS_PLAN
         elif chosen or not options.only:
             run_apart(study, options.stages, chosen)
         own = {n: c for n, c in CONTENDERS.items() if not options.only or n in options.only}
         if own:
-            run_main(study, MAIN_PLAN, own, options.stages)
+            run_main(study, plan, own, options.stages)
     else:
         study = seq2seq(options.work, RESULTS, options.data)
         run_tasks(study, SEQ2SEQ_TRAINING, [], SEQ2SEQ_CELLS, options.stages, options.only)

@@ -94,7 +94,8 @@ steps of 8 for phase mu, one draw. Scores are means over tasks, by the sum of an
 log-probabilities and by their mean per token.
 
 {_scores(folder, list(found))}
-{_developed(folder)}{_unsaid(folder / "unsaid")}{_held_out(folder)}{_developed(folder, "short-")}"""
+{_developed(folder)}{_unsaid(folder / "unsaid")}{_readers(folder / "readers")}
+{_held_out(folder)}{_developed(folder, "short-")}"""
 
 
 def _trainings(found: Mapping[str, Mapping[str, Any]], names: Mapping[str, str]) -> str:
@@ -223,6 +224,29 @@ know more.
 {own}"""
 
 
+def _readers(folder: Path) -> str:
+    """Users who want other things of the same texts; empty before anything was measured."""
+    own = _own_tasks(folder)
+    if not own:
+        return ""
+    return f"""
+## SmolLM2: readers who want other things of the same texts
+
+Each task is a reader, who is interested in half of the topics of one data set, at random: 10
+domains of requests to an assistant, 7 intents of voice commands, or 8 acts in a dialogue. The
+prompt is a request and nothing else, and the answer says whether it is for this reader. Texts and
+topics are real, interests are drawn. 48 readers are learned from the same texts, to which they give
+contradicting answers.
+
+{_trainings(_trained(folder), CONTENDER_TITLES)}
+{own}
+New readers whose interests no inventory has seen, with 32 examples and 16 steps of 8; rates were
+chosen here:
+
+{_rates(folder, "")}
+{_held_out(folder, "Other new readers, on whom nothing was chosen")}"""
+
+
 def _rates(folder: Path, prefix: str) -> str:
     """The rates that contenders tried on the development tasks, and routes that need no tuning."""
     titles = {**WAY_TITLES, **AS_IS_TITLES}
@@ -271,11 +295,11 @@ def _total(results: Iterable[Result]) -> float:
     return sum(by_task(_per_token(results)).values())
 
 
-def _held_out(folder: Path) -> str:
+def _held_out(folder: Path, title: str = "held-out tasks") -> str:
     """The held-out tasks, on which no setting was chosen; empty before they were scored."""
     base = results_of(folder, ["test-zero-shot-base"])
     text = ""
-    for shots, title in (
+    for shots, examples in (
         (0, "Without an example"),
         (32, "With 32 examples"),
         (8, "With 8 examples"),
@@ -288,9 +312,9 @@ def _held_out(folder: Path) -> str:
             for name in CONTENDER_TITLES
         ]
         if any(results for *_, results in entries[1:]):
-            text += f"\n{title}:\n\n{_compared(folder, entries, shots)}\n"
+            text += f"\n{examples}:\n\n{_compared(folder, entries, shots)}\n"
     text += _written(folder)
-    return f"\n## SmolLM2: held-out tasks\n{text}" if text else ""
+    return f"\n## SmolLM2: {title}\n{text}" if text else ""
 
 
 def _written(folder: Path) -> str:
