@@ -20,10 +20,10 @@ from polyroute.layer.media import media_fit_examples, media_modules
 from polyroute.layer.open_route import Block, Mixture, OpenRoutes, Recomputation, is_in_backward
 from polyroute.layer.sites import Site
 from polyroute.layer.wrapping import Wrapping, find_modules
-from polyroute.routes.inventory import skills_like
 from polyroute.routes.mixer import Mixer
 from polyroute.routes.ragged import make_inventory
 from polyroute.routes.rule import Gates, RouteRule
+from polyroute.routes.stacks import skills_like
 from polyroute.routes.table import RoutingTable
 from polyroute.routes.table_rules import rule_of
 from polyroute.routes.tasks import (

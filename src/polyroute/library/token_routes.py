@@ -30,7 +30,6 @@ from polyroute.model import RoutedModel
 from polyroute.routes.index import index_on
 from polyroute.routes.inventory import Inventory
 from polyroute.routes.mixer import Mixer
-from polyroute.routes.ragged import RaggedInventory
 from polyroute.routes.rule import Batch, RouteRule
 from polyroute.settings import flag, number, whole
 
@@ -78,7 +77,7 @@ class TokenRoute(RouteRule):
         return [
             mixer.gated(site, partial(self._gate, batch, mixer, site, scores), batch,
                         top_k=self.top_k)
-            if _present(mixer.inventory, site) else _nothing(mixer, site, batch)
+            if mixer.inventory.present_at(site) else _nothing(mixer, site, batch)
             for site, scores in enumerate(every)
         ]  # fmt: skip
 
@@ -94,7 +93,7 @@ class TokenRoute(RouteRule):
                 shares = torch.softmax(best.values / self.temperature, dim=-1)
             inventory = mixer.inventory
             weights = shares.new_zeros(*shares.shape[:-1], inventory.num_skills)
-            numbers = index_on(x.device, tuple(_present(inventory, site)))
+            numbers = index_on(x.device, tuple(inventory.present_at(site)))
             weights = weights.scatter(-1, numbers[best.indices], shares)
         heads = inventory.heads if inventory.combine == "weight" else 1
         shown = self.show(batch, site, weights.unsqueeze(-2))
@@ -120,7 +119,7 @@ class TokenRoute(RouteRule):
             if inventory.adapter == "ia3":
                 raise InputError(f"{type(self).__name__} routes LoRA skills; these are (IA)^3")
             self.for_model(mixer)
-            skills = [_skills(inventory, site) for site in range(len(inventory.sites))]
+            skills = [inventory.skills_at(site) for site in range(len(inventory.sites))]
             known = (
                 stamp,
                 [self.scores_of(own, site) if own else _none for site, own in enumerate(skills)],
@@ -138,23 +137,6 @@ def _nothing(mixer: Mixer, site: int, batch: Batch) -> Factors:
     own = mixer.sites[site]
     like = mixer.inventory.like.detach().to(batch.dtype)
     return LoRAFactors(like.new_zeros(0, own.d_in), like.new_zeros(0, own.out_features))
-
-
-def _present(inventory: Inventory, site: int) -> list[int]:
-    if not isinstance(inventory, RaggedInventory):
-        return list(range(inventory.num_skills))
-    return [skill for skill, rank in enumerate(inventory.ranks[site]) if rank]
-
-
-def _skills(inventory: Inventory, site: int) -> dict[int, LoRAFactors]:
-    """Each skill of a layer as one plain LoRA; heads lie side by side."""
-    numbers = _present(inventory, site)
-    if isinstance(inventory, RaggedInventory):
-        return {k: inventory.skill(site, k) for k in numbers}
-    own = inventory.site_tensors(site)
-    a_KrD = own["lora_a"].permute(1, 3, 0, 2).flatten(2)
-    b_KrD = own["lora_b"].permute(1, 2, 0, 3).flatten(2)
-    return {k: LoRAFactors(a_KrD[k], b_KrD[k]) for k in numbers}
 
 
 class Arrow(TokenRoute, name="arrow"):

@@ -10,7 +10,6 @@ r rank, D width of a head's block (d_in / H or d_out / H).
 
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -29,28 +28,9 @@ from polyroute.layer.factors import (
 from polyroute.layer.gated import Gate
 from polyroute.layer.sites import Site
 from polyroute.routes.mixing import mix_skills, pick_skills, stack_skills
+from polyroute.routes.stacks import Stack, skills_like, stacks_of
 
-__all__ = ["Inventory", "Stack", "skills_like"]
-
-
-@dataclass(frozen=True)
-class Stack:
-    """The layers of one shape."""
-
-    key: str
-    sites: tuple[int, ...]
-    """The positions of its layers in the list of sites."""
-    d_in: int
-    d_out: int
-
-
-def skills_like(sites: Sequence[Site]) -> Tensor:
-    """An empty tensor of the type and on the device that skills of these sites have.
-
-    The type is fp32 at least: what trains must not be rounded to the type of a bf16 base model.
-    """
-    dtype = torch.promote_types(sites[0].dtype, torch.float32)
-    return torch.empty(0, dtype=dtype, device=sites[0].device)
+__all__ = ["Inventory"]
 
 
 class Inventory(nn.Module):
@@ -91,13 +71,7 @@ class Inventory(nn.Module):
         self.adapter = config.adapter
         self.combine: str = config.combine
         self.init = config.init
-        by_shape: dict[tuple[int, int], list[int]] = {}
-        for i, site in enumerate(sites):
-            by_shape.setdefault((site.d_in, site.d_out), []).append(i)
-        self.stacks = tuple(
-            Stack(f"{d_in}x{d_out}", tuple(members), d_in, d_out)
-            for (d_in, d_out), members in by_shape.items()
-        )
+        self.stacks = stacks_of(sites)
         self.sites = tuple(sites)
         self.factor_names = ("ia3",) if config.adapter == "ia3" else ("lora_a", "lora_b")
         for factor in self.factor_names:
@@ -398,3 +372,14 @@ class Inventory(nn.Module):
         if "lora_a" in tensors:
             tensors["lora_a"] = tensors["lora_a"].transpose(-1, -2)
         return tensors
+
+    def present_at(self, site: int) -> Sequence[int]:
+        """The numbers of the skills that adapt a layer."""
+        return range(self.num_skills)
+
+    def skills_at(self, site: int) -> dict[int, LoRAFactors]:
+        """Each LoRA skill of a layer as one plain LoRA, by its number; heads lie side by side."""
+        own = self.site_tensors(site)
+        a_KrD = own["lora_a"].permute(1, 3, 0, 2).flatten(2)
+        b_KrD = own["lora_b"].permute(1, 2, 0, 3).flatten(2)
+        return {k: LoRAFactors(a_KrD[k], b_KrD[k]) for k in self.present_at(site)}

@@ -23,7 +23,8 @@ from polyroute.layer.factors import Factors, LoRAFactors, OutputSpaceFactors, Pl
 from polyroute.layer.gated import Gate
 from polyroute.layer.sites import Site
 from polyroute.routes.index import index_on
-from polyroute.routes.inventory import Inventory, Stack
+from polyroute.routes.inventory import Inventory
+from polyroute.routes.stacks import Stack
 
 __all__ = ["RaggedInventory", "make_inventory"]
 
@@ -178,6 +179,14 @@ class RaggedInventory(Inventory):
             factor: self._stacks_of(factor)[stack.key][start : start + size]
             for factor in self.factor_names
         }
+
+    def present_at(self, site: int) -> Sequence[int]:
+        """The numbers of the skills that adapt a layer."""
+        return [skill for skill, rank in enumerate(self.ranks[site]) if rank]
+
+    def skills_at(self, site: int) -> dict[int, LoRAFactors]:
+        """The skills that adapt a layer, by number; see `skill`."""
+        return {skill: self.skill(site, skill) for skill in self.present_at(site)}
 
     def skill(self, site: int, skill: int) -> LoRAFactors:
         """One skill of one layer, as views of the parameters; of rank 0 if it has none there."""

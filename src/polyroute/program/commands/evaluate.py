@@ -7,8 +7,7 @@ from typing import Any
 from rich.markup import escape
 from rich.table import Table
 
-from polyroute.build import loaded
-from polyroute.data.suite import Suite, held_out_tasks, validate
+from polyroute.data.suite import Suite, validate
 from polyroute.errors import InputError
 from polyroute.host.files import check_place, make_folder, read_json, write_json
 from polyroute.host.output import Result
@@ -18,18 +17,16 @@ from polyroute.loading import load_suite
 from polyroute.model import RoutedModel
 from polyroute.program.commands.adapted import number
 from polyroute.program.commands.lengths import Measured, settled_lengths
+from polyroute.program.commands.opened import opened
 from polyroute.program.commands.runs import (
     BaseModel,
-    base_of,
     beside,
-    inventory_of,
     load,
     settled,
 )
 from polyroute.program.commands.tasks import chosen_tasks
 from polyroute.program.options.finished import EvaluateOptions
 from polyroute.routes.rule import RouteRule
-from polyroute.saved.hub import locate
 from polyroute.study.base_alone import BaseAlone
 from polyroute.study.evaluate import TaskScore, evaluate, macro_average
 
@@ -86,31 +83,24 @@ def _reading(base: Any, kind: ModelKind) -> dict[str, Any]:
 
 def _scores_of_run(options: EvaluateOptions) -> tuple[dict[str, Any], list[TaskScore]]:
     assert options.run is not None
-    data, is_routed = options.source.data, not options.zero_shot and options.route is None
-    run = Path(locate(options.run))
-    checkpoint = inventory_of(run)
-    suite = load_suite(data, options.source.reader)
-    base, kind = base_of(run, limits=options.reading)
-    trained = tuple(t for t in checkpoint.tasks if t in suite.tasks)
-    missing = f"none of the tasks of {run}" if is_routed else "no held-out task"
-    tasks = chosen_tasks(
-        suite, options.source.tasks, trained if is_routed else held_out_tasks(suite), kind,
-        none=f"{data} has {missing}",
+    given = opened(
+        options.run, options.source, needs=[options.split], limits=options.reading,
+        are_learned=not options.zero_shot and options.route is None,
     )  # fmt: skip
-    validate(suite, tasks, needs=[options.split])
     route: str | RouteRule | None = "mu" if options.zero_shot else None
     if options.route is not None:
         route = token_route(options.route, options.top_k)
-    with loaded(base, checkpoint, run) as model:
-        for task in tasks:
+    with given.attached() as model:
+        for task in given.tasks:
             if route is None and task not in model.routes:
                 raise InputError(
-                    f"task {task!r} has no route in {run}: add --zero-shot to route it as the "
-                    "average of the skills or --route to let each token choose, or adapt to it "
-                    "with `polyroute adapt`"
+                    f"task {task!r} has no route in {given.run}: add --zero-shot to route it as "
+                    "the average of the skills or --route to let each token choose, or adapt to "
+                    "it with `polyroute adapt`"
                 )
         model.eval()
-        return _reading(base, kind), _scores(options, model, kind, suite, tasks, route)
+        scores = _scores(options, model, given.kind, given.suite, given.tasks, route)
+    return _reading(given.base, given.kind), scores
 
 
 def _scores_of_base(options: EvaluateOptions) -> tuple[dict[str, Any], list[TaskScore]]:

@@ -14,7 +14,7 @@ from polyroute.loading import load_suite
 from polyroute.model import RoutedModel
 from polyroute.program.commands.runs import base_of, inventory_of
 from polyroute.program.commands.tasks import chosen_tasks
-from polyroute.program.options.shared import Source
+from polyroute.program.options.shared import Limits, Source
 from polyroute.saved.checkpoint import Checkpoint
 from polyroute.saved.hub import locate
 
@@ -37,13 +37,23 @@ class Opened:
         return loaded(self.base, self.checkpoint, self.run)
 
 
-def opened(run: Path, source: Source, needs: Sequence[str]) -> Opened:
-    """Read a run, and choose tasks, by default those that the suite holds out.
+def opened(
+    run: Path,
+    source: Source,
+    needs: Sequence[str],
+    *,
+    are_learned: bool = False,
+    limits: Limits = Limits(),  # noqa: B008 - frozen
+) -> Opened:
+    """Read a run, and choose tasks.
 
     Args:
         run: as the user named it.
         source: the suite, and tasks of it.
         needs: the splits that every task must have.
+        are_learned: whether the tasks are by default those of the run that the suite has, and not
+            those that the suite holds out.
+        limits: see `base_of`.
 
     Raises:
         InputError: the run, the data or a task cannot be used.
@@ -51,8 +61,11 @@ def opened(run: Path, source: Source, needs: Sequence[str]) -> Opened:
     place = Path(locate(run))
     checkpoint = inventory_of(place)
     suite = load_suite(source.data, source.reader)
-    base, kind = base_of(place)
-    none = f"{source.data} has no held-out task"
-    tasks = chosen_tasks(suite, source.tasks, held_out_tasks(suite), kind, none=none)
+    base, kind = base_of(place, limits=limits)
+    default, none = held_out_tasks(suite), f"{source.data} has no held-out task"
+    if are_learned:
+        default = tuple(task for task in checkpoint.tasks if task in suite.tasks)
+        none = f"{source.data} has none of the tasks of {place}"
+    tasks = chosen_tasks(suite, source.tasks, default, kind, none=none)
     validate(suite, tasks, needs=needs)
     return Opened(place, checkpoint, base, kind, suite, tasks)
