@@ -327,7 +327,7 @@ BUGS = (
         ("test_untidy_files.py::test_empty_answers_are_counted_in_one_warning_from_the_cache_too",),
     ),
     Bug(
-        "a key that an object has twice keeps its last value", "data/json_text.py",
+        "a key that an object has twice keeps its last value", "host/json_text.py",
         "object_pairs_hook=_unique)", "object_pairs_hook=dict)",
         ("test_untidy_files.py::test_what_is_nearly_right_is_refused_by_what_is_wrong",),
     ),

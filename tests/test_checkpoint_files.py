@@ -447,7 +447,7 @@ def test_private_adapters_without_a_task_are_not_saved(tmp_path: Path) -> None:
         ("", "is not valid JSON"),
         ("[]", "is not in inventory format 2"),
         ("{}", "is not in inventory format 2"),
-        ('{"format": 99}', "is not in inventory format 2"),
+        ('{"format": 99}', "upgrade polyroute"),
         ("\x00\x01", "is not valid JSON"),
     ],
 )

@@ -281,7 +281,7 @@ def test_shots_are_drawn_anew_where_that_is_asked_for(held_out: Path) -> None:
         ("Yes ||| No ||| Maybe", "null", "is not the place of an answer"),
         ("Yes ||| No ||| Maybe", "Yes ||| No", "label' is 2, which is not the place of an answer"),
         ("templates:", "other:", "is not a file of prompt templates"),
-        ("!Template\n", "!!python/object:os.system\n", "is not a file of prompt templates"),
+        ("!Template\n", "!!python/object:os.system\n", "is not valid YAML"),
     ],
 )
 def test_wrong_templates_of_a_held_out_task_are_refused(

@@ -416,7 +416,7 @@ WRONG: list[tuple[Rows, str]] = [
     ([{"input": "q", "target": "t", "history": [{"role": "user"}]}], "turn 1 must be an object"),
     ([{"input": "q", "target": "t", "history": "x"}], "'history' must be a list of turns"),
     ([{"input": "q", "target": "t", "history": 0}], "'history' must be a list of turns"),
-    ([{"input": "q", "target": "t", "history": "[x"}], "the column 'history': not valid JSON"),
+    ([{"input": "q", "target": "t", "history": "[x"}], "the column 'history' is not valid JSON"),
     (
         [{"input": "q", "target": "t", "history": TALK[1:]}],
         "row 1: the field 'history': turn 1 is the assistant's; begin with the user's turn",
@@ -470,7 +470,7 @@ def test_a_row_that_cannot_be_read_is_named(tmp_path: Path, rows: Rows, message:
 @pytest.mark.parametrize(
     ("name", "text", "message"),
     [
-        ("a.json", "[1", r"a\.json: not valid JSON .*write a list of objects"),
+        ("a.json", "[1", r"a\.json is not valid JSON .*write a list of objects"),
         ("a.json", '{"a": 1,\n "b": 2}', r"a\.json holds an object, not a list of rows"),
         ("a.json", "", r"a\.json holds no row"),
         ("a.json", "[]", r"a\.json holds no row"),

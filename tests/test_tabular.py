@@ -111,7 +111,7 @@ def test_an_edited_file_is_read_again(folder: Path) -> None:
             "input,target,choices\nq,x,y|z\n",
             r"a\.csv, line 2: the target 'x' is not among the choi",
         ),
-        ("input,target,choices\nq,x,[x\n", r"line 2: the column 'choices': not valid JSON"),
+        ("input,target,choices\nq,x,[x\n", r"line 2: the column 'choices' is not valid JSON"),
         (
             "input,target,choices\nq,x,x|y\nq,x,\n",
             r"line 3: the field 'choices' is null but the fi",

@@ -18,7 +18,7 @@ from polyroute.routes.rule import RouteRule, rule_named
 from polyroute.routes.tasks import check_list
 from polyroute.saved.checkpoint import Checkpoint, read_checkpoint, saved_config
 from polyroute.saved.hub import DESCRIPTION, FILES, MODULES, SKILLS, locate
-from polyroute.saved.inventory import fill
+from polyroute.saved.inventory import check_skills, fill
 
 __all__ = ["attach", "from_checkpoint", "from_pretrained", "loaded"]
 
@@ -173,8 +173,7 @@ def from_checkpoint(
     rule = None if saved is None else rule_named(saved["name"]).restored(saved["settings"])
     check_bare(base_model)
     ranks = [site["ranks"] for site in sites] if "ranks" in sites[0] else None
-    if ranks is not None:
-        _check_ranks(checkpoint, source)
+    check_skills(found, config, ranks, checkpoint, source)
     model = RoutedModel(base_model, config, found, loaded_tasks, rule, ranks=ranks)
     if description["config"]["granularity"] != CUSTOM:
         model.mixer.become(settings, model.rule)
@@ -196,17 +195,6 @@ def _check_widths(site: Site, saved: Mapping[str, Any], source: str) -> None:
             f"{source} belongs to another base model: layer {site.name!r} is "
             f"{here[0]} to {here[2]} here, {there[0]} to {there[2]} there"
         )
-
-
-def _check_ranks(checkpoint: Checkpoint, source: str) -> None:
-    """Make sure, before memory is taken, that ranks are those of the file of skills."""
-    for site in checkpoint.description["sites"]:
-        stored = checkpoint.skills.get(f"{site['name']}.lora_a")
-        if stored is None or stored.dim() == 0 or len(stored) != sum(site["ranks"]):
-            raise InputError(
-                f"{source} is damaged: the ranks of layer {site['name']!r} are not those of its "
-                "skills"
-            )
 
 
 @contextmanager

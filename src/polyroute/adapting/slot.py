@@ -11,6 +11,7 @@ from urllib.parse import quote
 from polyroute.adapting.settings import AdaptSettings
 from polyroute.errors import InputError
 from polyroute.host.files import read_metadata
+from polyroute.host.json_text import parse_json
 from polyroute.kinds.batches import Row
 from polyroute.kinds.objectives import Objective
 from polyroute.model import RoutedModel
@@ -61,7 +62,7 @@ class Slot:
         """
         path = self.file(folder)
         try:
-            note: dict[str, Any] = json.loads(read_metadata(path)["slot"])
+            note: dict[str, Any] = parse_json(read_metadata(path)["slot"], str(path), "delete it")
             # A slot that an older version saved says nothing of what did not exist.
             saved_settings, saved_digest = {"stratify": False, **note["settings"]}, note["digest"]
         except (KeyError, ValueError, TypeError) as error:

@@ -18,9 +18,9 @@ from typing import Any
 
 import datasets
 
-from polyroute.data.json_text import json_type, parse_json, type_of_file
 from polyroute.data.suite import COLUMNS, SPLITS, prompt
 from polyroute.errors import InputError, did_you_mean
+from polyroute.host.json_text import json_type, parse_json, type_of_file
 
 __all__ = [
     "FEATURES",

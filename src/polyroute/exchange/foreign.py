@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from polyroute.build import attach
 from polyroute.config import MHRConfig
 from polyroute.errors import InputError, did_you_mean
+from polyroute.host.dtypes import are_finite_fractions
 from polyroute.host.files import read_json
 from polyroute.layer.sites import find_endings, named_sites
 from polyroute.model import RoutedModel
@@ -154,7 +155,7 @@ def _copy(to: Tensor, values: Tensor, name: str, source: str) -> None:
             f"{source} does not fit: {name!r} has shape {list(values.shape)}, but "
             f"{list(to.shape)} is needed; check the base model and the format"
         )
-    if not values.is_floating_point() or not values.isfinite().all():
+    if not are_finite_fractions(values):
         raise InputError(
             f"{source} is damaged: {name!r} holds values that are not finite fractional numbers"
         )

@@ -23,6 +23,7 @@ from polyroute.config import MHRConfig
 from polyroute.errors import InputError
 from polyroute.exchange.foreign import ForeignInventory, routed_model
 from polyroute.exchange.peft_folder import check_whole, names_now, read_peft_folder
+from polyroute.host.patterns import matches
 from polyroute.layer.factors import LoRAFactors
 from polyroute.model import RoutedModel
 from polyroute.saved.peft_export import ROOT
@@ -166,15 +167,14 @@ def _check_plain(fields: Mapping[str, Any], source: str) -> None:
 def _of_layer(patterns: object, layer: str, default: Any, source: str) -> Any:
     """A layer's entry of `rank_pattern` or `alpha_pattern`: the first that matches its ending."""
     if isinstance(patterns, Mapping):
+        parts = layer.split(".")
+        endings = [".".join(parts[i:]) for i in range(len(parts))]
         for pattern, value in patterns.items():
             try:
-                if re.match(rf"(.*\.)?({pattern})$", layer):
+                if any(matches(pattern, ending) for ending in endings):
                     return value
-            except re.error as error:
-                raise InputError(
-                    f"{source} is damaged: the pattern {pattern!r} is no regular expression "
-                    f"({error})"
-                ) from error
+            except InputError as error:
+                raise InputError(f"{source} is damaged: {error}") from error
     return default
 
 

@@ -49,6 +49,7 @@ OLDER_NAMES = {
     "poly_granularity": "router_granularity",
 }
 MODIFIERS = ("lora", "ia3", "skilled_lora")
+MOST_TASKS = 1_000_000
 KEY = re.compile(
     r"(?P<layer>.+?)(?P<main>\.experts)?\.(?P<part>lora_a|lora_b|multi_lora_b|selector\.module_logits)"
 )
@@ -169,6 +170,8 @@ def _inventory(
     heads, num_skills, _, rank = skills[first].shape
     num_tasks = hyper.get("n_tasks")
     count = num_tasks if isinstance(num_tasks, int) and num_tasks > 0 else 1
+    if count > MOST_TASKS:
+        raise InputError(f"{source} is damaged: its n_tasks is {count:,}, which no model has")
     if first.endswith(".ia3"):
         config = MHRConfig(method="shared", adapter="ia3")
         return ForeignInventory(source, config, skills, {}, count)

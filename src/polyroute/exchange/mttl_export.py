@@ -12,7 +12,7 @@ from polyroute.errors import InputError
 from polyroute.exchange.foreign import NAMES, check_exportable
 from polyroute.exchange.mttl import HYPER_PARAMETERS, STATE
 from polyroute.exchange.mttl_layers import our_granularity, patterns_of
-from polyroute.host.files import check_place, make_folder, write_json, write_tensors
+from polyroute.host.files import check_place, make_folder, whole_file, write_json, write_tensors
 from polyroute.model import RoutedModel
 
 __all__ = ["write_mttl"]
@@ -45,9 +45,8 @@ def write_mttl(model: RoutedModel, path: str | os.PathLike[str]) -> None:
         raise InputError(f"{place} is a folder; name a file that ends in .ckpt, or another folder")
     check_place(place.parent)
     make_folder(place.parent)
-    partial = place.with_name(f".{place.name}.partial")
-    torch.save({"hyper_parameters": hyper, "state_dict": state}, partial)
-    os.replace(partial, place)
+    with whole_file(place) as unfinished:
+        torch.save({"hyper_parameters": hyper, "state_dict": state}, unfinished)
     write_json(place.with_suffix(f".{NAMES}"), names)
 
 

@@ -6,6 +6,7 @@ from functools import partial
 
 from polyroute.config import Granularity
 from polyroute.errors import InputError
+from polyroute.host.patterns import matches
 from polyroute.layer.granularity import routers_of
 
 __all__ = ["chosen_layers", "our_granularity", "patterns_of", "router_prefix"]
@@ -33,12 +34,10 @@ def chosen_layers(linear: Iterable[str], modules: str, layers: str) -> set[str]:
         return {
             name
             for name, parent, own in parted
-            if re.fullmatch(modules, parent) and re.fullmatch(layers, own)
+            if matches(modules, parent) and matches(layers, own)
         }
-    except re.error as error:
-        raise InputError(
-            f"modify_modules or modify_layers is not a regular expression: {error}"
-        ) from error
+    except InputError as error:
+        raise InputError(f"modify_modules or modify_layers cannot be used: {error}") from error
 
 
 def patterns_of(chosen: Iterable[str], linear: Sequence[str]) -> tuple[str, str]:

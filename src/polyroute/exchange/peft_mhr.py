@@ -122,6 +122,10 @@ def from_peft_mhr(
             logits[match["layer"]] = tensor
         else:
             published = tensor.squeeze(0)
+            if published.dim() != 4:
+                raise InputError(
+                    f"{source} is damaged: {key!r} has {tensor.dim()} dimensions, not 5"
+                )
             skills[f"{match['layer']}.{match['factor']}"] = (
                 published.mT if match["factor"] == "lora_a" else published
             )

@@ -4,10 +4,14 @@ The command line's help needs the names, so torch is imported only where it is a
 """
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from polyroute.errors import InputError, did_you_mean
 
-__all__ = ["AUTO", "DTYPES", "has_fast_bfloat16", "settled_dtype"]
+if TYPE_CHECKING:
+    from torch import Tensor
+
+__all__ = ["AUTO", "DTYPES", "are_finite_fractions", "has_fast_bfloat16", "settled_dtype"]
 
 AUTO = "auto"
 DTYPES = ("float32", "bfloat16", "float16")
@@ -26,6 +30,15 @@ def settled_dtype(name: str) -> str:
     if name not in DTYPES:
         raise InputError(f"dtype {name!r} is not supported: {did_you_mean(name, (AUTO, *DTYPES))}")
     return name
+
+
+def are_finite_fractions(values: "Tensor") -> bool:
+    """Whether a tensor from a file has values, of a type with fractions of 16 bits or more."""
+    import torch
+
+    types = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+    is_plain = values.dtype in types and values.layout == torch.strided and not values.is_meta
+    return is_plain and bool(values.isfinite().all())
 
 
 def has_fast_bfloat16() -> bool:

@@ -15,19 +15,27 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from polyroute.errors import InputError
+from polyroute.host.json_text import parse_json
 
 __all__ = [
+    "UNFINISHED",
     "check_place",
     "finite",
     "make_folder",
     "read_json",
     "read_metadata",
     "read_tensors",
+    "remove_unfinished",
+    "whole_file",
     "whole_folder",
     "write_json",
+    "write_new_json",
     "write_tensors",
     "write_text",
 ]
+
+UNFINISHED = ".unfinished"
+"""Ends the names of files and folders that are being written."""
 
 
 def check_place(folder: str | os.PathLike[str]) -> None:
@@ -75,19 +83,20 @@ def whole_folder(folder: Path) -> Iterator[Path]:
         InputError: the folder cannot be created.
     """
     make_folder(folder.parent)
-    temporary = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}."))
+    temporary = Path(
+        tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}.", suffix=UNFINISHED)
+    )
     try:
         yield temporary
         temporary.chmod(0o777 & ~_umask())  # mkdtemp lets only the owner read the folder
         for path in filter(Path.is_file, temporary.rglob("*")):
-            path.chmod(0o666 & ~_umask())
-            with path.open("rb+") as file:  # what a power cut leaves must not look whole
-                os.fsync(file.fileno())
+            _finish(path)
         try:
             os.replace(temporary, folder)
         except OSError:
             if not folder.is_dir():
                 raise
+        _sync(folder.parent)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 
@@ -114,23 +123,60 @@ def write_json(path: Path, value: object) -> None:
 
 def write_text(path: Path, text: str) -> None:
     """Write text as UTF-8, whole or not at all."""
-    _replace(path, text.encode())
+    with whole_file(path) as temporary:
+        temporary.write_bytes(text.encode())
+
+
+def write_new_json(path: Path, value: object) -> None:
+    """Write indented JSON as a new file, whole or not at all.
+
+    Raises:
+        FileExistsError: there is such a file; of several processes all but one get this.
+    """
+    text = json.dumps(value, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
+    temporary = _temporary_beside(path)
+    try:
+        temporary.write_bytes(text.encode())
+        _finish(temporary)
+        try:
+            os.link(temporary, path)  # unlike a rename, it fails if the file exists
+        except FileExistsError:
+            raise
+        except OSError:  # a file system without links
+            path.open("x").close()
+            os.replace(temporary, path)
+        _sync(path.parent)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def remove_unfinished(folder: Path) -> None:
+    """Delete what writers left in a folder, and below, when they were killed.
+
+    Nobody else may be writing there.
+    """
+    for path in list(folder.rglob(f".*{UNFINISHED}")):
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path, ignore_errors=True)
+        else:
+            path.unlink(missing_ok=True)
 
 
 def read_json(path: Path) -> Any:
     """Read JSON.
 
     Raises:
-        InputError: the file is missing, unreadable or not JSON.
+        InputError: the file is missing, unreadable or not JSON, or has a key twice.
     """
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        text = path.read_text(encoding="utf-8")
     except FileNotFoundError as error:
         raise InputError(f"{path} does not exist") from error
     except OSError as error:
         raise InputError(f"cannot read {path}: {error.strerror}") from error
-    except ValueError as error:
-        raise InputError(f"{path} is not valid JSON: {error}") from error
+    except UnicodeDecodeError as error:
+        raise InputError(f"{path} is not valid JSON: it is not UTF-8 ({error.reason})") from error
+    return parse_json(text, str(path), "replace the file")
 
 
 def write_tensors(
@@ -142,16 +188,11 @@ def write_tensors(
     content would not give equal files.
     """
     contiguous = {name: t.detach().contiguous().cpu() for name, t in tensors.items()}
-    temporary = _temporary_beside(path)
     try:
-        save_file(contiguous, temporary, metadata=dict(metadata or {"format": "pt"}))
-        os.replace(temporary, path)
+        with whole_file(path) as temporary:
+            save_file(contiguous, temporary, metadata=dict(metadata or {"format": "pt"}))
     except SafetensorError as error:  # for example a full disk
-        temporary.unlink(missing_ok=True)
         raise InputError(f"cannot write {path}: {error}") from error
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:
@@ -183,21 +224,48 @@ def read_metadata(path: Path) -> dict[str, str]:
         raise InputError(f"{path} is not a whole safetensors file: {error}") from error
 
 
-def _replace(path: Path, content: bytes) -> None:
+@contextmanager
+def whole_file(path: Path) -> Iterator[Path]:
+    """What the block writes to the file it gets appears at `path` at its end, if it ends well."""
     temporary = _temporary_beside(path)
     try:
-        temporary.write_bytes(content)
+        yield temporary
+        _finish(temporary)
         os.replace(temporary, path)
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
+    _sync(path.parent)
 
 
 def _temporary_beside(path: Path) -> Path:
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=UNFINISHED)
     os.close(handle)
-    Path(name).chmod(0o666 & ~_umask())  # mkstemp lets only the owner read the file
     return Path(name)
+
+
+def _finish(path: Path) -> None:
+    """Let others read a file as the umask says, and wait until the disk has it.
+
+    What a power cut leaves must not look whole.
+    """
+    path.chmod(0o666 & ~_umask())  # temporary files can be read by their owner alone
+    with path.open("rb+") as file:
+        os.fsync(file.fileno())
+
+
+def _sync(folder: Path) -> None:
+    """Wait until the disk has the names of a folder."""
+    try:
+        handle = os.open(folder, os.O_RDONLY)
+    except OSError:  # Windows opens no folders
+        return
+    try:
+        os.fsync(handle)
+    except OSError:  # a file system that cannot
+        pass
+    finally:
+        os.close(handle)
 
 
 def _umask() -> int:

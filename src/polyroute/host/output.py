@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from polyroute.host.printable import printable
 from polyroute.host.processes import is_first
 
 __all__ = ["Result", "mode", "reset", "running", "say", "show"]
@@ -83,13 +84,16 @@ def _print(part: Any) -> None:
 
 def _write(part: Any) -> None:
     if isinstance(part, str):
-        print(part)  # not through rich, which would wrap paths
+        print(printable(part))  # not through rich, which would wrap paths
         return
     from rich.console import Console
+    from rich.segment import Segment, Segments
 
     # Files and pipes have no width; tables would break at the default of 80 columns.
     has_width = sys.stdout.isatty() or "COLUMNS" in os.environ
-    Console(width=None if has_width else 160).print(part)
+    console = Console(width=None if has_width else 160)
+    shown = [Segment(printable(s.text), s.style, s.control) for s in console.render(part)]
+    console.print(Segments(shown), end="")
 
 
 def _plain(value: Any) -> Any:
@@ -171,4 +175,4 @@ def _libraries() -> Iterator[None]:
 
 def _sentence(message: Warning | str, *_: Any, **__: Any) -> str:
     """A warning as a command prints it: where in the source it arose helps no user."""
-    return f"polyroute: warning: {message}\n"
+    return f"polyroute: warning: {printable(str(message))}\n"

@@ -1,4 +1,4 @@
-"""Reading YAML files: a mapping of plain values, without duplicate keys."""
+"""Reading YAML: plain values, without duplicate keys, and no more of them than the text shows."""
 
 from collections.abc import Hashable
 from typing import Any
@@ -7,7 +7,11 @@ import yaml
 
 from polyroute.errors import InputError, reason
 
-__all__ = ["read_yaml"]
+__all__ = ["PlainLoader", "parse_yaml", "read_yaml"]
+
+MOST = 100_000
+"""Values in a document. An alias stands for all that it names, so that a few lines of aliases of
+aliases can stand for billions."""
 
 
 def read_yaml(path: Any, what: str) -> dict[str, Any]:
@@ -18,36 +22,82 @@ def read_yaml(path: Any, what: str) -> dict[str, Any]:
         what: the beginning of error messages.
 
     Raises:
-        InputError: the file cannot be read, has a duplicate key, or does not hold a mapping.
+        InputError: the file cannot be read, as `parse_yaml`, or does not hold a mapping.
     """
     try:
-        content = yaml.load(path.read_text(encoding="utf-8-sig"), Loader=_Loader) or {}
+        text = path.read_text(encoding="utf-8-sig")
     except OSError as error:
         raise InputError(f"{what} cannot be read: {error.strerror}") from error
     except UnicodeDecodeError as error:
         raise InputError(f"{what} is not UTF-8 ({error.reason}); save it as UTF-8") from error
-    except yaml.YAMLError as error:
-        raise InputError(
-            f"{what} is not valid YAML ({reason(error, whole=True)}); correct it"
-        ) from error
-    except InputError as error:
-        raise InputError(f"{what}: {error}") from None
+    content = parse_yaml(text, what) or {}
     if not isinstance(content, dict):
         raise InputError(f"{what} must hold `option: value` lines")
     return content
 
 
-class _Loader(yaml.SafeLoader):
+class PlainLoader(yaml.SafeLoader):
     """Reads plain values and refuses duplicate keys, which YAML forbids but its library allows."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
+        """The mapping of a node, whose keys are texts that differ."""
         seen = set()
         for key_node, _ in node.value:
-            key = key_node.value
+            key, line = key_node.value, key_node.start_mark.line + 1
+            if not isinstance(key, str):
+                raise InputError(f"a key in line {line} is a list or a mapping; write a text")
             if key in seen:
-                line = key_node.start_mark.line + 1
                 raise InputError(
                     f"the key {key!r} in line {line} occurs twice; write each key once"
                 )
             seen.add(key)
         return super().construct_mapping(node, deep)
+
+
+def parse_yaml(text: str, what: str, loader: type[PlainLoader] = PlainLoader) -> Any:
+    """The value of a YAML text.
+
+    Args:
+        text: the text.
+        what: the beginning of error messages.
+        loader: knows further tags.
+
+    Raises:
+        InputError: the text is not YAML, has a key twice, a date or number that does not exist, or
+            too many values.
+    """
+    reader = loader(text)
+    try:
+        node = reader.get_single_node()
+        if node is None:
+            return None
+        if _size(node, {}) > MOST:
+            raise InputError(f"it stands for more than {MOST:,} values; write fewer aliases")
+        return reader.construct_document(node)
+    except InputError as error:
+        raise InputError(f"{what}: {error}") from None
+    except yaml.YAMLError as error:
+        raise InputError(
+            f"{what} is not valid YAML ({reason(error, whole=True)}); correct it"
+        ) from error
+    except RecursionError as error:
+        raise InputError(f"{what} is not valid YAML: it is too deep; correct it") from error
+    except (ValueError, OverflowError) as error:
+        raise InputError(
+            f"{what} has a date or a number that cannot be read ({error}); write it in quotes"
+        ) from error
+    finally:
+        reader.dispose()
+
+
+def _size(node: yaml.Node, known: dict[int, int]) -> int:
+    """How many values a node stands for, those of its aliases each time that they occur."""
+    if id(node) in known:
+        if not known[id(node)]:
+            raise InputError("an alias stands for itself; remove it")
+        return known[id(node)]
+    known[id(node)] = 0  # until all that it holds was counted
+    parts = node.value if isinstance(node, yaml.CollectionNode) else []
+    within = [part for one in parts for part in (one if isinstance(one, tuple) else (one,))]
+    known[id(node)] = 1 + sum(_size(part, known) for part in within)
+    return known[id(node)]

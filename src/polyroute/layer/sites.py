@@ -1,6 +1,5 @@
 """Sites: the layers of a base model that get skills."""
 
-import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -10,6 +9,7 @@ from torch import Tensor, nn
 
 from polyroute.config import MHRConfig
 from polyroute.errors import InputError, did_you_mean
+from polyroute.host.patterns import matches
 from polyroute.layer.media import media_modules
 
 __all__ = [
@@ -139,7 +139,7 @@ def _widths(layer: nn.Module) -> tuple[int, int] | None:
 def is_match(name: str, pattern: str | tuple[str, ...]) -> bool:
     """Whether a name matches a regular expression whole, or has one of several endings."""
     if isinstance(pattern, str):
-        return re.fullmatch(pattern, name) is not None
+        return matches(pattern, name)
     return any(name == ending or name.endswith("." + ending) for ending in pattern)
 
 
@@ -176,10 +176,8 @@ def find_sites(model: nn.Module, config: MHRConfig) -> list[Site]:
             if exclude is None or not is_match(name, exclude)
         ]
         _check_exclusions(exclude, [name for name, _ in targeted], model)
-    except re.error as error:
-        raise InputError(
-            f"target_modules or exclude_modules is not a regular expression: {error}"
-        ) from error
+    except InputError as error:
+        raise InputError(f"target_modules or exclude_modules cannot be used: {error}") from error
     _check_all_matched(target, [name for name, _ in chosen], model)
     sites = []
     for name, module in chosen:

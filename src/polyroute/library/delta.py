@@ -29,6 +29,7 @@ from torch import Tensor
 from polyroute.errors import InputError
 from polyroute.exchange.lora import factors_of
 from polyroute.exchange.peft_folder import PICKLE, read_peft_folder
+from polyroute.host.dtypes import are_finite_fractions
 from polyroute.layer.factors import LoRAFactors
 from polyroute.saved.hub import locate
 from polyroute.saved.peft_card import write_peft_card
@@ -92,7 +93,7 @@ class Delta:
         fields, tensors = read_peft_folder(None, place, "LORA", allow_pickle=allow_pickle)
         layers = factors_of(fields, tensors, str(place))
         for layer, own in layers.items():
-            if not (own.a.isfinite().all() and own.b.isfinite().all()):
+            if not (are_finite_fractions(own.a) and are_finite_fractions(own.b)):
                 raise InputError(f"{place} is damaged: {layer!r} is not finite")
         base = {name: fields.get(name) for name in (*SAID, TRANSPOSED)}
         return cls(layers, base)

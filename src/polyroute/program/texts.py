@@ -1,12 +1,11 @@
 """Values as they are typed on the command line: lists, seeds, grids, and options of readers."""
 
-import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import yaml
-
 from polyroute.errors import InputError
+from polyroute.host.json_text import parse_json
+from polyroute.host.yaml_files import parse_yaml
 
 __all__ = ["grid", "names", "pattern", "reader", "replacements", "seeds", "weights"]
 
@@ -84,10 +83,9 @@ def reader(texts: Sequence[str] | None, option: str) -> dict[str, Any] | None:
         if not equals:
             raise InputError(f"{option} {text!r} must be an option and its value: seed=1024")
         value = value.strip()
-        try:
-            parsed = json.loads(value) if value.startswith(("{", "[")) else _value(value)
-        except ValueError as error:
-            raise InputError(f"{option} {text!r} has a value that is not JSON: {error}") from error
+        where = f"the value of {option} {text!r}"
+        is_json = value.startswith(("{", "["))
+        parsed = parse_json(value, where, "correct it") if is_json else _value(value)
         found[name.strip().replace("-", "_")] = parsed
     return found or None  # so that runs from before readers had options can go on
 
@@ -103,10 +101,7 @@ def replacements(texts: Sequence[str] | None, option: str) -> dict[str, Any]:
         place, equals, value = text.partition("=")
         if not equals:
             raise InputError(f"{option} {text!r} must be a place and its value: train.steps=3")
-        try:
-            found[place.strip()] = yaml.safe_load(value)
-        except yaml.YAMLError as error:
-            raise InputError(f"{option} {text!r}: the value is not valid YAML") from error
+        found[place.strip()] = parse_yaml(value, f"the value of {option} {text!r}")
     return found
 
 

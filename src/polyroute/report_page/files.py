@@ -6,6 +6,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+from polyroute.host.printable import spreadsheet_cell
 from polyroute.report_page.contents import Contents
 from polyroute.report_page.figures import draw_chart, draw_routing
 from polyroute.report_page.summary import Reference
@@ -69,4 +70,4 @@ def _write_csv(path: Path, header: Sequence[str], rows: Iterable[Sequence[Any]])
     with path.open("w", encoding="utf-8", newline="") as file:
         writer = csv.writer(file)
         writer.writerow(header)
-        writer.writerows(rows)
+        writer.writerows([spreadsheet_cell(value) for value in row] for row in rows)

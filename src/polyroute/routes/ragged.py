@@ -34,9 +34,10 @@ def make_inventory(
     config: MHRConfig,
     num_skills: int,
     ranks: Sequence[Sequence[int]] | None,
+    device: torch.device | None = None,
 ) -> Inventory:
-    """An inventory on the device of its layers: of one rank or, if ranks are given, of these."""
-    device = sites[0].device
+    """An inventory: of one rank or, if ranks are given, of these; on the device of its layers."""
+    device = sites[0].device if device is None else device
     if ranks is None:
         return Inventory(sites, config, num_skills, device)
     return RaggedInventory(sites, config, ranks, device)

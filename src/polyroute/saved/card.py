@@ -13,6 +13,7 @@ from typing import Any
 
 from polyroute.errors import InputError
 from polyroute.host.files import read_json
+from polyroute.host.json_text import parse_json
 from polyroute.saved.base_names import loading_of
 from polyroute.saved.hub import CARD, HUB_ID, P3, public
 from polyroute.saved.markdown import Rows, code, table
@@ -269,7 +270,7 @@ def _origins(data: object, tasks: Sequence[str]) -> dict[str, tuple[str, str]]:
 def _first_record(path: Path) -> Mapping[str, Any]:
     try:
         with path.open(encoding="utf-8") as lines:
-            record = json.loads(next(lines, "null"))
+            record = parse_json(next(lines, "null"), str(path), "correct it")
     except (OSError, ValueError):  # the file was moved or changed after the run
         return {}
     return record if isinstance(record, dict) else {}

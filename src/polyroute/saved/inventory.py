@@ -10,11 +10,13 @@ from torch import Tensor
 
 from polyroute.config import MHRConfig
 from polyroute.errors import InputError
+from polyroute.host.dtypes import are_finite_fractions
 from polyroute.layer.fingerprint import changed_since, norm, sample, sample_all
 from polyroute.layer.sites import Site
 from polyroute.layer.wrapping import Wrapping, tensors_of
+from polyroute.routes.inventory import Inventory
 from polyroute.routes.mixer import Mixer
-from polyroute.routes.ragged import RaggedInventory
+from polyroute.routes.ragged import RaggedInventory, make_inventory
 from polyroute.routes.table_rules import rule_of
 from polyroute.saved.checkpoint import (
     Checkpoint,
@@ -25,7 +27,7 @@ from polyroute.saved.checkpoint import (
 )
 from polyroute.settings import marked
 
-__all__ = ["check_same_function", "fill", "load_checkpoint", "save_inventory"]
+__all__ = ["check_same_function", "check_skills", "fill", "load_checkpoint", "save_inventory"]
 
 
 def save_inventory(
@@ -68,7 +70,7 @@ def save_inventory(
         )
     content = Content(
         description=_description(mixer, wrapping),
-        skills=_skills(mixer),
+        skills=_skills(mixer.inventory),
         modules=_modules(mixer, wrapping),
         tasks=mixer.table.names,
         rows=mixer.table.logits,
@@ -127,12 +129,39 @@ def _fingerprint(site: Site, trained: Collection[int]) -> dict[str, Any]:
     }
 
 
-def _skills(mixer: Mixer) -> dict[str, Tensor]:
+def _skills(inventory: Inventory) -> dict[str, Tensor]:
     return {
         f"{site.name}.{factor}": tensor
-        for i, site in enumerate(mixer.sites)
-        for factor, tensor in mixer.inventory.site_tensors(i).items()
+        for i, site in enumerate(inventory.sites)
+        for factor, tensor in inventory.site_tensors(i).items()
     }
+
+
+def check_skills(
+    sites: Sequence[Site],
+    config: MHRConfig,
+    ranks: Sequence[Sequence[int]] | None,
+    checkpoint: Checkpoint,
+    source: str,
+) -> None:
+    """Make sure, before memory is taken, that a checkpoint has the skills that its settings say.
+
+    Args:
+        sites: the layers.
+        config: the settings.
+        ranks: for each layer the rank of each LoRA of a library, None for other inventories.
+        checkpoint: the saved inventory.
+        source: its place, for messages.
+
+    Raises:
+        InputError: a tensor of skills is missing, or has another shape.
+    """
+    skills = checkpoint.description["num_skills"]
+    try:
+        expected = make_inventory(sites, config, skills, ranks, torch.device("meta"))
+    except RuntimeError as error:  # more numbers than can be counted
+        raise InputError(f"{source} is damaged: its settings ask for too many skills") from error
+    _check_shapes(_skills(expected), checkpoint.skills, source)
 
 
 def _modules(mixer: Mixer, wrapping: Wrapping) -> dict[str, Tensor]:
@@ -220,7 +249,7 @@ def fill(mixer: Mixer, wrapping: Wrapping, checkpoint: Checkpoint, source: str) 
             "first, or give the routed model memory with to_empty(device=...)"
         )
     pairs = [
-        (_skills(mixer), checkpoint.skills),
+        (_skills(mixer.inventory), checkpoint.skills),
         (_modules(mixer, wrapping), checkpoint.modules),
     ]
     for expected, saved in pairs:
@@ -242,9 +271,7 @@ def fill(mixer: Mixer, wrapping: Wrapping, checkpoint: Checkpoint, source: str) 
     mixer.anneal_progress = float(checkpoint.description.get("anneal_progress", 0.0))
 
 
-def _check_tensors(
-    expected: Mapping[str, Tensor], saved: Mapping[str, Tensor], source: str
-) -> None:
+def _check_shapes(expected: Mapping[str, Tensor], saved: Mapping[str, Tensor], source: str) -> None:
     if saved.keys() != expected.keys():
         name = sorted(saved.keys() ^ expected.keys())[0]
         raise InputError(
@@ -257,9 +284,16 @@ def _check_tensors(
                 f"{source} does not fit: tensor {name!r} has shape {list(saved[name].shape)} there "
                 f"and {list(tensor.shape)} in this model"
             )
+
+
+def _check_tensors(
+    expected: Mapping[str, Tensor], saved: Mapping[str, Tensor], source: str
+) -> None:
+    _check_shapes(expected, saved, source)
+    for name, tensor in expected.items():
         if not tensor.is_floating_point():
             continue  # a whole module may have counters, as batch norm has
-        if not saved[name].is_floating_point() or not saved[name].isfinite().all():
+        if not are_finite_fractions(saved[name]):
             raise InputError(
                 f"{source} is damaged: tensor {name!r} holds values that are not finite "
                 "fractional numbers; take an earlier checkpoint"

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from polyroute.errors import InputError, did_you_mean
+from polyroute.host.dtypes import are_finite_fractions
 from polyroute.host.files import read_json
 from polyroute.routes.table import MU
 from polyroute.saved.hub import DESCRIPTION, SHARDS, Snapshot, locate
@@ -32,12 +33,19 @@ def read_description(folder: str | os.PathLike[str]) -> dict[str, Any]:
         hint = "" if path.exists() else ", and it is no hub id such as user/inventory"
         raise InputError(f"{path} holds no inventory: there is no {DESCRIPTION} in it{hint}")
     description = read_json(path / DESCRIPTION)
-    if not isinstance(description, dict) or description.get("format") != FORMAT:
+    given: Any = description.get("format") if isinstance(description, dict) else None
+    is_number = isinstance(given, int) and not isinstance(given, bool)
+    if is_number and given > FORMAT:
+        raise InputError(
+            f"{path / DESCRIPTION} is in inventory format {given}, which a newer version of "
+            f"polyroute wrote; this one reads format {FORMAT}: upgrade polyroute"
+        )
+    if not is_number or given != FORMAT:
         raise InputError(
             f"{path / DESCRIPTION} is not in inventory format {FORMAT}; "
             "it may come from another version of polyroute"
         )
-    return description
+    return dict(description)
 
 
 class SavedRoutes:
@@ -250,7 +258,7 @@ class SavedRoutes:
             )
         # Converted first: a finite double may be infinite in the precision of the table.
         row = values.detach().reshape(-1).cpu().to(dtype)
-        if not values.is_floating_point() or not row.isfinite().all():
+        if not values.is_floating_point() or not are_finite_fractions(row):
             raise InputError("a routing row must hold finite fractional numbers; check the values")
         return row
 

@@ -18,7 +18,14 @@ from typing import Any
 import torch
 
 from polyroute.errors import InputError
-from polyroute.host.files import check_place, make_folder, read_json, write_json
+from polyroute.host.files import (
+    UNFINISHED,
+    check_place,
+    make_folder,
+    read_json,
+    remove_unfinished,
+    write_new_json,
+)
 from polyroute.host.processes import is_first
 from polyroute.saved.base_names import is_packaged
 from polyroute.saved.hub import DESCRIPTION as INVENTORY
@@ -91,12 +98,25 @@ def check_run(
                 "name another --out folder"
             )
     check_place(path)
-    if path.is_dir() and any(path.iterdir()):
+    if path.is_dir() and _holds_anything(path):
         _check_former(path, command, resume=resume, overwrite=overwrite)
     elif resume:
         reason = "is empty" if path.exists() else "does not exist"
         raise InputError(f"{path} {reason}, so there is no run to resume")
     return path
+
+
+def _holds_anything(path: Path) -> bool:
+    """Whether a folder has more than what a start left that was killed before its run began."""
+    return any(
+        not (entry.name.endswith(UNFINISHED) or _is_empty_description(entry))
+        for entry in path.iterdir()
+    )
+
+
+def _is_empty_description(path: Path) -> bool:
+    """Older versions left one where they were killed while they wrote it."""
+    return path.name == DESCRIPTION and path.is_file() and not path.stat().st_size
 
 
 def _check_former(path: Path, command: str | None, *, resume: bool, overwrite: bool) -> None:
@@ -142,7 +162,12 @@ def open_run(
         return path
     if overwrite and path.is_dir():
         shutil.rmtree(path)
-    return make_folder(path)
+    make_folder(path)
+    if not resume:
+        if _is_empty_description(path / DESCRIPTION):
+            (path / DESCRIPTION).unlink()
+        remove_unfinished(path)
+    return path
 
 
 def record(
@@ -190,27 +215,20 @@ def record(
                 f"not {kept[changed[0]]!r}; resume it with the same settings"
             )
         return
+    description = {
+        "command": command,
+        "argv": sys.argv[1:],
+        "config": kept,
+        "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+        "machine": machine(),
+        **(notes or {}),
+    }
     try:
-        path.open("x").close()  # fails in all but one of the processes that start at once
+        write_new_json(path, description)
     except FileExistsError as error:
         raise InputError(
             f"{folder} holds a run already; --resume continues it, --overwrite replaces it"
         ) from error
-    try:
-        write_json(
-            path,
-            {
-                "command": command,
-                "argv": sys.argv[1:],
-                "config": kept,
-                "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
-                "machine": machine(),
-                **(notes or {}),
-            },
-        )
-    except BaseException:
-        path.unlink(missing_ok=True)
-        raise
 
 
 @contextmanager
@@ -233,6 +251,8 @@ def held(folder: Path) -> Iterator[None]:
                 ) from error
             except OSError:  # a file system without locks
                 pass
+            else:
+                remove_unfinished(folder)
         yield
 
 

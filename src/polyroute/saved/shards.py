@@ -22,7 +22,9 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from polyroute.errors import InputError
+from polyroute.host.dtypes import are_finite_fractions
 from polyroute.host.files import write_tensors
+from polyroute.host.json_text import parse_json
 from polyroute.saved.hub import DESCRIPTION
 
 __all__ = ["NOTE", "OpenShard", "Shard", "shard_of", "shard_paths", "write_rows"]
@@ -108,14 +110,16 @@ class OpenShard:
             )
         try:
             mapped: Any = safe_open(path, "pt")
-            note = json.loads((mapped.metadata() or {}).get(NOTE, "{}"))
+            text = (mapped.metadata() or {}).get(NOTE, "{}")
             keys = set(mapped.keys())
             shape = mapped.get_slice("rows").get_shape() if "rows" in keys else None
+            order_type = mapped.get_slice("order").get_dtype() if "order" in keys else None
         except (SafetensorError, OSError, ValueError) as error:
             raise InputError(f"{path} is not a whole safetensors file: {error}") from error
+        note = parse_json(text, f"the note in {path}", "take an earlier checkpoint")
         names: Any = note.get("names") if isinstance(note, dict) else None
         is_list = isinstance(names, list) and all(isinstance(n, str) for n in names)
-        if not is_list or keys != {"rows", "order"}:
+        if not is_list or keys != {"rows", "order"} or order_type != "I64":
             raise InputError(
                 f"{path} is damaged: it does not hold rows, their order and names; "
                 "take an earlier checkpoint"
@@ -158,7 +162,7 @@ class OpenShard:
         )
 
     def _checked(self, rows: Tensor) -> Tensor:
-        if not rows.is_floating_point() or not rows.isfinite().all():
+        if not are_finite_fractions(rows):
             raise InputError(
                 f"{self.path} is damaged: tensor 'rows' holds values that are not finite "
                 "fractional numbers; take an earlier checkpoint"

@@ -7,8 +7,8 @@ user turn in `history`, so that a chat template can be applied later.
 from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
-from polyroute.data.json_text import json_type
 from polyroute.errors import InputError, did_you_mean
+from polyroute.host.json_text import json_type
 
 __all__ = ["Turn", "examples", "turns_of"]
 

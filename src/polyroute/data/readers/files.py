@@ -13,11 +13,11 @@ import datasets
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from polyroute.data.json_text import json_type, parse_json, type_of_file
 from polyroute.data.readers.task_table import file_key
 from polyroute.data.records import cannot_read, read_objects
 from polyroute.data.suite import SPLITS, quiet_datasets, split_of
 from polyroute.errors import InputError, reason
+from polyroute.host.json_text import json_type, parse_json, type_of_file
 
 __all__ = [
     "SUFFIXES",
@@ -211,7 +211,9 @@ def _parquet_rows(path: Path) -> Rows:
             _refuse_twins(path, file.schema_arrow.names)
             batches = file.iter_batches(batch_size=_BATCH)
             yield from _numbered(path, (row for batch in batches for row in batch.to_pylist()))
-    except (pa.ArrowException, OSError) as error:
+    except InputError:
+        raise
+    except (pa.ArrowException, OSError, ValueError, OverflowError) as error:
         raise _bad_parquet(path, error) from error
 
 

@@ -8,9 +8,9 @@ from typing import Any
 
 import datasets
 
-from polyroute.data.json_text import json_type
 from polyroute.data.readers.conversations import examples, turns_of
 from polyroute.errors import InputError, did_you_mean
+from polyroute.host.json_text import json_type
 
 __all__ = ["COLUMN_KEYS", "records_of"]
 

@@ -15,6 +15,7 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from polyroute.data.records import cannot_read
 from polyroute.errors import InputError, reason
+from polyroute.host.yaml_files import PlainLoader, parse_yaml
 
 __all__ = ["NO_INPUT", "NO_LABEL", "PromptTemplate", "read_templates"]
 
@@ -75,7 +76,7 @@ def read_templates(folder: Path, dataset: str, subset: str | None) -> list[Promp
     """
     path = folder / dataset / (subset or "") / "templates.yaml"
     try:
-        content = yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader)
+        content = parse_yaml(path.read_text(encoding="utf-8"), str(path), _Loader)
         found = [
             PromptTemplate(
                 name=str(entry["name"]),
@@ -91,7 +92,7 @@ def read_templates(folder: Path, dataset: str, subset: str | None) -> list[Promp
         ) from None
     except OSError as error:
         raise cannot_read(path, error) from error
-    except (UnicodeDecodeError, yaml.YAMLError, KeyError, TypeError, AttributeError) as error:
+    except (UnicodeDecodeError, KeyError, TypeError, AttributeError) as error:
         raise InputError(
             f"{path} is not a file of prompt templates ({reason(error, whole=True)})"
         ) from error
@@ -105,7 +106,7 @@ def _hidden(row: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-class _Loader(yaml.SafeLoader):
+class _Loader(PlainLoader):
     """Reads the two tags that occur in these files as plain mappings."""
 
 

@@ -5,10 +5,10 @@ from collections.abc import Collection, Iterable
 from pathlib import Path
 from typing import Any
 
-from polyroute.data.json_text import json_type, parse_json
 from polyroute.data.records import cannot_read
 from polyroute.data.suite import METRICS, RESERVED_TASK, ROLES, TaskInfo
 from polyroute.errors import InputError, did_you_mean
+from polyroute.host.json_text import json_type, parse_json
 
 __all__ = ["check_entry", "check_names", "read_roles"]
 

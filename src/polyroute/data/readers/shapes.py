@@ -13,9 +13,9 @@ from typing import Any
 
 import yaml
 
-from polyroute.data.json_text import json_type, parse_json
 from polyroute.data.readers.conversations import examples, turns_of
 from polyroute.errors import InputError, did_you_mean
+from polyroute.host.json_text import json_type, parse_json
 
 __all__ = ["OWN", "SHAPES", "FileRow", "Shape", "recognised", "yaml_for"]
 

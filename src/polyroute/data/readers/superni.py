@@ -7,7 +7,6 @@
 Every answer that an instance lists is a reference; the target is one of them, drawn at random.
 """
 
-import json
 import random
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -31,6 +30,7 @@ from polyroute.data.readers.task_table import TableSuite, TaskSource, file_key
 from polyroute.data.records import cannot_read, checked
 from polyroute.data.suite import Role, TaskInfo
 from polyroute.errors import InputError
+from polyroute.host.json_text import parse_json
 from polyroute.settings import check_settings, setting, whole
 
 __all__ = ["SuperNiSettings", "SuperNiSuite"]
@@ -243,18 +243,19 @@ def _category(path: Path) -> str:
         raise _unreadable(path, error) from error
     if found is None:
         raise InputError(f"{path} has no 'Categories'; add a list of at least one")
-    name: str = json.loads(found[1])
+    name: str = parse_json(found[1], f"{path}: the first of its 'Categories'", "correct it")
     return name.strip().lower().replace(" ", "_")
 
 
 def _read(path: Path) -> dict[str, Any]:
     """The content of a task file, after checking the parts that a record needs."""
     try:
-        content = json.loads(path.read_text(encoding="utf-8-sig"))
+        text = path.read_text(encoding="utf-8-sig")
     except OSError as error:
         raise cannot_read(path, error) from error
-    except (ValueError, RecursionError) as error:  # not UTF-8, or not JSON
+    except UnicodeDecodeError as error:
         raise InputError(f"{path} is not valid JSON ({error}); correct or replace it") from error
+    content = parse_json(text, str(path), "correct or replace it")
     if not isinstance(content, dict):
         raise InputError(f"{path} must hold one JSON object")
     definition = content.get("Definition")

@@ -10,6 +10,7 @@ import typer
 from polyroute.errors import InputError
 from polyroute.host import output
 from polyroute.host.interrupts import terminable
+from polyroute.host.printable import printable
 from polyroute.program.cli.adapt import adapt
 from polyroute.program.cli.command import EXIT_CODES, Command, Stopped, output_flags
 from polyroute.program.cli.compare import compare
@@ -68,7 +69,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except Exception as error:
         code, sentence = _end(error)
     if sentence:
-        print(f"polyroute: {sentence}", file=sys.stderr)
+        print(printable(f"polyroute: {sentence}"), file=sys.stderr)
     if code:
         raise SystemExit(code)
 

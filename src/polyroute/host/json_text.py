@@ -1,4 +1,4 @@
-"""JSON that people wrote: whatever Python reads in silence or refuses unclearly is one sentence."""
+"""JSON that others wrote: whatever Python reads in silence or refuses unclearly is one sentence."""
 
 import json
 from collections import Counter
@@ -28,8 +28,10 @@ def parse_json(text: str, where: str, fix: str, *, entry: str = "row") -> Any:
     """
     try:
         return json.loads(text, object_pairs_hook=_unique)
-    except (json.JSONDecodeError, RecursionError) as error:
-        raise InputError(f"{where}: not valid JSON ({error}); {fix}") from error
+    except json.JSONDecodeError as error:
+        raise InputError(f"{where} is not valid JSON ({error}); {fix}") from error
+    except RecursionError as error:
+        raise InputError(f"{where} is not valid JSON: it is too deep; {fix}") from error
     except _TwiceError as error:
         number = _entry_with_twins(text)
         place = where if number is None else f"{where}, {entry} {number}"

@@ -1,0 +1,221 @@
+"""Files that were crafted or damaged: each ends in a sentence, and none takes the machine."""
+
+import contextlib
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+from commands_run import Capture, refused
+from models import llama, routed
+from safetensors.torch import load_file, save_file
+
+import polyroute as pr
+from polyroute.host.files import UNFINISHED, read_json
+from polyroute.host.json_text import parse_json
+from polyroute.host.patterns import matches
+from polyroute.host.printable import printable, spreadsheet_cell
+from polyroute.host.yaml_files import parse_yaml
+from polyroute.program.cli.app import main
+
+SHARED = Path(os.environ.get("POLYROUTE_SHARED", Path(__file__).parents[2] / "shared"))
+HOSTILE = SHARED / "cases" / "hostile"
+BOMB = "a: &a [x, x, x, x, x, x, x, x, x, x]\n" + "".join(
+    f"{new}: &{new} [{', '.join([f'*{old}'] * 10)}]\n"
+    for old, new in zip("abcdefgh", "bcdefghi", strict=True)
+)
+
+
+@pytest.mark.parametrize(
+    ("text", "sentence"),
+    [
+        (BOMB, "more than 100,000 values"),
+        ("a: &a [*a]", "an alias stands for itself"),
+        ("[" * 5000, "too deep|not valid YAML"),
+        (f"a: {'9' * 5000}", "a number that cannot be read"),
+        ("a: 2020-13-01", "a date or a number that cannot be read"),
+        ("? [a]\n: b", "a key in line 1 is a list or a mapping"),
+        ("a: 1\na: 2", "'a' in line 2 occurs twice"),
+        ("a: !!python/object:os.system b", "not valid YAML"),
+    ],
+)
+def test_yaml_is_bounded(text: str, sentence: str) -> None:
+    with pytest.raises(pr.InputError, match=f"^the config.*({sentence})"):
+        parse_yaml(text, "the config")
+
+
+def test_aliases_are_read_while_they_are_few() -> None:
+    assert parse_yaml("a: &a [1, 2]\nb: *a\nc: [*a, *a]", "") == {
+        "a": [1, 2], "b": [1, 2], "c": [[1, 2], [1, 2]],
+    }  # fmt: skip
+    assert parse_yaml("", "") is None
+
+
+@pytest.mark.parametrize(
+    ("text", "sentence"),
+    [
+        ("[" * 100_000, "too deep"),
+        ('{"a": 1, "a": 2}', "has the key 'a' twice"),
+        (f"[{'9' * 5000}]", "too many digits"),
+        ("{", "is not valid JSON"),
+    ],
+)
+def test_json_is_bounded(text: str, sentence: str, tmp_path: Path) -> None:
+    with pytest.raises(pr.InputError, match=f"^the file.*{sentence}"):
+        parse_json(text, "the file", "correct it")
+    (tmp_path / "a.json").write_text(text)
+    with pytest.raises(pr.InputError, match=f"a.json.*{sentence}"):
+        read_json(tmp_path / "a.json")
+
+
+def test_patterns_end() -> None:
+    assert matches(r"(.*\.)?(q|v)", "model.layers.0.q")
+    assert not matches("q", "model.q")
+    with pytest.raises(pr.InputError, match="is no regular expression"):
+        matches("(", "q")
+    with pytest.raises(pr.InputError, match="takes too long"):
+        matches(r"(?:(a|aa)+)\1c?[ef]", "a" * 60)
+
+
+def test_what_a_terminal_would_obey_is_written_out() -> None:
+    assert printable("a\x1b[2J\x07\x9bb\u202ec\td\n") == "a\\x1b[2J\\x07\\x9bb\\u202ec\td\n"
+    assert printable("ünïcode 日本 😀") == "ünïcode 日本 😀"
+    assert printable("\ud800") == "\\ud800"
+
+
+@pytest.mark.parametrize("first", ["=", "+", "-", "@"])
+def test_what_a_spreadsheet_would_compute_is_text(first: str) -> None:
+    assert spreadsheet_cell(f"{first}1") == f"'{first}1"
+    assert spreadsheet_cell("a=1") == "a=1"
+    assert spreadsheet_cell(-1.5) == -1.5
+
+
+@pytest.fixture
+def inventory(tmp_path: Path) -> Path:
+    model = routed(llama())
+    model.save_pretrained(tmp_path / "inventory")
+    return tmp_path / "inventory"
+
+
+def changed_config(inventory: Path, **config: object) -> None:
+    path = inventory / "polyroute.json"
+    content = json.loads(path.read_text())
+    content["config"] |= config
+    path.write_text(json.dumps(content))
+
+
+def test_sizes_are_compared_before_memory_is_taken(inventory: Path) -> None:
+    changed_config(inventory, rank=2**31 - 1)
+    with pytest.raises(pr.InputError, match=r"ask for too many skills|has shape"):
+        pr.from_pretrained(llama(), inventory)
+    changed_config(inventory, rank=1_000_000)
+    with pytest.raises(pr.InputError, match=r"has shape .* there and .*1000000"):
+        pr.from_pretrained(llama(), inventory)
+
+
+def test_a_newer_format_asks_for_an_upgrade(inventory: Path) -> None:
+    path = inventory / "polyroute.json"
+    content = json.loads(path.read_text())
+    for given, sentence in ((3, "upgrade polyroute"), (2.0, "is not in inventory format 2"),
+                            (True, "is not in inventory format 2")):  # fmt: skip
+        path.write_text(json.dumps({**content, "format": given}))
+        with pytest.raises(pr.InputError, match=sentence):
+            pr.from_pretrained(llama(), inventory)
+
+
+@pytest.mark.parametrize(
+    "spoil",
+    [
+        lambda t: t.to(torch.float8_e4m3fn),
+        lambda t: t.to(torch.complex64),
+        lambda t: t.to(torch.int32),
+        lambda t: torch.full_like(t, torch.nan),
+    ],
+    ids=["float8", "complex", "integers", "nan"],
+)
+@pytest.mark.parametrize("name", ["inventory.safetensors", "routes-00000-of-00001.safetensors"])
+def test_tensors_of_other_types_are_damage(
+    inventory: Path, name: str, spoil: Callable[[torch.Tensor], torch.Tensor]
+) -> None:
+    path = inventory / name
+    tensors = load_file(path)
+    with torch.no_grad():
+        note = read_note(path)
+        # The order of rows is of whole numbers.
+        spoilt = {key: t if key == "order" else spoil(t) for key, t in tensors.items()}
+        save_file({key: tensor.contiguous() for key, tensor in spoilt.items()}, path, note)
+    with pytest.raises(pr.InputError, match="is damaged"):
+        pr.from_pretrained(llama(), inventory)
+
+
+def read_note(path: Path) -> dict[str, str]:
+    from safetensors import safe_open
+
+    with safe_open(path, "pt") as file:
+        return dict(file.metadata())
+
+
+def test_a_start_that_was_killed_early_locks_nothing(tmp_path: Path, place: Path) -> None:
+    run = tmp_path / "run"
+    run.mkdir()
+    (run / "run.json").touch()
+    (run / f".run.json.abc{UNFINISHED}").write_text("{")
+    main(["train", "--model", str(place / "base"), "--data", str(place / "suite"), "--steps", "1",
+          "--out", str(run)])  # fmt: skip
+    assert json.loads((run / "run.json").read_text())["command"] == "train"
+    assert not list(run.rglob(f"*{UNFINISHED}"))
+
+
+def test_written_files_can_be_read_by_those_whom_the_umask_lets(inventory: Path) -> None:
+    umask = os.umask(0)
+    os.umask(umask)
+    for path in inventory.iterdir():
+        assert path.stat().st_mode & 0o777 == 0o666 & ~umask, path
+
+
+def test_a_parquet_file_of_broken_text_is_a_sentence(tmp_path: Path, capsys: Capture) -> None:
+    texts = pa.array([b"\xbd\xff"]).cast(pa.binary()).view(pa.string())
+    pq.write_table(pa.table({"input": texts, "target": ["a"]}), tmp_path / "t.parquet")
+    given = ["train", "--model", "demo", "--data", str(tmp_path), "--out", str(tmp_path / "out")]
+    assert "is not a readable Parquet file" in refused(given, capsys)
+
+
+def cases() -> list[tuple[Path, list[str]]]:
+    """The inputs that were kept of attacks, and a command that reads each."""
+    made = ["--model", "demo", "--out", "OUT"]
+    commands = {
+        "06-*/run": ["export", "CASE", "--task", "t0", "--out", "OUT"],
+        "09-*/lora*": ["import", "CASE", *made],
+        "10-*/*.yaml": ["train", "--config", "CASE", "--data", "none", "--out", "OUT"],
+        "14-*/run": ["inspect", "CASE"],
+        "18-*/yaml/*/c.yaml": ["train", "--config", "CASE", "--data", "none", "--out", "OUT"],
+        "18-*/lora/*": ["import", "CASE", *made],
+        "18-*/mttl/*/m.ckpt": ["import", "CASE", "--allow-pickle", *made],
+        "18-*/inventory/*": ["inspect", "CASE"],
+        "18-*/run/*": ["report", "CASE", "--out", "OUT.html"],
+        "18-*/tabular/*": ["train", "--data", "CASE", *made],
+    }
+    return [
+        (path, command)
+        for pattern, command in commands.items()
+        for path in sorted(HOSTILE.glob(pattern))
+    ]
+
+
+@pytest.mark.skipif(not HOSTILE.is_dir(), reason="the shared cases are missing")
+@pytest.mark.parametrize(
+    ("case", "command"), cases(), ids=[str(c.relative_to(HOSTILE)) for c, _ in cases()]
+)
+def test_kept_attacks_end_in_a_sentence(
+    case: Path, command: list[str], tmp_path: Path, capsys: Capture
+) -> None:
+    places = {"CASE": str(case), "OUT": str(tmp_path / "out"), "OUT.html": str(tmp_path / "o.html")}
+    with contextlib.suppress(SystemExit):
+        main([places.get(part, part) for part in command])
+    out, error = capsys.readouterr()
+    assert "failed" not in error
+    assert not set("\x1b\x07") & set(out + error)
