@@ -110,6 +110,32 @@ def test_an_interrupted_training_goes_on_to_the_same_end(
     assert not any(entry.keys() & alone for entry in resumed["log"])
 
 
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGHUP, 129)])
+def test_a_signal_that_asks_for_an_end_leaves_a_checkpoint(
+    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int, code: int
+) -> None:
+    before = signal.getsignal(number)
+    out = tmp_path / "asked"
+    with monkeypatch.context() as patch:
+        at_step(3, send(number), patch)
+        assert ended([*train_arguments(place, "x"), "--out", str(out)]) == code
+    assert (out / "checkpoint-3").is_dir()
+    assert signal.getsignal(number) == before
+
+
+def test_a_signal_that_is_ignored_stays_ignored(
+    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)  # as nohup does
+    try:
+        with monkeypatch.context() as patch:
+            at_step(3, send(signal.SIGHUP), patch)
+            main([*train_arguments(place, "x"), "--out", str(tmp_path / "on")])
+    finally:
+        signal.signal(signal.SIGHUP, before)
+    assert (tmp_path / "on" / "metrics.json").exists()
+
+
 def test_interrupted_adaptations_are_saved_and_go_on_to_the_same_end(
     place: Path, run: Path, monkeypatch: pytest.MonkeyPatch, capsys: Capture
 ) -> None:

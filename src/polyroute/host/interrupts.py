@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM: work stops at a point from which it can be resumed."""
+"""Ctrl-C, SIGTERM and SIGHUP: work stops at a point from which it can be resumed."""
 
 import signal
 import sys
@@ -10,35 +10,51 @@ from typing import Any
 
 __all__ = ["Terminated", "deferred", "resumable", "terminable"]
 
-SIGNALS = (signal.SIGINT, signal.SIGTERM)
+ASKING = (signal.SIGTERM, *([signal.SIGHUP] if hasattr(signal, "SIGHUP") else []))
+"""With the first a system or a scheduler asks a process to end, with the second a terminal that is
+closed."""
+SIGNALS = (signal.SIGINT, *ASKING)
 
 
 class Terminated(KeyboardInterrupt):
-    """SIGTERM, with which a system or a scheduler asks a process to end."""
+    """One of the signals that ask a process to end.
+
+    Attributes:
+        number: of the signal.
+    """
+
+    def __init__(self, number: int) -> None:
+        super().__init__()
+        self.number = number
 
 
 @contextmanager
 def terminable() -> Iterator[None]:
-    """Within the block, SIGTERM raises `Terminated`, as Ctrl-C raises `KeyboardInterrupt`."""
+    """Within the block, SIGTERM and SIGHUP raise `Terminated`, as Ctrl-C `KeyboardInterrupt`."""
 
-    def terminate(*_: Any) -> None:
-        raise Terminated
+    def terminate(number: int, _: Any) -> None:
+        raise Terminated(number)
 
     if (
         threading.current_thread() is not threading.main_thread()
     ):  # only the main thread gets signals
         yield
         return
-    former = signal.signal(signal.SIGTERM, terminate)
+    former = {
+        number: signal.signal(number, terminate)
+        for number in ASKING
+        if signal.getsignal(number) is not signal.SIG_IGN  # as under nohup
+    }
     try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, former or signal.SIG_DFL)
+        for number, handler in former.items():
+            signal.signal(number, handler or signal.SIG_DFL)
 
 
 @contextmanager
 def deferred() -> Iterator[Callable[[], bool]]:
-    """Within the block, Ctrl-C and SIGTERM are deferred to its end; a second one acts at once.
+    """Within the block, these signals are deferred to its end; a second one acts at once.
 
     Yields:
         A function that says whether a signal is waiting; the block should then save and end.

@@ -8,6 +8,7 @@ from transformers import TrainingArguments
 from transformers.training_args import OptimizerNames
 
 from polyroute.errors import InputError, did_you_mean
+from polyroute.settings import one_of
 
 __all__ = [
     "LOSS_ALONE",
@@ -18,6 +19,7 @@ __all__ = [
     "check_multi_task",
 ]
 
+ON_NAN = ("stop", "skip")
 ROWWISE_OPTIMS = ("adamw_torch", "adamw_torch_fused")
 LOSS_ALONE = "MultiTaskTrainer computes the loss alone: score answers with polyroute.evaluate"
 HOOKS = {
@@ -58,6 +60,10 @@ class MultiTaskTrainingArguments(TrainingArguments):
     rowwise_routes: bool = field(
         default=False,
         metadata={"help": "Row-wise optimizer for the routing table; for thousands of tasks."},
+    )
+    on_nan: str = field(
+        default="stop",
+        metadata={"help": "What a step does that is not finite: stop training, or skip the step."},
     )
     ddp_find_unused_parameters: bool | None = field(
         default=False,
@@ -107,6 +113,7 @@ def check_multi_task(args: object) -> None:
                 f"{name}={value!r} has no effect: temperature and cap say how tasks are drawn; "
                 f"leave it at {usual!r}"
             )
+    one_of(*ON_NAN)("on_nan", args.on_nan)
     _check_optimizer(args)
 
 

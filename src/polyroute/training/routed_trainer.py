@@ -6,7 +6,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 from transformers import Trainer, TrainingArguments
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from transformers.trainer_utils import HubStrategy
@@ -20,6 +20,7 @@ from polyroute.saved.card import write_card
 from polyroute.saved.hub import CARD
 from polyroute.training.arguments import check_arguments
 from polyroute.training.callbacks import Anneal
+from polyroute.training.divergence import Watch, check_finite
 from polyroute.training.sharding import keep_whole
 
 __all__ = ["RoutedTrainer", "check_routed"]
@@ -57,6 +58,14 @@ class RoutedTrainer(Trainer):
         self._set_up_sharding()
         if model.adapter_config.anneal_steps:
             self.add_callback(Anneal(model))
+        self.watch = Watch(model, getattr(args, "on_nan", "stop"))
+        self.add_callback(self.watch)
+
+    def training_step(self, model: nn.Module, inputs: Any, *args: Any, **kwargs: Any) -> Tensor:
+        """As in `Trainer`; a loss that is not finite is noticed."""
+        loss: Tensor = super().training_step(model, inputs, *args, **kwargs)
+        self.watch.see(loss, inputs)
+        return loss
 
     def _set_up_sharding(self) -> None:
         if self.is_deepspeed_enabled:
@@ -98,6 +107,14 @@ class RoutedTrainer(Trainer):
         """
         with self._as_unsharded():
             super().save_model(output_dir, _internal_call)
+
+    def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
+        # A checkpoint with a number that is not finite could rotate out the last good one.
+        self.watch.check()
+        state = {} if self.optimizer is None else self.optimizer.state_dict()["state"]
+        kept = [t for entry in state.values() for t in entry.values() if isinstance(t, Tensor)]
+        check_finite([*self.model.learned(), *kept], self.state.global_step)
+        super()._save_checkpoint(*args, **kwargs)
 
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
         self.model.save_pretrained(

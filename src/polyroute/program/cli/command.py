@@ -16,9 +16,9 @@ from polyroute.program.options.shared import Given, Options
 
 __all__ = ["EXIT_CODES", "Command", "Stopped", "command", "output_flags"]
 
-INTERRUPTED, TERMINATED = 130, 143
+INTERRUPTED, BY_SIGNAL = 130, 128
 EXIT_CODES = """Exit codes: 0 done; 1 it failed; 2 something given cannot be used, as one sentence
-on standard error says; 130 ended by Ctrl-C, 143 by SIGTERM."""
+on standard error says; 130 ended by Ctrl-C, 143 by SIGTERM, 129 by SIGHUP."""
 
 O = TypeVar("O", bound=Options)  # noqa: E741 - options
 
@@ -28,7 +28,7 @@ class Stopped(Exception):  # noqa: N818 - nothing went wrong
 
     def __init__(self, stop: KeyboardInterrupt) -> None:
         super().__init__("; ".join(["interrupted", *map(str, stop.args)]))
-        self.code = TERMINATED if isinstance(stop, Terminated) else INTERRUPTED
+        self.code = BY_SIGNAL + stop.number if isinstance(stop, Terminated) else INTERRUPTED
 
 
 @dataclass(frozen=True)

@@ -24,7 +24,7 @@ from polyroute.program.commands.folder import RunFolder
 from polyroute.program.commands.lengths import Measured, settled_lengths
 from polyroute.program.commands.runs import BaseModel, inventory_of, load, settled
 from polyroute.program.commands.tasks import chosen_tasks
-from polyroute.program.commands.training import SaveWhenStopped, diverged, make_trainer
+from polyroute.program.commands.training import SaveWhenStopped, make_trainer
 from polyroute.program.commands.validation import with_validation
 from polyroute.program.options.train import TrainOptions
 from polyroute.program.plans import plan_of_training
@@ -38,6 +38,7 @@ from polyroute.study.examples import digest_of, encoded_mixture
 from polyroute.study.groups import start_in_groups
 from polyroute.study.routing_state import in_words
 from polyroute.trainer import MultiTaskTrainer
+from polyroute.training.divergence import check_finite
 
 __all__ = ["train_run"]
 
@@ -215,14 +216,14 @@ def _train_to_the_end(trainer: MultiTaskTrainer, folder: Path, last: Path | None
             {key: value for key, value in entry.items() if key not in OF_ONE_PIECE}
             for entry in (found, *log)
         )
-    if not all(bool(torch.isfinite(p).all()) for p in model.learned()):
-        raise diverged("a weight is not finite", steps)
+    check_finite(model.learned(), steps)
     model.save_pretrained(folder, is_main_process=is_first())
     if is_first():
         metrics = {
             **_finite(found),
             **_finite(_last_validation(log)),
             "steps": steps,
+            **({"skipped_steps": trainer.watch.skipped} if trainer.watch.skipped else {}),
             "parameters": model.counts(),
             "trained_parameters": model.num_trainable(),
             "log": [_finite(entry) for entry in log],

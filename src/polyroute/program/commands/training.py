@@ -1,6 +1,5 @@
 """The trainer of `polyroute train`: its arguments, and what it does at each step."""
 
-import math
 import tempfile
 from collections.abc import Callable
 from dataclasses import fields
@@ -19,7 +18,7 @@ from polyroute.model import RoutedModel
 from polyroute.program.options.train import TrainOptions
 from polyroute.trainer import MultiTaskTrainer, MultiTaskTrainingArguments
 
-__all__ = ["SaveWhenStopped", "diverged", "make_trainer"]
+__all__ = ["SaveWhenStopped", "make_trainer"]
 
 OPTIMS = {"adamw": "adamw_torch_fused", "adafactor": "adafactor"}
 SCHEDULERS = {"linear": "linear", "constant": "constant_with_warmup"}
@@ -47,7 +46,6 @@ def make_trainer(
             ) from error
     trainer.remove_callback(PrinterCallback)
     trainer.add_callback(_ShowProgress())
-    trainer.add_callback(_StopWhenDiverged())
     if validation is not None:
         trainer.add_callback(_ValidateAtTheEnd())
     return trainer
@@ -82,7 +80,8 @@ def _arguments(options: TrainOptions, folder: Path) -> MultiTaskTrainingArgument
         seed=options.seed,
         bf16=options.bf16,
         use_cpu=not torch.accelerator.is_available(),  # else bf16 is refused there
-        logging_nan_inf_filter=False,  # a loss that is no number must be seen
+        logging_nan_inf_filter=options.on_nan == "skip",
+        on_nan=options.on_nan,
         save_steps=options.save_steps,
         eval_strategy="no" if options.eval_steps is None else "steps",
         eval_steps=options.eval_steps,
@@ -101,22 +100,6 @@ def _checkpointing() -> str:
     names = {one.name for one in fields(MultiTaskTrainingArguments)}
     new, old = "activation_checkpointing", "gradient_checkpointing"
     return new if new in names else old
-
-
-def diverged(what: str, step: int) -> InputError:
-    """The error of training that came to no numbers."""
-    return InputError(
-        f"training diverged: {what} at step {step}; lower --lr and start again with --overwrite"
-    )
-
-
-class _StopWhenDiverged(TrainerCallback):
-    """Ends training with an error once the loss is no finite number."""
-
-    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **_: Any) -> None:
-        loss = (logs or {}).get("loss", (logs or {}).get("train_loss", 0.0))
-        if not math.isfinite(loss):
-            raise diverged(f"the loss is {loss}", state.global_step)
 
 
 class _ValidateAtTheEnd(TrainerCallback):

@@ -14,7 +14,7 @@ from polyroute.program.options.shared import (
     Source,
 )
 from polyroute.program.texts import SEEDS
-from polyroute.settings import check_settings, flag, named, number, setting, text, whole
+from polyroute.settings import check_settings, flag, named, number, one_of, setting, text, whole
 
 __all__ = ["Optimization", "TrainOptions"]
 
@@ -112,6 +112,10 @@ class TrainOptions(PlannedOptions):
     checkpointing: bool = setting(
         False, flag(), panel="Training", help="Save memory: recompute activations."
     )
+    on_nan: str = setting(
+        "stop", one_of("stop", "skip"), panel="Training",
+        help="What a step does whose loss or gradient is not finite: stop or skip.",
+    )  # fmt: skip
     save_steps: int = setting(500, whole(), panel="Run", help="Steps between checkpoints.")
     alignment_steps: int | None = setting(
         None, whole(0, optional=True), parse=lambda steps, _: steps or None, panel="Run",
