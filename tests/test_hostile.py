@@ -3,6 +3,7 @@
 import contextlib
 import json
 import os
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -15,7 +16,7 @@ from models import llama, routed
 from safetensors.torch import load_file, save_file
 
 import polyroute as pr
-from polyroute.host.files import UNFINISHED, read_json
+from polyroute.host.files import UNFINISHED, read_json, write_json
 from polyroute.host.json_text import parse_json
 from polyroute.host.patterns import matches
 from polyroute.host.printable import printable, spreadsheet_cell
@@ -92,6 +93,25 @@ def test_what_a_spreadsheet_would_compute_is_text(first: str) -> None:
     assert spreadsheet_cell(f"{first}1") == f"'{first}1"
     assert spreadsheet_cell("a=1") == "a=1"
     assert spreadsheet_cell(-1.5) == -1.5
+
+
+@pytest.mark.parametrize("part", ["config.json", "tokenizer_config.json"])
+def test_code_that_comes_with_a_model_is_not_run(
+    place: Path, tmp_path: Path, capsys: Capture, part: str
+) -> None:
+    folder = shutil.copytree(place / "base", tmp_path / "base")
+    content = json.loads((folder / part).read_text())
+    content |= {"auto_map": {"AutoConfig": "evil.C", "AutoModelForSeq2SeqLM": "evil.M",
+                             "AutoTokenizer": ["evil.T", None]}, "model_type": "evil",
+                "tokenizer_class": "T"}  # fmt: skip
+    (folder / part).write_text(json.dumps(content))
+    ran = tmp_path / "ran"
+    (folder / "evil.py").write_text(f"open({str(ran)!r}, 'w')")
+    given = ["train", "--model", str(folder), "--data", str(place / "suite"), "--out",
+             str(tmp_path / "out"), "--quiet"]  # fmt: skip
+    sentence = refused(given, capsys)
+    assert part != "config.json" or "code of its own, which polyroute does not run" in sentence
+    assert not ran.exists()
 
 
 @pytest.fixture
@@ -219,3 +239,46 @@ def test_kept_attacks_end_in_a_sentence(
     out, error = capsys.readouterr()
     assert "failed" not in error
     assert not set("\x1b\x07") & set(out + error)
+
+
+@pytest.mark.parametrize(
+    "name", ["polyroute.json", "inventory.safetensors", "routes-00000-of-00001.safetensors"]
+)
+def test_links_are_not_followed_out_of_an_inventory(
+    inventory: Path, tmp_path: Path, name: str
+) -> None:
+    elsewhere = tmp_path / "elsewhere"
+    (inventory / name).rename(elsewhere)
+    (inventory / name).symlink_to(elsewhere)
+    with pytest.raises(pr.InputError, match="is a link that leads out of its folder"):
+        pr.from_pretrained(llama(), inventory)
+
+
+def test_links_within_a_folder_and_to_a_folder_are_followed(
+    inventory: Path, tmp_path: Path
+) -> None:
+    (inventory / "inventory.safetensors").rename(inventory / "real")
+    (inventory / "inventory.safetensors").symlink_to(inventory / "real")
+    (tmp_path / "link").symlink_to(inventory)
+    assert pr.from_pretrained(llama(), tmp_path / "link").tasks
+
+
+def test_links_are_not_followed_out_of_a_suite(tmp_path: Path, place: Path) -> None:
+    (tmp_path / "suite").mkdir()
+    for name in ("a.jsonl", "b.csv"):
+        (tmp_path / name).write_text("")
+        link = tmp_path / "suite" / name
+        link.symlink_to(tmp_path / name)
+        with pytest.raises(pr.InputError, match="is a link that leads out of its folder"):
+            pr.open_suite(tmp_path / "suite")
+        link.unlink()
+    (tmp_path / "whole").symlink_to(place / "suite")
+    assert pr.open_suite(tmp_path / "whole").tasks
+
+
+def test_a_write_replaces_a_link_and_not_what_it_names(tmp_path: Path) -> None:
+    (tmp_path / "mine").write_text("mine")
+    (tmp_path / "out.json").symlink_to(tmp_path / "mine")
+    write_json(tmp_path / "out.json", {})
+    assert (tmp_path / "mine").read_text() == "mine"
+    assert read_json(tmp_path / "out.json") == {}

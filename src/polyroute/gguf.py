@@ -109,7 +109,7 @@ def _make(folder: Path, file: Path, dtype: str | None) -> None:
 def _describe(file: Path, place: Path) -> None:
     """Write the config and the tokenizer of a GGUF file."""
     # With an absolute path, transformers looks for the file nowhere else.
-    source = {"gguf_file": str(file.absolute())}
+    source: dict[str, Any] = {"gguf_file": str(file.absolute()), "trust_remote_code": False}
     config = AutoConfig.from_pretrained(file.parent, **source)
     kind_class(config)  # refuses unknown kinds of models before any work
     config.save_pretrained(place)
@@ -118,13 +118,13 @@ def _describe(file: Path, place: Path) -> None:
 
 def _load(file: Path, described: Path, dtype: str) -> PreTrainedModel:
     """The model of a GGUF file with plain weights, which can be saved."""
-    config = AutoConfig.from_pretrained(described)
+    config = AutoConfig.from_pretrained(described, trust_remote_code=False)
     options: dict[str, Any] = {}
     if hasattr(transformers, "GgufConfig"):  # older versions always dequantise
         options["quantization_config"] = transformers.GgufConfig(dequantize=True)
     model, info = kind_class(config).auto_class.from_pretrained(
         file.parent, config=config, gguf_file=str(file.absolute()), dtype=getattr(torch, dtype),
-        output_loading_info=True, **options,
+        output_loading_info=True, trust_remote_code=False, **options,
     )  # fmt: skip
     missing = missing_weights(info)
     if missing:

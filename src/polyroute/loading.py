@@ -46,13 +46,16 @@ def load_base(
     dtype = settled_dtype(dtype)
     source = _located(path, dtype)
     try:
-        kind = kind_class(AutoConfig.from_pretrained(source))
+        kind = kind_class(AutoConfig.from_pretrained(source, trust_remote_code=False))
         model, info = kind.auto_class.from_pretrained(
-            source, dtype=getattr(torch, dtype), output_loading_info=True
+            source,
+            dtype=getattr(torch, dtype),
+            output_loading_info=True,
+            trust_remote_code=False,
         )
         if dtype == "bfloat16":
             use_fast_attention(model)
-        tokenizer = AutoTokenizer.from_pretrained(source)
+        tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
     except InputError:
         raise
     except Exception as error:  # a damaged file can make transformers raise anything
@@ -83,7 +86,7 @@ def check_base(path: str) -> None:
     """
     source = _located(path)
     try:
-        kind_class(AutoConfig.from_pretrained(source))
+        kind_class(AutoConfig.from_pretrained(source, trust_remote_code=False))
     except InputError:
         raise
     except Exception as error:  # as above
@@ -101,13 +104,18 @@ def load_suite(path: str, options: Mapping[str, Any] | None = None) -> Suite:
         name = str(given["tokenizer"])
         source = _located(name)
         try:
-            given["tokenizer"] = AutoTokenizer.from_pretrained(source)
+            given["tokenizer"] = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
         except Exception as error:  # as above
             raise _not_loaded(name, error) from error
     return open_suite(path, **given)
 
 
 def _not_loaded(path: str, error: Exception) -> InputError:
+    if "trust_remote_code" in str(error):
+        return InputError(
+            f"base model {path!r} comes with code of its own, which polyroute does not run: if you "
+            "trust it, load it in Python and give it to polyroute.attach"
+        )
     return InputError(
         f"base model {path!r} cannot be loaded: give a folder written by save_pretrained, or "
         f"a hub id that can be reached ({reason(error)})"

@@ -20,7 +20,7 @@ from polyroute.build import attach
 from polyroute.config import MHRConfig
 from polyroute.errors import InputError, did_you_mean
 from polyroute.host.dtypes import are_finite_fractions
-from polyroute.host.files import read_json
+from polyroute.host.files import check_link, read_json
 from polyroute.layer.sites import find_endings, named_sites
 from polyroute.model import RoutedModel
 from polyroute.routes.ragged import RaggedInventory
@@ -290,6 +290,7 @@ def read_pickle(path: Path, *, allowed: bool) -> dict[str, Any]:
             f"{path} is a pickle, which is read only if you allow it: add --allow-pickle "
             "(allow_pickle=True in Python); no code in it will be run"
         )
+    check_link(path)
     try:
         with torch.serialization.safe_globals(HARMLESS):
             value = torch.load(path, map_location="cpu", weights_only=True)

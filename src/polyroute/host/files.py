@@ -19,6 +19,7 @@ from polyroute.host.json_text import parse_json
 
 __all__ = [
     "UNFINISHED",
+    "check_link",
     "check_place",
     "finite",
     "make_folder",
@@ -52,6 +53,26 @@ def check_place(folder: str | os.PathLike[str]) -> None:
         raise InputError(f"cannot create the folder {path}: {there} is a file")
     if not os.access(there, os.W_OK):
         raise InputError(f"cannot write to the folder {there}; check its permissions")
+
+
+def check_link(path: Path) -> None:
+    """Make sure that a file is no link that leads out of its folder.
+
+    A folder from elsewhere could otherwise show the reader any file of this machine, and what is
+    read may be pushed to the hub. The cache of the hub links to files of the same repository.
+
+    Raises:
+        InputError: it is such a link.
+    """
+    if not path.is_symlink():
+        return
+    folder = path.parent.resolve()
+    repositories = [place.parent for place in folder.parents if place.name == "snapshots"]
+    if not any(path.resolve().is_relative_to(place) for place in (folder, *repositories)):
+        raise InputError(
+            f"{path} is a link that leads out of its folder: copy there what it names, if you "
+            "trust it"
+        )
 
 
 def make_folder(folder: str | os.PathLike[str]) -> Path:
@@ -168,6 +189,7 @@ def read_json(path: Path) -> Any:
     Raises:
         InputError: the file is missing, unreadable or not JSON, or has a key twice.
     """
+    check_link(path)
     try:
         text = path.read_text(encoding="utf-8")
     except FileNotFoundError as error:
@@ -203,6 +225,7 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
     """
     if not path.is_file():
         raise InputError(f"{path} does not exist")
+    check_link(path)
     try:
         return load_file(path)
     except (SafetensorError, OSError, ValueError) as error:
@@ -217,6 +240,7 @@ def read_metadata(path: Path) -> dict[str, str]:
     """
     if not path.is_file():
         raise InputError(f"{path} does not exist")
+    check_link(path)
     try:
         with safe_open(path, "pt") as file:
             return dict(file.metadata() or {})

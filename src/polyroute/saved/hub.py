@@ -14,7 +14,7 @@ from pathlib import Path, PurePath
 from typing import Any
 
 from polyroute.errors import InputError, reason
-from polyroute.host.files import read_json
+from polyroute.host.files import check_link, read_json
 
 __all__ = [
     "CARD",
@@ -210,7 +210,10 @@ def push(
         raise InputError(f"{path} holds no inventory: there is no {DESCRIPTION} in it")
     if not HUB_ID.fullmatch(repo_id):
         raise InputError(f"{repo_id!r} is no hub id: write it as user/inventory")
-    contents = {p.name: _content(p) for p in sorted(path.iterdir()) if _is_ours(p.name)}
+    ours = [each for each in sorted(path.iterdir()) if _is_ours(each.name)]
+    for each in ours:
+        check_link(each)
+    contents = {each.name: _content(each) for each in ours}
     contents[CARD] = card.encode()
     api = HfApi(token=repository.token)
     try:

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from polyroute.errors import InputError
 from polyroute.host.dtypes import are_finite_fractions
-from polyroute.host.files import write_tensors
+from polyroute.host.files import check_link, write_tensors
 from polyroute.host.json_text import parse_json
 from polyroute.saved.hub import DESCRIPTION
 
@@ -108,6 +108,7 @@ class OpenShard:
                 f"{path} does not exist, so the routing table is not whole; "
                 "take an earlier checkpoint"
             )
+        check_link(path)
         try:
             mapped: Any = safe_open(path, "pt")
             text = (mapped.metadata() or {}).get(NOTE, "{}")

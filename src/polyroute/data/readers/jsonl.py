@@ -13,6 +13,7 @@ from polyroute.data.readers.roles import check_names, read_roles
 from polyroute.data.readers.task_table import TableSuite, TaskSource, file_key
 from polyroute.data.records import cannot_read, read_records
 from polyroute.errors import InputError
+from polyroute.host.files import check_link
 
 __all__ = ["JsonlSuite"]
 
@@ -73,5 +74,7 @@ def _task_files(folder: Path) -> dict[str, Path]:
     }
     if not files:
         raise InputError(f"{folder} holds no .jsonl file; a suite has one per task")
+    for path in files.values():
+        check_link(path)
     check_names(files.items())
     return dict(sorted(files.items()))

@@ -30,6 +30,7 @@ from polyroute.data.readers.task_table import TableSuite, TaskSource, file_key
 from polyroute.data.records import cannot_read, checked
 from polyroute.data.suite import Role, TaskInfo
 from polyroute.errors import InputError
+from polyroute.host.files import check_link
 from polyroute.host.json_text import parse_json
 from polyroute.settings import check_settings, setting, whole
 
@@ -249,6 +250,7 @@ def _category(path: Path) -> str:
 
 def _read(path: Path) -> dict[str, Any]:
     """The content of a task file, after checking the parts that a record needs."""
+    check_link(path)
     try:
         text = path.read_text(encoding="utf-8-sig")
     except OSError as error:

@@ -56,7 +56,9 @@ def named_tokenizer(name: str) -> PreTrainedTokenizerBase:
         InputError: the tokenizer cannot be loaded.
     """
     try:
-        loaded: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(name)
+        loaded: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
+            name, trust_remote_code=False
+        )
     except (OSError, ValueError) as error:
         raise InputError(
             f"the tokenizer {name!r} cannot be loaded ({reason(error)}); name a base model"

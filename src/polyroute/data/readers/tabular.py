@@ -34,6 +34,7 @@ from polyroute.data.readers.task_table import TableSuite, TaskSource, written
 from polyroute.data.records import alike, cannot_read, checked, read_objects
 from polyroute.data.suite import split_of
 from polyroute.errors import InputError
+from polyroute.host.files import check_link
 from polyroute.host.output import say
 
 __all__ = ["TabularSuite", "is_table", "is_tabular"]
@@ -113,12 +114,15 @@ def _tables(folder: Path) -> list[Path]:
         entries = sorted(folder.iterdir())
     except OSError as error:
         raise cannot_read(folder, error) from error
-    return [
+    found = [
         path
         for path in entries
         if not path.name.startswith(".")
         and (is_saved(path) or (is_table(path) and (path.suffix != ".json" or _has_rows(path))))
     ]
+    for path in found:
+        check_link(path)
+    return found
 
 
 def _has_rows(path: Path) -> bool:
