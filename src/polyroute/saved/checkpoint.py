@@ -28,7 +28,9 @@ from torch import Tensor
 from polyroute.config import CUSTOM, MHRConfig
 from polyroute.errors import InputError
 from polyroute.host.files import make_folder, read_metadata, read_tensors, write_json, write_tensors
+from polyroute.host.json_text import parse_json
 from polyroute.layer.fingerprint import SAMPLED
+from polyroute.saved.digests import SHA256, described_digest, digest_of
 from polyroute.saved.hub import DESCRIPTION, MODULES, SHARDS, SKILLS
 from polyroute.saved.rows import FORMAT, SavedRoutes, read_description
 from polyroute.saved.shards import NOTE, write_rows
@@ -117,17 +119,17 @@ def write_checkpoint(folder: str | os.PathLike[str], content: Content) -> None:
     """
     path = make_folder(folder)
     identity = content.identity()
-    note = {NOTE: json.dumps({"id": identity})}
-    write_tensors(path / SKILLS, content.skills, metadata=note)
-    if content.modules:
-        write_tensors(path / MODULES, content.modules, metadata=note)
+    parts = {SKILLS: content.skills, **({MODULES: content.modules} if content.modules else {})}
+    for name, tensors in parts.items():
+        note = json.dumps({"id": identity, SHA256: digest_of(tensors)})
+        write_tensors(path / name, tensors, metadata={NOTE: note})
     shards: list[Path] = []
     table: dict[str, Any] = {"rows": None, "tasks": list(content.tasks)}
     if content.rows is not None and content.shape is not None:
         shards = write_rows(path, content.tasks, content.rows, identity)
         table = {"rows": {"shards": len(shards), "shape": list(content.shape)}}
     described = {"format": FORMAT, "id": identity, **content.description, **table}
-    write_json(path / DESCRIPTION, described)
+    write_json(path / DESCRIPTION, {**described, SHA256: described_digest(described)})
     for former in set(path.glob(SHARDS)) - set(shards):
         former.unlink(missing_ok=True)
     if not content.modules:
@@ -153,14 +155,31 @@ def read_checkpoint(folder: str | os.PathLike[str]) -> Checkpoint:
     except InputError as error:
         raise InputError(f"{path / DESCRIPTION} is damaged: {error}") from error
     files = [SKILLS, MODULES] if description.get("modules") else [SKILLS]
-    for name in files:
-        if read_metadata(path / name).get(NOTE) != json.dumps({"id": description["id"]}):
-            raise InputError(
-                f"{path / name} and {DESCRIPTION} are of two saves, so one was interrupted; save "
-                "the inventory again, or take an earlier checkpoint"
-            )
-    skills, *modules = (read_tensors(path / name) for name in files)
+    skills, *modules = (_tensors(path / name, description) for name in files)
     return Checkpoint(description, skills, saved_routes, *modules)
+
+
+def _tensors(path: Path, description: Mapping[str, Any]) -> dict[str, Tensor]:
+    """The tensors of one file.
+
+    Raises:
+        InputError: the file is damaged, or belongs to another save.
+    """
+    text = read_metadata(path).get(NOTE, "{}")
+    note = parse_json(text, f"the note in {path}", "take an earlier checkpoint")
+    if not isinstance(note, dict) or note.get("id") != description["id"]:
+        raise InputError(
+            f"{path} and {DESCRIPTION} are of two saves, so one was interrupted; save the "
+            "inventory again, or take an earlier checkpoint"
+        )
+    tensors = read_tensors(path)
+    # Older versions wrote no digests.
+    expected = digest_of(tensors) if SHA256 in description else None
+    if note.get(SHA256) != expected:
+        raise InputError(
+            f"{path} is damaged: it does not hold what was saved; take an earlier checkpoint"
+        )
+    return tensors
 
 
 def saved_config(description: Mapping[str, Any]) -> MHRConfig:

@@ -13,6 +13,7 @@ from polyroute.errors import InputError, did_you_mean
 from polyroute.host.dtypes import are_finite_fractions
 from polyroute.host.files import read_json
 from polyroute.routes.table import MU
+from polyroute.saved.digests import SHA256, described_digest
 from polyroute.saved.hub import DESCRIPTION, SHARDS, Snapshot, locate
 from polyroute.saved.shards import OpenShard, shard_of, shard_paths
 
@@ -44,6 +45,11 @@ def read_description(folder: str | os.PathLike[str]) -> dict[str, Any]:
         raise InputError(
             f"{path / DESCRIPTION} is not in inventory format {FORMAT}; "
             "it may come from another version of polyroute"
+        )
+    if SHA256 in description and description[SHA256] != described_digest(description):
+        raise InputError(
+            f"{path / DESCRIPTION} is damaged: it does not say what was saved; take an earlier "
+            "checkpoint"
         )
     return dict(description)
 
@@ -98,7 +104,7 @@ class SavedRoutes:
                 "there; save the inventory again"
             )
         self.shape: tuple[int, int, int] = tuple(table["shape"])
-        self._identity = identity
+        self._identity, self._has_digest = identity, SHA256 in description
         self._paths = shard_paths(self.folder, table["shards"])
 
     @property
@@ -236,7 +242,7 @@ class SavedRoutes:
     def _open(self, path: Path) -> OpenShard:
         if self._snapshot is not None and not path.is_file():
             self._snapshot.fetch(path.name)
-        return OpenShard(path, self._identity, self.width)
+        return OpenShard(path, self._identity, self.width, has_digest=self._has_digest)
 
     def _opened(self, name: str) -> OpenShard:
         return self._open(self._paths[shard_of(name, len(self._paths))])

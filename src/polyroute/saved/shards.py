@@ -1,7 +1,7 @@
 """The files of a routing table: safetensors shards that are read row by row and replaced whole.
 
     routes-00000-of-00004.safetensors ...
-        rows [R, N * H * K], order [R] int64, and as metadata, in JSON: id, names
+        rows [R, N * H * K], order [R] int64, and as metadata, in JSON: id, names, sha256
 
 A hash of a task's name selects its shard, so finding a task takes the header of one file, and
 reading it maps one row. `order` sorts the tasks: it holds the row number for tasks that were there
@@ -25,6 +25,7 @@ from polyroute.errors import InputError
 from polyroute.host.dtypes import are_finite_fractions
 from polyroute.host.files import check_link, write_tensors
 from polyroute.host.json_text import parse_json
+from polyroute.saved.digests import SHA256, digest_of
 from polyroute.saved.hub import DESCRIPTION
 
 __all__ = ["NOTE", "OpenShard", "Shard", "shard_of", "shard_paths", "write_rows"]
@@ -85,8 +86,10 @@ class Shard:
 
     def write(self, path: Path) -> None:
         """Write the file, whole or not at all."""
-        note = json.dumps({"id": self.identity, "names": self.names})
-        write_tensors(path, {"rows": self.rows, "order": self.order}, metadata={NOTE: note})
+        tensors = {"rows": self.rows, "order": self.order}
+        note = {"id": self.identity, "names": self.names}
+        note |= {SHA256: digest_of(tensors, self.identity, self.names)}
+        write_tensors(path, tensors, metadata={NOTE: json.dumps(note)})
 
 
 class OpenShard:
@@ -96,12 +99,13 @@ class OpenShard:
         path: the file.
         identity: the id of the save that it must belong to.
         width: the numbers in a row, N * H * K.
+        has_digest: whether it must have a digest, which older versions did not write.
 
     Raises:
         InputError: the file is missing or damaged, or belongs to another save.
     """
 
-    def __init__(self, path: Path, identity: str, width: int) -> None:
+    def __init__(self, path: Path, identity: str, width: int, *, has_digest: bool) -> None:
         self.path = path
         if not path.is_file():
             raise InputError(
@@ -128,6 +132,9 @@ class OpenShard:
         self._file = mapped
         self.names: list[str] = names
         self._identity = identity
+        self._digest = note.get(SHA256)
+        if has_digest and self._digest is None:
+            raise InputError(f"{path} is damaged: it has no digest; take an earlier checkpoint")
         if note.get("id") != identity:
             raise InputError(
                 f"{path} and {DESCRIPTION} are of two saves, so one was interrupted; save the "
@@ -154,13 +161,26 @@ class OpenShard:
         if 2 * len(positions) < len(self.names):
             rows = self._file.get_slice("rows")
             return self._checked(torch.cat([rows[i : i + 1] for i in positions]))
-        return self._checked(self._file.get_tensor("rows")[positions])
+        return self._checked(self._whole()[positions])
 
     def load(self) -> Shard:
         """Read the whole shard, to be changed and written back."""
-        return Shard(
-            list(self.names), self.order, self._file.get_tensor("rows").clone(), self._identity
-        )
+        return Shard(list(self.names), self.order, self._whole().clone(), self._identity)
+
+    def _whole(self) -> Tensor:
+        """All rows, `[R, N * H * K]`, after comparing the file with its digest.
+
+        Single rows are read without, because that would take the whole file.
+        """
+        rows: Tensor = self._file.get_tensor("rows")
+        tensors = {"rows": rows, "order": self.order}
+        # Older versions wrote no digest.
+        if self._digest not in (None, digest_of(tensors, self._identity, self.names)):
+            raise InputError(
+                f"{self.path} is damaged: it does not hold what was saved; take an earlier "
+                "checkpoint"
+            )
+        return rows
 
     def _checked(self, rows: Tensor) -> Tensor:
         if not are_finite_fractions(rows):

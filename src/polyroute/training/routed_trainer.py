@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor, nn
 from transformers import Trainer, TrainingArguments
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
-from transformers.trainer_utils import HubStrategy
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, HubStrategy
 from transformers.utils.generic import find_labels
 
 from polyroute.errors import InputError
@@ -17,6 +17,7 @@ from polyroute.host.files import write_text
 from polyroute.host.trainers import accepted
 from polyroute.model import RoutedModel
 from polyroute.saved.card import write_card
+from polyroute.saved.digests import write_manifest
 from polyroute.saved.hub import CARD
 from polyroute.training.arguments import check_arguments
 from polyroute.training.callbacks import Anneal
@@ -108,13 +109,17 @@ class RoutedTrainer(Trainer):
         with self._as_unsharded():
             super().save_model(output_dir, _internal_call)
 
-    def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         # A checkpoint with a number that is not finite could rotate out the last good one.
         self.watch.check()
         state = {} if self.optimizer is None else self.optimizer.state_dict()["state"]
         kept = [t for entry in state.values() for t in entry.values() if isinstance(t, Tensor)]
         check_finite([*self.model.learned(), *kept], self.state.global_step)
-        super()._save_checkpoint(*args, **kwargs)
+        super()._save_checkpoint(model, trial)
+        self.accelerator.wait_for_everyone()  # each process writes the state of its random numbers
+        if self.is_world_process_zero():
+            name = f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
+            write_manifest(Path(self._get_output_dir(trial)) / name)
 
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
         self.model.save_pretrained(

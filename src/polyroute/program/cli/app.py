@@ -12,6 +12,7 @@ from polyroute.host import output
 from polyroute.host.interrupts import terminable
 from polyroute.host.printable import printable
 from polyroute.program.cli.adapt import adapt
+from polyroute.program.cli.check import check
 from polyroute.program.cli.command import EXIT_CODES, Command, Stopped, output_flags
 from polyroute.program.cli.compare import compare
 from polyroute.program.cli.demo import demo
@@ -33,7 +34,7 @@ from polyroute.program.cli.train import train
 __all__ = ["COMMANDS", "app", "main"]
 
 COMMANDS: tuple[Command[Any], ...] = (
-    demo, demo_lm, train, adapt, evaluate, reproduce, export, push, import_, inspect, report,
+    demo, demo_lm, train, adapt, evaluate, reproduce, export, push, import_, inspect, check, report,
     library, merge, recompress, rank, compare, freeze,
 )  # fmt: skip
 """In the order of the help."""

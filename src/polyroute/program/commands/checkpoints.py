@@ -7,6 +7,7 @@ from polyroute.errors import InputError
 from polyroute.host.files import read_json
 from polyroute.host.output import say
 from polyroute.saved.checkpoint import read_checkpoint
+from polyroute.saved.digests import check_manifest
 
 __all__ = ["TRAINER_STATE", "last_checkpoint"]
 
@@ -48,6 +49,7 @@ def _damage(checkpoint: Path) -> str | None:
             return f"{path} is damaged"
     path = checkpoint / TRAINER_STATE
     try:
+        check_manifest(checkpoint)
         state = read_json(path)
         _ = read_checkpoint(checkpoint).tasks  # which reads every file of the routing table
     except InputError as error:

@@ -21,6 +21,7 @@ from polyroute.program.options.shared import (
 from polyroute.settings import flag, named, setting, text, whole
 
 __all__ = [
+    "CheckOptions",
     "EvaluateOptions",
     "ExportOptions",
     "ImportOptions",
@@ -134,6 +135,13 @@ class ImportOptions(Options):
     reading: Reading = group(Reading)
     overwrite: bool = setting(False, flag(), recorded=False, help="Replace the run in --out.")
     config: Path | None = setting(None, **CONFIG)
+
+
+@dataclass(frozen=True, kw_only=True)
+class CheckOptions(Options):
+    """Options of `polyroute check`."""
+
+    run: Path = setting(REQUIRED, argument=True, help="Folder of a run, an inventory or adapters.")
 
 
 @dataclass(frozen=True, kw_only=True)

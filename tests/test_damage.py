@@ -1,0 +1,152 @@
+"""Damaged files: one changed byte anywhere in what was saved is noticed, and named."""
+
+import json
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+import hypothesis.strategies as st
+import pytest
+import torch
+from commands_run import Capture, document, refused
+from conftest import train_arguments
+from hypothesis import HealthCheck, given, settings
+from models import llama, routed
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+
+import polyroute as pr
+from polyroute.program.cli.app import main
+from polyroute.saved.digests import MANIFEST
+from polyroute.saved.shards import NOTE
+
+FILES = ("polyroute.json", "inventory.safetensors", "routes-00000-of-00001.safetensors")
+
+
+@pytest.fixture(scope="module")
+def inventory(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("saved")
+    routed(llama()).save_pretrained(folder)
+    SAVED[folder / "polyroute.json"] = json.loads((folder / "polyroute.json").read_text())
+    return folder
+
+
+class Flipped:
+    """Within the block, one byte of a file has one bit flipped."""
+
+    def __init__(self, path: Path, place: int, bit: int = 0) -> None:
+        self.path, self.before = path, path.read_bytes()
+        place %= len(self.before)
+        changed = bytearray(self.before)
+        changed[place] ^= 1 << bit
+        self.after = bytes(changed)
+
+    def __enter__(self) -> None:
+        self.path.write_bytes(self.after)
+
+    def __exit__(self, *_: object) -> None:
+        self.path.write_bytes(self.before)
+
+
+def says_the_same(text: bytes, path: Path) -> bool:
+    """One character for white space may stand for another."""
+    try:
+        content = json.loads(text)
+    except ValueError:
+        return False
+    return bool(content == SAVED[path])
+
+
+SAVED: dict[Path, object] = {}
+"""What each description said before a bit of it was flipped."""
+
+
+@given(
+    name=st.sampled_from(FILES),
+    place=st.one_of(st.integers(0, 4000), st.integers(0, 10**7)),  # headers more often
+    bit=st.integers(0, 7),
+)
+@settings(max_examples=150, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_one_flipped_bit_is_noticed(inventory: Path, name: str, place: int, bit: int) -> None:
+    with Flipped(inventory / name, place, bit):
+        flipped = Path(inventory / name).read_bytes()
+        if name.endswith(".json") and says_the_same(flipped, inventory / name):
+            return
+        with pytest.raises(pr.InputError, match=re.escape(str(inventory))):
+            pr.from_pretrained(llama(), inventory)
+
+
+def test_single_rows_are_read_and_whole_shards_are_compared(inventory: Path) -> None:
+    path = inventory / FILES[2]
+    routes = pr.SavedRoutes(inventory)
+    name = next(iter(routes.names()))
+    rows = load_file(path)["rows"]
+    with Flipped(path, path.stat().st_size - 1), pytest.raises(pr.InputError, match="is damaged"):
+        pr.SavedRoutes(inventory).check(routes.names())
+    before = routes.read(name)
+    routes.write(name, before + 1)
+    assert torch.allclose(pr.SavedRoutes(inventory).read(name), before + 1)
+    pr.SavedRoutes(inventory).check(routes.names())
+    routes.write(name, before)
+    assert torch.equal(load_file(path)["rows"], rows)
+
+
+def test_files_of_older_versions_have_no_digest_and_load(inventory: Path, tmp_path: Path) -> None:
+    for name in FILES:
+        path = inventory / name
+        if name.endswith(".json"):
+            content = json.loads(path.read_text())
+            del content["sha256"]
+            (tmp_path / name).write_text(json.dumps(content))
+            continue
+        with safe_open(path, "pt") as file:
+            note = json.loads(file.metadata()[NOTE])
+        del note["sha256"]
+        save_file(load_file(path), tmp_path / name, {NOTE: json.dumps(note)})
+    assert pr.from_pretrained(llama(), tmp_path).tasks
+
+
+@pytest.fixture(scope="module")
+def stopped(place: Path) -> Path:
+    """A run with checkpoints."""
+    out = place / "with-checkpoints"
+    main([*train_arguments(place, out.name), "--save-steps", "4"])
+    return out
+
+
+def last_two(run: Path) -> tuple[Path, Path]:
+    found = sorted(run.glob("checkpoint-*"), key=lambda path: int(path.name.rpartition("-")[2]))
+    return found[-2], found[-1]
+
+
+def files_of(checkpoint: Path) -> Iterator[Path]:
+    yield from (path for path in sorted(checkpoint.iterdir()) if path.name != "README.md")
+
+
+def test_every_file_of_a_checkpoint_is_checked(stopped: Path, capsys: Capture) -> None:
+    _, last = last_two(stopped)
+    assert (last / MANIFEST).is_file()
+    found = document(["check", str(stopped)], capsys)["checked"]
+    assert last.name in found
+    for path in files_of(last):
+        for place in (0, path.stat().st_size // 2, path.stat().st_size - 2):
+            with Flipped(path, place):
+                sentence = refused(["check", str(stopped)], capsys)
+            assert path.name in sentence or last.name in sentence, path
+
+
+def test_damage_in_the_last_checkpoint_goes_back_to_the_one_before(
+    stopped: Path, place: Path, capsys: Capture
+) -> None:
+    before, last = last_two(stopped)
+    (stopped / "metrics.json").unlink()
+    with Flipped(last / "optimizer.pt", 5000):
+        main([*train_arguments(place, stopped.name), "--save-steps", "4", "--resume"])
+    said = capsys.readouterr().out
+    assert f"resuming from {before.name}" in said
+    assert "optimizer.pt is damaged" in said
+
+
+def test_what_cannot_be_checked_is_said(tmp_path: Path, capsys: Capture) -> None:
+    assert "is not a folder" in refused(["check", str(tmp_path / "none")], capsys)
+    assert "holds no run, no inventory and no adapter" in refused(["check", str(tmp_path)], capsys)
