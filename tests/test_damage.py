@@ -1,8 +1,11 @@
 """Damaged files: one changed byte anywhere in what was saved is noticed, and named."""
 
 import json
+import os
 import re
+import shutil
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import hypothesis.strategies as st
@@ -14,6 +17,7 @@ from hypothesis import HealthCheck, given, settings
 from models import llama, routed
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
+from test_interruptions import at_step
 
 import polyroute as pr
 from polyroute.program.cli.app import main
@@ -150,3 +154,44 @@ def test_damage_in_the_last_checkpoint_goes_back_to_the_one_before(
 def test_what_cannot_be_checked_is_said(tmp_path: Path, capsys: Capture) -> None:
     assert "is not a folder" in refused(["check", str(tmp_path / "none")], capsys)
     assert "holds no run, no inventory and no adapter" in refused(["check", str(tmp_path)], capsys)
+
+
+def test_writers_of_one_table_lose_nothing(tmp_path: Path) -> None:
+    routed(llama()).save_pretrained(tmp_path)
+    shape = pr.SavedRoutes(tmp_path).shape
+    before = len(pr.SavedRoutes(tmp_path))
+    children = []
+    for writer in range(4):
+        child = os.fork()
+        if child == 0:
+            try:
+                routes = pr.SavedRoutes(tmp_path)
+                for task in range(6):
+                    routes.add(f"{writer} {task}", torch.full(shape, float(writer)))
+                os._exit(0)
+            finally:
+                os._exit(1)
+        children.append(child)
+    assert [os.waitpid(child, 0)[1] for child in children] == [0] * 4
+    routes = pr.SavedRoutes(tmp_path)
+    assert len(routes) == before + 24
+    assert float(routes.read("3 5").mean()) == 3
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(lambda i: pr.SavedRoutes(tmp_path).delete(f"{i % 4} {i // 4}"), range(24)))
+    assert len(pr.SavedRoutes(tmp_path)) == before
+
+
+@pytest.mark.parametrize("is_back", [False, True])
+def test_a_folder_that_disappears_is_no_success(
+    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Capture, is_back: bool
+) -> None:
+    out = tmp_path / "gone"
+
+    def remove() -> None:
+        shutil.rmtree(out)
+        if is_back:
+            out.mkdir()
+
+    at_step(3, remove, monkeypatch)
+    sentence = refused([*train_arguments(place, "x"), "--out", str(out), "--quiet"], capsys)
+    assert "was removed or replaced while the run worked in it" in sentence

@@ -3,6 +3,7 @@
 import os
 import time
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from torch import Tensor
 from polyroute.errors import InputError, did_you_mean
 from polyroute.host.dtypes import are_finite_fractions
 from polyroute.host.files import read_json
+from polyroute.host.locks import locked
 from polyroute.routes.table import MU
 from polyroute.saved.digests import SHA256, described_digest
 from polyroute.saved.hub import DESCRIPTION, SHARDS, Snapshot, locate
@@ -58,9 +60,9 @@ class SavedRoutes:
     """The routing rows of a saved inventory, one at a time and without its base model.
 
     Reading a row maps it from disk. `write`, `add` and `delete` replace one shard of about 32 MB,
-    whole or not at all. There is no lock, so only one thread of one process may change a table at
-    a time. The number of shards is fixed when the inventory is saved: after many additions, load
-    the inventory and save it again.
+    whole or not at all. Writers wait for each other, threads and processes alike, on file systems
+    that have locks. The number of shards is fixed when the inventory is saved: after many
+    additions, load the inventory and save it again.
 
     Args:
         folder: a folder that `RoutedModel.save_pretrained` wrote. If there is no such folder, an id
@@ -142,12 +144,11 @@ class SavedRoutes:
             InputError: there is no such task, the shape is wrong, a value is not finite, the shard
                 is damaged, or the table is on the hub.
         """
-        self._check_writable()
-        opened = self._opened(name)
-        place = self._position(opened, name)
-        shard = opened.load()
-        shard.rows[place] = self._flat(values, shard.rows.dtype)
-        shard.write(opened.path)
+        with self._changing(name) as opened:
+            place = self._position(opened, name)
+            shard = opened.load()
+            shard.rows[place] = self._flat(values, shard.rows.dtype)
+            shard.write(opened.path)
 
     def add(self, name: str, values: Tensor) -> None:
         """Append a task with its logits, given as `[N, H, K]` or flat.
@@ -157,16 +158,17 @@ class SavedRoutes:
         """
         if not isinstance(name, str) or not name or name == MU:
             raise InputError(f"a task name must be a non-empty string other than {MU!r}: {name!r}")
-        self._check_writable()
-        opened = self._opened(name)
-        if name in opened.names:
-            raise InputError(f"task {name!r} exists in {self.folder}; overwrite it with write()")
-        shard = opened.load()
-        row = self._flat(values, shard.rows.dtype)
-        shard.names.append(name)
-        shard.order = torch.cat([shard.order, torch.tensor([time.time_ns()])])
-        shard.rows = torch.cat([shard.rows, row[None]])
-        shard.write(opened.path)
+        with self._changing(name) as opened:
+            if name in opened.names:
+                raise InputError(
+                    f"task {name!r} exists in {self.folder}; overwrite it with write()"
+                )
+            shard = opened.load()
+            row = self._flat(values, shard.rows.dtype)
+            shard.names.append(name)
+            shard.order = torch.cat([shard.order, torch.tensor([time.time_ns()])])
+            shard.rows = torch.cat([shard.rows, row[None]])
+            shard.write(opened.path)
 
     def delete(self, name: str) -> None:
         """Remove a task.
@@ -174,14 +176,13 @@ class SavedRoutes:
         Raises:
             InputError: there is no such task, its shard is damaged, or the table is on the hub.
         """
-        self._check_writable()
-        opened = self._opened(name)
-        place = self._position(opened, name)
-        shard = opened.load()
-        kept = [i for i in range(len(shard.names)) if i != place]
-        shard.names.pop(place)
-        shard.order, shard.rows = shard.order[kept], shard.rows[kept]
-        shard.write(opened.path)
+        with self._changing(name) as opened:
+            place = self._position(opened, name)
+            shard = opened.load()
+            kept = [i for i in range(len(shard.names)) if i != place]
+            shard.names.pop(place)
+            shard.order, shard.rows = shard.order[kept], shard.rows[kept]
+            shard.write(opened.path)
 
     def copy_into(self, table: Tensor, names: Sequence[str]) -> None:
         """Read the rows of some tasks, from the shards that hold them.
@@ -231,6 +232,14 @@ class SavedRoutes:
         if self._snapshot is not None:
             self._snapshot.fetch(SHARDS)  # faster at once than one by one
         return map(self._open, self._paths)
+
+    @contextmanager
+    def _changing(self, name: str) -> Iterator[OpenShard]:
+        """The shard of a task, which no other writer changes within the block."""
+        self._check_writable()
+        # Whoever saves a whole inventory replaces the description, and with it this lock.
+        with locked(self.folder / DESCRIPTION, wait=True):
+            yield self._opened(name)
 
     def _check_writable(self) -> None:
         if self._snapshot is not None:

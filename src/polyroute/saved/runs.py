@@ -10,10 +10,10 @@ import shutil
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 
@@ -26,15 +26,11 @@ from polyroute.host.files import (
     remove_unfinished,
     write_new_json,
 )
+from polyroute.host.locks import locked
 from polyroute.host.processes import is_first
 from polyroute.saved.base_names import is_packaged
 from polyroute.saved.hub import DESCRIPTION as INVENTORY
 from polyroute.saved.hub import MODULES, SHARDS, SKILLS
-
-try:
-    import fcntl
-except ImportError:  # Windows
-    fcntl = None  # type: ignore[assignment]
 
 __all__ = [
     "BEFORE",
@@ -241,19 +237,30 @@ def held(folder: Path) -> Iterator[None]:
     if not is_first():
         yield
         return
-    with (folder / DESCRIPTION).open("r+b") as file:
-        if fcntl is not None:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError as error:
-                raise InputError(
-                    f"another process works in {folder}; wait for it, or name another --out folder"
-                ) from error
-            except OSError:  # a file system without locks
-                pass
-            else:
-                remove_unfinished(folder)
+    path = folder / DESCRIPTION
+    with ExitStack() as stack:
+        try:
+            file, is_locked = stack.enter_context(locked(path, wait=False))
+        except BlockingIOError as error:
+            raise InputError(
+                f"another process works in {folder}; wait for it, or name another --out folder"
+            ) from error
+        if is_locked:
+            remove_unfinished(folder)
         yield
+        if not _is_still_there(path, file):
+            raise InputError(
+                f"the folder {folder} was removed or replaced while the run worked in it, so what "
+                "is there now is not whole: start again"
+            )
+
+
+def _is_still_there(path: Path, file: BinaryIO) -> bool:
+    """Whether an open file still has its name."""
+    try:
+        return os.path.samestat(path.stat(), os.fstat(file.fileno()))
+    except FileNotFoundError:
+        return False
 
 
 def read_run(folder: str | os.PathLike[str]) -> dict[str, Any]:
