@@ -1,9 +1,11 @@
 """Files that were crafted or damaged: each ends in a sentence, and none takes the machine."""
 
 import contextlib
+import importlib
 import json
 import os
 import shutil
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -282,3 +284,10 @@ def test_a_write_replaces_a_link_and_not_what_it_names(tmp_path: Path) -> None:
     write_json(tmp_path / "out.json", {})
     assert (tmp_path / "mine").read_text() == "mine"
     assert read_json(tmp_path / "out.json") == {}
+
+
+def test_a_missing_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delitem(sys.modules, "polyroute.peft", raising=False)
+    monkeypatch.setitem(sys.modules, "peft.config", None)
+    with pytest.raises(ImportError, match=r"pip install polyroute\[peft\]"):
+        importlib.import_module("polyroute.peft")

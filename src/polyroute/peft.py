@@ -13,10 +13,14 @@ from functools import partial
 from typing import Any
 
 import torch
-from peft.config import PeftConfig
-from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
-from peft.utils import PeftType, register_peft_method
 from torch import nn
+
+try:
+    from peft.config import PeftConfig
+    from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
+    from peft.utils import PeftType, register_peft_method
+except ImportError as error:
+    raise ImportError("polyroute.peft needs PEFT: pip install polyroute[peft]") from error
 
 from polyroute import config
 from polyroute.config import LAYER_SETTINGS
