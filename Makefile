@@ -10,7 +10,7 @@ LOWEST_INSTALLED := $(LOWEST)/.installed
 LOWEST_TESTS := $(patsubst %,tests/test_%.py,model routing end_to_end runs adapt evaluate gguf chat \
 	shapes tabular peft_export suites cli_manners trainer mu_steps)
 
-.PHONY: demo demo-lm test test-lowest lint docs bench bench-paper study-lm clean
+.PHONY: demo demo-lm test test-lowest lint docs bench bench-paper study-lm fuzz clean
 
 demo: $(INSTALLED)
 	$(BIN)/polyroute demo --out demo-out --overwrite
@@ -53,6 +53,12 @@ study-lm: $(INSTALLED)
 	$(BIN)/python benchmarks/paper.py lm --threads 2 --data $(DATA) --stages train own develop \
 		$(if $(ONLY),--only $(ONLY))
 	$(BIN)/python benchmarks/paper_page.py
+
+# Bytes that coverage guides, for what reads files of others; SECONDS for each parser.
+SECONDS ?= 600
+fuzz: $(INSTALLED)
+	$(BIN)/pip install --quiet -c constraints.txt atheris
+	$(BIN)/python scripts/fuzz.py --seconds $(SECONDS)
 
 # torch comes first and alone: the pinned version has a CPU build, and whatever depends on a range of
 # torch then keeps it.

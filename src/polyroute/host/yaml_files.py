@@ -66,8 +66,9 @@ def parse_yaml(text: str, what: str, loader: type[PlainLoader] = PlainLoader) ->
         InputError: the text is not YAML, has a key twice, a date or number that does not exist, or
             too many values.
     """
-    reader = loader(text)
+    reader: PlainLoader | None = None
     try:
+        reader = loader(text)  # which refuses characters that YAML does not have
         node = reader.get_single_node()
         if node is None:
             return None
@@ -87,7 +88,8 @@ def parse_yaml(text: str, what: str, loader: type[PlainLoader] = PlainLoader) ->
             f"{what} has a date or a number that cannot be read ({error}); write it in quotes"
         ) from error
     finally:
-        reader.dispose()
+        if reader is not None:
+            reader.dispose()
 
 
 def _size(node: yaml.Node, known: dict[int, int]) -> int:
