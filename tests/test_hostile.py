@@ -18,12 +18,14 @@ from models import llama, routed
 from safetensors.torch import load_file, save_file
 
 import polyroute as pr
+from polyroute.data.readers.roles import check_names
 from polyroute.host.files import UNFINISHED, read_json, write_json
 from polyroute.host.json_text import parse_json
 from polyroute.host.patterns import matches
 from polyroute.host.printable import printable, spreadsheet_cell
 from polyroute.host.yaml_files import parse_yaml
 from polyroute.program.cli.app import main
+from polyroute.program.texts import names
 
 SHARED = Path(os.environ.get("POLYROUTE_SHARED", Path(__file__).parents[2] / "shared"))
 HOSTILE = SHARED / "cases" / "hostile"
@@ -226,6 +228,27 @@ def cases() -> list[tuple[Path, list[str]]]:
         for pattern, command in commands.items()
         for path in sorted(HOSTILE.glob(pattern))
     ]
+
+
+def test_names_that_look_alike_are_refused(tmp_path: Path) -> None:
+    check_names([("Café", tmp_path)])
+    with pytest.raises(pr.InputError, match="how their characters are composed"):
+        check_names([("Caf\u00e9", tmp_path), ("Cafe\u0301", tmp_path)])
+
+
+@pytest.mark.parametrize("name", ["con", "a/NUL.txt", "a:b", "end.", "lpt1"])
+def test_names_that_windows_does_not_have(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    check_names([(name, tmp_path)])
+    monkeypatch.setattr("polyroute.data.readers.roles.os.name", "nt")
+    with pytest.raises(pr.InputError, match="cannot name a folder on Windows"):
+        check_names([(name, tmp_path)])
+
+
+def test_a_comma_in_a_name_is_escaped() -> None:
+    assert names(r"a\,b, c ,", "--tasks") == ["a,b", "c"]
+    assert names(None, "--tasks") is None
 
 
 @pytest.mark.skipif(not HOSTILE.is_dir(), reason="the shared cases are missing")

@@ -1,5 +1,6 @@
 """Values as they are typed on the command line: lists, seeds, grids, and options of readers."""
 
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -14,14 +15,15 @@ SEEDS = 2**32
 
 
 def names(text: str | None, option: str) -> list[str] | None:
-    """`a, b` as a list of names; None stays None.
+    """`a, b` as a list of names; None stays None. A comma in a name has a backslash before it.
 
     Raises:
         InputError: there is no name in it.
     """
     if text is None:
         return None
-    found = [name.strip() for name in text.split(",") if name.strip()]
+    parts = [part.replace(r"\,", ",").strip() for part in re.split(r"(?<!\\),", text)]
+    found = [name for name in parts if name]
     if not found:
         raise InputError(f"{option} names nothing; give names separated by commas")
     return found

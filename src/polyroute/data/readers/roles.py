@@ -1,6 +1,8 @@
 """`roles.json`, which describes tasks of a folder: `{"category", "choices", "metric", "role"}`."""
 
 import json
+import os
+import unicodedata
 from collections.abc import Collection, Iterable
 from pathlib import Path
 from typing import Any
@@ -11,6 +13,9 @@ from polyroute.errors import InputError, did_you_mean
 from polyroute.host.json_text import json_type, parse_json
 
 __all__ = ["check_entry", "check_names", "read_roles"]
+
+DEVICES = {"con", "prn", "aux", "nul", *(f"{n}{i}" for n in ("com", "lpt") for i in range(1, 10))}
+"""What Windows takes for a device, with any ending."""
 
 
 def check_names(places: Iterable[tuple[str, Path]]) -> None:
@@ -33,7 +38,8 @@ def check_names(places: Iterable[tuple[str, Path]]) -> None:
                 f"{path} defines a task called {task!r}, which cannot name a folder of results; "
                 "rename it"
             )
-        key = task.strip().casefold()
+        _check_windows(task, path)
+        key = unicodedata.normalize("NFC", task.strip().casefold())
         if key == RESERVED_TASK:
             raise InputError(
                 f"{path} defines a task called {task!r}, the name kept for the average of the "
@@ -41,13 +47,32 @@ def check_names(places: Iterable[tuple[str, Path]]) -> None:
             )
         if key in seen:
             other, place = seen[key]
-            case = other.strip() != task.strip()
             raise InputError(
                 f"the tasks {other!r} of {place} and {task!r} of {path.name} differ only in "
-                f"{'upper and lower case' if case else 'white space around them'}; rename one of "
-                "them"
+                f"{_difference(other, task)}; rename one of them"
             )
         seen[key] = task, path
+
+
+def _difference(one: str, other: str) -> str:
+    """How two names differ that could be confused."""
+    if one.strip() == other.strip():
+        return "white space around them"
+    if unicodedata.normalize("NFC", one.strip()) == unicodedata.normalize("NFC", other.strip()):
+        return "how their characters are composed (NFC and NFD of Unicode)"
+    return "upper and lower case"
+
+
+def _check_windows(task: str, path: Path) -> None:
+    """Refuse, on Windows, what cannot name a folder there."""
+    parts = task.split("/")
+    is_device = any(part.split(".")[0].strip().casefold() in DEVICES for part in parts)
+    is_odd = any(part[-1:] in (".", " ") or set(part) & set('<>:"|?*\\') for part in parts)
+    if os.name == "nt" and (is_device or is_odd):
+        raise InputError(
+            f"{path} defines a task called {task!r}, which cannot name a folder on Windows; rename "
+            "it"
+        )
 
 
 def read_roles(path: Path, tasks: Collection[str]) -> dict[str, TaskInfo]:
