@@ -251,6 +251,19 @@ def test_a_comma_in_a_name_is_escaped() -> None:
     assert names(None, "--tasks") is None
 
 
+def test_too_little_memory_says_what_to_lower(
+    tmp_path: Path, place: Path, monkeypatch: pytest.MonkeyPatch, capsys: Capture
+) -> None:
+    def allocate(*_: object, **__: object) -> None:
+        torch.empty(2**50)
+
+    monkeypatch.setattr("polyroute.program.commands.train.make_trainer", allocate)
+    given = ["train", "--model", str(place / "base"), "--data", str(place / "suite"), "--out",
+             str(tmp_path / "out"), "--quiet"]  # fmt: skip
+    assert "not enough memory" in (sentence := refused(given, capsys))
+    assert "lower --batch-size or --max-input" in sentence
+
+
 @pytest.mark.skipif(not HOSTILE.is_dir(), reason="the shared cases are missing")
 @pytest.mark.parametrize(
     ("case", "command"), cases(), ids=[str(c.relative_to(HOSTILE)) for c, _ in cases()]

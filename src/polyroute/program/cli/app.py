@@ -88,11 +88,25 @@ def _end(error: Exception) -> tuple[int, str]:
         return REFUSED, f"error: {name}{error.strerror or error}"
     if isinstance(error, Stopped):
         return error.code, str(error)
+    if _is_out_of_memory(error):
+        return REFUSED, (
+            f"error: there is not enough memory ({_line(str(error))[:200]}): lower --batch-size or "
+            "--max-input, or with adapt --memory"
+        )
     if output.mode.verbose:
         traceback.print_exception(error)
     reason = _line(str(error))
     what = type(error).__name__ + (f" ({reason})" if reason else "")
     return FAILED, f"failed: {what}; --verbose shows where"
+
+
+def _is_out_of_memory(error: Exception) -> bool:
+    """Whether the machine or a device had too little memory."""
+    # By name, so that an error before torch was imported does not import it.
+    names = {kind.__name__ for kind in type(error).__mro__}
+    return bool(names & {"MemoryError", "OutOfMemoryError"}) or (
+        isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
+    )
 
 
 def _line(text: str) -> str:
