@@ -355,6 +355,19 @@ def test_a_slot_that_diverges_leaves_the_others_alone() -> None:
 
 
 @pytest.mark.parametrize("make", [bert, t5, llama])
+@pytest.mark.parametrize("phase", ["z", "mu", "full"])
+def test_a_deterministic_slot_is_the_same_in_any_company(make: Maker, phase: Any) -> None:
+    model, kind = trained(make)
+    given = {name: examples(name) for name in ("one", "other", "third")}
+    options = {"kind": kind, "phase": phase, "deterministic": True, **COMMON}
+    together = adapt_many(model, given, **options)
+    for place, name in enumerate(given):
+        (alone,) = adapt_many(model, {name: given[name]}, memory="200MB", **options)
+        for actual, expected in zip(tensors_of(together[place]), tensors_of(alone), strict=True):
+            assert torch.equal(actual, expected)
+
+
+@pytest.mark.parametrize("make", [bert, t5, llama])
 def test_batches_have_at_most_so_many_tokens(make: Maker, monkeypatch: pytest.MonkeyPatch) -> None:
     model, kind = trained(make)
     seen: list[tuple[int, int]] = []

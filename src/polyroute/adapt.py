@@ -48,13 +48,14 @@ def adapt_many(  # noqa: PLR0913 (public: users know its keywords)
     grid: Mapping[str, Sequence[Any]] | None = None,
     memory: str | int | None = None,
     folder: str | os.PathLike[str] | None = None,
+    deterministic: bool = False,
     **settings: Any,
 ) -> list[Adapted]:
     """Adapt to many tasks in one run: every task, seed and combination of the grid, side by side.
 
     Each ends, up to rounding, where it would end alone: the same draw of examples, order, schedule
-    and clipping, whatever runs beside it. (AdamW enlarges rounding where gradients are tiny.)
-    Dropout and noisy gates are off.
+    and clipping, whatever runs beside it. (AdamW enlarges rounding where gradients are tiny.) With
+    `deterministic` it ends there to the bit. Dropout and noisy gates are off.
 
         results = adapt_many(model, {"boolq": examples}, kind=kind, phase="z", seeds=[0, 1],
                              grid={"route_lr": [0.03, 0.1]}, steps=100)
@@ -73,6 +74,7 @@ def adapt_many(  # noqa: PLR0913 (public: users know its keywords)
             free. More slots than fit run in waves.
         folder: where running slots are kept, so that the same call goes on after an interruption.
             The results are not kept.
+        deterministic: train one slot after the other, which takes longer where they are small.
         **settings: fields of `AdaptSettings`, the same for all slots.
 
     Returns:
@@ -103,7 +105,10 @@ def adapt_many(  # noqa: PLR0913 (public: users know its keywords)
         found[training.slot.name] = adapted(model, training, target, kind.prompting)
 
     place = None if folder is None else make_folder(folder)
-    train_slots(model, kind, slots, SlotCalls(finish), memory=memory, folder=place)
+    train_slots(
+        model, kind, slots, SlotCalls(finish), memory=memory, folder=place,
+        is_deterministic=deterministic,
+    )  # fmt: skip
     return [found[slot.name] for slot in slots]
 
 
@@ -126,6 +131,8 @@ class SuiteSlots:
     """Results that are there already; their slots are left out."""
     part: slice | None = None
     """Which of the other slots to adapt, where other processes adapt the rest; None for all."""
+    deterministic: bool = False
+    """See `adapt_many`."""
 
     def slots(self, model: RoutedModel, kind: ModelKind) -> list[Slot]:
         """The slots that are to be trained here.
@@ -195,7 +202,10 @@ def adapt_suite(  # noqa: PLR0913 (what it tells, and whom, is apart from what i
 
     if slots:
         calls = SlotCalls(finish, scores.chosen_by)
-        train_slots(model, kind, slots, calls, memory=memory, folder=folder)
+        train_slots(
+            model, kind, slots, calls, memory=memory, folder=folder,
+            is_deterministic=wanted.deterministic,
+        )  # fmt: skip
     if results and wanted.part is None:
         check_learned([*wanted.done, *results])
     return results

@@ -28,6 +28,8 @@ from polyroute.model import RoutedModel
 __all__ = ["SlotCalls", "train_slots"]
 
 SECONDS_BETWEEN_SAVES = 60.0
+TOKENS_APART = 4096
+"""Most tokens in a forward of a slot that is trained alone."""
 
 
 @dataclass(frozen=True)
@@ -40,7 +42,7 @@ class SlotCalls:
     """Scores the slot as it is, from 0 to 1; needed where `choose_by` is a score."""
 
 
-def train_slots(
+def train_slots(  # noqa: PLR0913 (what trains is apart from how much and where)
     model: RoutedModel,
     kind: ModelKind,
     slots: Sequence[Slot],
@@ -48,6 +50,7 @@ def train_slots(
     *,
     memory: str | int | None = None,
     folder: Path | None = None,
+    is_deterministic: bool = False,
 ) -> None:
     """Train slots side by side, as many at a time as memory allows; one that ends makes room.
 
@@ -62,6 +65,9 @@ def train_slots(
         memory: see `polyroute.adapting.memory.plan`.
         folder: where running slots are saved about once a minute, and on Ctrl-C or SIGTERM; a slot
             that is there already goes on from its file.
+        is_deterministic: train one slot after the other, in batches that depend on its own rows
+            alone, so that its result is the same to the bit whatever else is trained and however
+            much memory is free.
 
     Raises:
         InputError: the phase has nothing to train, a slot chooses by a score and nothing scores,
@@ -76,7 +82,9 @@ def train_slots(
         )
     budget = plan(model, kind, phase, memory)
     digests = _check(model, kind, slots, folder)
-    starts = _starts(model, kind, slots, budget, folder)
+    if is_deterministic:
+        budget = Budget(TOKENS_APART, slots=1)
+    starts = _starts(model, kind, slots, budget, folder, is_apart=is_deterministic)
     queue = deque(slots)
     total = sum(slot.settings.steps for slot in slots)
     with (
@@ -177,7 +185,13 @@ def _check(
 
 
 def _starts(
-    model: RoutedModel, kind: ModelKind, slots: Sequence[Slot], budget: Budget, folder: Path | None
+    model: RoutedModel,
+    kind: ModelKind,
+    slots: Sequence[Slot],
+    budget: Budget,
+    folder: Path | None,
+    *,
+    is_apart: bool,
 ) -> dict[str, Tensor]:
     """The nearest routes of the slots that start there; slots of equal examples share one."""
     fresh = [
@@ -189,9 +203,11 @@ def _starts(
         return {}
     examples = {(slot.task, slot.seed, len(slot.rows)): slot.rows for slot in fresh}
     names = {key: str(number) for number, key in enumerate(examples)}
-    found = nearest_routes(
-        model, kind, {names[key]: rows for key, rows in examples.items()}, budget.tokens
-    )
+    named = {names[key]: rows for key, rows in examples.items()}
+    groups = [{name: rows} for name, rows in named.items()] if is_apart else [named]
+    found: dict[str, Tensor] = {}
+    for group in groups:
+        found |= nearest_routes(model, kind, group, budget.tokens)
     return {slot.name: found[names[slot.task, slot.seed, len(slot.rows)]] for slot in fresh}
 
 

@@ -162,6 +162,7 @@ def _adapt(model: RoutedModel, work: Work, folder: Path) -> list[dict[str, Any]]
             suite=work.suite, tasks=work.tasks, choices=work.choices, seeds=options.seeds,
             split=options.split, max_examples=options.max_test, done=done,
             part=slice(index(), None, count()) if count() > 1 else None,
+            deterministic=options.deterministic,
         )  # fmt: skip
         adapted = adapt_suite(
             model, work.kind, wanted, memory=options.memory, folder=running,

@@ -16,7 +16,7 @@ from polyroute.program.options.shared import (
     PlannedOptions,
     Source,
 )
-from polyroute.settings import setting, text, whole
+from polyroute.settings import flag, setting, text, whole
 
 __all__ = ["AdaptOptions"]
 
@@ -39,6 +39,10 @@ class AdaptOptions(PlannedOptions):
     memory: str | None = setting(
         None, recorded=False,
         help="Memory for adaptations side by side, such as 8GB [half of what is free].",
+    )  # fmt: skip
+    deterministic: bool = setting(
+        False, flag(),
+        help="Adapt one after the other: each the same to the bit, whatever else is adapted to.",
     )  # fmt: skip
     limits: Limits = group(Limits, panel="Adaptation")
     split: str = setting("test", text(), help="Split to score on.")
