@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from paper_tables import Interval, interval
 
-from polyroute.judge import BASE, FRESH, RANDOM, Judgement
+from polyroute.judging import BASE, FRESH, RANDOM, Judgement
 
 __all__ = ["library_lines"]
 

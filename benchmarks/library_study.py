@@ -190,9 +190,12 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     path = make_folder(RESULTS) / f"library_{options.stage}.json"
-    content: dict[str, Any] = {"found": {}, "test": options.test, "machine": machine()}
+    how = {"loras": options.loras.name, "test": options.test}
+    content: dict[str, Any] = {"how": how, "found": {}, "machine": machine()}
     if path.exists():
         content = json.loads(path.read_text(encoding="utf-8"))
+        if content["how"] != how:
+            raise SystemExit(f"{path} was begun with {content['how']}, not with {how}: delete it")
     place = Place(options.data, options.loras, options.test)
     STAGES[options.stage](place, content["found"], lambda: write_json(path, content))
 

@@ -1,7 +1,8 @@
 """What reads files of others, one harness for each, for `scripts/fuzz.py` and `test_fuzz.py`.
 
 A harness puts bytes into a file that is read, beside files that are whole, and reads it. Nothing
-but an `InputError` may come of it. The first byte says which file of the folder is replaced.
+but an `InputError` may come of it. Where a folder has several files, the first byte says which of
+them is replaced.
 """
 
 import json
@@ -11,20 +12,19 @@ from functools import cache
 from pathlib import Path
 
 from models import llama, routed
-from safetensors import safe_open
-from safetensors.torch import load_file, save_file
+from unsigned import without_digests
 
 import polyroute as pr
 from polyroute.data.readers.files import read_rows
 from polyroute.data.records import read_records
 from polyroute.errors import InputError
 from polyroute.exchange import read_inventory
+from polyroute.exchange.mttl_export import write_mttl
 from polyroute.host.json_text import parse_json
 from polyroute.host.yaml_files import parse_yaml
 from polyroute.report_page.data import read_runs
 from polyroute.saved.checkpoint import read_checkpoint
 from polyroute.saved.runs import read_run
-from polyroute.saved.shards import NOTE
 
 Harness = Callable[[bytes, Path], None]
 
@@ -56,16 +56,7 @@ def _whole_inventory(place: Path) -> Path:
     if folder.exists():
         return folder
     routed(llama()).save_pretrained(folder)
-    path = folder / "polyroute.json"
-    description = json.loads(path.read_text())
-    del description["sha256"]
-    path.write_text(json.dumps(description))
-    for path in folder.glob("*.safetensors"):
-        with safe_open(path, "pt") as file:
-            note = json.loads(file.metadata()[NOTE])
-        del note["sha256"]
-        save_file(load_file(path), path, {NOTE: json.dumps(note)})
-    return folder
+    return without_digests(folder)
 
 
 INVENTORY = ("polyroute.json", "inventory.safetensors")
@@ -103,6 +94,14 @@ def lora(data: bytes, place: Path) -> None:
     _each(
         lambda: pr.Delta.from_peft(place), lambda: read_inventory(llama(), place).unload()
     )  # fmt: skip
+
+
+@cache
+def _whole_mttl(place: Path) -> Path:
+    path = place.parent / "whole.ckpt"
+    if not path.exists():
+        write_mttl(routed(llama()), path)
+    return path
 
 
 def mttl(data: bytes, place: Path) -> None:
@@ -168,16 +167,18 @@ def seeds(name: str, place: Path) -> list[bytes]:
         "inventory": [_whole_inventory(place) / each for each in INVENTORY],
         "rows": [_whole_inventory(place) / each for each in ROWS],
         "lora": [_whole_lora(place) / each for each in LORA],
+        "mttl": [_whole_mttl(place)],
     }.get(name, [])
     texts = {
         "run": ['{"command": "train", "config": {"method": "mhr"}}', '{"log": [{"loss": 1.5}]}',
                 '[{"task": "a", "seed": 0, "score": 0.5, "phase": "z", "metric": "accuracy"}]'],
-        "yaml": ["name: a\ntasks:\n  b: {path: c, input: '{x}', target: y, split: train}\n"],
-        "jsonl": ['{"task": "a", "instruction": "", "input": "x", "target": "y", "choices": null}'],
+        "yaml": ["name: a\ntasks:\n  b:\n    path: c\n    columns: {input: '{x}', target: y}\n"],
+        "jsonl": ['{"task": "a", "instruction": "", "input": "x", "target": "y", '
+                  '"choices": null, "split": "train"}'],
         "tables": ["input,target\na,b\n", "input\ttarget\na\tb\n", '[{"input": "a"}]'],
     }.get(name, [])  # fmt: skip
-    is_plain = name in ("yaml", "jsonl")
-    found = [bytes([i]) + path.read_bytes() for i, path in enumerate(whole)]
+    is_plain = name in ("yaml", "jsonl", "mttl")  # have one file
+    found = [(b"" if is_plain else bytes([i])) + p.read_bytes() for i, p in enumerate(whole)]
     return found + [(b"" if is_plain else bytes([i])) + t.encode() for i, t in enumerate(texts)]
 
 

@@ -7,6 +7,7 @@ import pytest
 import torch
 from models import TASKS, Stack, batch, llama, routed, stack, t5
 from safetensors.torch import load_file, save_file
+from unsigned import without_digests
 
 from polyroute import InputError, MHRConfig, attach, from_pretrained
 from polyroute.host.files import make_folder, read_metadata
@@ -17,10 +18,10 @@ FILES = {"polyroute.json", "inventory.safetensors", ROWS}
 
 @pytest.fixture
 def saved(tmp_path: Path) -> Path:
-    """A saved inventory of `stack()`."""
+    """A saved inventory of `stack()`, whose files may be changed."""
     folder = tmp_path / "inventory"
     routed(stack(), num_heads=2, num_skills=3, rank=2).save_pretrained(folder)
-    return folder
+    return without_digests(folder)
 
 
 def overwrite(file: Path, tensors: dict[str, Any]) -> None:
@@ -263,6 +264,7 @@ def change(file: Path, *place: Any, to: Any = None) -> None:
     else:
         entry[place[-1]] = to
     file.write_text(json.dumps(description))
+    without_digests(file.parent)
 
 
 @pytest.mark.parametrize(

@@ -20,8 +20,11 @@ from safetensors.torch import load_file, save_file
 from test_interruptions import at_step
 
 import polyroute as pr
+from polyroute.host.files import UNFINISHED
 from polyroute.program.cli.app import main
-from polyroute.saved.digests import MANIFEST
+from polyroute.saved.digests import described_digest
+from polyroute.saved.manifest import MANIFEST
+from polyroute.saved.runs import held
 from polyroute.saved.shards import NOTE
 
 FILES = ("polyroute.json", "inventory.safetensors", "routes-00000-of-00001.safetensors")
@@ -195,3 +198,47 @@ def test_a_folder_that_disappears_is_no_success(
     at_step(3, remove, monkeypatch)
     sentence = refused([*train_arguments(place, "x"), "--out", str(out), "--quiet"], capsys)
     assert "was removed or replaced while the run worked in it" in sentence
+
+
+def test_a_run_inside_another_keeps_what_it_writes(stopped: Path) -> None:
+    inside = stopped / "adapt-z-8"
+    inside.mkdir()
+    (inside / "run.json").write_text("{}")
+    being_written = inside / f".task.abc{UNFINISHED}"
+    being_written.mkdir()
+    left = stopped / f".metrics.json.abc{UNFINISHED}"
+    left.touch()
+    with held(stopped):
+        assert being_written.is_dir()
+        assert not left.exists()
+    shutil.rmtree(inside)
+
+
+def test_what_is_missing_is_no_whole_run(stopped: Path, tmp_path: Path, capsys: Capture) -> None:
+    run = shutil.copytree(stopped, tmp_path / "run")
+    (run / "metrics.json").write_text("{}")
+    (run / "polyroute.json").unlink(missing_ok=True)
+    assert "polyroute.json" in refused(["check", str(run)], capsys)
+    run = shutil.copytree(stopped, tmp_path / "other")
+    _, last = last_two(run)
+    (last / MANIFEST).write_text("{}")
+    assert "lists no file" in refused(["check", str(run)], capsys)
+    (last / MANIFEST).unlink()
+    (last / "optimizer.pt").write_bytes(b"xx")
+    assert "optimizer.pt is damaged" in refused(["check", str(run)], capsys)
+
+
+def test_a_writer_notices_that_everything_was_saved_again(tmp_path: Path) -> None:
+    routed(llama()).save_pretrained(tmp_path)
+    routes = pr.SavedRoutes(tmp_path)
+    row = torch.zeros(routes.shape)
+    routed(llama(), seed=3).save_pretrained(tmp_path)
+    with pytest.raises(pr.InputError, match="was saved again since this table was opened"):
+        routes.add("new", row)
+    pr.SavedRoutes(tmp_path).add("new", row)
+    assert "new" in pr.from_pretrained(llama(), tmp_path).tasks
+
+
+def test_a_digest_is_that_of_what_is_read_again() -> None:
+    written = {"settings": {10: "a", 2: "b", None: 1}}
+    assert described_digest(written) == described_digest(json.loads(json.dumps(written)))

@@ -2,6 +2,7 @@
 
 import math
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -16,6 +17,7 @@ from polyroute import InputError, RoutedModel
 from polyroute.kinds.base import ModelKind
 from polyroute.program.cli.app import main
 from polyroute.trainer import MultiTaskTrainer
+from polyroute.training.divergence import Watch
 
 __all__ = ["parts"]
 
@@ -55,7 +57,7 @@ def test_the_last_good_checkpoint_stays(spoilt: type[Spoilt], parts: Parts, tmp_
     )
     trainer = spoilt(model, kind, args, rows)
     trainer.at = (5,)
-    sentence = r"step 5 on \S+.* is not finite, at the learning rate 0\.\d+; lower the rate"
+    sentence = r"step 5 on \S+.* is not finite, with skills at 0\.\d+, routes at 0\.\d+; lower"
     with pytest.raises(InputError, match=sentence) as error:
         trainer.train()
     assert any(task in str(error.value) for task in model.tasks)
@@ -128,3 +130,37 @@ def test_skipped_steps_are_counted(
     metrics = read(tmp_path / "run" / "metrics.json")
     assert metrics["skipped_steps"] == 2
     assert all(math.isfinite(entry["loss"]) for entry in metrics["log"] if "loss" in entry)
+
+
+def test_a_trainer_can_go_on_after_it_was_told(parts: Parts, tmp_path: Path) -> None:
+    model, kind, rows = parts
+    args = arguments(tmp_path, max_steps=7, save_steps=2)
+    trainer = Spoilt(model, kind, args, rows)
+    trainer.at = (5,)
+    with pytest.raises(InputError, match="step 5"):
+        trainer.train()
+    trainer.at = ()
+    trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-4"))
+    assert trainer.state.global_step == 7
+
+
+def test_skipped_steps_are_counted_across_a_resumption(parts: Parts, tmp_path: Path) -> None:
+    model, kind, rows = parts
+    args = arguments(tmp_path, max_steps=4, save_steps=2, on_nan="skip")
+    trainer = Spoilt(model, kind, args, rows)
+    trainer.at = (2,)
+    trainer.train()
+    again = MultiTaskTrainer(model, kind, arguments(tmp_path, max_steps=6, on_nan="skip"), rows)
+    again.train(resume_from_checkpoint=str(tmp_path / "checkpoint-4"))
+    assert again.watch.skipped == 1
+
+
+def test_a_gradient_scaler_is_left_to_search(parts: Parts, tmp_path: Path) -> None:
+    model, _, _ = parts
+    for watch in (Watch(model, "stop"), Watch(model, "skip")):
+        for parameter in model.learned():
+            parameter.grad = torch.full_like(parameter, torch.inf)
+        args, state = SimpleNamespace(fp16=True), SimpleNamespace(global_step=0)
+        watch.on_pre_optimizer_step(args, state, None)  # type: ignore[arg-type]
+        watch.check()
+        assert watch.skipped == 0

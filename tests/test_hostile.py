@@ -16,6 +16,7 @@ import torch
 from commands_run import Capture, refused
 from models import llama, routed
 from safetensors.torch import load_file, save_file
+from unsigned import without_digests
 
 import polyroute as pr
 from polyroute.data.readers.roles import check_names
@@ -44,6 +45,9 @@ BOMB = "a: &a [x, x, x, x, x, x, x, x, x, x]\n" + "".join(
         (f"a: {'9' * 5000}", "a number that cannot be read"),
         ("a: 2020-13-01", "a date or a number that cannot be read"),
         ("? [a]\n: b", "a key in line 1 is a list or a mapping"),
+        ("a: !!bool foo", "is not what its tag says"),
+        ("a: !!int ''", "is not what its tag says"),
+        ("a: !!timestamp x", "is not what its tag says"),
         ("a: 1\na: 2", "'a' in line 2 occurs twice"),
         ("a: !!python/object:os.system b", "not valid YAML"),
     ],
@@ -82,6 +86,8 @@ def test_patterns_end() -> None:
     assert not matches("q", "model.q")
     with pytest.raises(pr.InputError, match="is no regular expression"):
         matches("(", "q")
+    with pytest.raises(pr.InputError, match="is no regular expression"):
+        matches("(" * 5000, "q")
     with pytest.raises(pr.InputError, match="takes too long"):
         matches(r"(?:(a|aa)+)\1c?[ef]", "a" * 60)
 
@@ -122,7 +128,7 @@ def test_code_that_comes_with_a_model_is_not_run(
 def inventory(tmp_path: Path) -> Path:
     model = routed(llama())
     model.save_pretrained(tmp_path / "inventory")
-    return tmp_path / "inventory"
+    return without_digests(tmp_path / "inventory")
 
 
 def changed_config(inventory: Path, **config: object) -> None:
@@ -172,7 +178,7 @@ def test_tensors_of_other_types_are_damage(
         # The order of rows is of whole numbers.
         spoilt = {key: t if key == "order" else spoil(t) for key, t in tensors.items()}
         save_file({key: tensor.contiguous() for key, tensor in spoilt.items()}, path, note)
-    with pytest.raises(pr.InputError, match="is damaged"):
+    with pytest.raises(pr.InputError, match="holds values that are not finite fractional numbers"):
         pr.from_pretrained(llama(), inventory)
 
 
@@ -194,10 +200,11 @@ def test_a_start_that_was_killed_early_locks_nothing(tmp_path: Path, place: Path
     assert not list(run.rglob(f"*{UNFINISHED}"))
 
 
-def test_written_files_can_be_read_by_those_whom_the_umask_lets(inventory: Path) -> None:
+def test_written_files_can_be_read_by_those_whom_the_umask_lets(tmp_path: Path) -> None:
+    routed(llama()).save_pretrained(tmp_path)
     umask = os.umask(0)
     os.umask(umask)
-    for path in inventory.iterdir():
+    for path in tmp_path.iterdir():
         assert path.stat().st_mode & 0o777 == 0o666 & ~umask, path
 
 
@@ -327,3 +334,26 @@ def test_a_missing_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "peft.config", None)
     with pytest.raises(ImportError, match=r"pip install polyroute\[peft\]"):
         importlib.import_module("polyroute.peft")
+
+
+def test_folders_that_only_look_like_a_cache_are_none(inventory: Path, tmp_path: Path) -> None:
+    (tmp_path / "secret").write_text("{}")
+    folder = shutil.copytree(inventory, tmp_path / "snapshots" / "evil")
+    (folder / "polyroute.json").unlink()
+    (folder / "polyroute.json").symlink_to(tmp_path / "secret")
+    with pytest.raises(pr.InputError, match="leads out of its folder"):
+        pr.from_pretrained(llama(), folder)
+    (tmp_path / "round").symlink_to(tmp_path / "round")
+    with pytest.raises(pr.InputError, match="leads nowhere"):
+        read_json(tmp_path / "round")
+
+
+def test_a_cache_of_the_hub_on_another_disk_is_read(inventory: Path, tmp_path: Path) -> None:
+    repository, disk = tmp_path / "models--user--name", tmp_path / "disk"
+    disk.mkdir()
+    folder = shutil.copytree(inventory, repository / "snapshots" / "commit")
+    (repository / "blobs").symlink_to(disk)
+    for path in list(folder.iterdir()):
+        path.rename(disk / path.name)
+        path.symlink_to(Path("..") / ".." / "blobs" / path.name)
+    assert pr.from_pretrained(llama(), folder).tasks

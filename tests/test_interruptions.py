@@ -1,6 +1,7 @@
 """Signals, and how runs go on after them."""
 
 import os
+import pty
 import signal
 import subprocess
 import sys
@@ -262,3 +263,32 @@ def test_signals_wait_for_the_end_of_a_block_and_then_take_effect() -> None:
     with pytest.raises(KeyboardInterrupt):
         interrupted(2)  # the second does not wait
     assert seen == [True, True]
+
+
+def test_a_terminal_that_is_closed_leaves_a_run_that_goes_on(place: Path, tmp_path: Path) -> None:
+    out = tmp_path / "hung-up"
+    longer = ["--out", str(out), "--steps", "4000", "--save-steps", "10"]
+    child, terminal = pty.fork()
+    if child == 0:
+        try:
+            signal.signal(signal.SIGHUP, signal.SIG_DFL)
+            main([*train_arguments(place, "x"), *longer])
+        except SystemExit as stop:
+            os._exit(int(str(stop.code)))
+        finally:
+            os._exit(1)
+    wait_for((out / "checkpoint-10" / "trainer_state.json").is_file)
+    os.close(terminal)
+    _, status = os.waitpid(child, 0)
+    assert os.waitstatus_to_exitcode(status) == 128 + signal.SIGHUP
+    last = max(int(path.name.rpartition("-")[2]) for path in out.glob("checkpoint-*"))
+    assert last % 10 or last > 10
+    assert not (out / "metrics.json").exists()
+
+
+def wait_for(is_so: Callable[[], bool]) -> None:
+    for _ in range(1200):
+        if is_so():
+            return
+        time.sleep(0.05)
+    raise AssertionError("nothing happened for a minute")

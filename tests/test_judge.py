@@ -10,7 +10,7 @@ from models import batch, llama, relative_error
 from test_library_commands import loras_of
 
 import polyroute as pr
-from polyroute.judge import BASE, FRESH, RANDOM, USES, Judgement
+from polyroute.judging import BASE, FRESH, RANDOM, USES, Judgement
 from polyroute.layer.factors import LoRAFactors
 from polyroute.library.controls import Given, random_skills
 from polyroute.program.cli.app import main

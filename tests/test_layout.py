@@ -110,3 +110,11 @@ def test_the_version_is_a_string_of_three_numbers() -> None:
 def test_an_unknown_attribute_of_the_package_is_an_attribute_error() -> None:
     with pytest.raises(AttributeError, match="has no attribute 'nonsense'"):
         _ = polyroute.nonsense
+
+
+def test_public_names_are_no_modules() -> None:
+    # A module that is imported becomes an attribute of the package, and would hide a function.
+    for name in polyroute.PLACES:
+        getattr(polyroute, name)
+    found = {name: getattr(polyroute, name) for name in polyroute.PLACES}
+    assert not [name for name, value in found.items() if inspect.ismodule(value)]

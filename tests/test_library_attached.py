@@ -14,6 +14,7 @@ from test_delta import flat_layers
 from test_lora_import import llava, written
 from torch import Tensor, nn
 from unlike_loras import SETTINGS
+from unsigned import without_digests
 
 import polyroute as pr
 from polyroute.adapting.slots import Slots
@@ -119,7 +120,7 @@ def test_damaged_ranks_are_refused(
     model: pr.RoutedModel, tmp_path: Path, ranks: list[int] | None, sentence: str
 ) -> None:
     model.save_pretrained(tmp_path)
-    path = tmp_path / "polyroute.json"
+    path = without_digests(tmp_path) / "polyroute.json"
     description = json.loads(path.read_text())
     description["sites"][3]["ranks"] = ranks
     path.write_text(json.dumps(description))

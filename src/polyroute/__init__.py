@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from polyroute.data.open import open_suite
     from polyroute.errors import InputError
     from polyroute.exchange import read_inventory
-    from polyroute.judge import judge
+    from polyroute.judging import judge
     from polyroute.kinds.choose import kind_of
     from polyroute.library.compiling import compile_library
     from polyroute.library.delta import Delta
@@ -103,7 +103,7 @@ PLACES = {
     "freeze": "library.freezing",
     "from_pretrained": "build",
     "JudgeSettings": "library.settings",
-    "judge": "judge",
+    "judge": "judging",
     "kind_of": "kinds.choose",
     "learn_weights": "library.learning",
     "search_weights": "library.learning",

@@ -167,14 +167,15 @@ def _check_plain(fields: Mapping[str, Any], source: str) -> None:
 def _of_layer(patterns: object, layer: str, default: Any, source: str) -> Any:
     """A layer's entry of `rank_pattern` or `alpha_pattern`: the first that matches its ending."""
     if isinstance(patterns, Mapping):
-        parts = layer.split(".")
-        endings = [".".join(parts[i:]) for i in range(len(parts))]
         for pattern, value in patterns.items():
             try:
-                if any(matches(pattern, ending) for ending in endings):
+                if matches(rf"(.*\.)?({pattern})", layer):
                     return value
             except InputError as error:
-                raise InputError(f"{source} is damaged: {error}") from error
+                raise InputError(
+                    f"{source} is damaged: the pattern {pattern!r} is no regular expression of a "
+                    f"layer ({error})"
+                ) from error
     return default
 
 

@@ -67,8 +67,17 @@ def check_link(path: Path) -> None:
     if not path.is_symlink():
         return
     folder = path.parent.resolve()
-    repositories = [place.parent for place in folder.parents if place.name == "snapshots"]
-    if not any(path.resolve().is_relative_to(place) for place in (folder, *repositories)):
+    # The cache of the hub: models--user--name/snapshots/COMMIT/file links to ../../blobs/HASH.
+    blobs = [
+        (place.parent / "blobs").resolve()
+        for place in folder.parents
+        if place.name == "snapshots" and place.parent.name.startswith(("models--", "datasets--"))
+    ]
+    try:
+        named = path.resolve(strict=True)
+    except (OSError, RuntimeError) as error:
+        raise InputError(f"{path} is a link that leads nowhere") from error
+    if not any(named.is_relative_to(place) for place in (folder, *blobs)):
         raise InputError(
             f"{path} is a link that leads out of its folder: copy there what it names, if you "
             "trust it"
@@ -171,16 +180,24 @@ def write_new_json(path: Path, value: object) -> None:
         temporary.unlink(missing_ok=True)
 
 
-def remove_unfinished(folder: Path) -> None:
+def remove_unfinished(folder: Path, *, own: str) -> None:
     """Delete what writers left in a folder, and below, when they were killed.
 
-    Nobody else may be writing there.
+    Nobody else may be writing there, but in folders below that have a lock of their own.
+
+    Args:
+        folder: the folder.
+        own: the name of a file; folders below that have one are left alone.
     """
-    for path in list(folder.rglob(f".*{UNFINISHED}")):
-        if path.is_dir() and not path.is_symlink():
-            shutil.rmtree(path, ignore_errors=True)
-        else:
-            path.unlink(missing_ok=True)
+    for path in list(folder.iterdir()):
+        is_folder = path.is_dir() and not path.is_symlink()
+        if path.name.startswith(".") and path.name.endswith(UNFINISHED):
+            if is_folder:
+                shutil.rmtree(path, ignore_errors=True)
+            else:
+                path.unlink(missing_ok=True)
+        elif is_folder and not (path / own).exists():
+            remove_unfinished(path, own=own)
 
 
 def read_json(path: Path) -> Any:

@@ -1,10 +1,11 @@
 """Ctrl-C, SIGTERM and SIGHUP: work stops at a point from which it can be resumed."""
 
+import os
 import signal
 import sys
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +34,8 @@ def terminable() -> Iterator[None]:
     """Within the block, SIGTERM and SIGHUP raise `Terminated`, as Ctrl-C `KeyboardInterrupt`."""
 
     def terminate(number: int, _: Any) -> None:
+        if number != signal.SIGTERM:
+            _let_go_of_the_terminal()
         raise Terminated(number)
 
     if (
@@ -65,9 +68,13 @@ def deferred() -> Iterator[Callable[[], bool]]:
     def wait(number: int, _: Any) -> None:
         waiting.append(number)
         restore()
-        print(
-            "polyroute: stopping after this step; interrupt again to stop at once", file=sys.stderr
-        )
+        if number not in (signal.SIGINT, signal.SIGTERM):
+            _let_go_of_the_terminal()
+        with suppress(OSError, ValueError):  # whoever read it may be gone
+            print(
+                "polyroute: stopping after this step; interrupt again to stop at once",
+                file=sys.stderr,
+            )
 
     def restore() -> None:
         for number, handler in former.items():
@@ -85,6 +92,14 @@ def deferred() -> Iterator[Callable[[], bool]]:
         restore()
     if waiting:
         signal.raise_signal(waiting[0])
+
+
+def _let_go_of_the_terminal() -> None:
+    """Write nothing more to a terminal that was closed, where every write would fail."""
+    for stream in (sys.stdout, sys.stderr):
+        with suppress(OSError, ValueError, AttributeError):
+            if os.isatty(stream.fileno()):
+                os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
 @contextmanager

@@ -27,7 +27,7 @@ def locked(path: Path, *, wait: bool) -> Iterator[tuple[BinaryIO, bool]]:
     Raises:
         BlockingIOError: somebody else holds it, and `wait` is False.
     """
-    with path.open("r+b") as file:
+    with path.open("rb") as file:
         is_locked = False
         if fcntl is not None:
             try:

@@ -19,8 +19,10 @@ def matches(pattern: str, name: str) -> bool:
 
     try:
         return regex.fullmatch(pattern, name, timeout=SECONDS) is not None
-    except regex.error as error:
-        raise InputError(f"the pattern {pattern!r} is no regular expression ({error})") from error
+    except (regex.error, RecursionError) as error:
+        raise InputError(
+            f"the pattern {pattern[:80]!r} is no regular expression ({error})"
+        ) from error
     except TimeoutError as error:
         raise InputError(
             f"the pattern {pattern[:80]!r} takes too long on {name!r}: write it without repeats "

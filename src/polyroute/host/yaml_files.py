@@ -87,6 +87,10 @@ def parse_yaml(text: str, what: str, loader: type[PlainLoader] = PlainLoader) ->
         raise InputError(
             f"{what} has a date or a number that cannot be read ({error}); write it in quotes"
         ) from error
+    except (KeyError, IndexError, AttributeError, TypeError) as error:  # a tag on another value
+        raise InputError(
+            f"{what} has a value that is not what its tag says ({error}); leave out the tag"
+        ) from error
     finally:
         if reader is not None:
             reader.dispose()

@@ -17,6 +17,7 @@ import json
 import math
 import os
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -32,7 +33,7 @@ from polyroute.host.json_text import parse_json
 from polyroute.layer.fingerprint import SAMPLED
 from polyroute.saved.digests import SHA256, described_digest, digest_of
 from polyroute.saved.hub import DESCRIPTION, MODULES, SHARDS, SKILLS
-from polyroute.saved.rows import FORMAT, SavedRoutes, read_description
+from polyroute.saved.rows import FORMAT, SavedRoutes, lock_inventory, read_description
 from polyroute.saved.shards import NOTE, write_rows
 
 __all__ = ["Checkpoint", "Content", "read_checkpoint", "saved_config", "write_checkpoint"]
@@ -118,6 +119,12 @@ def write_checkpoint(folder: str | os.PathLike[str], content: Content) -> None:
         InputError: the folder cannot be made or written.
     """
     path = make_folder(folder)
+    former = lock_inventory(path) if (path / DESCRIPTION).is_file() else nullcontext()
+    with former:
+        _write(path, content)
+
+
+def _write(path: Path, content: Content) -> None:
     identity = content.identity()
     parts = {SKILLS: content.skills, **({MODULES: content.modules} if content.modules else {})}
     for name, tensors in parts.items():
@@ -130,8 +137,8 @@ def write_checkpoint(folder: str | os.PathLike[str], content: Content) -> None:
         table = {"rows": {"shards": len(shards), "shape": list(content.shape)}}
     described = {"format": FORMAT, "id": identity, **content.description, **table}
     write_json(path / DESCRIPTION, {**described, SHA256: described_digest(described)})
-    for former in set(path.glob(SHARDS)) - set(shards):
-        former.unlink(missing_ok=True)
+    for old in set(path.glob(SHARDS)) - set(shards):
+        old.unlink(missing_ok=True)
     if not content.modules:
         (path / MODULES).unlink(missing_ok=True)
 

@@ -15,6 +15,7 @@ from typing import Any
 
 from polyroute.errors import InputError, reason
 from polyroute.host.files import check_link, read_json
+from polyroute.saved.digests import SHA256, described_digest
 
 __all__ = [
     "CARD",
@@ -253,7 +254,11 @@ def _content(path: Path) -> Path | bytes:
         return path
     value = read_json(path)
     cleaned = public(value)
-    return path if cleaned == value else json.dumps(cleaned, indent=1, ensure_ascii=False).encode()
+    if cleaned == value:
+        return path
+    if path.name == DESCRIPTION and SHA256 in cleaned:
+        cleaned[SHA256] = described_digest(cleaned)
+    return json.dumps(cleaned, indent=1, ensure_ascii=False).encode()
 
 
 _LOCAL = re.compile(r"(^|=|file://)(/|~|[A-Za-z]:[\\/])")

@@ -19,7 +19,7 @@ from polyroute.saved.digests import SHA256, described_digest
 from polyroute.saved.hub import DESCRIPTION, SHARDS, Snapshot, locate
 from polyroute.saved.shards import OpenShard, shard_of, shard_paths
 
-__all__ = ["FORMAT", "SavedRoutes", "read_description"]
+__all__ = ["FORMAT", "SavedRoutes", "lock_inventory", "read_description"]
 
 FORMAT = 2
 """The version of the format of an inventory's folder."""
@@ -54,6 +54,20 @@ def read_description(folder: str | os.PathLike[str]) -> dict[str, Any]:
             "checkpoint"
         )
     return dict(description)
+
+
+@contextmanager
+def lock_inventory(folder: Path) -> Iterator[None]:
+    """Wait until nobody else writes the inventory in a folder, and keep others from it.
+
+    The lock is that of the description, which whoever saves a whole inventory replaces.
+    """
+    path = folder / DESCRIPTION
+    while True:
+        with locked(path, wait=True) as (file, _):
+            if os.path.samestat(path.stat(), os.fstat(file.fileno())):
+                yield
+                return
 
 
 class SavedRoutes:
@@ -237,8 +251,12 @@ class SavedRoutes:
     def _changing(self, name: str) -> Iterator[OpenShard]:
         """The shard of a task, which no other writer changes within the block."""
         self._check_writable()
-        # Whoever saves a whole inventory replaces the description, and with it this lock.
-        with locked(self.folder / DESCRIPTION, wait=True):
+        with lock_inventory(self.folder):
+            if read_description(self.folder).get("id") != self._identity:
+                raise InputError(
+                    f"the inventory in {self.folder} was saved again since this table was opened: "
+                    "open it again"
+                )
             yield self._opened(name)
 
     def _check_writable(self) -> None:

@@ -128,7 +128,7 @@ def _check_former(path: Path, command: str | None, *, resume: bool, overwrite: b
         raise InputError(
             f"{path} holds a run already; --resume continues it, --overwrite replaces it"
         )
-    with held(path):
+    with _lock(path):
         pass
 
 
@@ -159,10 +159,8 @@ def open_run(
     if overwrite and path.is_dir():
         shutil.rmtree(path)
     make_folder(path)
-    if not resume:
-        if _is_empty_description(path / DESCRIPTION):
-            (path / DESCRIPTION).unlink()
-        remove_unfinished(path)
+    if not resume and _is_empty_description(path / DESCRIPTION):
+        (path / DESCRIPTION).unlink()
     return path
 
 
@@ -229,30 +227,39 @@ def record(
 
 @contextmanager
 def held(folder: Path) -> Iterator[None]:
-    """Lock the folder of a run; the system releases the lock when the process ends.
+    """Lock the folder of a run, and clear it of what killed writers left.
+
+    The system releases the lock when the process ends.
 
     Raises:
-        InputError: another process works there.
+        InputError: another process works there; or, at the end of the block, the folder is no
+            longer the one that it was.
     """
     if not is_first():
         yield
         return
-    path = folder / DESCRIPTION
-    with ExitStack() as stack:
-        try:
-            file, is_locked = stack.enter_context(locked(path, wait=False))
-        except BlockingIOError as error:
-            raise InputError(
-                f"another process works in {folder}; wait for it, or name another --out folder"
-            ) from error
+    with _lock(folder) as (file, is_locked):
         if is_locked:
-            remove_unfinished(folder)
+            remove_unfinished(folder, own=DESCRIPTION)
         yield
-        if not _is_still_there(path, file):
+        if not _is_still_there(folder / DESCRIPTION, file):
             raise InputError(
                 f"the folder {folder} was removed or replaced while the run worked in it, so what "
                 "is there now is not whole: start again"
             )
+
+
+@contextmanager
+def _lock(folder: Path) -> Iterator[tuple[BinaryIO, bool]]:
+    """The open description of a run, and whether it is locked."""
+    with ExitStack() as stack:
+        try:
+            found = stack.enter_context(locked(folder / DESCRIPTION, wait=False))
+        except BlockingIOError as error:
+            raise InputError(
+                f"another process works in {folder}; wait for it, or name another --out folder"
+            ) from error
+        yield found
 
 
 def _is_still_there(path: Path, file: BinaryIO) -> bool:

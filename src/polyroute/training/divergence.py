@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers import TrainerCallback, TrainerControl, TrainerState
+from transformers.trainer_callback import ExportableState
 
 from polyroute.errors import InputError, first_few
 from polyroute.model import RoutedModel
@@ -15,32 +16,52 @@ __all__ = ["Watch", "check_finite"]
 SKIPPED = 10
 """So many steps one after the other are skipped before training stops."""
 NAMED = 5
+UNREAD = 100
+"""Steps after which the device is asked even if nothing is logged or saved."""
 
 
-class Watch(TrainerCallback):
+class Watch(TrainerCallback, ExportableState):
     """Looks at the loss and the gradients of every step.
 
     With `on_nan="stop"` a number on the device keeps the first step that had one that is not
-    finite. It is read, which waits for the device, only where the log or a checkpoint is written.
-    With `"skip"` it is read at every step, and a step whose gradients are not finite changes
-    nothing.
+    finite. It is read, which waits for the device, where the log or a checkpoint is written, and
+    every hundred steps. With `"skip"` both are read at every step, and a step with a loss or a
+    gradient that is not finite changes nothing. A gradient scaler (fp16) skips steps itself, as a
+    part of its search for a scale, so that they are left to it.
 
     Args:
         model: what trains.
         on_nan: see above.
 
     Attributes:
-        skipped: the number of steps that were skipped.
+        skipped: the number of steps that were skipped, those before a resumption included.
     """
 
     def __init__(self, model: RoutedModel, on_nan: str) -> None:
         self.model, self.on_nan = model, on_nan
-        self.skipped = self._in_a_row = 0
+        self.skipped = 0
+        self._forget()
+
+    def _forget(self) -> None:
+        self._in_a_row = 0
         self._first: Tensor | None = None
-        self._steps: dict[int, tuple[set[str], float]] = {}
-        """The tasks and the rate of each step that was not checked yet."""
+        self._steps: dict[int, tuple[set[str], str]] = {}
+        """The tasks and the rates of each step that was not checked yet."""
         self._tasks: set[str] = set()
         self._loss: Tensor | None = None
+
+    def state(self) -> dict[str, Any]:
+        """What a checkpoint keeps."""
+        return {"args": {}, "attributes": {"skipped": self.skipped}}
+
+    def on_train_begin(
+        self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Begin anew, after an earlier training of the same trainer."""
+        self._forget()
+        saved: Any = state.stateful_callbacks  # by name, once a checkpoint was read
+        kept = saved.get(type(self).__name__, {}) if isinstance(saved, dict) else {}
+        self.skipped = kept.get("attributes", {}).get("skipped", 0) if state.global_step else 0
 
     def see(self, loss: Tensor, inputs: Mapping[str, Any]) -> None:
         """Look at the loss of a batch, which counts for the step that follows."""
@@ -52,28 +73,29 @@ class Watch(TrainerCallback):
         self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Look at the gradients of a step."""
-        step = state.global_step + 1
+        step, loss = state.global_step + 1, self._loss
+        self._steps[step] = self._tasks, _rates(kwargs.get("optimizer"))
+        self._tasks, self._loss = set(), None
         gradients = [p.grad for p in self.model.learned() if p.grad is not None]
-        if not gradients:
+        if not gradients or args.fp16:
             return
         is_bad = ~_norm(gradients).isfinite()
-        self._steps[step] = self._tasks, _rate(kwargs.get("optimizer"))
-        self._tasks = set()
+        if loss is not None:
+            is_bad = is_bad | ~loss.isfinite().to(is_bad.device)
         if self.on_nan == "skip":
-            self._skip(step, bool(is_bad))
-        else:
-            if self._loss is not None:
-                is_bad = is_bad | ~self._loss.isfinite().to(is_bad.device)
-            first = torch.where(is_bad, step, 0)
-            known = self._first
-            self._first = first if known is None else torch.where(known > 0, known, first)
-        self._loss = None
+            self._skip(step, is_bad=bool(is_bad))
+            return
+        first = torch.where(is_bad, step, 0)
+        known = self._first
+        self._first = first if known is None else torch.where(known > 0, known, first)
+        if len(self._steps) >= UNREAD:
+            self.check()
 
-    def _skip(self, step: int, is_bad: bool) -> None:
+    def _skip(self, step: int, *, is_bad: bool) -> None:
         self._in_a_row = self._in_a_row + 1 if is_bad else 0
         self.skipped += is_bad
         if self._in_a_row >= SKIPPED:
-            raise self._error(step, f"the last {SKIPPED} steps were skipped, and")
+            raise self._error(step, f"the last {SKIPPED} steps were skipped, and ")
         if is_bad:
             for parameter in self.model.learned():
                 parameter.grad = None
@@ -83,7 +105,7 @@ class Watch(TrainerCallback):
         """Make sure that all steps so far had finite numbers.
 
         Raises:
-            InputError: one had not; the message names it, its tasks and its rate.
+            InputError: one had not; the message names it, its tasks and its rates.
         """
         first = 0 if self._first is None else int(self._first)
         if first:
@@ -92,18 +114,24 @@ class Watch(TrainerCallback):
         self._steps = {}
 
     def _error(self, step: int, before: str) -> InputError:
-        tasks, rate = self._steps.get(step, (set(), 0.0))
+        tasks, rates = self._steps.get(step, (set(), "no rate"))
         of_tasks = f" on {first_few(sorted(tasks), NAMED)}" if tasks else ""
         return InputError(
-            f"training diverged: {before and before + ' '}the loss or the gradient of step {step}"
-            f"{of_tasks} is not finite, at the learning rate {rate:g}; lower the rate (--lr) and "
-            "start again (--overwrite), or skip such steps (--on-nan skip)"
+            f"training diverged: {before}the loss or the gradient of step {step}{of_tasks} is not "
+            f"finite, with {rates}; lower them (--lr, --route-lr) and start again (--overwrite), "
+            "or skip such steps (--on-nan skip)"
         )
 
     def on_log(
         self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Check the steps since the last log."""
+        self.check()
+
+    def on_train_end(
+        self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Check the last steps."""
         self.check()
 
 
@@ -115,8 +143,8 @@ def check_finite(tensors: Iterable[Tensor], step: int) -> None:
     """
     if not all(bool(torch.isfinite(tensor).all()) for tensor in tensors):
         raise InputError(
-            f"training diverged: a weight is not finite at step {step}; lower the learning rate "
-            "(--lr) and start again (--overwrite)"
+            f"training diverged: a weight is not finite at step {step}; lower the learning rates "
+            "(--lr, --route-lr) and start again (--overwrite)"
         )
 
 
@@ -128,7 +156,8 @@ def _norm(gradients: list[Tensor]) -> Tensor:
     return total
 
 
-def _rate(optimizer: Any) -> float:
-    """The largest rate of an optimizer's groups."""
+def _rates(optimizer: Any) -> str:
+    """The rates of an optimizer's groups, in words."""
     groups = getattr(optimizer, "param_groups", ())
-    return max((float(group["lr"]) for group in groups), default=0.0)
+    named = {group.get("name", "the rate"): float(group["lr"]) for group in groups}
+    return ", ".join(f"{name} at {rate:.3g}" for name, rate in named.items()) or "no rate"

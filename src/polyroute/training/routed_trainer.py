@@ -17,8 +17,8 @@ from polyroute.host.files import write_text
 from polyroute.host.trainers import accepted
 from polyroute.model import RoutedModel
 from polyroute.saved.card import write_card
-from polyroute.saved.digests import write_manifest
 from polyroute.saved.hub import CARD
+from polyroute.saved.manifest import write_manifest
 from polyroute.training.arguments import check_arguments
 from polyroute.training.callbacks import Anneal
 from polyroute.training.divergence import Watch, check_finite

@@ -10,6 +10,7 @@ from typing import Any
 from polyroute.data.records import cannot_read
 from polyroute.data.suite import METRICS, RESERVED_TASK, ROLES, TaskInfo
 from polyroute.errors import InputError, did_you_mean
+from polyroute.host.files import check_link
 from polyroute.host.json_text import json_type, parse_json
 
 __all__ = ["check_entry", "check_names", "read_roles"]
@@ -81,6 +82,7 @@ def read_roles(path: Path, tasks: Collection[str]) -> dict[str, TaskInfo]:
     Raises:
         InputError: the file is malformed or names a task that is not among `tasks`.
     """
+    check_link(path)
     try:
         text = path.read_text(encoding="utf-8-sig")
     except FileNotFoundError:

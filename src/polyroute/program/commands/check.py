@@ -1,6 +1,8 @@
 """`polyroute check`: whether the files of a run are whole."""
 
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 from rich.markup import escape
 from rich.table import Table
@@ -9,77 +11,95 @@ from polyroute.errors import InputError
 from polyroute.host.files import read_json, read_tensors
 from polyroute.host.output import Result
 from polyroute.host.progress import progress
+from polyroute.program.commands.checkpoints import TRAINER_STATE, damage_of
 from polyroute.program.options.finished import CheckOptions
 from polyroute.saved.checkpoint import read_checkpoint
-from polyroute.saved.digests import MANIFEST, check_manifest
-from polyroute.saved.hub import DESCRIPTION
+from polyroute.saved.hub import DESCRIPTION, SKILLS
+from polyroute.saved.manifest import MANIFEST
 from polyroute.saved.peft_export import CONFIG, TENSORS
+from polyroute.saved.runs import DESCRIPTION as RUN
 
 __all__ = ["check_run"]
 
-JSON = ("run.json", "metrics.json", "results.json", "evaluate*.json")
+TRAINED = ("train", "import")
+"""Commands whose finished runs hold an inventory."""
+TEXTS = ("metrics.json", "results.json", "alignment.json", "evaluate*.json", "compare.json")
+"""What commands write beside it."""
 
 
 def check_run(options: CheckOptions) -> Result:
     """Read every file of a run, and compare it with its digest where it has one.
 
     Raises:
-        InputError: there is no such folder, nothing of polyroute is in it, or a file is damaged;
-            the message names the first, and how many there are.
+        InputError: there is no such folder, nothing of polyroute is in it, or a file is missing or
+            damaged; the message names the first, and says how many there are.
     """
     place = Path(options.run).expanduser()
     if not place.is_dir():
         raise InputError(f"{place} is not a folder")
-    found = _parts(place)
+    found = list(_parts(place))
     if not found:
         raise InputError(f"{place} holds no run, no inventory and no adapter")
-    damages: dict[Path, str] = {}
-    for path, kind in progress(list(found.items()), "checking"):
-        try:
-            CHECKS[kind](path)
-        except InputError as error:
-            damages[path] = str(error)
+    damages = [
+        damage
+        for path, kind in progress(found, "checking")
+        if (damage := _damage(path, kind)) is not None
+    ]
     if damages:
         several = f", and {len(damages) - 1} more" if len(damages) > 1 else ""
-        raise InputError(f"{next(iter(damages.values()))}{several}")
+        raise InputError(f"{damages[0]}{several}")
     table = Table("checked", "what")
-    for path, kind in found.items():
+    for path, kind in found:
         table.add_row(escape(str(path.relative_to(place))), kind)
     return Result(
-        {"run": str(place), "checked": [str(path.relative_to(place)) for path in found]},
+        {"run": str(place), "checked": [str(path.relative_to(place)) for path, _ in found]},
         (table, f"{len(found)} parts are whole"),
     )
 
 
-def _parts(place: Path) -> dict[Path, str]:
-    """What there is to check, by path."""
-    found: dict[Path, str] = {}
-    for pattern in JSON:
-        found |= dict.fromkeys(sorted(place.rglob(pattern)), "text")
-    for name, kind in ((DESCRIPTION, "inventory"), (MANIFEST, "checkpoint"), (CONFIG, "adapter")):
-        found |= {path.parent: kind for path in sorted(place.rglob(name)) if path.is_file()}
-    return found
+def _parts(place: Path) -> Iterator[tuple[Path, str]]:
+    """What there is to check: a path, and what it is."""
+    for path in sorted([place, *(each for each in place.rglob("*") if each.is_dir())]):
+        names = {each.name for each in path.iterdir() if each.is_file() or each.is_symlink()}
+        if RUN in names:
+            yield path, "run"
+        if {TRAINER_STATE, MANIFEST} & names:
+            yield path, "checkpoint"
+        elif {DESCRIPTION, SKILLS} & names:
+            yield path, "inventory"
+        if CONFIG in names:
+            yield path, "adapter, which has no digest"
+
+
+def _damage(path: Path, kind: str) -> str | None:
+    """What is wrong with a part, if anything."""
+    if kind == "checkpoint":
+        return damage_of(path)
+    try:
+        if kind == "run":
+            _check_run(path)
+        elif kind == "inventory":
+            _check_inventory(path)
+        else:
+            read_json(path / CONFIG)
+            read_tensors(path / TENSORS)
+    except InputError as error:
+        return str(error)
+    return None
+
+
+def _check_run(folder: Path) -> None:
+    run: Any = read_json(folder / RUN)
+    for pattern in TEXTS:
+        for path in sorted(folder.glob(pattern)):
+            read_json(path)
+    command = run.get("command") if isinstance(run, Mapping) else None
+    is_finished = command == "import" or (folder / "metrics.json").is_file()
+    if command in TRAINED and is_finished and not (folder / DESCRIPTION).is_file():
+        raise InputError(f"{folder / DESCRIPTION} is missing, though the run is finished")
 
 
 def _check_inventory(folder: Path) -> None:
     checkpoint = read_checkpoint(folder)
     if checkpoint.saved_routes is not None:
         checkpoint.saved_routes.check(checkpoint.tasks)
-
-
-def _check_checkpoint(folder: Path) -> None:
-    check_manifest(folder)
-    _check_inventory(folder)
-
-
-def _check_adapter(folder: Path) -> None:
-    read_json(folder / CONFIG)
-    read_tensors(folder / TENSORS)
-
-
-CHECKS = {
-    "text": read_json,
-    "inventory": _check_inventory,
-    "checkpoint": _check_checkpoint,
-    "adapter": _check_adapter,
-}

@@ -7,9 +7,9 @@ from polyroute.errors import InputError
 from polyroute.host.files import read_json
 from polyroute.host.output import say
 from polyroute.saved.checkpoint import read_checkpoint
-from polyroute.saved.digests import check_manifest
+from polyroute.saved.manifest import check_manifest
 
-__all__ = ["TRAINER_STATE", "last_checkpoint"]
+__all__ = ["TRAINER_STATE", "damage_of", "last_checkpoint"]
 
 TRAINER_STATE = "trainer_state.json"
 TORCH_FILES = ("optimizer.pt", "scheduler.pt")
@@ -28,7 +28,7 @@ def last_checkpoint(folder: Path) -> Path | None:
     for path in sorted(found, key=lambda p: int(p.name.rpartition("-")[2]), reverse=True):
         if not (path / TRAINER_STATE).is_file():
             continue  # it is written last: the run was interrupted while it wrote the checkpoint
-        damage = _damage(path)
+        damage = damage_of(path)
         if damage is None:
             for sentence in damages:
                 say(f"{sentence}; resuming from {path.name}")
@@ -39,7 +39,7 @@ def last_checkpoint(folder: Path) -> Path | None:
     return None
 
 
-def _damage(checkpoint: Path) -> str | None:
+def damage_of(checkpoint: Path) -> str | None:
     """What is wrong with a checkpoint of the trainer, if anything."""
     random = sorted(checkpoint.glob(RANDOM_OF_SEVERAL)) or [checkpoint / RANDOM]
     for path in (*(checkpoint / name for name in TORCH_FILES), *random):
@@ -51,7 +51,9 @@ def _damage(checkpoint: Path) -> str | None:
     try:
         check_manifest(checkpoint)
         state = read_json(path)
-        _ = read_checkpoint(checkpoint).tasks  # which reads every file of the routing table
+        inventory = read_checkpoint(checkpoint)
+        if inventory.saved_routes is not None:
+            inventory.saved_routes.check(inventory.tasks)
     except InputError as error:
         return str(error)
     if not (

@@ -7,7 +7,7 @@ from rich.table import Table
 
 from polyroute.host.files import check_place, make_folder, write_json
 from polyroute.host.output import Result
-from polyroute.judge import BASE, FRESH, ORACLE, RANDOM, Judgement, judge
+from polyroute.judging import BASE, FRESH, ORACLE, RANDOM, Judgement, judge
 from polyroute.program.commands.opened import opened
 from polyroute.program.commands.runs import beside
 from polyroute.program.options.library import CompareOptions

@@ -114,7 +114,7 @@ class TrainOptions(PlannedOptions):
     )
     on_nan: str = setting(
         "stop", one_of("stop", "skip"), panel="Training",
-        help="What a step does whose loss or gradient is not finite: stop or skip.",
+        help="What a step does whose loss or gradient is not finite: stop training, or skip it.",
     )  # fmt: skip
     save_steps: int = setting(500, whole(), panel="Run", help="Steps between checkpoints.")
     alignment_steps: int | None = setting(
