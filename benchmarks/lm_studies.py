@@ -43,6 +43,7 @@ def language_model(work: Path, results: Path, data: str) -> Study:
             "poly": {"method": "poly", "num_skills": 8, "rank": RANK},
             "mhr": MHR,
             "spread": {**MHR, "route_spread": 3.0},
+            "mhr-32": {**MHR, "num_skills": 8 * RANK, "rank": 1},
         },
         results=results / "lm",
         max_examples=120,
@@ -140,6 +141,9 @@ CONTENDERS: Mapping[str, Contender] = {
         is_continued=True,
     ),
     "shared-matched": Contender("shared-matched", {"mu": 3e-3, "mu-longer": 3e-3}),
+    "grouped-32": Contender(
+        "mhr-32", {"mu-nearest": 6e-3, "mu": 3e-3}, grouped, start_examples=EXAMPLES
+    ),
     "mhr": Contender("mhr", {"mu": 3e-3, "z": 3e-3, "full": 3e-3}, is_continued=True),
     "poly": Contender("poly", {"mu": 3e-3, "z": 3e-3}),
     "private": Contender("private", {"mu": 3e-3}),

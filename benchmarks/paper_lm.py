@@ -57,6 +57,7 @@ CONTENDER_TITLES = {
     "poly": "Poly",
     "mhr": "MHR",
     "grouped": "MHR, a skill for each group of tasks",
+    "grouped-32": "MHR, 32 skills of rank 1 for smaller groups",
     "private": "a LoRA for each task, or their mean",
 }
 """The rows of the tables of the main runs."""
