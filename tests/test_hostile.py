@@ -90,6 +90,9 @@ def test_patterns_end() -> None:
         matches("(" * 5000, "q")
     with pytest.raises(pr.InputError, match="takes too long"):
         matches(r"(?:(a|aa)+)\1c?[ef]", "a" * 60)
+    # What takes long is told at once the second time, and many that take some time together.
+    with pytest.raises(pr.InputError, match="takes too long"):
+        matches(r"(?:(a|aa)+)\1c?[ef]", "a")
 
 
 def test_what_a_terminal_would_obey_is_written_out() -> None:

@@ -15,6 +15,7 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from polyroute.data.records import cannot_read
 from polyroute.errors import InputError, reason
+from polyroute.host.files import check_link
 from polyroute.host.yaml_files import PlainLoader, parse_yaml
 
 __all__ = ["NO_INPUT", "NO_LABEL", "PromptTemplate", "read_templates"]
@@ -75,6 +76,7 @@ def read_templates(folder: Path, dataset: str, subset: str | None) -> list[Promp
         InputError: there is no such file, or it is malformed.
     """
     path = folder / dataset / (subset or "") / "templates.yaml"
+    check_link(path)
     try:
         content = parse_yaml(path.read_text(encoding="utf-8"), str(path), _Loader)
         found = [
