@@ -36,13 +36,13 @@ def library_lines(results: Path, table: Table) -> list[str]:
     lines: list[str] = []
     for name, make in sections.items():
         path = results / f"library_{name}.json"
-        found = json.loads(path.read_text(encoding="utf-8"))["found"] if path.exists() else {}
-        if found:
-            lines += [*make(found, table), ""]
+        content = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+        if content.get("found"):
+            lines += [*make(content["found"], content["how"], table), ""]
     return lines
 
 
-def _judge(found: Mapping[str, Any], table: Table) -> list[str]:
+def _judge(found: Mapping[str, Any], how: Mapping[str, Any], table: Table) -> list[str]:
     of_task: dict[str, Scores] = {task: one["scores"] for task, one in found.items()}
 
     def gap(name: str, other: str) -> str:
@@ -73,10 +73,10 @@ def _judge(found: Mapping[str, Any], table: Table) -> list[str]:
     return [
         "## Does a library help with new tasks?",
         "",
-        "46 LoRAs of SmolLM2 (rank 4, all linear layers), one for each training task of [the study "
-        f"on SmolLM2](paper.md), and {len(of_task)} tasks that none of them learned, with 32 "
-        f"examples each; {examples} test examples. A fresh LoRA and learned weights take 16 steps "
-        "of 8. The random library has the same ranks and norms. Means over tasks, with 95 % "
+        f"{how['count']} LoRAs of SmolLM2 (rank 4, all linear layers), one for each training task "
+        f"of [the study on SmolLM2](paper.md), and {len(of_task)} tasks that none of them learned, "
+        f"with 32 examples each; {examples} test examples. A fresh LoRA and learned weights take 16 "
+        "steps of 8. The random library has the same ranks and norms. Means over tasks, with 95 % "
         f"intervals over tasks. The judge's verdict over all examples: {pooled.verdict}. "
         "`python benchmarks/library_study.py judge` measures it.",
         "",
@@ -84,7 +84,7 @@ def _judge(found: Mapping[str, Any], table: Table) -> list[str]:
     ]
 
 
-def _draws(found: Mapping[str, Any], table: Table) -> list[str]:
+def _draws(found: Mapping[str, Any], how: Mapping[str, Any], table: Table) -> list[str]:
     rows = []
     for task, one in found.items():
         scores = {name: np.array(own) for name, own in one["scores"].items()}
@@ -128,7 +128,7 @@ def _with_controls(scores: Mapping[str, Any], uses: Mapping[str, str], draw: int
     return found
 
 
-def _shares(found: Mapping[str, Any], table: Table) -> list[str]:
+def _shares(found: Mapping[str, Any], how: Mapping[str, Any], table: Table) -> list[str]:
     rows = []
     for rule in next(iter(found.values())):
         by_task = [list(own[rule].values()) for own in found.values()]
@@ -144,14 +144,14 @@ def _shares(found: Mapping[str, Any], table: Table) -> list[str]:
         "### Do tokens find the LoRA of their task?",
         "",
         f"The share of the tokens of a task's prompts that choose the task's own LoRA, among "
-        f"{len(found)}; by chance it would be {1 / len(found):.3f}. "
+        f"{how['count']}; by chance it would be {1 / how['count']:.3f}. "
         "`python benchmarks/library_study.py shares` measures it.",
         "",
         *table(head, rows),
     ]
 
 
-def _frozen(found: Mapping[str, Any], table: Table) -> list[str]:
+def _frozen(found: Mapping[str, Any], how: Mapping[str, Any], table: Table) -> list[str]:
     key = "score_normalised"
     live, still = ([one[name][key] for one in found.values()] for name in ("arrow", "frozen"))
     gaps = [b - a for a, b in zip(live, still, strict=True)]
@@ -163,13 +163,14 @@ def _frozen(found: Mapping[str, Any], table: Table) -> list[str]:
         "### One plain LoRA in place of Arrow",
         "",
         f"For each of {len(found)} tasks that no LoRA learned, `pr.freeze` fits a LoRA of rank "
-        "16 to Arrow on 60 prompts. `python benchmarks/library_study.py frozen` measures it.",
+        f"{how['rank']} to Arrow on {how['texts']} prompts. "
+        "`python benchmarks/library_study.py frozen` measures it.",
         "",
         *table(head, [row]),
     ]
 
 
-def _compiled(found: Mapping[str, Any], table: Table) -> list[str]:
+def _compiled(found: Mapping[str, Any], how: Mapping[str, Any], table: Table) -> list[str]:
     rows = []
     for skills, one in found.items():
         lost = "" if "errors" not in one else str(interval(list(one["errors"].values())))
@@ -177,8 +178,8 @@ def _compiled(found: Mapping[str, Any], table: Table) -> list[str]:
     return [
         "### Few skills in place of many LoRAs",
         "",
-        "What `pr.compile_library` loses of the norm of each LoRA, where the 46 LoRAs become an "
-        "inventory of few skills. `python benchmarks/library_study.py compiled` measures it.",
+        f"What `pr.compile_library` loses of the norm of each LoRA, where {how['count']} LoRAs "
+        "become an inventory of few skills. `python benchmarks/library_study.py compiled` measures it.",
         "",
         *table(["skills", "share that is lost", "refused"], rows),
     ]

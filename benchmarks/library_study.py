@@ -190,7 +190,11 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     path = make_folder(RESULTS) / f"library_{options.stage}.json"
-    how = {"loras": options.loras.name, "test": options.test}
+    loras = LORAS if options.stage == "draws" else exported(options.loras)
+    count = len(list(loras.glob("*/adapter_config.json")))
+    how = {
+        "loras": loras.name, "count": count, "test": options.test, "texts": TEXTS, "rank": RANK,
+    }  # fmt: skip
     content: dict[str, Any] = {"how": how, "found": {}, "machine": machine()}
     if path.exists():
         content = json.loads(path.read_text(encoding="utf-8"))
