@@ -38,7 +38,7 @@ def library_lines(results: Path, table: Table) -> list[str]:
         path = results / f"library_{name}.json"
         content = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
         if content.get("found"):
-            lines += [*make(content["found"], content["how"], table), ""]
+            lines += make(content["found"], content["how"], table)
     return lines
 
 
@@ -75,8 +75,8 @@ def _judge(found: Mapping[str, Any], how: Mapping[str, Any], table: Table) -> li
         "",
         f"{how['count']} LoRAs of SmolLM2 (rank 4, all linear layers), one for each training task "
         f"of [the study on SmolLM2](paper.md), and {len(of_task)} tasks that none of them learned, "
-        f"with 32 examples each; {examples} test examples. A fresh LoRA and learned weights take 16 "
-        "steps of 8. The random library has the same ranks and norms. Means over tasks, with 95 % "
+        f"with 32 examples each; {examples} test examples. A fresh LoRA and learned weights take "
+        "16 steps of 8. The random library has the same ranks and norms. Means over tasks, with 95 % "
         f"intervals over tasks. The judge's verdict over all examples: {pooled.verdict}. "
         "`python benchmarks/library_study.py judge` measures it.",
         "",
@@ -179,7 +179,8 @@ def _compiled(found: Mapping[str, Any], how: Mapping[str, Any], table: Table) ->
         "### Few skills in place of many LoRAs",
         "",
         f"What `pr.compile_library` loses of the norm of each LoRA, where {how['count']} LoRAs "
-        "become an inventory of few skills. `python benchmarks/library_study.py compiled` measures it.",
+        "become an inventory of few skills. "
+        "`python benchmarks/library_study.py compiled` measures it.",
         "",
         *table(["skills", "share that is lost", "refused"], rows),
     ]
