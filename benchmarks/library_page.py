@@ -76,8 +76,8 @@ def _judge(found: Mapping[str, Any], how: Mapping[str, Any], table: Table) -> li
         f"{how['count']} LoRAs of SmolLM2 (rank 4, all linear layers), one for each training task "
         f"of [the study on SmolLM2](paper.md), and {len(of_task)} tasks that none of them learned, "
         f"with 32 examples each; {examples} test examples. A fresh LoRA and learned weights take "
-        "16 steps of 8. The random library has the same ranks and norms. Means over tasks, with 95 % "
-        f"intervals over tasks. The judge's verdict over all examples: {pooled.verdict}. "
+        "16 steps of 8. The random library has the same ranks and norms. Means over tasks, with 95 "
+        f"% intervals over tasks. The judge's verdict over all examples: {pooled.verdict}. "
         "`python benchmarks/library_study.py judge` measures it.",
         "",
         *table(head, rows),
