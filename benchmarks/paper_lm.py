@@ -61,6 +61,11 @@ CONTENDER_TITLES = {
     "private": "a LoRA for each task, or their mean",
 }
 """The rows of the tables of the main runs."""
+NEW_READERS = """
+New readers whose interests no inventory has seen, with 32 examples and 16 steps of 8; rates were
+chosen here:
+
+"""
 SEEDS = range(9)
 """Of training; those that ran are found by their files."""
 
@@ -189,9 +194,9 @@ def _trained(folder: Path, prefix: str = "") -> dict[str, Any]:
 def _own_tasks(folder: Path, prefix: str = "") -> str:
     """The tasks that inventories learned, each with its own routes; empty if nothing was scored."""
     scores = {name: _of_seeds(folder, f"{prefix}own-tasks-{name}") for name in CONTENDER_TITLES}
-    references = [name for name in REFERENCES if scores[name]]
-    if not references:
+    if not any(scores.values()):
         return ""
+    references = [name for name in REFERENCES if scores[name]]
     gaps = [f"per token, minus {CONTENDER_TITLES[name]}" for name in references]
     text = [["inventory", "sum", "per token", *gaps, "seeds"]]
     base = results_of(folder, [f"{prefix}own-tasks-base"])
@@ -227,9 +232,10 @@ know more.
 
 def _readers(folder: Path) -> str:
     """Users who want other things of the same texts; empty before anything was measured."""
-    own = _own_tasks(folder)
+    own, rates = _own_tasks(folder), _rates(folder, "")
     if not own:
         return ""
+    chosen = f"{NEW_READERS}{rates}\n" if "\n|" in rates.partition("\n")[2] else ""
     return f"""
 ## SmolLM2: readers who want other things of the same texts
 
@@ -240,12 +246,7 @@ topics are real, interests are drawn. 48 readers are learned from the same texts
 contradicting answers.
 
 {_trainings(_trained(folder), CONTENDER_TITLES)}
-{own}
-New readers whose interests no inventory has seen, with 32 examples and 16 steps of 8; rates were
-chosen here:
-
-{_rates(folder, "")}
-{_held_out(folder, "Other new readers, on whom nothing was chosen")}"""
+{own}{chosen}{_held_out(folder, "Other new readers, on whom nothing was chosen")}"""
 
 
 def _rates(folder: Path, prefix: str) -> str:
