@@ -39,15 +39,28 @@ def test_settings_of_the_language_model_were_chosen_on_development_tasks_alone()
     tasks = {role: set(names) for role, names in paper_page.read(folder, "tasks").items()}
     assert not tasks["develop"] & tasks["test"]
     assert not tasks["train"] & (tasks["develop"] | tasks["test"])
+    parts = (folder, folder / "unsaid")
     looked_at = {
-        "develop": [*folder.glob("apart-*.json"), *folder.rglob("*develop-*.json")],
-        "train": [*folder.rglob("*own-tasks-*.json")],
-    }
+        "develop": [*folder.glob("apart-*.json"),
+                    *(path for part in parts for path in part.glob("*develop-*.json"))],
+        "train": [path for part in parts for path in part.glob("*own-tasks-*.json")],
+    }  # fmt: skip
     assert looked_at["develop"]
     for role, paths in looked_at.items():
         for path in paths:
             found = {each["task"] for each in json.loads(path.read_text(encoding="utf-8"))}
             assert found <= tasks[role], path.name
+
+
+def test_readers_were_looked_at_in_their_parts_alone() -> None:
+    folder = paper_page.RESULTS / "lm" / "readers"
+    training = set(paper_page.read(folder.parent, "tasks")["train"])
+    for pattern, remainders in (("own-tasks-*", {0, 1, 2}), ("develop-*", {3}), ("test-*", {4})):
+        for path in folder.glob(f"{pattern}.json"):
+            for each in json.loads(path.read_text(encoding="utf-8")):
+                source, number = each["task"].split(" reader ")
+                assert source in training  # texts of no task that is held out
+                assert int(number) % 5 in remainders, path.name
 
 
 KEPT = sorted(path.parent for path in paper_study.KEPT.glob("*/*/polyroute.json"))
