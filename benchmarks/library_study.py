@@ -18,7 +18,7 @@ Each stage writes `benchmarks/results/library_STAGE.json` as it goes, and goes o
 import argparse
 import json
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -52,6 +52,8 @@ RULES: Mapping[str, pr.RouteRule] = {
     "spectr, weighted": pr.SpectR(top_k=1, weighted=True),
 }
 Found = dict[str, Any]
+Stage = tuple[Sequence[str], Callable[[str], Found]]
+"""What is measured, one after the other, and how."""
 
 
 @dataclass(frozen=True)
@@ -87,43 +89,35 @@ def exported(run: Path) -> Path:
     return place
 
 
-def judge(place: Place, found: Found, keep: Callable[[], None]) -> None:
+def judge(place: Place) -> Stage:
     """Every use of the library on every development task."""
-    model, kind = place.opened(exported(place.loras))
-    for task in place.study.develop:
-        _judged(place, model, kind, found, task, SETTINGS)
-        keep()
+    return place.study.develop, _judged(place, exported(place.loras), SETTINGS)
 
 
-def draws(place: Place, found: Found, keep: Callable[[], None]) -> None:
+def draws(place: Place) -> Stage:
     """Many random libraries in place of the small one, on its planted task and two new ones."""
-    model, kind = place.opened(LORAS)
-    for task in (PLANTED, *place.study.develop[:2]):
-        _judged(place, model, kind, found, task, DRAWS)
-        keep()
+    return (PLANTED, *place.study.develop[:2]), _judged(place, LORAS, DRAWS)
 
 
-def _judged(
-    place: Place, model: pr.RoutedModel, kind: ModelKind, found: Found, task: str,
-    settings: pr.JudgeSettings,
-) -> None:  # fmt: skip
-    if task in found:
-        return
-    one = pr.judge(model, kind, place.study.suite, [task], settings, max_examples=place.most)
-    scores = {name: [round(float(v), 6) for v in own] for name, own in one.scores.items()}
-    found[task] = {"scores": scores, "single": list(one.chosen[task])}
-    print(task, {n: round(sum(v) / len(v), 3) for n, v in scores.items()}, flush=True)
+def _judged(place: Place, loras: Path, settings: pr.JudgeSettings) -> Callable[[str], Found]:
+    model, kind = place.opened(loras)
+
+    def one(task: str) -> Found:
+        own = pr.judge(model, kind, place.study.suite, [task], settings, max_examples=place.most)
+        scores = {name: [round(float(v), 6) for v in of] for name, of in own.scores.items()}
+        return {"scores": scores, "single": list(own.chosen[task])}
+
+    return one
 
 
-def shares(place: Place, found: Found, keep: Callable[[], None]) -> None:
+def shares(place: Place) -> Stage:
     """The share of a task's tokens that choose the task's own LoRA, by layer."""
     model, kind = place.opened(exported(place.loras))
-    for task in place.study.train:
-        if task in found:
-            continue
+
+    def one(task: str) -> Found:
         rows = list(encoded(place.study.suite, task, "test", kind).select(range(PROMPTS)))
         own = model.tasks.index(task)
-        found[task] = {}
+        found: Found = {}
         for name, rule in RULES.items():
             of_site: dict[str, list[float]] = {}
             with torch.no_grad(), model.record_gates() as gates, model.route(rule):
@@ -132,50 +126,54 @@ def shares(place: Place, found: Found, keep: Callable[[], None]) -> None:
             for gate in gates:
                 chosen = gate.weights.flatten(0, -2)[:, own] > 0
                 of_site.setdefault(model.sites[gate.site].name, []).extend(chosen.float().tolist())
-            found[task][name] = {site: sum(c) / len(c) for site, c in of_site.items()}
-        print(task, {n: sum(v.values()) / len(v) for n, v in found[task].items()}, flush=True)
-        keep()
+            found[name] = {site: sum(c) / len(c) for site, c in of_site.items()}
+        return found
+
+    return place.study.train, one
 
 
-def compiled(place: Place, found: Found, keep: Callable[[], None]) -> None:
+def compiled(place: Place) -> Stage:
     """What is lost where the library becomes an inventory of few skills."""
     library = pr.Library.from_peft(exported(place.loras))
-    for skills in SKILLS:
-        if str(skills) in found:
-            continue
-        base, _ = pr.load_base("smollm2", dtype="bfloat16")
+
+    def one(skills: str) -> Found:
+        base, _ = place.study.base_and_kind()
         try:
-            errors = pr.compile_library(base, library, num_skills=skills, most_error=1.0).errors
-            found[str(skills)] = {"errors": dict(errors)}
+            made = pr.compile_library(base, library, num_skills=int(skills), most_error=1.0)
         except InputError as error:
-            found[str(skills)] = {"refused": str(error)}
-        print(skills, found[str(skills)], flush=True)
-        keep()
+            return {"refused": str(error)}
+        return {"errors": dict(made.errors)}
+
+    return [str(skills) for skills in SKILLS], one
 
 
-def frozen(place: Place, found: Found, keep: Callable[[], None]) -> None:
+def frozen(place: Place) -> Stage:
     """One plain LoRA in place of Arrow, for each development task."""
     model, kind = place.opened(exported(place.loras))
-    for task in place.study.develop:
-        if task in found:
-            continue
+
+    def score(own: pr.RoutedModel, task: str, route: pr.RouteRule | None) -> Found:
+        (found,) = pr.evaluate(
+            own, kind, place.study.suite, [task], route=route, max_examples=place.most
+        )
+        return found.to_dict()
+
+    def one(task: str) -> Found:
         rows = list(encoded(place.study.suite, task, "train", kind).select(range(TEXTS)))
         texts = [{"input_ids": torch.tensor([row["prompt_ids"]])} for row in rows]
-        live = pr.evaluate(
-            model, kind, place.study.suite, [task], route=pr.Arrow(), max_examples=place.most
-        )
         lora = pr.freeze(model, pr.Arrow(), texts, rank=RANK)
         with tempfile.TemporaryDirectory() as folder:
             lora.save_peft(folder)
-            own, _ = place.opened({task: Path(folder)})
-        still = pr.evaluate(own, kind, place.study.suite, [task], max_examples=place.most)
-        found[task] = {
-            "arrow": live[0].to_dict(), "frozen": still[0].to_dict(), "error": lora.error,
-        }  # fmt: skip
-        keep()
+            plain, _ = place.opened({task: Path(folder)})
+        return {
+            "arrow": score(model, task, pr.Arrow()),
+            "frozen": score(plain, task, None),
+            "error": lora.error,
+        }
+
+    return place.study.develop, one
 
 
-STAGES: Mapping[str, Callable[[Place, Found, Callable[[], None]], None]] = {
+STAGES: Mapping[str, Callable[[Place], Stage]] = {
     one.__name__: one for one in (judge, draws, shares, compiled, frozen)
 }
 
@@ -201,7 +199,12 @@ def main() -> None:
         if content["how"] != how:
             raise SystemExit(f"{path} was begun with {content['how']}, not with {how}: delete it")
     place = Place(options.data, options.loras, options.test)
-    STAGES[options.stage](place, content["found"], lambda: write_json(path, content))
+    keys, one = STAGES[options.stage](place)
+    for key in keys:
+        if key not in content["found"]:
+            content["found"][key] = one(key)
+            write_json(path, content)
+            print(key, str(content["found"][key])[:200], flush=True)
 
 
 if __name__ == "__main__":

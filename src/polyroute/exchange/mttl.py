@@ -50,6 +50,7 @@ OLDER_NAMES = {
 }
 MODIFIERS = ("lora", "ia3", "skilled_lora")
 MOST_TASKS = 1_000_000
+"""Names are made for so many; a crafted file may ask for any number."""
 KEY = re.compile(
     r"(?P<layer>.+?)(?P<main>\.experts)?\.(?P<part>lora_a|lora_b|multi_lora_b|selector\.module_logits)"
 )

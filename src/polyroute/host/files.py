@@ -144,13 +144,7 @@ def write_json(path: Path, value: object) -> None:
     Raises:
         InputError: a number is NaN or infinite, which JSON does not have.
     """
-    try:
-        text = json.dumps(value, indent=1, ensure_ascii=False, allow_nan=False)
-    except ValueError as error:
-        raise InputError(
-            f"{path} is not written: a number in it is NaN or infinite, so something diverged"
-        ) from error
-    write_text(path, text + "\n")
+    write_text(path, _json(path, value))
 
 
 def write_text(path: Path, text: str) -> None:
@@ -164,8 +158,9 @@ def write_new_json(path: Path, value: object) -> None:
 
     Raises:
         FileExistsError: there is such a file; of several processes all but one get this.
+        InputError: as `write_json`.
     """
-    text = json.dumps(value, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
+    text = _json(path, value)
     temporary = _temporary_beside(path)
     try:
         temporary.write_bytes(text.encode())
@@ -180,6 +175,15 @@ def write_new_json(path: Path, value: object) -> None:
         _sync(path.parent)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def _json(path: Path, value: object) -> str:
+    try:
+        return json.dumps(value, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
+    except ValueError as error:
+        raise InputError(
+            f"{path} is not written: a number in it is NaN or infinite, so something diverged"
+        ) from error
 
 
 def remove_unfinished(folder: Path, *, own: str) -> None:

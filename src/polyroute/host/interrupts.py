@@ -34,8 +34,7 @@ def terminable() -> Iterator[None]:
     """Within the block, SIGTERM and SIGHUP raise `Terminated`, as Ctrl-C `KeyboardInterrupt`."""
 
     def terminate(number: int, _: Any) -> None:
-        if number != signal.SIGTERM:
-            _let_go_of_the_terminal()
+        _let_go_of_the_terminal(number)
         raise Terminated(number)
 
     if (
@@ -68,8 +67,7 @@ def deferred() -> Iterator[Callable[[], bool]]:
     def wait(number: int, _: Any) -> None:
         waiting.append(number)
         restore()
-        if number not in (signal.SIGINT, signal.SIGTERM):
-            _let_go_of_the_terminal()
+        _let_go_of_the_terminal(number)
         with suppress(OSError, ValueError):  # whoever read it may be gone
             print(
                 "polyroute: stopping after this step; interrupt again to stop at once",
@@ -94,12 +92,15 @@ def deferred() -> Iterator[Callable[[], bool]]:
         signal.raise_signal(waiting[0])
 
 
-def _let_go_of_the_terminal() -> None:
-    """Write nothing more to a terminal that was closed, where every write would fail."""
-    for stream in (sys.stdout, sys.stderr):
-        with suppress(OSError, ValueError, AttributeError):
-            if os.isatty(stream.fileno()):
-                os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+def _let_go_of_the_terminal(number: int) -> None:
+    """Write nothing more to a terminal that was closed, as SIGHUP says: every write would fail."""
+    if number in (signal.SIGINT, signal.SIGTERM):
+        return
+    with Path(os.devnull).open("wb") as nowhere:
+        for stream in (sys.stdout, sys.stderr):
+            with suppress(OSError, ValueError, AttributeError):
+                if os.isatty(stream.fileno()):
+                    os.dup2(nowhere.fileno(), stream.fileno())
 
 
 @contextmanager

@@ -1,5 +1,6 @@
 """Locks between processes, and between threads, that end with the process that holds them."""
 
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -10,7 +11,7 @@ try:
 except ImportError:  # Windows
     fcntl = None  # type: ignore[assignment]
 
-__all__ = ["locked"]
+__all__ = ["is_still_there", "locked"]
 
 
 @contextmanager
@@ -38,3 +39,11 @@ def locked(path: Path, *, wait: bool) -> Iterator[tuple[BinaryIO, bool]]:
             except OSError:  # a file system without locks
                 pass
         yield file, is_locked
+
+
+def is_still_there(path: Path, file: BinaryIO) -> bool:
+    """Whether an open file still has its name: it was neither removed nor replaced."""
+    try:
+        return os.path.samestat(path.stat(), os.fstat(file.fileno()))
+    except FileNotFoundError:
+        return False

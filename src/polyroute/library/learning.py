@@ -168,7 +168,7 @@ class _Learned:
             raise InputError("give at least one example to learn weights from")
         model.check_unmerged()
         self.rule = Static(model) if rule is None else rule
-        self._model, self._kind, self._rows, self._penalty = model, kind, rows, penalty
+        self._rows, self._penalty = rows, penalty
         self._mean: Callable[[Sequence[Row]], Tensor] = {
             "answers": lambda some: kind.loss(model, kind.collate(some)),
             "entropy": lambda some: kind.entropies(model, some).mean(),

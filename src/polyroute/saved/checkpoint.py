@@ -12,7 +12,6 @@ programs can read them. Nothing here is ever unpickled.
 Shape letters: T tasks, N routers, H heads, K skills, r rank.
 """
 
-import hashlib
 import json
 import math
 import os
@@ -63,6 +62,15 @@ class Checkpoint:
             return tuple(self.description["tasks"])
         return tuple(self.saved_routes.names())
 
+    def check_rows(self) -> None:
+        """Read the whole routing table, if there is one, and compare it with its digests.
+
+        Raises:
+            InputError: a file of it is damaged.
+        """
+        if self.saved_routes is not None:
+            self.saved_routes.check(self.tasks)
+
     def rows(self, tasks: Sequence[str]) -> Tensor | None:
         """The rows of some tasks, `[T, N * H * K]`, fp32; None if tasks have no rows.
 
@@ -93,16 +101,14 @@ class Content:
     shape: tuple[int, int, int] | None
     """The shape `(N, H, K)` of a row, or None."""
 
-    def identity(self) -> str:
-        """A hash of the content, equal for equal inventories."""
-        described = [self.description, list(self.tasks)]
-        total = hashlib.sha256(json.dumps(described).encode())
-        rows = [] if self.rows is None else [self.rows]
-        for tensor in (*self.skills.values(), *self.modules.values(), *rows):
-            # On a CPU no tensor is copied; on another device they are copied one by one.
-            flat = tensor.detach().cpu().reshape(-1)
-            total.update(flat.view(torch.uint8).numpy().data)
-        return total.hexdigest()[:16]
+    def identity(self, digests: Mapping[str, str]) -> str:
+        """A hash of the content, equal for equal inventories.
+
+        Args:
+            digests: those of `skills` and `modules`, by file.
+        """
+        rows = {} if self.rows is None else {"rows": self.rows}
+        return digest_of(rows, self.description, list(self.tasks), digests)[:16]
 
 
 def write_checkpoint(folder: str | os.PathLike[str], content: Content) -> None:
@@ -125,10 +131,11 @@ def write_checkpoint(folder: str | os.PathLike[str], content: Content) -> None:
 
 
 def _write(path: Path, content: Content) -> None:
-    identity = content.identity()
     parts = {SKILLS: content.skills, **({MODULES: content.modules} if content.modules else {})}
+    digests = {name: digest_of(tensors) for name, tensors in parts.items()}
+    identity = content.identity(digests)
     for name, tensors in parts.items():
-        note = json.dumps({"id": identity, SHA256: digest_of(tensors)})
+        note = json.dumps({"id": identity, SHA256: digests[name]})
         write_tensors(path / name, tensors, metadata={NOTE: note})
     shards: list[Path] = []
     table: dict[str, Any] = {"rows": None, "tasks": list(content.tasks)}

@@ -13,7 +13,7 @@ from torch import Tensor
 from polyroute.errors import InputError, did_you_mean
 from polyroute.host.dtypes import are_finite_fractions
 from polyroute.host.files import read_json
-from polyroute.host.locks import locked
+from polyroute.host.locks import is_still_there, locked
 from polyroute.routes.table import MU
 from polyroute.saved.digests import SHA256, described_digest
 from polyroute.saved.hub import DESCRIPTION, SHARDS, Snapshot, locate
@@ -65,7 +65,7 @@ def lock_inventory(folder: Path) -> Iterator[None]:
     path = folder / DESCRIPTION
     while True:
         with locked(path, wait=True) as (file, _):
-            if os.path.samestat(path.stat(), os.fstat(file.fileno())):
+            if is_still_there(path, file):
                 yield
                 return
 

@@ -26,7 +26,7 @@ from polyroute.host.files import (
     remove_unfinished,
     write_new_json,
 )
-from polyroute.host.locks import locked
+from polyroute.host.locks import is_still_there, locked
 from polyroute.host.processes import is_first
 from polyroute.saved.base_names import is_packaged
 from polyroute.saved.hub import DESCRIPTION as INVENTORY
@@ -242,7 +242,7 @@ def held(folder: Path) -> Iterator[None]:
         if is_locked:
             remove_unfinished(folder, own=DESCRIPTION)
         yield
-        if not _is_still_there(folder / DESCRIPTION, file):
+        if not is_still_there(folder / DESCRIPTION, file):
             raise InputError(
                 f"the folder {folder} was removed or replaced while the run worked in it, so what "
                 "is there now is not whole: start again"
@@ -260,14 +260,6 @@ def _lock(folder: Path) -> Iterator[tuple[BinaryIO, bool]]:
                 f"another process works in {folder}; wait for it, or name another --out folder"
             ) from error
         yield found
-
-
-def _is_still_there(path: Path, file: BinaryIO) -> bool:
-    """Whether an open file still has its name."""
-    try:
-        return os.path.samestat(path.stat(), os.fstat(file.fileno()))
-    except FileNotFoundError:
-        return False
 
 
 def read_run(folder: str | os.PathLike[str]) -> dict[str, Any]:

@@ -9,6 +9,7 @@ from transformers.training_args import OptimizerNames
 
 from polyroute.errors import InputError, did_you_mean
 from polyroute.settings import one_of
+from polyroute.training.names import ON_NAN
 
 __all__ = [
     "LOSS_ALONE",
@@ -19,7 +20,6 @@ __all__ = [
     "check_multi_task",
 ]
 
-ON_NAN = ("stop", "skip")
 ROWWISE_OPTIMS = ("adamw_torch", "adamw_torch_fused")
 LOSS_ALONE = "MultiTaskTrainer computes the loss alone: score answers with polyroute.evaluate"
 HOOKS = {

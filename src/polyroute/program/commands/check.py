@@ -79,7 +79,7 @@ def _damage(path: Path, kind: str) -> str | None:
         if kind == "run":
             _check_run(path)
         elif kind == "inventory":
-            _check_inventory(path)
+            read_checkpoint(path).check_rows()
         else:
             read_json(path / CONFIG)
             read_tensors(path / TENSORS)
@@ -97,9 +97,3 @@ def _check_run(folder: Path) -> None:
     is_finished = command == "import" or (folder / "metrics.json").is_file()
     if command in TRAINED and is_finished and not (folder / DESCRIPTION).is_file():
         raise InputError(f"{folder / DESCRIPTION} is missing, though the run is finished")
-
-
-def _check_inventory(folder: Path) -> None:
-    checkpoint = read_checkpoint(folder)
-    if checkpoint.saved_routes is not None:
-        checkpoint.saved_routes.check(checkpoint.tasks)

@@ -51,9 +51,7 @@ def damage_of(checkpoint: Path) -> str | None:
     try:
         check_manifest(checkpoint)
         state = read_json(path)
-        inventory = read_checkpoint(checkpoint)
-        if inventory.saved_routes is not None:
-            inventory.saved_routes.check(inventory.tasks)
+        read_checkpoint(checkpoint).check_rows()
     except InputError as error:
         return str(error)
     if not (

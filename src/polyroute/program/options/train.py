@@ -15,6 +15,7 @@ from polyroute.program.options.shared import (
 )
 from polyroute.program.texts import SEEDS
 from polyroute.settings import check_settings, flag, named, number, one_of, setting, text, whole
+from polyroute.training.names import ON_NAN
 
 __all__ = ["Optimization", "TrainOptions"]
 
@@ -113,7 +114,7 @@ class TrainOptions(PlannedOptions):
         False, flag(), panel="Training", help="Save memory: recompute activations."
     )
     on_nan: str = setting(
-        "stop", one_of("stop", "skip"), panel="Training",
+        "stop", one_of(*ON_NAN), panel="Training",
         help="What a step does whose loss or gradient is not finite: stop training, or skip it.",
     )  # fmt: skip
     save_steps: int = setting(500, whole(), panel="Run", help="Steps between checkpoints.")
