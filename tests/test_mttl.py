@@ -437,6 +437,7 @@ def put(part: str, value: Any) -> Edit:
     (changed(model_modifier="skilled"), "model_modifier='skilled', which polyroute does not have"),
     (changed(router_granularity="headwise"), "no granularity 'headwise'"),
     (changed(modify_layers="("), "no regular expression"),
+    (changed(n_tasks=10**9), "n_tasks is 1,000,000,000, which no model has"),
     (changed(router_granularity="blockwise"), "different routing logits"),
 ], ids=lambda value: value if isinstance(value, str) else "")  # fmt: skip
 def test_a_damaged_checkpoint_is_one_sentence(tmp_path: Path, edit: Edit, sentence: str) -> None:
