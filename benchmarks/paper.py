@@ -63,8 +63,11 @@ CONTINUED = ("shared", "poly", "mhr")
 CONTROLLED = ("shared", "shared-matched", "poly", "mhr", "private")
 """Inventories of the real tasks that are scored untuned and whose gradients are compared."""
 STUDIES = ("generated", "real", "seq2seq", "lm", "lm-unsaid", "lm-readers")
-STAGES = ("train", "own", "develop", "test", "controls", "continued")
-"""`own` scores inventories on the tasks that they learned; the language model alone has it."""
+STAGES = ("train", "own", "develop", "test", "text", "controls", "continued")
+"""`own` scores inventories on the tasks that they learned, and `text` those that ask for text; the
+language model alone has them. Its `continued` goes with `develop` or `test`."""
+HELD_OUT = ("test", "text")
+"""Stages of the language model that look at held-out tasks, and run only if they are named."""
 
 
 OWN = "own-tasks-"
@@ -167,38 +170,36 @@ def run_main(
 
     Rates are chosen before, from one seed on the development tasks, with several draws.
     """
-    parts = {
-        "own": replace(study, test=study.train),
-        "develop": replace(study, test=study.develop, seeds=study.seeds[: plan.draws]),
-        "test": study,
-        "text": replace(study, test=study.text, max_target=WRITTEN),
-    }
     if "develop" in stages:
-        _run_part(study, plan, contenders, 0, {"develop": parts["develop"]})
-    for seed, draw in enumerate(study.seeds[: plan.seeds]):
-        if "own" in stages:
-            _run_part(study, plan, contenders, seed, {"own": parts["own"]})
-        if "test" in stages:
-            held_out = {r: replace(parts[r], seeds=(draw,)) for r in ("test", "text")}
-            _run_part(study, plan, contenders, seed, held_out)
+        part = replace(study, test=study.develop, seeds=study.seeds[: plan.draws])
+        _run_part(study, part, plan, contenders, 0, "develop")
+    for seed in plan.seeds:
+        held_out = replace(study, seeds=(study.seeds[seed],))
+        parts = {
+            "own": replace(held_out, test=study.train),
+            "test": held_out,
+            "text": replace(held_out, test=study.text, max_target=WRITTEN),
+        }
+        for role, part in parts.items():
+            if role in stages:
+                _run_part(study, part, plan, contenders, seed, role)
 
 
 def _run_part(
     study: Study,
+    part: Study,
     plan: Plan,
     contenders: Mapping[str, Contender],
     seed: int,
-    parts: Mapping[str, Study],
+    role: str,
 ) -> None:
-    for role, part in parts.items():
-        zero_shot(part, OWN + "base" if role == "own" else f"{role}-zero-shot-base", "base",
-                  part.test)  # fmt: skip
+    stage = OWN + "base" if role == "own" else f"{role}-zero-shot-base"
+    zero_shot(part, stage, "base", part.test)
     for name, contender in contenders.items():
-        for role, part in parts.items():
-            _run_main(study, part, plan, name, contender, seed, role)
+        _run_contender(study, part, plan, f"{name}-s{seed}", contender, seed, role)
 
 
-def _run_main(
+def _run_contender(
     study: Study,
     part: Study,
     plan: Plan,
@@ -208,29 +209,41 @@ def _run_main(
     role: str,
 ) -> None:
     """Train one contender in `study`, unless all results are there, and score it in `part`."""
-    name = f"{name}-s{seed}"
-    is_held_out = role in ("test", "text")
-    continued = f"{name}-continued" if contender.is_continued and is_held_out else ""
-    as_is = _as_is(part, name, continued, contender, role)
+    as_is = _as_is(part, name, contender, role)
     choices = _choices(plan, name, contender, role)
-    if all(part.read(stage) is not None for stage in as_is) and all(
-        has_all(part.read(stage) or (), part.test, own, part.seeds)
-        for stage, own in choices.items()
-    ):
+    continued = _continued(plan, contender, role)
+    stage = f"{role}-continued-{name}"
+    done = {result.get("label", "") for result in part.read(stage) or ()}
+    has_adapted = all(
+        has_all(part.read(own) or (), part.test, settings, part.seeds)
+        for own, settings in choices.items()
+    )
+    if has_adapted and done >= set(continued) and all(part.read(own) is not None for own in as_is):
         return
     less = contender.start_examples * len(study.train) // plan.training.batch_size
     training = replace(plan.training, steps=plan.training.steps - less)
     train(study, name, contender.config, training, seed=seed, prepare=contender.prepare)
-    if continued:
-        train(study, continued, contender.config, plan.continued, seed=seed, start=name)
     for run in as_is.values():
         run()
-    for stage, settings in choices.items():
-        adapt(part, stage, name, settings, part.test)
+    for own, settings in choices.items():
+        adapt(part, own, name, settings, part.test)
+    for label, rate in continued.items():
+        own, more = f"{name}-on-{rate}", replace(plan.continued, lr=rate)
+        train(study, own, contender.config, more, seed=seed, start=name)
+        zero_shot(part, stage, own, part.test, label=label)
+
+
+def _continued(plan: Plan, contender: Contender, role: str) -> dict[str, float]:
+    """By label, the rates at which the average of an inventory is trained on."""
+    if not contender.is_continued or role not in ("develop", "test"):
+        return {}
+    if role == "develop":
+        return {str(rate): rate for rate in plan.continued_rates}
+    return {"": plan.continued.lr}
 
 
 def _as_is(
-    part: Study, name: str, continued: str, contender: Contender, role: str
+    part: Study, name: str, contender: Contender, role: str
 ) -> dict[str, Callable[[], object]]:
     """By stage, what scores an inventory without adapting it."""
     method = part.inventories[contender.config]["method"]
@@ -239,9 +252,7 @@ def _as_is(
     if role == "own":
         route = "mu" if method == "shared" else None
         return {OWN + name: partial(score, stage=OWN + name, inventory=name, route=route)}
-    found = {
-        f"{role}-zero-shot-{own}": partial(score, inventory=own) for own in (name, continued) if own
-    }
+    found = {f"{role}-zero-shot-{name}": partial(score, inventory=name)}
     for rule in AS_IS if role == "develop" and has_routes else contender.as_is:
         stage = f"{role}-{rule}-{name}"
         found[stage] = partial(score, inventory=name, route=None, added=AS_IS[rule])
@@ -275,16 +286,25 @@ def main() -> None:
     parser.add_argument("--work", type=Path, default=Path("runs/paper"), help="for inventories")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument(
-        "--stages", nargs="+", choices=STAGES, help="all; of a language model, all but `test`"
+        "--stages",
+        nargs="+",
+        choices=STAGES,
+        help="all; of a language model, no held-out ones",
     )
     parser.add_argument(
         "--only", nargs="+", default=[], help="cells or inventories, to share the work"
+    )
+    parser.add_argument(
+        "--shots", nargs="+", type=int, default=[32, 8], help="of a language model, to share it"
+    )
+    parser.add_argument(
+        "--seeds", nargs="+", type=int, default=[0, 1], help="of training a language model"
     )
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     if options.stages is None:
         is_language_model = options.study.startswith("lm")
-        options.stages = [s for s in STAGES if s != "test" or not is_language_model]
+        options.stages = [s for s in STAGES if s not in HELD_OUT or not is_language_model]
     if options.study == "generated":
         run_generated(generated(options.work, RESULTS), options.only)
     elif options.study == "real":
@@ -300,6 +320,10 @@ def main() -> None:
         elif chosen or not options.only:
             run_apart(study, options.stages, chosen)
         own = {n: c for n, c in CONTENDERS.items() if not options.only or n in options.only}
+        cells = {key: cell for key, cell in plan.cells.items() if key[1] in options.shots}
+        plan = replace(plan, cells=cells, seeds=options.seeds)
+        if "continued" not in options.stages:
+            own = {name: replace(c, is_continued=False) for name, c in own.items()}
         if own:
             run_main(study, plan, own, options.stages)
     else:

@@ -6,7 +6,20 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
-from paper_tables import Result, by_task, difference, interval, read, results_of, rows
+from paper_lm_held_out import held_out
+from paper_lm_scores import (
+    BASE,
+    CONTENDER_TITLES,
+    REFERENCE,
+    REFERENCES,
+    WAYS,
+    cells,
+    of_seeds,
+    per_token,
+    reference,
+    stage,
+)
+from paper_tables import Result, by_task, read, results_of, rows
 
 __all__ = ["lm_section"]
 
@@ -19,55 +32,15 @@ START_TITLES = {
     "grouped": "a skill for each group of tasks, all A equal",
 }
 """The rows of the tables, by name of the start."""
-WAY_TITLES = {
-    "zero-shot": "zero-shot",
-    "mu": "mu",
-    "mu-longer": "mu for half as many steps more",
-    "mu-nearest": "mu from the nearest routes",
-    "z": "z",
-    "full": "full",
-    "random": "a fresh LoRA instead",
-}
-"""How inventories are used, by the beginnings of the files' names."""
-AS_IS_TITLES = {
-    "text": "routes by texts, as they are",
-    "nearest-32": "the nearest routes by 32 examples, as they are",
-}
-"""Routes that need no tuning."""
 BY_TEXTS = """. Routes by texts are the mean of the training tasks' routes, in which a task whose
 prompts have the cosine c to those of the new one (the mean all-MiniLM-L6-v2 embeddings of 32) has
 the share softmax(c / 0.1); no answer is seen"""
-COMPARED_WITH = {
-    **dict.fromkeys(AS_IS_TITLES, ("zero-shot",)),
-    "nearest-32": ("mu",),
-    "mu-nearest": ("mu-longer", "mu"),
-    **dict.fromkeys(("z", "full", "random"), ("mu",)),
-}
-"""How a shared LoRA is used that a way is compared with: the first that was run. It costs as much
-if it is `mu-longer`. Other ways are compared with themselves."""
-WRITTEN_TITLES = {"exact_match": "exact match", "rougeL": "ROUGE-L"}
-"""The metrics of tasks that ask for text."""
-REFERENCE = "shared"
 GROUPED = "grouped"
-REFERENCES = (REFERENCE, "shared-matched")
-"""What the contenders of the main runs are compared with."""
-CONTENDER_TITLES = {
-    "shared": "one shared LoRA",
-    "shared-matched": "one shared LoRA of rank 32",
-    "poly": "Poly",
-    "mhr": "MHR",
-    "grouped": "MHR, a skill for each group of tasks",
-    "grouped-32": "MHR, 32 skills of rank 1 for smaller groups",
-    "private": "a LoRA for each task, or their mean",
-}
-"""The rows of the tables of the main runs."""
 NEW_READERS = """
 New readers whose interests no inventory has seen, with 32 examples and 16 steps of 8; rates were
 chosen here:
 
 """
-SEEDS = range(9)
-"""Of training; those that ran are found by their files."""
 
 
 def lm_section(folder: Path) -> str:
@@ -101,7 +74,7 @@ log-probabilities and by their mean per token.
 
 {_scores(folder, list(found))}
 {_developed(folder)}{_unsaid(folder / "unsaid")}{_readers(folder / "readers")}
-{_held_out(folder)}{_developed(folder, "short-")}"""
+{held_out(folder)}{_developed(folder, "short-")}"""
 
 
 def _trainings(found: Mapping[str, Mapping[str, Any]], names: Mapping[str, str]) -> str:
@@ -122,35 +95,14 @@ def _tasks(folder: Path, found: dict[str, Any]) -> int:
 
 def _scores(folder: Path, names: Sequence[str]) -> str:
     text = [["start", "used", "sum", "per token", "per token, minus shared"]]
-    shared = {way: results_of(folder, [f"apart-{way}-{REFERENCE}"]) for way in WAY_TITLES}
-    entries = [("the base model as it is", "zero-shot", "base")]
-    entries += [(START_TITLES[name], way, name) for way in WAY_TITLES for name in names]
+    shared = {way: results_of(folder, [f"apart-{way}-{REFERENCE}"]) for way in WAYS}
+    entries = [(BASE, "zero-shot", "base")]
+    entries += [(START_TITLES[name], way, name) for way in WAYS for name in names]
     for title, way, name in entries:
         results = results_of(folder, [f"apart-{way}-{name}"])
         if results:
-            text.append([title, WAY_TITLES[way], *_cells(results, [_reference(shared, way)])])
+            text.append([title, WAYS[way], *cells(results, [reference(shared, way)])])
     return rows(text)
-
-
-def _reference(shared: Mapping[str, Sequence[Result]], way: str) -> Sequence[Result]:
-    """Of the results of a shared LoRA by way, those that a way is compared with."""
-    others = COMPARED_WITH.get(way, (way,))
-    return next((shared[other] for other in others if shared.get(other)), [])
-
-
-def _cells(results: Sequence[Result], references: Iterable[Sequence[Result]]) -> list[str]:
-    """Both scores, and the differences per token to references; empty to itself and to nothing."""
-    own = _per_token(results)
-    gaps = [
-        "" if results == other or not other else difference(own, _per_token(other)).signed
-        for other in references
-    ]
-    return [_score(results), _score(own), *gaps]
-
-
-def _per_token(results: Iterable[Result]) -> list[Result]:
-    """Results whose score is the one per token."""
-    return [{**result, "score": result["score_normalised"]} for result in results]
 
 
 def _developed(folder: Path, prefix: str = "") -> str:
@@ -193,20 +145,20 @@ def _trained(folder: Path, prefix: str = "") -> dict[str, Any]:
 
 def _own_tasks(folder: Path, prefix: str = "") -> str:
     """The tasks that inventories learned, each with its own routes; empty if nothing was scored."""
-    scores = {name: _of_seeds(folder, f"{prefix}own-tasks-{name}") for name in CONTENDER_TITLES}
+    scores = {name: of_seeds(folder, f"{prefix}own-tasks-{name}") for name in CONTENDER_TITLES}
     if not any(scores.values()):
         return ""
     references = [name for name in REFERENCES if scores[name]]
     gaps = [f"per token, minus {CONTENDER_TITLES[name]}" for name in references]
     text = [["inventory", "sum", "per token", *gaps, "seeds"]]
     base = results_of(folder, [f"{prefix}own-tasks-base"])
-    entries: list[tuple[str, Sequence[Result]]] = [("the base model as it is", base)]
+    entries: list[tuple[str, Sequence[Result]]] = [(BASE, base)]
     entries += [(CONTENDER_TITLES[name], own) for name, own in scores.items()]
     for title, own in entries:
         if own:
             seeds = {result["seed"] for result in own if "seed" in result}
-            cells = _cells(own, [scores[name] for name in references])
-            text.append([title, *cells, str(len(seeds) or "")])
+            shown = cells(own, [scores[name] for name in references])
+            text.append([title, *shown, str(len(seeds) or "")])
     return f"""
 The test examples of the training tasks themselves, each with its own routes:
 
@@ -246,30 +198,25 @@ topics are real, interests are drawn. 48 readers are learned from the same texts
 contradicting answers.
 
 {_trainings(_trained(folder), CONTENDER_TITLES)}
-{own}{chosen}{_held_out(folder, "Other new readers, on whom nothing was chosen")}"""
+{own}{chosen}{held_out(folder, "Other new readers, on whom nothing was chosen")}"""
 
 
 def _rates(folder: Path, prefix: str) -> str:
     """The rates that contenders tried on the development tasks, and routes that need no tuning."""
-    titles = {**WAY_TITLES, **AS_IS_TITLES}
-    found = [("the base model as it is", "zero-shot", "develop-zero-shot-base")]
-    for way, name in product(titles, CONTENDER_TITLES):
-        found.append((CONTENDER_TITLES[name], way, _stage(prefix, way, name)))
-    by_rate = {stage: _by_rate(results_of(folder, [stage])) for *_, stage in found}
-    shared = {
-        way: max(by_rate[_stage(prefix, way, REFERENCE)].values(), key=_total, default=[])
-        for way in titles
+    role = f"{prefix}develop"
+    found = {
+        (way, name): _by_rate(results_of(folder, [f"{stage(role, way)}-{name}-s0"]))
+        for way, name in product(WAYS, CONTENDER_TITLES)
     }
+    shared = {way: max(found[way, REFERENCE].values(), key=_total, default=[]) for way in WAYS}
+    base = _by_rate(results_of(folder, ["develop-zero-shot-base"]))
+    entries = [(BASE, "zero-shot", base)]
+    entries += [(CONTENDER_TITLES[name], way, own) for (way, name), own in found.items()]
     text = [["inventory", "used", "rate", "sum", "per token", "per token, minus shared"]]
-    for title, way, stage in found:
-        for rate, results in by_rate[stage].items():
-            text.append([title, titles[way], rate, *_cells(results, [_reference(shared, way)])])
+    for title, way, own in entries:
+        for rate, results in own.items():
+            text.append([title, WAYS[way], rate, *cells(results, [reference(shared, way)])])
     return rows(text)
-
-
-def _stage(prefix: str, way: str, name: str) -> str:
-    cell = way if way in AS_IS_TITLES or way == "zero-shot" else f"{way}-32"
-    return f"{prefix}develop-{cell}-{name}-s0"
 
 
 def _moving(trainings: Mapping[str, Mapping[str, Any]]) -> str:
@@ -294,108 +241,4 @@ def _by_rate(results: Iterable[Result]) -> dict[str, list[Result]]:
 
 
 def _total(results: Iterable[Result]) -> float:
-    return sum(by_task(_per_token(results)).values())
-
-
-def _held_out(folder: Path, title: str = "held-out tasks") -> str:
-    """The held-out tasks, on which no setting was chosen; empty before they were scored."""
-    base = results_of(folder, ["test-zero-shot-base"])
-    text = ""
-    for shots, examples in (
-        (0, "Without an example"),
-        (32, "With 32 examples"),
-        (8, "With 8 examples"),
-    ):
-        untuned = "zero-shot" if not shots else "mu"
-        entries = [("the base model as it is", untuned, "zero-shot", base)]
-        entries += [
-            (CONTENDER_TITLES[name], way, used, _of_seeds(folder, f"{stage}-{name}", end))
-            for way, stage, end, used in _stages(shots)
-            for name in CONTENDER_TITLES
-        ]
-        if any(results for *_, results in entries[1:]):
-            text += f"\n{examples}:\n\n{_compared(folder, entries, shots)}\n"
-    text += _written(folder)
-    return f"\n## SmolLM2: {title}\n{text}" if text else ""
-
-
-def _written(folder: Path) -> str:
-    """The held-out tasks that ask for text, by metric; empty before they were scored."""
-    base = results_of(folder, ["text-zero-shot-base"])
-    entries = [("the base model as it is", "zero-shot", base)]
-    entries += [
-        (CONTENDER_TITLES[name], way, _of_seeds(folder, f"text-{cell}-{name}"))
-        for way in WAY_TITLES
-        for cell in (way if way == "zero-shot" else f"{way}-32",)
-        for name in CONTENDER_TITLES
-    ]
-    if not any(results for *_, results in entries[1:]):
-        return ""
-    metrics = {result["task"]: result["metric"] for result in base}
-    shared = {
-        way: results for title, way, results in entries if title == CONTENDER_TITLES[REFERENCE]
-    }
-    text = [["inventory", "used", *WRITTEN_TITLES.values(), "minus shared, over both"]]
-    for title, way, results in entries:
-        if results:
-            scores = [
-                _score(r for r in results if metrics[r["task"]] == metric)
-                for metric in WRITTEN_TITLES
-            ]
-            other = _reference(shared, way)
-            gap = "" if results == other or not other else difference(results, other).signed
-            text.append([title, WAY_TITLES[way], *scores, gap])
-    counts = [sum(metric == own for own in metrics.values()) for metric in WRITTEN_TITLES]
-    return f"""
-Tasks that ask for text, {counts[0]} with short answers and {counts[1]} with longer ones, with 32
-examples unless used as they are:
-
-{rows(text)}
-"""
-
-
-def _stages(shots: int) -> list[tuple[str, str, str, str]]:
-    """Ways of using inventories, how their files begin and end, and what they are called."""
-    if shots:
-        found = [(way, f"test-{way}-{shots}", "", title) for way, title in WAY_TITLES.items()]
-        as_is = f"nearest-{shots}"
-        return [*found, (as_is, f"test-{as_is}", "", AS_IS_TITLES.get(as_is, ""))]
-    title = WAY_TITLES["zero-shot"]
-    more = f"{title}, after more training of the average"
-    found = [("zero-shot", "test-zero-shot", "", title),
-             ("continued", "test-zero-shot", "-continued", more)]  # fmt: skip
-    return [*found, ("text", "test-text", "", AS_IS_TITLES["text"])]
-
-
-def _compared(
-    folder: Path, entries: Sequence[tuple[str, str, str, Sequence[Result]]], shots: int
-) -> str:
-    """Scores, and differences to shared LoRAs with as many examples."""
-    head = ["inventory", "used", "sum", "per token"]
-    head += [f"per token, minus {CONTENDER_TITLES[name]}" for name in REFERENCES]
-    text = [[*head, "seeds"]]
-    shared = {
-        name: {
-            way: _of_seeds(folder, f"{stage}-{name}", end) for way, stage, end, _ in _stages(shots)
-        }
-        for name in REFERENCES
-    }
-    for title, way, used, results in entries:
-        if results:
-            seeds = {result["seed"] for result in results if "seed" in result}
-            references = [_reference(shared[name], way) for name in REFERENCES]
-            text.append([title, used, *_cells(results, references), str(len(seeds) or "")])
-    return rows(text)
-
-
-def _score(results: Iterable[Result]) -> str:
-    return str(interval(list(by_task(results).values())))
-
-
-def _of_seeds(folder: Path, stage: str, end: str = "") -> list[dict[str, Any]]:
-    """The results of every seed of training, each with that seed."""
-    return [
-        {**result, "seed": seed}
-        for seed in SEEDS
-        for result in results_of(folder, [f"{stage}-s{seed}{end}"])
-    ]
+    return sum(by_task(per_token(results)).values())

@@ -347,6 +347,7 @@ def zero_shot(
     *,
     route: str | None = "mu",
     added: Routes | None = None,
+    label: str = "",
 ) -> list[Result]:
     """Score an inventory on tasks, as it is.
 
@@ -357,9 +358,10 @@ def zero_shot(
         tasks: to score.
         route: what all tasks are routed as, by default the average; None routes each as itself.
         added: routes of tasks that the inventory did not learn.
+        label: of this choice of settings, where a stage has several.
     """
-    results: list[Result] | None = study.read(stage)
-    if results is not None:
+    results: list[Result] = study.read(stage) or []
+    if any(result.get("label", "") == label for result in results):
         return results
     base, kind = study.base_and_kind()
     folder, model_or_base = study.folder(inventory), nullcontext(BaseAlone(base))
@@ -372,7 +374,8 @@ def zero_shot(
         scores = evaluate(
             model, kind, study.suite, tasks, route=route, max_examples=study.max_examples
         )
-    results = [{"inventory": inventory, "phase": "zero-shot", **s.to_dict()} for s in scores]
+    how = {"phase": "zero-shot", **({"label": label} if label else {})}
+    results += [{"inventory": inventory, **how, **score.to_dict()} for score in scores]
     study.write(stage, results)
     return results
 

@@ -19,6 +19,8 @@ sys.path.insert(0, str(ROOT / "benchmarks"))
 import lm_studies  # noqa: E402
 import paper  # noqa: E402
 import paper_lm  # noqa: E402
+import paper_lm_held_out  # noqa: E402
+import paper_lm_scores  # noqa: E402
 import paper_page  # noqa: E402
 import paper_studies  # noqa: E402
 import paper_study  # noqa: E402
@@ -82,9 +84,10 @@ def test_a_kept_inventory_is_that_of_a_training(folder: Path) -> None:
 
 
 def test_every_way_of_the_study_has_a_title() -> None:
-    assert set(paper_lm.WAY_TITLES) == {"zero-shot", *lm_studies.WAYS}
-    assert set(paper_lm.AS_IS_TITLES) == set(lm_studies.AS_IS)
-    assert set(paper_lm.CONTENDER_TITLES) == set(lm_studies.CONTENDERS)
+    as_is = {"zero-shot", "continued", *lm_studies.AS_IS}
+    assert set(paper_lm_scores.WAYS) == {*as_is, *lm_studies.WAYS}
+    assert set(paper_lm_scores.AS_THEY_ARE) == as_is
+    assert set(paper_lm_scores.CONTENDER_TITLES) == set(lm_studies.CONTENDERS)
     assert set(paper_lm.START_TITLES) == set(lm_studies.APART)
 
 
@@ -177,7 +180,8 @@ def test_a_part_of_the_held_out_table_trains_only_where_a_result_is_missing(
         lm_studies.MAIN_PLAN,
         training=training,
         continued=replace(training, phase="mu"),
-        seeds=1,
+        continued_rates=(1e-4, 1e-3),
+        seeds=(0,),
         cells={cell: {**c, "steps": 1} for cell, c in lm_studies.MAIN_PLAN.cells.items()},
         rates=(1e-3, 1e-2),
     )
@@ -186,12 +190,12 @@ def test_a_part_of_the_held_out_table_trains_only_where_a_result_is_missing(
         name: lm_studies.Contender(name, dict.fromkeys(own, 3e-3), is_continued=name == "mhr")
         for name, own in ways.items()
     }
-    paper.run_main(study, plan, contenders, ("test",))
+    paper.run_main(study, plan, contenders, ("test", "text"))
     cells = {"shared": ("mu-32", "mu-8", "random-32", "random-8"),
              "mhr": ("mu-nearest-32", "mu-nearest-8", "z-32", "full-32")}  # fmt: skip
     expected = {f"test-{cell}-{name}-s0" for name, own in cells.items() for cell in own}
-    names = ("base", "shared-s0", "mhr-s0", "mhr-s0-continued")
-    expected |= {f"test-zero-shot-{name}" for name in names}
+    names = ("base", "shared-s0", "mhr-s0")
+    expected |= {"test-continued-mhr-s0", *(f"test-zero-shot-{name}" for name in names)}
     assert {path.stem for path in study.results.glob("test-*")} == expected
     written = {"mu-32-shared-s0", "random-32-shared-s0", "mu-nearest-32-mhr-s0"}
     written |= {f"zero-shot-{name}" for name in names}
@@ -205,10 +209,14 @@ def test_a_part_of_the_held_out_table_trains_only_where_a_result_is_missing(
     assert study.file("test-z-32-mhr-s0").exists()
     # Rates are chosen on other tasks, where each contender tries all of them.
     paper.run_main(study, plan, contenders, ("own", "develop"))
+    continued = study.read("develop-continued-mhr-s0")
+    assert [(r["label"], r["task"]) for r in continued] == [
+        (rate, task) for rate in ("0.0001", "0.001") for task in study.develop
+    ]
     developed = {path.stem: json.loads(path.read_text()) for path in study.results.glob("dev*")}
     stages = ("zero-shot-base", "zero-shot-shared-s0", "zero-shot-mhr-s0", "mu-32-shared-s0",
               "random-32-shared-s0", "mu-nearest-32-mhr-s0")  # fmt: skip
-    rules = [f"{rule}-mhr-s0" for rule in lm_studies.AS_IS]
+    rules = [f"{rule}-mhr-s0" for rule in (*lm_studies.AS_IS, "continued")]
     assert set(developed) == {f"develop-{stage}" for stage in (*stages, *rules)}
     for name in ("base", "shared-s0", "mhr-s0"):
         assert [r["task"] for r in study.read(f"own-tasks-{name}")] == list(study.train)
@@ -269,13 +277,13 @@ def test_tasks_that_ask_for_text_are_shown_by_their_metric(tmp_path: Path) -> No
         (tmp_path / f"{stage}.json").write_text(json.dumps(results))
 
     write("text-zero-shot-base", {"short": 0.1, "long": 0.2})
-    assert paper_lm._written(tmp_path) == ""
+    assert paper_lm_held_out._written(tmp_path) == ""
     write("text-mu-32-shared-s0", {"short": 0.5, "long": 0.3}, seed=7)
     write("text-mu-nearest-32-grouped-s0", {"short": 0.7, "long": 0.3}, seed=7)
-    lines = paper_lm._written(tmp_path).splitlines()
+    lines = paper_lm_held_out._written(tmp_path).splitlines()
     cells = [[cell.split(" [")[0].strip() for cell in line.split("|")[1:-1]] for line in lines]
     table = [row for row in cells if row]
     assert ["the base model as it is", "zero-shot", "0.100", "0.200", ""] in table
-    shared, grouped = (paper_lm.CONTENDER_TITLES[name] for name in ("shared", "grouped"))
+    shared, grouped = (paper_lm_scores.CONTENDER_TITLES[name] for name in ("shared", "grouped"))
     assert [shared, "mu", "0.500", "0.300", ""] in table
     assert [grouped, "mu from the nearest routes", "0.700", "0.300", "+0.100"] in table
