@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 from fewshot_classifier import embedded, encoder
-from paper_study import Routes, Study, mixed
+from paper_study import Routes, Study, mixed, usage
 from sentence_transformers import SentenceTransformer
 from torch import Tensor
 
@@ -17,7 +17,7 @@ from polyroute.data.suite import Suite
 from polyroute.kinds.choose import ModelKind
 from polyroute.study.examples import encoded
 
-__all__ = ["by_examples", "by_text"]
+__all__ = ["by_examples", "by_text", "by_usage"]
 
 PROMPTS = 32
 """Of a task, whose mean embedding stands for it."""
@@ -37,14 +37,20 @@ def by_text(temperature: float) -> Routes:
         study: Study, model: pr.RoutedModel, kind: ModelKind, tasks: Sequence[str]
     ) -> dict[str, Tensor]:
         known = torch.stack([_embedded(study.suite, task) for task in model.tasks])
-        weights = torch.stack([model.weights_of(task) for task in model.tasks])
         found = {}
         for task in tasks:
             cosines_T = known @ _embedded(study.suite, task)
-            found[task] = mixed(weights, torch.softmax(cosines_T / temperature, 0))
+            found[task] = mixed(model, torch.softmax(cosines_T / temperature, 0))
         return found
 
     return routes
+
+
+def by_usage(
+    study: Study, model: pr.RoutedModel, kind: ModelKind, tasks: Sequence[str]
+) -> dict[str, Tensor]:
+    """Give every new task the mean of the mixtures of the training tasks."""
+    return dict.fromkeys(tasks, usage(model))
 
 
 def by_examples(shots: int) -> Routes:

@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from lm_readers import Readers
-from lm_routes import by_examples, by_text
-from lm_starts import EXAMPLES, alike, grouped
+from lm_routes import by_examples, by_text, by_usage
+from lm_starts import EXAMPLES, alike, grouped, own_skills
 from lm_unsaid import Unsaid
 from paper_studies import real
 from paper_study import Prepare, Routes, Study, Training
@@ -43,6 +43,12 @@ def language_model(work: Path, results: Path, data: str) -> Study:
             "poly": {"method": "poly", "num_skills": 8, "rank": RANK},
             "mhr": MHR,
             "spread": {**MHR, "route_spread": 3.0},
+            "common": {
+                "method": "poly",
+                "num_skills": len(study.train) + 1,
+                "rank": RANK,
+                "shared_skill": True,
+            },
             "mhr-32": {**MHR, "num_skills": 8 * RANK, "rank": 1},
         },
         results=results / "lm",
@@ -98,13 +104,20 @@ class Contender:
 WAYS: Mapping[str, Mapping[str, Any]] = {
     "mu-nearest": {"phase": "mu", "init": "nearest"},
     "mu": {"phase": "mu"},
+    "mu-usage": {"phase": "mu", "init": "usage"},
     "z": {"phase": "z", "route_lr": 1.0},
     "full": {"phase": "full"},
     "random": {"phase": "random"},
 }
-"""Ways of adapting. One shared LoRA has no routes, and tuned in full it is its average. A fresh
-LoRA is the same whatever inventory it replaces."""
-AS_IS: Mapping[str, Routes] = {"text": by_text(0.1), "nearest-32": by_examples(32)}
+"""Ways of adapting. `usage` is the mean mixture of the training tasks. One shared LoRA has no
+routes, and tuned in full it is its average. A fresh LoRA is the same whatever inventory it
+replaces."""
+
+AS_IS: Mapping[str, Routes] = {
+    "text": by_text(0.1),
+    "usage": by_usage,
+    "nearest-32": by_examples(32),
+}
 """Routes of new tasks that need no training."""
 
 ROUTED = {"mu": 3e-3, "mu-nearest": 3e-3}
@@ -137,6 +150,7 @@ CONTENDERS: Mapping[str, Contender] = {
     "grouped-32": Contender(
         "mhr-32", {"mu-nearest": 6e-3, "mu": 3e-3}, grouped, start_examples=EXAMPLES
     ),
+    "common": Contender("common", {"mu-usage": 3e-3}, own_skills),
     "mhr": Contender("mhr", {"mu": 3e-3, "z": 3e-3, "full": 3e-3}, is_continued=True),
     "poly": Contender("poly", {"mu": 3e-3, "z": 3e-3}),
     "private": Contender("private", {"mu": 3e-3}),
@@ -186,7 +200,7 @@ MAIN_PLAN = Plan(
         if way not in left_out
     },
     # Those of z and full are not tried: they are that of mu.
-    developed=[("mu-nearest", 32), ("mu", 32), ("random", 32)],
+    developed=[("mu-nearest", 32), ("mu", 32), ("mu-usage", 32), ("random", 32)],
     written=[("mu-nearest", 32), ("mu", 32), ("random", 32)],
     rates=(3e-3, 6e-3),
     draws=2,

@@ -226,7 +226,8 @@ def _run_contender(
     for run in as_is.values():
         run()
     for own, settings in choices.items():
-        adapt(part, own, name, settings, part.test)
+        start = "usage" if "-usage-" in own else ""
+        adapt(part, own, name, settings, part.test, start=start)
     for label, rate in continued.items():
         own, more = f"{name}-on-{rate}", replace(plan.continued, lr=rate)
         train(study, own, contender.config, more, seed=seed, start=name)

@@ -48,7 +48,7 @@ def held_out(folder: Path, title: str = "held-out tasks") -> str:
 def _ways(shots: int) -> Sequence[str]:
     """The ways of using an inventory with so many examples."""
     if not shots:
-        return ("zero-shot", "continued", "text")
+        return ("zero-shot", "continued", "text", "usage")
     return [way for way in WAYS if way not in AS_THEY_ARE or way == f"nearest-{shots}"]
 
 

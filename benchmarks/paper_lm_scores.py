@@ -26,19 +26,21 @@ WAYS = {
     "zero-shot": "zero-shot",
     "continued": "zero-shot, after more training of the average",
     "text": "routes by texts, as they are",
+    "usage": "the mean of all tasks' routes, as it is",
     "nearest-32": "the nearest routes by 32 examples, as they are",
     "mu": "mu",
     "mu-nearest": "mu from the nearest routes",
+    "mu-usage": "mu from the mean of all tasks' routes",
     "z": "z",
     "full": "full",
     "random": "a fresh LoRA instead",
 }
 """How inventories are used, by what the names of their stages hold."""
-AS_THEY_ARE = ("zero-shot", "continued", "text", "nearest-32")
+AS_THEY_ARE = ("zero-shot", "continued", "text", "usage", "nearest-32")
 """Ways whose stages have one number of examples, or none."""
 COMPARED_WITH = {
-    **dict.fromkeys(("continued", "text"), "zero-shot"),
-    **dict.fromkeys(("nearest-32", "mu-nearest", "z", "full", "random"), "mu"),
+    **dict.fromkeys(("continued", "text", "usage"), "zero-shot"),
+    **dict.fromkeys(("nearest-32", "mu-nearest", "mu-usage", "z", "full", "random"), "mu"),
 }
 """How a shared LoRA is used that a way is compared with; others are compared with themselves."""
 REFERENCE = "shared"
@@ -51,6 +53,7 @@ CONTENDER_TITLES = {
     "mhr": "MHR",
     "grouped": "MHR, a skill for each group of tasks",
     "grouped-32": "MHR, 32 skills of rank 1 for smaller groups",
+    "common": "a skill for each task beside a common one",
     "private": "a LoRA for each task, or their mean",
 }
 """The rows of the tables of the main runs."""

@@ -262,7 +262,7 @@ def adapt(
             _adapt_after_z(study, model, kind, choices, tasks, split, results, note)
             return results
         if start == "usage":
-            model.add_task("usage", init=_usage(model))
+            model.add_task("usage", init=usage(model))
             choices = {label: replace(chosen, init="usage") for label, chosen in choices.items()}
         wanted = SuiteSlots(
             suite=study.suite, tasks=tasks, choices=choices, seeds=study.seeds, split=split,
@@ -290,16 +290,19 @@ def has_all(
     return found == wanted
 
 
-def _usage(model: pr.RoutedModel) -> Tensor:
+def usage(model: pr.RoutedModel) -> Tensor:
     """Logits `[N, H, K]` whose weights are the mean of the training tasks' weights."""
+    return mixed(model, torch.full((len(model.tasks),), 1 / len(model.tasks)))
+
+
+def mixed(model: pr.RoutedModel, shares_T: Tensor) -> Tensor:
+    """Logits `[N, H, K]` whose weights are those of the training tasks, each times its share."""
     weights_TNHK = torch.stack([model.weights_of(task) for task in model.tasks])
-    return mixed(weights_TNHK, torch.full((len(weights_TNHK),), 1 / len(weights_TNHK)))
-
-
-def mixed(weights_TNHK: Tensor, shares_T: Tensor) -> Tensor:
-    """Logits `[N, H, K]` whose weights are those of several tasks, each times its share."""
     mean_NHK = torch.einsum("t,tnhk->nhk", shares_T.to(weights_TNHK), weights_TNHK)
-    # Weights are sigmoids over their sum, so any scale that keeps them below 1 will do.
+    # Weights are gates over their sum. The gate of a skill that is on for all tasks is 1; without
+    # one, any scale that keeps gates below 1 will do.
+    if model.adapter_config.shared_skill:
+        return torch.logit(mean_NHK / mean_NHK[..., -1:], eps=1e-6)
     return torch.logit(mean_NHK * (0.5 / mean_NHK.amax(-1, keepdim=True)))
 
 
