@@ -3,7 +3,6 @@
 import json
 import re
 import shlex
-import shutil
 from pathlib import Path
 
 import pytest
@@ -85,19 +84,6 @@ def test_a_finished_demo_resumes_without_work(
     main(["demo-lm", "--quick", "--out", str(folder), "--resume"])
     assert "polyroute train" not in capsys.readouterr().out
     assert before == {path: path.stat().st_mtime_ns for path in folder.glob("*/**/*.safetensors")}
-
-
-def test_a_training_that_was_resumed_has_no_time(
-    out: tuple[Path, str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
-    folder = Path(shutil.copytree(out[0], tmp_path / "out"))
-    metrics = json.loads((folder / "mhr" / "metrics.json").read_text())
-    del metrics["train_runtime"]  # as a resumed run leaves it
-    (folder / "mhr" / "metrics.json").write_text(json.dumps(metrics))
-    monkeypatch.setattr(demo_lm, "MODEL", "demo")
-    main(["demo-lm", "--quick", "--out", str(folder), "--resume"])
-    page = (folder / "results.md").read_text()
-    assert f"mhr {metrics['trained_parameters']:,} parameters, shared" in page
 
 
 def test_a_report_of_the_demo_is_one_of_its_trainings(

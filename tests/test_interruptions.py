@@ -2,6 +2,7 @@
 
 import os
 import pty
+import shutil
 import signal
 import subprocess
 import sys
@@ -105,10 +106,27 @@ def test_an_interrupted_training_goes_on_to_the_same_end(
     main(train_arguments(place, out.name, "--resume"))
     equal(out, run)
     resumed, whole = (read(folder / "metrics.json") for folder in (out, run))
-    # Of the last part alone; the mean loss would be that sum over the steps of all parts.
-    alone = {"train_loss", "train_runtime", "train_samples_per_second", "train_steps_per_second"}
-    assert whole.keys() - resumed.keys() == alone
-    assert not any(entry.keys() & alone for entry in resumed["log"])
+    times = {"train_runtime", "train_samples_per_second", "train_steps_per_second"}
+    assert resumed.keys() == whole.keys()
+    assert untimed(resumed, times) == untimed(whole, times)
+    assert [untimed(e, times) for e in resumed["log"]] == [untimed(e, times) for e in whole["log"]]
+    assert all(resumed[name] > 0 for name in times)
+
+
+def test_a_training_killed_after_its_last_step_says_all_of_it(place: Path, run: Path) -> None:
+    out = Path(shutil.copytree(run, place / "almost"))
+    whole = read(out / "metrics.json")
+    (out / "metrics.json").unlink()
+    main(train_arguments(place, out.name, "--resume"))
+    resumed = read(out / "metrics.json")
+    times = {"train_runtime", "train_samples_per_second", "train_steps_per_second"}
+    assert resumed.keys() == whole.keys()
+    assert untimed(resumed, times) == untimed(whole, times)
+    assert [untimed(e, times) for e in resumed["log"]] == [untimed(e, times) for e in whole["log"]]
+
+
+def untimed(entry: dict[str, Any], times: set[str]) -> dict[str, Any]:
+    return {key: value for key, value in entry.items() if key not in {*times, "log"}}
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGHUP, 129)])

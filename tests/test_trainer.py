@@ -184,6 +184,31 @@ def test_a_table_trained_by_rows_resumes_to_the_same_end(tmp_path: Path) -> None
         torch.testing.assert_close(again.state_dict()[name], tensor, rtol=1e-6, atol=1e-7)
 
 
+@pytest.mark.parametrize("restored", [False, True])
+def test_losses_of_a_resumed_training_are_those_of_an_unbroken_one(
+    tmp_path: Path, restored: bool
+) -> None:
+    given: dict[str, Any] = {
+        "max_steps": 9, "save_steps": 4, "logging_steps": 3, "per_device_train_batch_size": 1,
+        "gradient_accumulation_steps": 2, "restore_callback_states_from_checkpoint": restored,
+    }  # fmt: skip
+    model, kind, rows = parts_of()
+    trainer = MultiTaskTrainer(model, kind, arguments(tmp_path, **given), rows)
+    whole = trainer.train()
+    again, kind, rows = parts_of(seed=2)
+    resumed = MultiTaskTrainer(again, kind, arguments(tmp_path, **given), rows)
+    output = resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-4"))
+    losses = [
+        [entry["loss"] for entry in one.state.log_history if "loss" in entry]
+        for one in (trainer, resumed)
+    ]
+    assert len(losses[0]) == 3
+    assert losses[0] == losses[1]
+    means = [whole.training_loss, whole.metrics["train_loss"], output.training_loss]
+    assert means == [sum(losses[0]) / 3] * 3
+    assert output.metrics.keys() == whole.metrics.keys()
+
+
 def test_a_task_that_is_never_drawn_is_left_alone_by_rows(tmp_path: Path) -> None:
     model, kind, rows = parts_of()
     model.add_task("idle")

@@ -6,10 +6,10 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers import TrainerCallback, TrainerControl, TrainerState
-from transformers.trainer_callback import ExportableState
 
 from polyroute.errors import InputError, first_few
 from polyroute.model import RoutedModel
+from polyroute.training.whole_run import kept_by
 
 __all__ = ["Watch", "check_finite"]
 
@@ -20,7 +20,7 @@ UNREAD = 100
 """Steps after which the device is asked even if nothing is logged or saved."""
 
 
-class Watch(TrainerCallback, ExportableState):
+class Watch(TrainerCallback):
     """Looks at the loss and the gradients of every step.
 
     With `on_nan="stop"` a number on the device keeps the first step that had one that is not
@@ -50,18 +50,13 @@ class Watch(TrainerCallback, ExportableState):
         self._tasks: set[str] = set()
         self._loss: Tensor | None = None
 
-    def state(self) -> dict[str, Any]:
-        """What a checkpoint keeps."""
-        return {"args": {}, "attributes": {"skipped": self.skipped}}
-
     def on_train_begin(
         self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Begin anew, after an earlier training of the same trainer."""
         self._forget()
-        saved: Any = state.stateful_callbacks  # by name, once a checkpoint was read
-        kept = saved.get(type(self).__name__, {}) if isinstance(saved, dict) else {}
-        self.skipped = kept.get("attributes", {}).get("skipped", 0) if state.global_step else 0
+        kept = kept_by(state.stateful_callbacks) if state.global_step else {}
+        self.skipped = kept.get("skipped", 0)
 
     def see(self, loss: Tensor, inputs: Mapping[str, Any]) -> None:
         """Look at the loss of a batch, which counts for the step that follows."""

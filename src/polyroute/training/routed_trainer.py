@@ -7,7 +7,13 @@ from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
-from transformers import Trainer, TrainingArguments
+from transformers import (
+    Trainer,
+    TrainerCallback,
+    TrainerControl,
+    TrainerState,
+    TrainingArguments,
+)
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, HubStrategy
 from transformers.utils.generic import find_labels
@@ -23,6 +29,7 @@ from polyroute.training.arguments import check_arguments
 from polyroute.training.callbacks import Anneal
 from polyroute.training.divergence import Watch, check_finite
 from polyroute.training.sharding import keep_whole
+from polyroute.training.whole_run import KEPT, WholeRun, kept_by, samples_of_a_step
 
 __all__ = ["RoutedTrainer", "check_routed"]
 
@@ -61,12 +68,29 @@ class RoutedTrainer(Trainer):
             self.add_callback(Anneal(model))
         self.watch = Watch(model, getattr(args, "on_nan", "stop"))
         self.add_callback(self.watch)
+        self.whole = WholeRun()
+        self.add_callback(_GoOn(self))
 
     def training_step(self, model: nn.Module, inputs: Any, *args: Any, **kwargs: Any) -> Tensor:
         """As in `Trainer`; a loss that is not finite is noticed."""
         loss: Tensor = super().training_step(model, inputs, *args, **kwargs)
         self.watch.see(loss, inputs)
+        self.whole.see(loss, fills=self.args.logging_nan_inf_filter)
         return loss
+
+    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+        """As in `Trainer`; what it says of training is that of the whole run, if it was resumed."""
+        if "loss" in logs or "train_runtime" in logs:
+            self._share_losses()
+            step = self.state.global_step
+            if "loss" in logs:
+                logs["loss"] = self.whole.mean_since_log(step)
+            else:
+                logs.update(self.whole.metrics(step, samples_of_a_step(self.args)))
+        super().log(logs, *args, **kwargs)
+
+    def _share_losses(self) -> None:
+        self.whole.share(lambda loss: self.accelerator.reduce(loss, "mean"))
 
     def _set_up_sharding(self) -> None:
         if self.is_deepspeed_enabled:
@@ -93,7 +117,8 @@ class RoutedTrainer(Trainer):
         """
         check_routed(self.model)
         self._check_arguments()
-        return super().train(*args, **kwargs)
+        output = super().train(*args, **kwargs)
+        return output._replace(training_loss=output.metrics.get("train_loss", output.training_loss))
 
     def _check_arguments(self) -> None:
         check_arguments(self.args)
@@ -115,6 +140,9 @@ class RoutedTrainer(Trainer):
         state = {} if self.optimizer is None else self.optimizer.state_dict()["state"]
         kept = [t for entry in state.values() for t in entry.values() if isinstance(t, Tensor)]
         check_finite([*self.model.learned(), *kept], self.state.global_step)
+        self._share_losses()
+        callbacks: dict[str, Any] = self.state.stateful_callbacks  # type: ignore[assignment]
+        callbacks[KEPT] = {**self.whole.kept(), "skipped": self.watch.skipped}
         super()._save_checkpoint(model, trial)
         self.accelerator.wait_for_everyone()  # each process writes the state of its random numbers
         if self.is_world_process_zero():
@@ -165,6 +193,20 @@ class RoutedTrainer(Trainer):
         if best is None or not Path(best).is_dir():
             raise InputError(f"the best checkpoint {best!r} is gone")
         self.model.load_adapter(best)
+
+
+class _GoOn(TrainerCallback):
+    """Begins the count of a run, or goes on with that of a checkpoint."""
+
+    def __init__(self, trainer: RoutedTrainer) -> None:
+        self.trainer = trainer
+
+    def on_train_begin(
+        self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        step = state.global_step
+        kept = kept_by(state.stateful_callbacks)
+        self.trainer.whole = WholeRun.of(kept, step, args.device) if step else WholeRun()
 
 
 def check_routed(model: object) -> None:

@@ -39,15 +39,12 @@ from polyroute.study.groups import start_in_groups
 from polyroute.study.routing_state import in_words
 from polyroute.trainer import MultiTaskTrainer
 from polyroute.training.divergence import check_finite
+from polyroute.training.whole_run import WholeRun, kept_by, samples_of_a_step
 
 __all__ = ["train_run"]
 
 METRICS = "metrics.json"
 ALIGNMENT = "alignment.json"
-OF_ONE_PIECE = {
-    "train_loss", "train_runtime", "train_samples_per_second", "train_steps_per_second"
-}  # fmt: skip
-"""What the trainer measures only since it was last started; a resumed run leaves this out."""
 
 
 @dataclass(frozen=True)
@@ -203,6 +200,8 @@ def _train_to_the_end(trainer: MultiTaskTrainer, folder: Path, last: Path | None
     if last is not None and state["global_step"] >= trainer.args.max_steps:
         model.load_adapter(last)  # it was interrupted between the last step and the end
         steps, log = state["global_step"], state["log_history"]
+        found = _end_of(state, trainer)
+        log = [*log, {**found, "step": steps}]
     else:
         # Of several processes only one would notice the signal, and the others would wait for it.
         alone = trainer.args.world_size == 1
@@ -211,11 +210,6 @@ def _train_to_the_end(trainer: MultiTaskTrainer, folder: Path, last: Path | None
             checkpoint = None if last is None else str(last)
             found = trainer.train(resume_from_checkpoint=checkpoint).metrics
         steps, log = trainer.state.global_step, trainer.state.log_history
-    if last is not None:
-        found, *log = (
-            {key: value for key, value in entry.items() if key not in OF_ONE_PIECE}
-            for entry in (found, *log)
-        )
     check_finite(model.learned(), steps)
     model.save_pretrained(folder, is_main_process=is_first())
     if is_first():
@@ -230,6 +224,14 @@ def _train_to_the_end(trainer: MultiTaskTrainer, folder: Path, last: Path | None
         }
         write_json(folder / METRICS, metrics)
     wait()
+
+
+def _end_of(state: Mapping[str, Any], trainer: MultiTaskTrainer) -> dict[str, Any]:
+    """What the trainer says at the end, from the state of the last checkpoint."""
+    step = state["global_step"]
+    run = WholeRun.of(kept_by(state.get("stateful_callbacks")), step, trainer.args.device)
+    found = run.metrics(step, samples_of_a_step(trainer.args))
+    return {**found, **{key: state[key] for key in ("total_flos", "epoch") if key in state}}
 
 
 def _last_validation(log: Sequence[Mapping[str, Any]]) -> dict[str, Any]:

@@ -1,0 +1,126 @@
+"""The loss and the time of a whole run: a run that was resumed says what an unbroken one says."""
+
+import time
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+__all__ = ["KEPT", "WholeRun", "kept_by", "samples_of_a_step"]
+
+KEPT = "polyroute"
+"""Where a trainer's state has what this package keeps in a checkpoint, among its callbacks."""
+
+
+class WholeRun:
+    """Adds up the losses and the time of a run; checkpoints keep both.
+
+    `Trainer` forgets them when it resumes: the next loss that it logs would be that of the steps
+    since the checkpoint, and the mean loss and the times at the end those of the last piece.
+
+    The sum since the last log stays on the device, and is kept as it is, so that all logged losses
+    of a resumed run are those of an unbroken one, to the bit.
+    """
+
+    def __init__(self) -> None:
+        self._total = 0.0
+        """The sum of the losses of all known steps up to the last log."""
+        self._first = 0
+        """The step before the first known one."""
+        self._logged = 0
+        """The step of the last log."""
+        self._since: Tensor | None = None
+        """The sum since then."""
+        self._batches = 0
+        """How many were added since then."""
+        self._before = 0.0
+        """Seconds of the earlier pieces."""
+        self._started = time.monotonic()
+
+    @classmethod
+    def of(cls, kept: Mapping[str, Any], step: int, device: torch.device) -> "WholeRun":
+        """Go on from a checkpoint.
+
+        Args:
+            kept: what `kept` gave; empty if an older version wrote the checkpoint, so that only
+                later steps are known.
+            step: that of the checkpoint.
+            device: where losses are.
+        """
+        run = cls()
+        run._first = kept.get("first", step)
+        run._total, run._before = kept.get("total", 0.0), kept.get("seconds", 0.0)
+        run._logged, run._batches = kept.get("logged", step), kept.get("batches", 0)
+        if kept.get("since") is not None:
+            run._since = torch.tensor(kept["since"], device=device)
+        return run
+
+    def kept(self) -> dict[str, Any]:
+        """What a checkpoint keeps."""
+        return {
+            "first": self._first,
+            "total": self._total,
+            "logged": self._logged,
+            "since": None if self._since is None else float(self._since),
+            "batches": self._batches,
+            "seconds": self._seconds(),
+        }
+
+    def _seconds(self) -> float:
+        return self._before + time.monotonic() - self._started
+
+    def see(self, loss: Tensor, *, fills: bool) -> None:
+        """Add the loss of a batch, as its share of the step.
+
+        Args:
+            loss: one number.
+            fills: whether the mean so far stands for a loss that is not finite.
+        """
+        loss = loss.detach().float()
+        since = torch.zeros_like(loss) if self._since is None else self._since
+        if fills:
+            loss = torch.where(loss.isfinite(), loss, since / max(1, self._batches))
+        self._since = since + loss
+        self._batches += 1
+
+    def share(self, mean: Callable[[Tensor], Tensor]) -> None:
+        """Make what was added since the last log that of all processes; each must call this."""
+        if self._since is not None:
+            self._since = mean(self._since)
+
+    def mean_since_log(self, step: int) -> float:
+        """The mean loss of the steps since the last log, which is now."""
+        total = 0.0 if self._since is None else float(self._since)
+        steps, self._logged = step - self._logged, step
+        self._total += total
+        self._since, self._batches = None, 0
+        return total / max(1, steps)
+
+    def metrics(self, step: int, samples: int) -> dict[str, float]:
+        """The mean loss and the speed of the whole run, by the names of `Trainer`.
+
+        Args:
+            step: how many steps were taken.
+            samples: rows of a step.
+        """
+        total = self._total + (0.0 if self._since is None else float(self._since))
+        seconds, steps = self._seconds(), step - self._first
+        return {
+            "train_runtime": round(seconds, 4),
+            "train_samples_per_second": round(steps * samples / seconds, 3),
+            "train_steps_per_second": round(steps / seconds, 3),
+            "train_loss": total / max(1, steps),
+        }
+
+
+def kept_by(callbacks: Any) -> dict[str, Any]:
+    """What this package kept in a checkpoint, from the `stateful_callbacks` of its state."""
+    found = callbacks.get(KEPT) if isinstance(callbacks, dict) else None
+    return found if isinstance(found, dict) else {}
+
+
+def samples_of_a_step(args: Any) -> int:
+    """How many rows all processes read for a step, by the arguments of a trainer."""
+    rows: int = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
+    return rows
