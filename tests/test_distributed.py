@@ -1,8 +1,9 @@
 import json
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import redirect_stdout
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import pytest
@@ -27,10 +28,10 @@ def of(folder: Path) -> RoutedModel:
     return model
 
 
-def check_equal(here: Path, there: Path) -> None:
+def check_equal(here: Path, there: Path, within: float = 1e-5) -> None:
     expected = of(there).state_dict()
     for name, tensor in of(here).state_dict().items():
-        torch.testing.assert_close(tensor, expected[name], rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(tensor, expected[name], rtol=within, atol=within)
 
 
 def share(folder: Path, **values: Any) -> None:
@@ -64,10 +65,45 @@ def test_a_sharded_base_model_changes_nothing(tmp_path: Path) -> None:
     check_equal(tmp_path / "back", tmp_path / "alone")
 
 
-def share_sharded(folder: Path, resume: str | None = None) -> None:
+@pytest.mark.parametrize("accumulated", [1, 2])
+def test_a_table_trained_by_rows_in_two_processes_is_that_of_one(
+    tmp_path: Path, accumulated: int
+) -> None:
+    values = {"rowwise_routes": True, "save_strategy": "steps", "save_steps": 2, "max_steps": 6}
+    values |= {"max_grad_norm": 0.01, "route_weight_decay": 0.1}  # rows count in the norm
+    alone = {**values, "per_device_train_batch_size": 2 * accumulated}
+    train(tmp_path / "alone", **alone)
+    single = {"gradient_accumulation_steps": accumulated, "per_device_train_batch_size": 1}
+    launch(share_rows, tmp_path / "both", {**values, **single})
+    check_equal(tmp_path / "both", tmp_path / "alone", within=1e-6)
+    states = [
+        torch.load(tmp_path / name / "checkpoint-6" / "optimizer.pt", weights_only=True)["table"]
+        for name in ("alone", "both")
+    ]
+    torch.testing.assert_close(states[1], states[0], rtol=1e-6, atol=1e-6)
+    assert len(set(states[0]["step"].tolist())) > 1  # each row has a clock of its own
+    # What several processes saved goes on in one.
+    train(tmp_path / "on", resume=str(tmp_path / "both" / "checkpoint-2"), **alone)
+    check_equal(tmp_path / "on", tmp_path / "alone", within=1e-6)
+
+
+def share_rows(folder: Path, values: dict[str, Any]) -> None:
+    share(folder, **values)
+
+
+def test_rows_train_beside_a_sharded_base_model(tmp_path: Path) -> None:
+    values = {"rowwise_routes": True, "per_device_train_batch_size": 2}
+    train(tmp_path / "alone", **values)
+    launch(share_sharded, tmp_path / "both", None, {**values, "per_device_train_batch_size": 1})
+    check_equal(tmp_path / "both", tmp_path / "alone", within=1e-6)
+
+
+def share_sharded(
+    folder: Path, resume: str | None = None, values: Mapping[str, Any] = MappingProxyType({})
+) -> None:
     shard_on_cpu()
-    strategy = {"save_strategy": "steps", "save_steps": 2}
-    trained = train(folder, resume, per_device_train_batch_size=4, **SHARDED, **strategy)
+    usual = {"save_strategy": "steps", "save_steps": 2, "per_device_train_batch_size": 4}
+    trained = train(folder, resume, **SHARDED, **{**usual, **values})
     sharded = [p for p in trained.model.parameters() if isinstance(p.data, DTensor)]
     assert len(sharded) > 10
     assert not any(p.requires_grad for p in sharded)
@@ -78,13 +114,13 @@ def test_what_would_not_be_sharded_is_refused(tmp_path: Path) -> None:
     for process in (0, 1):
         refusals = (tmp_path / f"{process}.txt").read_text()
         assert "shards over accelerators, and there are none" in refusals
-        assert "rowwise_routes trains in one process" in refusals
+        assert "needs something besides rows that trains" in refusals
 
 
 def refuse(folder: Path) -> None:
-    for settings in (SHARDED, {"rowwise_routes": True}):
+    for settings in (SHARDED, {"rowwise_routes": True, "phase": "z"}):
         with pytest.raises(InputError) as refused:
-            trainer(folder, **settings)
+            trainer(folder, **settings).train()
         with (folder / f"{index()}.txt").open("a") as file:
             print(refused.value, file=file)
 

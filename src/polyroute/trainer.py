@@ -35,6 +35,7 @@ from polyroute.training.row_weights import (
     share_of_loss,
     weigh,
 )
+from polyroute.training.shared_rows import leave_rows_to_us, share_rows
 
 __all__ = ["MultiTaskTrainer", "MultiTaskTrainingArguments", "RoutedTrainer"]
 
@@ -152,6 +153,14 @@ class MultiTaskTrainer(RoutedTrainer):
             )
         return batches, items
 
+    def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
+        """As in `Trainer`; processes share the gradients of the rows that they have touched."""
+        loss = super().training_step(*args, **kwargs)
+        is_last = self.args.rowwise_routes and self.accelerator.sync_gradients
+        if is_last and self.args.world_size > 1:
+            share_rows(self.model.routes)
+        return loss
+
     def _num_new(self, size: int) -> int | None:
         """How many rows of a micro-batch are new, where the rest fills up the epoch."""
         processes, state = int(self.accelerator.num_processes), self.accelerator.gradient_state
@@ -177,6 +186,8 @@ class MultiTaskTrainer(RoutedTrainer):
                 self.optimizer = self.model.optimizer(
                     None, betas=(args.adam_beta1, args.adam_beta2), eps=args.adam_epsilon, **rates
                 )
+                if args.world_size > 1:
+                    leave_rows_to_us(self.model)
             elif args.optim == OptimizerNames.ADAFACTOR:
                 groups = self.model.param_groups(None, **rates)
                 self.optimizer = LayerAdafactor(

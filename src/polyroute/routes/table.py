@@ -242,6 +242,17 @@ class RoutingTable(nn.Module):
         self._collected = {}
         return rows
 
+    def collected(self) -> tuple[list[int], Tensor | None]:
+        """The rows whose gradient waits for a step, and that gradient, `[U, N * H * K]`."""
+        gradient = None if self.touched is None else self.touched.grad
+        return ([], None) if gradient is None else (list(self._collected), gradient)
+
+    def collect_instead(self, rows: Sequence[int], gradient: Tensor) -> None:
+        """Let other rows wait for a step, with their gradient `[U, N * H * K]`."""
+        if self.touched is not None:
+            self.touched.grad = None
+            self._collect(rows, gradient)
+
     def _collect(self, rows: Sequence[int], gradient: Tensor) -> None:
         """Add the gradient of gathered rows to the gradient that waits for the next step."""
         touched = self.touched

@@ -158,8 +158,3 @@ def _check_optimizer(args: MultiTaskTrainingArguments) -> None:
             f"rowwise_routes is an AdamW, which optim={optim!r} is not; set optim to "
             f"{ROWWISE_OPTIMS[0]!r}"
         )
-    if args.rowwise_routes and args.world_size > 1:
-        raise InputError(
-            "rowwise_routes trains in one process on one device, and this run has several; "
-            "leave it at False, or start one process"
-        )
