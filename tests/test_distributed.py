@@ -1,5 +1,8 @@
 import json
+import os
 import shutil
+import subprocess
+import sys
 from collections.abc import Mapping, Sequence
 from contextlib import redirect_stdout
 from pathlib import Path
@@ -173,6 +176,44 @@ def test_a_batch_that_cannot_be_shared_is_refused(
         main(train_arguments(place, "three"))
     assert "--batch-size 8 cannot be shared by 3 processes" in capsys.readouterr().err
     assert not (place / "three").exists()
+
+
+REFUSING = """
+import os, sys
+import polyroute.program.commands.{command} as module
+from polyroute.errors import InputError
+from polyroute.program.cli.app import main
+
+def refuse(*given, **named):
+    raise InputError("this process has other rows")
+
+if os.environ["RANK"] == "1":
+    module.{function} = refuse
+main(sys.argv[1:])
+"""
+
+
+@pytest.mark.parametrize("function", ["load_suite", "plan"])
+def test_a_process_that_refuses_its_input_ends_all(
+    place: Path, alone: Path, tmp_path: Path, function: str
+) -> None:
+    command, words = "train", train_arguments(place, "refused")
+    if function == "plan":
+        command, function = "adapt", "_check_model"
+        words = ["adapt", str(alone), "--data", str(place / "suite"), "--tasks", "first,pick",
+                 "--steps", "2", "--shots", "6", "--out", str(place / "refused")]  # fmt: skip
+    script = tmp_path / "script.py"
+    script.write_text(REFUSING.format(command=command, function=function))
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    settings = {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "1"}
+    ended = subprocess.run(
+        [*launcher, "--nproc-per-node", "2", str(script), *words],
+        capture_output=True, text=True, timeout=120, env={**os.environ, **settings},
+    )  # fmt: skip
+    assert ended.returncode
+    assert "polyroute: error: this process has other rows" in ended.stderr
+    assert "SIGKILL" not in ended.stderr  # which comes after half a minute
+    assert not (place / "refused").exists()
 
 
 def test_two_processes_adapt_a_share_each(place: Path, alone: Path) -> None:

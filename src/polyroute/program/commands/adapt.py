@@ -98,6 +98,7 @@ def adapt_run(options: AdaptOptions) -> Result:
                 tasks, choices, options.seeds, options.split, options.max_test, folder.path
             )
             return plan_of_adapting(model, suite, budget, planned)
+        wait()  # nothing is written before all processes are prepared
         folder.open(config, options.given)
         results = _adapt(model, work, folder.path)
     return _result(results, work, folder.path)

@@ -3,6 +3,7 @@
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, fields, replace
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from polyroute.errors import InputError, reason
 from polyroute.host.files import finite, read_json, write_json
 from polyroute.host.interrupts import deferred, resumable
 from polyroute.host.output import Result, say
-from polyroute.host.processes import is_first, wait
+from polyroute.host.processes import connect, is_first, wait
 from polyroute.loading import load_suite, use_fast_attention
 from polyroute.model import RoutedModel
 from polyroute.optimizers import summary
@@ -45,6 +46,8 @@ __all__ = ["train_run"]
 
 METRICS = "metrics.json"
 ALIGNMENT = "alignment.json"
+LONGEST_STEP = timedelta(minutes=30)
+"""For which one process waits for the others in training."""
 
 
 @dataclass(frozen=True)
@@ -65,6 +68,7 @@ def train_run(options: TrainOptions) -> Result:
         InputError: an option, the data or the base model cannot be used; nothing was trained.
     """
     inputs = (options.model, options.start, options.source.data)
+    connect(LONGEST_STEP)
     start = _start(options)
     if start is not None:
         options = _continued(options, start)
@@ -83,6 +87,7 @@ def train_run(options: TrainOptions) -> Result:
     if options.dry_run:
         folder.compare(config, options.given)
         return plan_of_training(trainer, options, tasks, folder.path)
+    wait()  # nothing is written before all processes are prepared
     folder.open(config, options.given, {NOTE: trainer.kind.prompting.to_dict()})
     with held(folder.path), resumable(folder.path):
         if options.resume and (folder.path / METRICS).is_file():
