@@ -1,4 +1,8 @@
-"""Memory is given back now and then, and seldom enough to cost nothing."""
+"""The memory of the machine, and what is given back of it."""
+
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 
@@ -17,3 +21,45 @@ def test_memory_is_given_back_every_twenty_seconds(monkeypatch: pytest.MonkeyPat
 
 def test_giving_back_works_on_this_machine() -> None:
     memory.give_back_memory()
+
+
+BOUND = """
+import resource
+import torch
+from polyroute.host import memory
+
+memory.total = lambda: 2**30
+memory.bound()
+torch.empty(2**28, dtype=torch.uint8)
+try:
+    torch.empty(2**31, dtype=torch.uint8)
+except RuntimeError as error:
+    assert "can't allocate memory" in str(error)
+else:
+    raise SystemExit("twice the memory was granted")
+low = (2**20, resource.getrlimit(resource.RLIMIT_DATA)[1])
+resource.setrlimit(resource.RLIMIT_DATA, low)
+memory.bound()
+assert resource.getrlimit(resource.RLIMIT_DATA) == low
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="other systems have no such limit")
+def test_more_memory_than_there_is_is_refused_and_not_granted() -> None:
+    ended = subprocess.run([sys.executable, "-c", BOUND], capture_output=True, text=True)
+    assert ended.returncode == 0, ended.stderr
+
+
+def test_the_memory_of_a_container_is_that_of_its_limit(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    there = memory.total(), memory.available()
+    limit, used = tmp_path / "limit", tmp_path / "used"
+    monkeypatch.setattr(memory, "GROUPS", ((str(limit), str(used)),))
+    limit.write_text("1000\n")
+    used.write_text("400\n")
+    assert (memory.total(), memory.available()) == (1000, 600)
+    limit.write_text("max\n")
+    assert memory.total() >= there[0] > 1000
+    limit.unlink()
+    assert memory.available() > 1000

@@ -4,11 +4,11 @@ import math
 import re
 from dataclasses import dataclass
 
-import psutil
 import torch
 
 from polyroute.adapting.slots import has_one_skill, shape_of_row, weights_library
 from polyroute.errors import InputError
+from polyroute.host.memory import available
 from polyroute.host.processes import count_here
 from polyroute.kinds.choose import ModelKind
 from polyroute.model import Phase, RoutedModel
@@ -102,7 +102,7 @@ def _free(device: torch.device) -> int:
     if device.type == "cuda":
         unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         return int(torch.cuda.mem_get_info(device)[0]) + unused
-    return int(psutil.virtual_memory().available) // count_here()
+    return available() // count_here()
 
 
 def bytes_in_training(

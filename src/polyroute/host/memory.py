@@ -1,14 +1,65 @@
-"""Memory that a process holds although nothing uses it."""
+"""The memory of the machine: how much there is, and what a process holds of it."""
 
 import ctypes
 import gc
 import time
 from contextlib import suppress
+from pathlib import Path
 
-__all__ = ["Trim", "give_back_memory"]
+import psutil
+
+__all__ = ["Trim", "available", "bound", "give_back_memory", "total"]
+
+GROUPS = (
+    ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory.current"),
+    (
+        "/sys/fs/cgroup/memory/memory.limit_in_bytes",
+        "/sys/fs/cgroup/memory/memory.usage_in_bytes",
+    ),
+)
+"""Files with the limit of a container and what it uses, in both versions of Linux's groups."""
+
 
 SECONDS_BETWEEN = 20.0
 """Seconds between two trims, which take up to .3 s each."""
+
+
+def total() -> int:
+    """The memory of the machine or of the container, in bytes."""
+    limits = [limit for limit, _ in _groups()]
+    return min([int(psutil.virtual_memory().total), *limits])
+
+
+def available() -> int:
+    """The memory that could be taken now, in bytes."""
+    left = [max(0, limit - used) for limit, used in _groups()]
+    return min([int(psutil.virtual_memory().available), *left])
+
+
+def _groups() -> list[tuple[int, int]]:
+    """The limit of the container and what it uses, where there is one."""
+    found = []
+    for names in GROUPS:
+        with suppress(OSError, ValueError):  # "max" where there is no limit
+            limit, used = (int(Path(name).read_text(encoding="ascii")) for name in names)
+            found.append((limit, used))
+    return found
+
+
+def bound() -> None:
+    """Let what is larger than the machine fail, on Linux, in place of being killed.
+
+    Linux grants memory that it does not have, and ends a process without a word once it is used.
+    What a process maps without using it is not held against it, and a lower limit stays.
+    """
+    with suppress(ImportError, OSError, ValueError, AttributeError):
+        import resource
+
+        used = psutil.Process().memory_info()
+        soft, hard = resource.getrlimit(resource.RLIMIT_DATA)
+        own = total() + max(0, used.data - used.rss)
+        lowest = min(one for one in (soft, hard, own) if one != resource.RLIM_INFINITY)
+        resource.setrlimit(resource.RLIMIT_DATA, (lowest, hard))
 
 
 def give_back_memory() -> None:

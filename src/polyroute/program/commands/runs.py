@@ -5,8 +5,11 @@ from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any, get_args
 
+import torch
+
 from polyroute.errors import InputError
 from polyroute.host.dtypes import AUTO, DTYPES, settled_dtype
+from polyroute.host.memory import bound
 from polyroute.host.output import say
 from polyroute.kinds.base import MAX_INPUT, MAX_TARGET
 from polyroute.kinds.choose import ChatTemplate, ModelKind, kind_of
@@ -107,6 +110,8 @@ def load(base: BaseModel, *, objective: str | Objective = "lm") -> tuple[Any, Mo
     Raises:
         InputError: it cannot be loaded, or cannot learn by this objective.
     """
+    if not torch.accelerator.is_available():
+        bound()
     model, tokenizer = load_base(base.name, dtype=base.reading.dtype)
     return model, kind_for(model, tokenizer, base.reading, objective)
 
