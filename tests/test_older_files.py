@@ -1,5 +1,7 @@
 """Files of version 0.1.0 load bit for bit; `fixtures/saved-0.1.0` holds them and their outputs."""
 
+import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -7,7 +9,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import LlamaForCausalLM
 
-from polyroute import RoutedModel, from_pretrained
+from polyroute import InputError, RoutedModel, from_pretrained
 from polyroute.saved.checkpoint import read_checkpoint
 
 SAVED = Path(__file__).parent / "fixtures" / "saved-0.1.0"
@@ -69,3 +71,14 @@ def test_an_adapter_of_peft_loads_and_computes_what_it_computed() -> None:
     with torch.no_grad(), route(model, ["söze", "boolq", "mnli/1"]):
         routed = model(input_ids=EXPECTED["input_ids"]).logits
     torch.testing.assert_close(routed, EXPECTED["ia3"], rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("inside", ["", "config"])
+def test_an_entry_that_only_a_newer_version_knows_is_named(tmp_path: Path, inside: str) -> None:
+    folder = Path(shutil.copytree(SAVED / "mhr", tmp_path / "newer"))
+    path = folder / "polyroute.json"
+    description = json.loads(path.read_text(encoding="utf-8"))
+    (description[inside] if inside else description)["warp"] = 9
+    path.write_text(json.dumps(description), encoding="utf-8")
+    with pytest.raises(InputError, match="'warp'"):
+        read_checkpoint(folder)

@@ -37,6 +37,10 @@ from polyroute.saved.shards import NOTE, write_rows
 
 __all__ = ["Checkpoint", "Content", "read_checkpoint", "saved_config", "write_checkpoint"]
 
+NEEDED = ("id", "config", "num_skills", "base", "rows", "sites", "routers")
+"""The entries that each description has."""
+ENTRIES = {*NEEDED, "format", "tasks", "rule", "modules", "anneal_progress", SHA256}
+"""All that a description can have."""
 
 @dataclass(frozen=True)
 class Checkpoint:
@@ -158,9 +162,15 @@ def read_checkpoint(folder: str | os.PathLike[str]) -> Checkpoint:
     """
     path = Path(folder)
     description = read_description(path)
-    for key in ("id", "config", "num_skills", "base", "rows", "sites", "routers"):
+    for key in NEEDED:
         if key not in description:
             raise InputError(f"{path / DESCRIPTION} lacks the entry {key!r}; it is damaged")
+    unknown = sorted(description.keys() - ENTRIES)
+    if unknown:
+        raise InputError(
+            f"{path / DESCRIPTION} has the entry {unknown[0]!r}, which this version does not know: "
+            "upgrade polyroute"
+        )
     if description["rows"] is None and "tasks" not in description:
         raise InputError(f"{path / DESCRIPTION} lacks the entry 'tasks'; it is damaged")
     saved_routes = None if description["rows"] is None else SavedRoutes(folder)
