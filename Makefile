@@ -10,7 +10,7 @@ LOWEST_INSTALLED := $(LOWEST)/.installed
 LOWEST_TESTS := $(patsubst %,tests/test_%.py,model routing end_to_end runs adapt evaluate gguf chat \
 	shapes tabular peft_export suites cli_manners trainer mu_steps)
 
-.PHONY: demo demo-lm test test-lowest lint docs bench bench-paper study-lm fuzz clean
+.PHONY: demo demo-lm test test-lowest lint docs bench bench-paper study-lm fuzz soak clean
 
 demo: $(INSTALLED)
 	$(BIN)/polyroute demo --out demo-out --overwrite
@@ -59,6 +59,11 @@ SECONDS ?= 600
 fuzz: $(INSTALLED)
 	$(BIN)/pip install --quiet -c constraints.txt atheris
 	$(BIN)/python scripts/fuzz.py --seconds $(SECONDS)
+
+# One process, used hard; MINUTES=5 for less.
+MINUTES ?= 30
+soak: $(INSTALLED)
+	$(BIN)/python scripts/soak.py --minutes $(MINUTES)
 
 # torch comes first and alone: the pinned version has a CPU build, and whatever depends on a range of
 # torch then keeps it.
