@@ -1,13 +1,15 @@
-"""Kill commands at random moments, resume them, and compare what they end with.
+"""Kill commands at random moments, start them again, and compare what they end with.
 
     python scripts/kills.py --kills 10 [SCENARIO ...]
 
 Every scenario runs once without a kill. Then it is started, killed by SIGKILL (or, every fourth
-time, asked to end by SIGHUP) after a random time, and resumed until it is done. Its tensors must
-then be those of the run without a kill, to the bit. Nothing of it is timed.
+time, asked to end by SIGHUP) after a random time, and resumed until it is done. `full` has a disk
+of random size in place of kills, and room after that; it has to mount a tmpfs, as root. Tensors
+and results must then be those of the run without a kill, to the bit. Nothing of it is timed.
 """
 
 import argparse
+import json
 import random
 import shutil
 import signal
@@ -16,6 +18,7 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import load_file
@@ -26,49 +29,81 @@ TRAIN = ["train", *BASE, "--data", DATA, "--steps", "60", "--batch-size", "8", "
          "--skills", "4", "--heads", "4", "--rank", "2"]  # fmt: skip
 ADAPT = ["adapt", "RUN", "--data", DATA, "--tasks", "all", "--shots", "8", "--seeds", "0",
          "--max-test", "4", "--deterministic"]  # fmt: skip
+SETTINGS = {
+    "train.steps": 30, "train.bf16": False, "train.max-input": 64, "train.max-target": 8,
+    "train.save-steps": 5, "adapt.steps": 6, "adapt.validation-shots": 2, "adapt.max-test": 4,
+    "adapt.deterministic": True, "shots": 4, "seeds": [0], "methods.mhr.train.heads": 4,
+    "methods.mhr.phases": ["z"],
+}  # fmt: skip
+SETS = [part for key, value in SETTINGS.items() for part in ("--set", f"{key}={json.dumps(value)}")]
 SCENARIOS = {
     "train": TRAIN,
     "rowwise": [*TRAIN, "--rowwise"],
     "adapt": [*ADAPT, "--phase", "mu", "--steps", "30"],
     "waves": [*ADAPT, "--phase", "full", "--steps", "20", "--memory", "200MB"],
-}
+    "reproduce": ["reproduce", "suite", "--model", "demo", "--data", DATA, "--methods", "mhr",
+                  *SETS],
+    "compare": ["compare", "LIBRARY", "--data", DATA, "--tasks", "clinc_banking_intent",
+                "--shots", "8", "--steps", "4", "--max-test", "8", "--randoms", "1"],
+    "full": TRAIN,
+}  # fmt: skip
+AGAIN = "compare"
+"""Is not resumed but started again, and writes one file."""
+LIBRARY = ("clinc_domain", "snips_intent", "mawps_operation")
+"""The tasks whose LoRAs are the library of `compare`."""
+SHARES = (0.02, 1.2)
+"""The size of a full disk, as a share of what a run leaves there."""
 
 
-def command(parts: list[str], out: Path, run: Path, *more: str) -> list[str]:
+def command(parts: list[str], out: Path, place: Path, *more: str) -> list[str]:
     """A command with its folders."""
-    named = [str(run) if part == "RUN" else part for part in parts]
-    return [sys.executable, "-m", "polyroute", *named, "--out", str(out), "--quiet", *more]
+    folders = {"RUN": place / "inventory", "LIBRARY": place / "library"}
+    named = [str(folders.get(part, part)) for part in parts]
+    target = out / "compare.json" if parts[0] == AGAIN else out
+    return [sys.executable, "-m", "polyroute", *named, "--out", str(target), "--quiet", *more]
 
 
-def finish(parts: list[str], out: Path, run: Path, *more: str) -> None:
+def finish(parts: list[str], out: Path, place: Path, *more: str) -> None:
     """Run a command to its end."""
     ended = subprocess.run(
-        command(parts, out, run, *more), check=False, capture_output=True, text=True
+        command(parts, out, place, *more), check=False, capture_output=True, text=True
     )
     if ended.returncode:
         raise SystemExit(f"{' '.join(parts)}: status {ended.returncode}\n{ended.stderr[-2000:]}")
 
 
-def tensors(out: Path) -> dict[str, torch.Tensor]:
-    """All that a run has trained, by file and name."""
-    return {
+def content(out: Path) -> dict[str, Any]:
+    """What a run ends with: all tensors by file and name, and scores."""
+    found: dict[str, Any] = {
         f"{path.relative_to(out)}:{name}": tensor
         for path in sorted(out.rglob("*.safetensors"))
         if not any(part.startswith(("checkpoint-", ".")) for part in path.relative_to(out).parts)
         for name, tensor in load_file(path).items()
     }
+    found = {name: tensor.clone() for name, tensor in found.items()}  # not mapped from the disk
+    if (out / "compare.json").exists():
+        found["scores"] = json.loads((out / "compare.json").read_text())["contenders"]
+    return found
 
 
-def killed(parts: list[str], out: Path, run: Path, seconds: float, number: int) -> int:
+def check_equal(found: dict[str, Any], expected: dict[str, Any], where: tuple[str, int]) -> None:
+    """Make sure that a run ends as it did without a kill."""
+    assert found.keys() == expected.keys(), (where, found.keys() ^ expected.keys())
+    for key, value in expected.items():
+        same = torch.equal(found[key], value) if torch.is_tensor(value) else found[key] == value
+        assert same, (where, key)
+
+
+def killed(parts: list[str], out: Path, place: Path, seconds: float, number: int) -> int:
     """Start a command and kill it; how often it was started until it was done."""
     rng = random.Random(number)
     starts = 0
     while True:
         is_new = not (out / "run.json").exists() or not (out / "run.json").stat().st_size
-        more = () if is_new else ("--resume",)
+        more = () if is_new or parts[0] == AGAIN else ("--resume",)
         starts += 1
         process = subprocess.Popen(
-            command(parts, out, run, *more), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE
+            command(parts, out, place, *more), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE
         )
         after = rng.uniform(0.1, seconds) if starts <= 2 else 10 * seconds + 60
         try:
@@ -83,6 +118,27 @@ def killed(parts: list[str], out: Path, run: Path, seconds: float, number: int) 
         return starts
 
 
+def filled(parts: list[str], out: Path, place: Path, number: int, usual: int) -> int:
+    """Run a command on a disk that becomes full, then give it room; how often it was started."""
+    size = usual * random.Random(number).uniform(*SHARES)
+    out.mkdir()
+    subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={size:.0f}", "none", out], check=True)
+    ended = subprocess.run(
+        command(parts, out / "run", place), check=False, capture_output=True, text=True
+    )
+    lines = [line for line in ended.stderr.splitlines() if line.startswith("polyroute: ")]
+    if ended.returncode:
+        # A full disk is one sentence that says so.
+        assert ended.returncode in (1, 2), (size, ended.returncode)
+        assert lines, (size, ended.stderr[-2000:])
+        assert "space" in lines[-1], (size, lines)
+    subprocess.run(["mount", "-o", "remount,size=2g", out], check=True)
+    if ended.returncode:
+        has_begun = (out / "run" / "run.json").exists()
+        finish(parts, out / "run", place, *(["--resume"] if has_begun else []))
+    return 1 + bool(ended.returncode)
+
+
 def main() -> None:
     """Kill each scenario so often; ends with an error at the first that is not as without."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -90,22 +146,31 @@ def main() -> None:
     parser.add_argument("--kills", type=int, default=10, help="of each scenario")
     options = parser.parse_args()
     place = Path(tempfile.mkdtemp())
-    run = place / "inventory"
-    finish(TRAIN, run, run)
-    for name in options.scenarios or SCENARIOS:
+    finish(TRAIN, place / "inventory", place)
+    names = options.scenarios or list(SCENARIOS)
+    if AGAIN in names:
+        for task in LIBRARY:
+            finish(["export", "RUN", "--task", task], place / "loras" / task, place)
+        more = ["--model", "demo", "--format", "library"]
+        finish(["import", str(place / "loras"), *more], place / "library", place)
+    for name in names:
         parts = SCENARIOS[name]
         whole = place / f"{name}-whole"
         started = time.monotonic()
-        finish(parts, whole, run)
-        seconds, expected = time.monotonic() - started, tensors(whole)
+        finish(parts, whole, place)
+        seconds, expected = time.monotonic() - started, content(whole)
         starts = 0
         for number in range(options.kills):
             out = place / f"{name}-{number}"
-            starts += killed(parts, out, run, seconds, number)
-            found = tensors(out)
-            assert found.keys() == expected.keys(), (name, number, found.keys() ^ expected.keys())
-            for key, tensor in expected.items():
-                assert torch.equal(found[key], tensor), (name, number, key)
+            if name == "full":
+                usual = sum(path.stat().st_size for path in whole.rglob("*") if path.is_file())
+                starts += filled(parts, out, place, number, usual)
+                found = content(out / "run")
+                subprocess.run(["umount", out], check=True)
+            else:
+                starts += killed(parts, out, place, seconds, number)
+                found = content(out)
+            check_equal(found, expected, (name, number))
             shutil.rmtree(out)
         print(f"{name}: {options.kills} of {options.kills} ended as without, {starts} starts",
               flush=True)  # fmt: skip

@@ -12,7 +12,7 @@ At the same time, on the demo's base model:
   that half a row would show.
 
 Memory (resident, in MB), open handles and threads are written down every ten seconds. They are flat
-if the median of the last fifth is at most 5 %, or 3, above that of the fifth after the first minute.
+if the median of the last fifth is at most 5 %, or 3, above that of the fifth after a minute.
 """
 
 import argparse

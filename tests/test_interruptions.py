@@ -2,6 +2,7 @@
 
 import os
 import pty
+import shlex
 import shutil
 import signal
 import subprocess
@@ -310,3 +311,18 @@ def wait_for(is_so: Callable[[], bool]) -> None:
             return
         time.sleep(0.05)
     raise AssertionError("nothing happened for a minute")
+
+
+def test_a_disk_that_is_full_within_a_checkpoint_ends_in_a_sentence(place: Path, run: Path) -> None:
+    sizes = {path.name: path.stat().st_size for path in (run / "checkpoint-12").iterdir()}
+    largest = sizes.pop("optimizer.pt")
+    room = (max(sizes.values()) + largest) // 2
+    words = train_arguments(place, "no-space")
+    limited = f"ulimit -f {room // 1024}; exec {shlex.join([sys.executable, '-m', 'polyroute'])} "
+    ended = subprocess.run(
+        ["bash", "-c", limited + shlex.join(words)], capture_output=True, text=True
+    )
+    assert ended.returncode == 2
+    assert "cannot be written whole" in ended.stderr.splitlines()[-1]
+    main([*words, "--resume"])
+    equal(place / "no-space", run)

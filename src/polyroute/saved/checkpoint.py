@@ -42,6 +42,7 @@ NEEDED = ("id", "config", "num_skills", "base", "rows", "sites", "routers")
 ENTRIES = {*NEEDED, "format", "tasks", "rule", "modules", "anneal_progress", SHA256}
 """All that a description can have."""
 
+
 @dataclass(frozen=True)
 class Checkpoint:
     """A saved inventory: its description and its skills; the routing table stays on disk."""

@@ -143,7 +143,16 @@ class RoutedTrainer(Trainer):
         self._share_losses()
         callbacks: dict[str, Any] = self.state.stateful_callbacks  # type: ignore[assignment]
         callbacks[KEPT] = {**self.whole.kept(), "skipped": self.watch.skipped}
-        super()._save_checkpoint(model, trial)
+        try:
+            super()._save_checkpoint(model, trial)
+        except RuntimeError as error:
+            if "inline_container" not in str(error):
+                raise
+            # torch's own writer says at which byte it noticed, and not that the disk is full.
+            folder = self._get_output_dir(trial)
+            raise InputError(
+                f"a checkpoint cannot be written whole to {folder}: make space on that disk"
+            ) from error
         self.accelerator.wait_for_everyone()  # each process writes the state of its random numbers
         if self.is_world_process_zero():
             name = f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
