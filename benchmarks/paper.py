@@ -193,10 +193,10 @@ def _run_part(
     seed: int,
     role: str,
 ) -> None:
-    stage = OWN + "base" if role == "own" else f"{role}-zero-shot-base"
-    zero_shot(part, stage, "base", part.test)
     for name, contender in contenders.items():
         _run_contender(study, part, plan, f"{name}-s{seed}", contender, seed, role)
+    stage = OWN + "base" if role == "own" else f"{role}-zero-shot-base"
+    zero_shot(part, stage, "base", part.test)
 
 
 def _run_contender(

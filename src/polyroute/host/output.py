@@ -31,11 +31,12 @@ NOISY = (
 
 @dataclass
 class Mode:
-    """How the running command prints."""
+    """How the running command prints, and what it may run."""
 
     json: bool = False
     quiet: bool = False
     verbose: bool = False
+    trust_remote_code: bool = False
     depth: int = 0
     """How many commands are running inside each other."""
 

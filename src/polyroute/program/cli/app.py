@@ -13,7 +13,7 @@ from polyroute.host.interrupts import terminable
 from polyroute.host.printable import printable
 from polyroute.program.cli.adapt import adapt
 from polyroute.program.cli.check import check
-from polyroute.program.cli.command import EXIT_CODES, Command, Stopped, output_flags
+from polyroute.program.cli.command import EXIT_CODES, Command, Stopped, common_flags
 from polyroute.program.cli.compare import compare
 from polyroute.program.cli.demo import demo
 from polyroute.program.cli.demo_lm import demo_lm
@@ -48,7 +48,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode="markdown",
 )
-app.callback()(output_flags)
+app.callback()(common_flags)
 for each in COMMANDS:
     each.add_to(app)
 

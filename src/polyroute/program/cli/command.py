@@ -14,7 +14,7 @@ from polyroute.program.cli.parameters import parameter_of
 from polyroute.program.options.flags import Flag, flags_of, made
 from polyroute.program.options.shared import Given, Options
 
-__all__ = ["EXIT_CODES", "Command", "Stopped", "command", "output_flags"]
+__all__ = ["EXIT_CODES", "Command", "Stopped", "command", "common_flags"]
 
 INTERRUPTED, BY_SIGNAL = 130, 128
 EXIT_CODES = """Exit codes: 0 done; 1 it failed; 2 something given cannot be used, as one sentence
@@ -56,7 +56,7 @@ class Command(Generic[O]):
         def run(context: typer.Context, **_: Any) -> None:
             self._run(lambda: self.read(context))
 
-        switches = inspect.signature(output_flags).parameters.values()
+        switches = inspect.signature(common_flags).parameters.values()
         context = inspect.Parameter(
             "context", inspect.Parameter.POSITIONAL_OR_KEYWORD, annotation=typer.Context
         )
@@ -127,19 +127,19 @@ def command(
 
 
 def _switch(name: str) -> Callable[[bool], None]:
-    """The callback of a flag that changes how the command prints."""
+    """The callback of a flag that changes the mode of the command."""
 
     def switch(is_on: bool) -> None:
         if is_on:
-            setattr(output.mode, name, True)
+            setattr(output.mode, name.replace("-", "_"), True)
 
     return switch
 
 
-def _everywhere(name: str, *more: str, help: str) -> Any:
+def _everywhere(name: str, *more: str, help: str, panel: str = "Output") -> Any:
     return typer.Option(
         f"--{name}", *more, is_eager=True, expose_value=False, callback=_switch(name), help=help,
-        rich_help_panel="Output",
+        rich_help_panel=panel,
     )  # fmt: skip
 
 
@@ -153,5 +153,20 @@ Verbose = Annotated[
 ]
 
 
-def output_flags(json: Json = False, quiet: Quiet = False, verbose: Verbose = False) -> None:
-    """Flags that say how a command prints; they stand before its name or after it."""
+Trust = Annotated[
+    bool,
+    _everywhere(
+        "trust-remote-code",
+        help="Run code that comes with a base model. No file can ask for this.",
+        panel="Base model",
+    ),
+]
+
+
+def common_flags(
+    json: Json = False,
+    quiet: Quiet = False,
+    verbose: Verbose = False,
+    trust_remote_code: Trust = False,
+) -> None:
+    """Flags that every command has; they stand before its name or after it."""

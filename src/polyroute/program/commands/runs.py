@@ -10,7 +10,7 @@ import torch
 from polyroute.errors import InputError
 from polyroute.host.dtypes import AUTO, DTYPES, settled_dtype
 from polyroute.host.memory import bound
-from polyroute.host.output import say
+from polyroute.host.output import mode, say
 from polyroute.kinds.base import MAX_INPUT, MAX_TARGET
 from polyroute.kinds.choose import ChatTemplate, ModelKind, kind_of
 from polyroute.kinds.objectives import Objective
@@ -112,7 +112,9 @@ def load(base: BaseModel, *, objective: str | Objective = "lm") -> tuple[Any, Mo
     """
     if not torch.accelerator.is_available():
         bound()
-    model, tokenizer = load_base(base.name, dtype=base.reading.dtype)
+    model, tokenizer = load_base(
+        base.name, dtype=base.reading.dtype, trust_remote_code=mode.trust_remote_code
+    )
     return model, kind_for(model, tokenizer, base.reading, objective)
 
 

@@ -11,7 +11,7 @@ from polyroute.data.suite import Suite, check_tasks, held_out_tasks, validate
 from polyroute.errors import InputError, did_you_mean
 from polyroute.host.files import write_json, write_text
 from polyroute.host.interrupts import resumable
-from polyroute.host.output import Result
+from polyroute.host.output import Result, mode
 from polyroute.loading import check_base, load_suite
 from polyroute.program.commands.folder import RunFolder
 from polyroute.program.options.experiments import ReproduceOptions
@@ -48,7 +48,7 @@ def run_preset(options: ReproduceOptions, commands: Mapping[str, Prepare]) -> Re
     _check_known(name, "selection", options.selection, preset.selection)
     folder = RunFolder("reproduce", options.out, options, (preset.model, preset.data))
     tasks = _checked_tasks(name, preset)
-    check_base(preset.model)
+    check_base(preset.model, trust_remote_code=mode.trust_remote_code)
     plan = Plan(preset, folder.path, options.selection, tasks, given)
     planned = [plan.of(method) for method in methods]
     stages = [stage for method in planned for stage in method.stages]
