@@ -338,3 +338,10 @@ def test_copa_is_shown_in_the_first_eight_templates(folder: Path) -> None:
     settings = HeldOut(None, folder, None, P3Settings(seed=0), None)
     shown = _templates("super_glue", "copa", p3._table().held_out["copa"], settings)
     assert "".join(each.name for each in shown) == "abcdefgh"
+
+
+def test_links_are_not_followed_out_of_the_folder(folder: Path, tmp_path: Path) -> None:
+    prompts(tmp_path / "elsewhere", "trec_which", 5)
+    (folder / "trec_which").symlink_to(tmp_path / "elsewhere" / "trec_which")
+    with pytest.raises(InputError, match="leads out of its folder"):
+        opened(folder)

@@ -281,3 +281,12 @@ def test_wrong_split_files_are_refused(folder: Path) -> None:
 def test_an_option_of_another_reader_is_refused(folder: Path) -> None:
     with pytest.raises(InputError, match=r"SuperNiSuite, which reads .* has no option 'resample'"):
         put(folder, {"a": task(1)}, {}, resample=True)
+
+
+@pytest.mark.parametrize("name", ["splits/default/train_tasks.txt", "tasks/a.json"])
+def test_links_are_not_followed_out_of_the_folder(folder: Path, name: str) -> None:
+    put(folder, {"a": task(3)}, {})
+    (folder / name).rename(folder.parent / "elsewhere")
+    (folder / name).symlink_to(folder.parent / "elsewhere")
+    with pytest.raises(InputError, match="leads out of its folder"):
+        open_suite(folder, cache_dir=folder.parent / "cache").info("a")

@@ -30,6 +30,7 @@ from polyroute.data.readers.task_table import TableSuite
 from polyroute.data.records import cannot_read
 from polyroute.data.suite import quiet_datasets
 from polyroute.errors import InputError, reason
+from polyroute.host.files import check_link
 
 __all__ = ["P3Suite", "is_p3"]
 
@@ -178,6 +179,8 @@ def _local(folder: Path) -> dict[str, Path | None]:
         entries = sorted(base.iterdir())
     except OSError as error:
         raise cannot_read(base, error) from error
+    for entry in entries:
+        check_link(entry)
     return {
         entry.name if entry.is_dir() else entry.stem: entry if entry.is_dir() else base / entry.stem
         for entry in entries

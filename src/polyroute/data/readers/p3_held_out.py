@@ -16,6 +16,7 @@ from polyroute.data.readers.task_table import TaskSource, file_key, load, load_f
 from polyroute.data.records import checked, read_objects
 from polyroute.data.suite import TaskInfo
 from polyroute.errors import InputError
+from polyroute.host.files import check_link
 
 __all__ = ["HeldOut", "held_out_source", "held_out_there"]
 
@@ -98,6 +99,7 @@ def _few_shot_file(task: str, shots: int, source: HeldOut) -> Path:
             f"there is no {path}; open the suite with a seed and shots that have a file "
             f"({', '.join(there) or 'there is none'}), or with resample=True"
         )
+    check_link(path)
     return path
 
 

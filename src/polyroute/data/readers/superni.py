@@ -216,6 +216,7 @@ def _roles(folder: Path) -> dict[str, Role]:
     roles: dict[str, Role] = {}
     for role, name in _SPLITS.items():
         path = folder / "splits" / "default" / name
+        check_link(path)
         try:
             names = path.read_text(encoding="utf-8-sig").split()
         except (OSError, UnicodeDecodeError) as error:
@@ -236,6 +237,7 @@ def _roles(folder: Path) -> dict[str, Role]:
 
 def _category(path: Path) -> str:
     """The first category of a task, found without parsing the instances at the end of its file."""
+    check_link(path)
     try:
         with path.open(encoding="utf-8-sig") as file:
             head = file.read(1 << 16)
