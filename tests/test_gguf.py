@@ -96,6 +96,7 @@ def test_a_file_is_dequantised_once_and_not_in_silence(
     again, _ = load_base(str(file))
     assert capsys.readouterr().out == ""
     assert torch.equal(logits(first), logits(again))
+    assert {one.config._name_or_path for one in (first, again)} == {str(file)}  # not the cache
 
 
 def test_a_cache_that_cannot_be_written_is_named_with_its_setting(

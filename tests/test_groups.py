@@ -130,6 +130,7 @@ def test_a_run_of_the_program_starts_in_groups(
         return capsys.readouterr().err
 
     assert "trains no routes" in refused("--phase", "mu")
+    assert "leave one out" in refused("--route-spread", "3")
     shared = ["train", *arguments[1:5], "--out", str(tmp_path / "other"), "--group-tasks", "2"]
     with pytest.raises(SystemExit):
         main([*shared, "--method", "shared"])

@@ -52,6 +52,9 @@ def load_base(
         model, info = kind.auto_class.from_pretrained(
             source, dtype=getattr(torch, dtype), output_loading_info=True, **trust
         )
+        if not Path(path).expanduser().is_dir():
+            # Inventories and LoRAs name their base model; a cache of this machine tells nobody.
+            model.config._name_or_path = path
         if dtype == "bfloat16":
             use_fast_attention(model)
         tokenizer = AutoTokenizer.from_pretrained(source, **trust)

@@ -176,3 +176,7 @@ class TrainOptions(PlannedOptions):
         adapter = self.adapter
         if not adapter.has_router or adapter.adapter != "lora":
             raise InputError("--group-tasks needs LoRA skills with routes: choose mhr or poly")
+        if adapter.route_spread != MHRConfig.route_spread:
+            raise InputError(
+                "--group-tasks sets the routing logits that --route-spread draws: leave one out"
+            )
