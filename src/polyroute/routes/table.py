@@ -3,7 +3,7 @@
 import hashlib
 import json
 import operator
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -225,9 +225,7 @@ class RoutingTable(nn.Module):
 
     def train_whole(self) -> None:
         """Undo `train_by_rows`, in place: the table itself is the parameter again."""
-        if self.touched is None:
-            return
-        if self.logits is not None:
+        if self.touched is not None and self.logits is not None:
             self.logits.requires_grad_(self.touched.requires_grad)
         self.touched = self.state_rows = None
         self._collected = {}
@@ -242,16 +240,13 @@ class RoutingTable(nn.Module):
         self._collected = {}
         return rows
 
-    def collected(self) -> tuple[list[int], Tensor | None]:
-        """The rows whose gradient waits for a step, and that gradient, `[U, N * H * K]`."""
-        gradient = None if self.touched is None else self.touched.grad
-        return ([], None) if gradient is None else (list(self._collected), gradient)
-
-    def collect_instead(self, rows: Sequence[int], gradient: Tensor) -> None:
-        """Let other rows wait for a step, with their gradient `[U, N * H * K]`."""
+    def merge_collected(self, merge: Callable[..., tuple[list[int], Tensor | None]]) -> None:
+        """Let a function replace what waits for a step: rows, and their gradient `[U, N H K]`."""
         if self.touched is not None:
-            self.touched.grad = None
-            self._collect(rows, gradient)
+            gradient, self.touched.grad = self.touched.grad, None
+            rows, merged = merge([] if gradient is None else list(self._collected), gradient)
+            if merged is not None:
+                self._collect(rows, merged)
 
     def _collect(self, rows: Sequence[int], gradient: Tensor) -> None:
         """Add the gradient of gathered rows to the gradient that waits for the next step."""

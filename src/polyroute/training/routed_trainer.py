@@ -80,13 +80,13 @@ class RoutedTrainer(Trainer):
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         """As in `Trainer`; what it says of training is that of the whole run, if it was resumed."""
-        if "loss" in logs or "train_runtime" in logs:
+        step = self.state.global_step
+        if {"loss", "learning_rate"} <= logs.keys():  # as `Trainer` itself logs a loss
             self._share_losses()
-            step = self.state.global_step
-            if "loss" in logs:
-                logs["loss"] = self.whole.mean_since_log(step)
-            else:
-                logs.update(self.whole.metrics(step, samples_of_a_step(self.args)))
+            logs["loss"] = self.whole.mean_since_log(step)
+        elif "train_runtime" in logs:
+            self._share_losses()
+            logs.update(self.whole.metrics(step, samples_of_a_step(self.args)))
         super().log(logs, *args, **kwargs)
 
     def _share_losses(self) -> None:

@@ -3,7 +3,7 @@
 Shape letters: U rows, W numbers of a row.
 """
 
-from torch import distributed
+from torch import Tensor, distributed
 
 from polyroute.errors import InputError
 from polyroute.model import RoutedModel
@@ -37,15 +37,18 @@ def share_rows(table: RoutingTable) -> None:
     A row that any process has touched is then touched in all of them, so that all tables, moments
     and step counts stay equal.
     """
-    rows, gradient_UW = table.collected()
-    of_all: list[list[int]] = [[] for _ in range(distributed.get_world_size())]
-    distributed.all_gather_object(of_all, rows)
-    union = sorted({row for each in of_all for row in each})
-    if not union:
-        return
-    places = {row: place for place, row in enumerate(union)}
-    total_UW = table.read(union).zero_()
-    if gradient_UW is not None:
-        total_UW[[places[row] for row in rows]] = gradient_UW
-    distributed.all_reduce(total_UW)
-    table.collect_instead(union, total_UW / len(of_all))
+
+    def merge(rows: list[int], gradient_UW: Tensor | None) -> tuple[list[int], Tensor | None]:
+        of_all: list[list[int]] = [[] for _ in range(distributed.get_world_size())]
+        distributed.all_gather_object(of_all, rows)
+        union = sorted({row for each in of_all for row in each})
+        if not union:
+            return [], None
+        total_UW = table.read(union).zero_()
+        if gradient_UW is not None:
+            places = {row: place for place, row in enumerate(union)}
+            total_UW[[places[row] for row in rows]] = gradient_UW
+        distributed.all_reduce(total_UW)
+        return union, total_UW / len(of_all)
+
+    table.merge_collected(merge)
