@@ -1,6 +1,5 @@
 """Ways to start the skills of an inventory apart, for `lm_studies.py`."""
 
-import torch
 from paper_study import Study
 
 import polyroute as pr
@@ -26,14 +25,8 @@ def grouped(study: Study, model: pr.RoutedModel, kind: ModelKind, seed: int) -> 
 
 
 def own_skills(study: Study, model: pr.RoutedModel, kind: ModelKind, seed: int) -> None:
-    """Give each task a skill, beside one that is on for all of them, and all skills one A.
+    """Give each task a skill of its own, beside one that is on for all, and all skills one A.
 
-    With 46 tasks, a mixture is 48 % the common skill, 46 % the task's own, and 5 % the others.
+    A mixture of 46 tasks is then 48 % the common skill, 46 % the task's own, and 5 % the others.
     """
-    share_one_a(model)
-    shape = model.routes.shape
-    assert shape is not None
-    for place, task in enumerate(model.tasks):
-        logits_NHK = torch.full(shape, -6.0)
-        logits_NHK[..., place] = 3.0
-        model.routes[task] = logits_NHK
+    grouped(study, model, kind, seed)

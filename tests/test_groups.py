@@ -72,6 +72,20 @@ def test_a_skill_that_is_always_on_gets_no_group_and_no_weight_is_negative() -> 
         assert (weights_NHK.sum(-1) == 1).all()
 
 
+def test_with_as_many_skills_as_tasks_each_has_one_and_no_gradient_is_taken(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(groups, "gradients", None)
+    monkeypatch.setattr(groups, "MOST_TASKS", 5)
+    model, kind, rows = fresh(llama, num_skills=9, shared_skill=True)
+    skills = start_in_groups(model, kind, rows)
+    assert skills == {task: place for place, task in enumerate(TASKS)}
+    for task, skill in skills.items():
+        weights_NHK = model.weights_of(task)
+        assert (weights_NHK[..., [skill, 8]] > 0.45).all()
+        assert (weights_NHK.sum(-1) - weights_NHK[..., [skill, 8]].sum(-1) < 0.02).all()
+
+
 @pytest.mark.parametrize("make", [bert, llama])
 def test_groups_are_those_of_the_alignment_of_gradients(
     make: Any, monkeypatch: pytest.MonkeyPatch
@@ -137,7 +151,7 @@ def test_a_run_of_the_program_starts_in_groups(
     assert "choose mhr or poly" in capsys.readouterr().err
     assert "3 tasks cannot start in groups on 4 skills" in refused("--skills", "4")
     assert not (tmp_path / "run").exists()
-    main([*arguments, "--group-tasks", "2"])
+    main([*arguments, "--group-tasks", "2", "--skills", "2"])
     model = pr.from_pretrained(pr.load_base(str(tmp_path / "base"))[0], tmp_path / "run")
     for task in ("back", "copy", "upper"):
         torch.testing.assert_close(

@@ -17,7 +17,6 @@ import polyroute as pr
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT / "benchmarks"))
 
-import lm_starts  # noqa: E402
 import lm_studies  # noqa: E402
 import paper  # noqa: E402
 import paper_lm  # noqa: E402
@@ -109,18 +108,6 @@ def test_a_mixture_of_routes_is_the_mean_of_weights(
     weights = torch.stack([model.weights_of(task) for task in model.tasks])
     model.add_task("mean", init=paper_study.usage(model))
     torch.testing.assert_close(model.weights_of("mean"), weights.mean(0), atol=1e-5, rtol=0)
-
-
-def test_tasks_with_skills_of_their_own_share_the_last_one() -> None:
-    config = pr.MHRConfig(
-        method="poly", num_skills=4, rank=2, target_modules="all-linear", shared_skill=True
-    )
-    model = pr.attach(llama(), config, ["a", "b", "c"])
-    lm_starts.own_skills(None, model, None, 0)  # type: ignore[arg-type]
-    for place, task in enumerate(model.tasks):
-        weights_K = model.weights_of(task).flatten(0, -2)[0]
-        assert weights_K.argsort(descending=True)[:2].tolist() == [3, place]
-        assert weights_K[[3, place]].sum() > 0.99
 
 
 def test_rates_are_those_that_were_best_on_the_development_tasks() -> None:

@@ -11,6 +11,11 @@ of a task is 3 for the skill of its group and -3 for the others. All skills shar
 mixture of A's that were drawn apart would be shorter than each. This way of starting is our own;
 docs/paper.md has what it does.
 
+With as many skills as tasks each task has one of its own, which no gradient has to find, and the
+logits of the others are -6: there are many of them, and together they would outweigh it. With
+`shared_skill` a last skill is on for all tasks beside these, as in C-Poly (Wang et al. 2023,
+arXiv:2312.03248).
+
 A gradient is kept as a sketch (Charikar et al. 2002: its numbers, with random signs, added up in
 random places), whose inner products are those of the gradients up to 1 / sqrt(SKETCH).
 
@@ -37,8 +42,9 @@ from polyroute.study.gradients import differentiating, gradients
 
 __all__ = ["balanced_groups", "share_one_a", "start_in_groups"]
 
-LOGIT = 3.0
-"""Of the skill of a task's group; the others have its negative."""
+LOGIT, ALONE = 3.0, 6.0
+"""The logit of the skill of a task's group; the others have its negative or, where each task has a
+skill of its own, the negative of the second."""
 SKETCH = 2**14
 MOST_TASKS = 1000
 """So many tasks are grouped; the others start uniform."""
@@ -81,19 +87,24 @@ def start_in_groups(
     generator = np.random.default_rng(seed)
     chosen = np.sort(generator.permutation(len(names))[:MOST_TASKS])
     share_one_a(model)
+    each_has_one = _num_groups(model) == len(names)
     sketches = []
     with differentiating(model):
-        for task in progress(chosen.tolist(), "grouping tasks"):
+        for task in progress([] if each_has_one else chosen.tolist(), "grouping tasks"):
             drawn = draw_few_shot(sizes[task], min(examples, sizes[task]), seed)
             own = list(rows.select([int(first_T[task]) + place for place in drawn]))
             found = gradients(model, kind, own, names[task], AT_ONCE)
             sketches.append(_sketch([torch.cat([g.flatten() for g in site]) for site in found]))
-    skills = balanced_groups(torch.stack(sketches).numpy(), _num_groups(model), seed)
-    groups = {names[task]: skill for task, skill in zip(chosen, skills, strict=True)}
+    if each_has_one:
+        groups = {name: skill for skill, name in enumerate(names)}
+    else:
+        skills = balanced_groups(torch.stack(sketches).numpy(), _num_groups(model), seed)
+        groups = {names[task]: skill for task, skill in zip(chosen, skills, strict=True)}
     shape = model.routes.shape
     assert shape is not None
     # Where the logits are the weights, a negative one would subtract a skill.
-    others = 0.0 if model.adapter_config.normalization in ("l2", "none") else -LOGIT
+    is_weight = model.adapter_config.normalization in ("l2", "none")
+    others = 0.0 if is_weight else -ALONE if each_has_one else -LOGIT
     for name, skill in groups.items():
         logits_NHK = torch.full(shape, others)
         logits_NHK[..., skill] = LOGIT
@@ -113,7 +124,7 @@ def _check(model: RoutedModel, names: Sequence[str]) -> None:
     if model.routes.shape is None or model.adapter_config.adapter != "lora":
         raise InputError("only LoRA skills with routes can start in groups: choose mhr or poly")
     skills, grouped = _num_groups(model), min(len(names), MOST_TASKS)
-    if grouped < skills:
+    if grouped < skills != len(names):
         raise InputError(
             f"{grouped} tasks cannot start in groups on {skills} skills: choose fewer skills"
         )
