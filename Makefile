@@ -47,10 +47,12 @@ bench-paper: $(INSTALLED)
 	$(BIN)/python benchmarks/paper_page.py
 
 # SmolLM2 on real tasks, hours on two cores; it goes on where it was interrupted. DATA is the suite,
-# and ONLY='grouped' runs that start alone. The stage `test` follows once settings are chosen.
+# and ONLY='grouped' runs that start alone. Held-out tasks follow, with STAGES='test text continued',
+# once settings are chosen.
 DATA ?= ../shared/suite
+STAGES ?= train own develop continued
 study-lm: $(INSTALLED)
-	$(BIN)/python benchmarks/paper.py lm --threads 2 --data $(DATA) --stages train own develop \
+	$(BIN)/python benchmarks/paper.py lm --threads 2 --data $(DATA) --stages $(STAGES) \
 		$(if $(ONLY),--only $(ONLY))
 	$(BIN)/python benchmarks/paper_page.py
 

@@ -22,8 +22,8 @@ __all__ = ["held_out"]
 
 WRITTEN_TITLES = {"exact_match": "exact match", "rougeL": "ROUGE-L"}
 """The metrics of tasks that ask for text."""
-Entry = tuple[str, str, Sequence[Result]]
-"""A row of a table: whose, used how, and the results."""
+Entry = tuple[str, str, str, Sequence[Result]]
+"""A row of a table: whose, used how, compared with which use of others, and the results."""
 
 
 def held_out(folder: Path, title: str = "held-out tasks") -> str:
@@ -33,9 +33,9 @@ def held_out(folder: Path, title: str = "held-out tasks") -> str:
     for shots, examples in ((0, "Without an example"), (32, "With 32 examples"),
                             (8, "With 8 examples")):  # fmt: skip
         stages = {way: stage("test", way, shots) for way in _ways(shots)}
-        entries = [(BASE, next(iter(stages)), base)]
+        entries = [(BASE, "zero-shot", "mu" if shots else "zero-shot", base)]
         entries += [
-            (own, way, of_seeds(folder, f"{begin}-{name}"))
+            (own, way, way, of_seeds(folder, f"{begin}-{name}"))
             for way, begin in stages.items()
             for name, own in CONTENDER_TITLES.items()
         ]
@@ -55,9 +55,9 @@ def _ways(shots: int) -> Sequence[str]:
 def _written(folder: Path) -> str:
     """The held-out tasks that ask for text, by metric; empty before they were scored."""
     base = results_of(folder, ["text-zero-shot-base"])
-    entries = [(BASE, "zero-shot", base)]
+    entries = [(BASE, "zero-shot", "zero-shot", base)]
     entries += [
-        (own, way, of_seeds(folder, f"{stage('text', way)}-{name}"))
+        (own, way, way, of_seeds(folder, f"{stage('text', way)}-{name}"))
         for way in WAYS
         for name, own in CONTENDER_TITLES.items()
     ]
@@ -66,13 +66,13 @@ def _written(folder: Path) -> str:
     metrics = {result["task"]: result["metric"] for result in base}
     shared = _by_way(entries, REFERENCE)
     text = [["inventory", "used", *WRITTEN_TITLES.values(), "minus shared, over both"]]
-    for title, way, results in entries:
+    for title, way, against, results in entries:
         if results:
             scores = [
                 score(r for r in results if metrics[r["task"]] == metric)
                 for metric in WRITTEN_TITLES
             ]
-            other = reference(shared, way)
+            other = reference(shared, against)
             gap = "" if results == other or not other else difference(results, other).signed
             text.append([title, WAYS[way], *scores, gap])
     counts = [sum(metric == own for own in metrics.values()) for metric in WRITTEN_TITLES]
@@ -90,14 +90,14 @@ def _compared(entries: Sequence[Entry]) -> str:
     head += [f"per token, minus {CONTENDER_TITLES[name]}" for name in REFERENCES]
     text = [[*head, "seeds"]]
     shared = {name: _by_way(entries, name) for name in REFERENCES}
-    for title, way, results in entries:
+    for title, way, against, results in entries:
         if results:
             seeds = {result["seed"] for result in results if "seed" in result}
-            own = cells(results, [reference(shared[name], way) for name in REFERENCES])
+            own = cells(results, [reference(shared[name], against) for name in REFERENCES])
             text.append([title, WAYS[way], *own, str(len(seeds) or "")])
     return rows(text)
 
 
 def _by_way(entries: Sequence[Entry], name: str) -> dict[str, Sequence[Result]]:
     """The results of one contender."""
-    return {way: results for title, way, results in entries if title == CONTENDER_TITLES[name]}
+    return {way: results for title, way, _, results in entries if title == CONTENDER_TITLES[name]}

@@ -73,7 +73,7 @@ def finish(parts: list[str], out: Path, place: Path, *more: str) -> None:
 
 
 def content(out: Path) -> dict[str, Any]:
-    """What a run ends with: all tensors by file and name, and scores."""
+    """What a run ends with: all tensors by file and name, scores, and what was logged."""
     found: dict[str, Any] = {
         f"{path.relative_to(out)}:{name}": tensor
         for path in sorted(out.rglob("*.safetensors"))
@@ -81,9 +81,31 @@ def content(out: Path) -> dict[str, Any]:
         for name, tensor in load_file(path).items()
     }
     found = {name: tensor.clone() for name, tensor in found.items()}  # not mapped from the disk
-    if (out / "compare.json").exists():
-        found["scores"] = json.loads((out / "compare.json").read_text())["contenders"]
+    for path in sorted(out.rglob("*.json")):
+        if path.name == "metrics.json":
+            found[str(path.relative_to(out))] = untimed(json.loads(path.read_text()))
+        elif path.name == "results.json" and isinstance(
+            results := json.loads(path.read_text()), list
+        ):
+            found[str(path.relative_to(out))] = untimed(results)
+        elif path.name == "compare.json":
+            found["scores"] = json.loads(path.read_text())["contenders"]
     return found
+
+
+def untimed(content: Any) -> Any:
+    """What a file says, without times, which differ."""
+    if isinstance(content, list):
+        return [untimed(entry) for entry in content]
+    if not isinstance(content, dict):
+        return content
+    timed = ("seconds", "runtime", "per_second")
+    return {key: untimed(v) for key, v in content.items() if not key.endswith(timed)}
+
+
+def begun(out: Path) -> bool:
+    """Whether a run is there that can be resumed."""
+    return (out / "run.json").exists() and bool((out / "run.json").stat().st_size)
 
 
 def check_equal(found: dict[str, Any], expected: dict[str, Any], where: tuple[str, int]) -> None:
@@ -99,8 +121,7 @@ def killed(parts: list[str], out: Path, place: Path, seconds: float, number: int
     rng = random.Random(number)
     starts = 0
     while True:
-        is_new = not (out / "run.json").exists() or not (out / "run.json").stat().st_size
-        more = () if is_new or parts[0] == AGAIN else ("--resume",)
+        more = ("--resume",) if begun(out) and parts[0] != AGAIN else ()
         starts += 1
         process = subprocess.Popen(
             command(parts, out, place, *more), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE
@@ -134,8 +155,7 @@ def filled(parts: list[str], out: Path, place: Path, number: int, usual: int) ->
         assert "space" in lines[-1], (size, lines)
     subprocess.run(["mount", "-o", "remount,size=2g", out], check=True)
     if ended.returncode:
-        has_begun = (out / "run" / "run.json").exists()
-        finish(parts, out / "run", place, *(["--resume"] if has_begun else []))
+        finish(parts, out / "run", place, *(["--resume"] if begun(out / "run") else []))
     return 1 + bool(ended.returncode)
 
 
@@ -164,9 +184,11 @@ def main() -> None:
             out = place / f"{name}-{number}"
             if name == "full":
                 usual = sum(path.stat().st_size for path in whole.rglob("*") if path.is_file())
-                starts += filled(parts, out, place, number, usual)
-                found = content(out / "run")
-                subprocess.run(["umount", out], check=True)
+                try:
+                    starts += filled(parts, out, place, number, usual)
+                    found = content(out / "run")
+                finally:
+                    subprocess.run(["umount", out], check=False)
             else:
                 starts += killed(parts, out, place, seconds, number)
                 found = content(out)

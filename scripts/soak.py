@@ -258,7 +258,8 @@ def main() -> int:
         looks = watched(soak)
         for worker in workers:
             worker.join()
-    held = {name: medians(looks, name) for name in ("megabytes", "handles", "threads")}
+    names = ("megabytes", "handles", "threads") if looks else ()
+    held = {name: medians(looks, name) for name in names}
     seen = {"done": dict(soak.done), "wrong": soak.wrong, "held": held, "looks": looks}
     if options.out:
         write_json(options.out, seen)

@@ -156,6 +156,10 @@ def test_code_that_comes_with_a_model_runs_if_the_user_says_so(
     assert not (tmp_path / "ran").exists()
     main([*given, "--out", str(tmp_path / "out"), "--trust-remote-code"])
     assert (tmp_path / "ran").exists()
+    # No file can give it.
+    (tmp_path / "options.yaml").write_text("trust-remote-code: true\n")
+    words = [*given, "--config", str(tmp_path / "options.yaml"), "--out", str(tmp_path / "x")]
+    assert "trust-remote-code" in refused(words, capsys)
     # A run does not remember it: whoever gets its folder is asked again.
     assert "trust" not in (tmp_path / "out" / "run.json").read_text()
     again = ["evaluate", str(tmp_path / "out"), "--data", str(place / "suite"), "--tasks", "pick"]

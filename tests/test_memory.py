@@ -29,6 +29,7 @@ import torch
 from polyroute.host import memory
 
 memory.total = lambda: 2**30
+memory.psutil.swap_memory = lambda: type("Swap", (), {"total": 0})
 memory.bound()
 torch.empty(2**28, dtype=torch.uint8)
 try:
@@ -54,11 +55,12 @@ def test_the_memory_of_a_container_is_that_of_its_limit(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     there = memory.total(), memory.available()
-    limit, used = tmp_path / "limit", tmp_path / "used"
-    monkeypatch.setattr(memory, "GROUPS", ((str(limit), str(used)),))
+    limit = tmp_path / "limit"
+    monkeypatch.setattr(memory, "GROUPS", ((str(tmp_path), "limit", "used", "cached"),))
     limit.write_text("1000\n")
-    used.write_text("400\n")
-    assert (memory.total(), memory.available()) == (1000, 600)
+    (tmp_path / "used").write_text("400\n")
+    (tmp_path / "memory.stat").write_text("anon 300\ncached 100\n")
+    assert (memory.total(), memory.available()) == (1000, 700)
     limit.write_text("max\n")
     assert memory.total() >= there[0] > 1000
     limit.unlink()

@@ -100,7 +100,8 @@ def load_suite(path: str, options: Mapping[str, Any] | None = None) -> Suite:
     """Open a suite with options of its reader; `tokenizer` may name a base model.
 
     Raises:
-        InputError: there is no such suite or base model, or the reader has no such option.
+        InputError: there is no such suite or base model, the reader has no such option, or the
+            tokenizer needs code of its own.
     """
     given = dict(options or {})
     if "tokenizer" in given:
@@ -109,15 +110,18 @@ def load_suite(path: str, options: Mapping[str, Any] | None = None) -> Suite:
         try:
             given["tokenizer"] = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
         except Exception as error:  # as above
-            raise _not_loaded(name, error) from error
+            raise _not_loaded(name, error, "name another for the tokenizer") from error
     return open_suite(path, **given)
 
 
-def _not_loaded(path: str, error: Exception) -> InputError:
+TRUST = "read it and, if you trust it, give --trust-remote-code (in Python trust_remote_code=True)"
+
+
+def _not_loaded(path: str, error: Exception, if_it_has_code: str = TRUST) -> InputError:
     if "trust_remote_code" in str(error):
         return InputError(
-            f"base model {path!r} comes with code of its own, which polyroute does not run unless "
-            "you say so: read it, and give --trust-remote-code if you trust it"
+            f"base model {path!r} comes with code of its own, which polyroute does not run "
+            f"here: {if_it_has_code}"
         )
     return InputError(
         f"base model {path!r} cannot be loaded: give a folder written by save_pretrained, or "

@@ -185,8 +185,8 @@ class RoutedModel(RoutedForward):
         train as under `torch.optim.AdamW`, which is what a phase without routing gets.
 
         The table is frozen, and its rows train through `routes.touched` until the next `set_phase`,
-        `param_groups` or `optimizer`. This works in one process only, because several processes
-        would have to exchange the rows of their batches.
+        `param_groups` or `optimizer`. Several processes have to exchange the rows of their
+        batches, as `MultiTaskTrainer` does (`polyroute.training.shared_rows`).
 
         Args:
             phase: as in `param_groups`.

@@ -35,7 +35,11 @@ from polyroute.training.row_weights import (
     share_of_loss,
     weigh,
 )
-from polyroute.training.shared_rows import leave_rows_to_us, share_rows
+from polyroute.training.shared_rows import (
+    check_rows_can_be_shared,
+    leave_rows_to_us,
+    share_rows,
+)
 
 __all__ = ["MultiTaskTrainer", "MultiTaskTrainingArguments", "RoutedTrainer"]
 
@@ -88,6 +92,8 @@ class MultiTaskTrainer(RoutedTrainer):
         self.kind = kind
         phase: Phase = args.phase  # type: ignore[assignment]
         model.set_phase(phase)
+        if args.rowwise_routes and args.world_size > 1:
+            check_rows_can_be_shared(model)
         # Compiled code would be compiled again for every shape of packed rows.
         packing = (
             None
@@ -156,8 +162,7 @@ class MultiTaskTrainer(RoutedTrainer):
     def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
         """As in `Trainer`; processes share the gradients of the rows that they have touched."""
         loss = super().training_step(*args, **kwargs)
-        is_last = self.args.rowwise_routes and self.accelerator.sync_gradients
-        if is_last and self.args.world_size > 1:
+        if self._shares_rows() and self.accelerator.sync_gradients:
             share_rows(self.model.routes)
         return loss
 
@@ -186,8 +191,6 @@ class MultiTaskTrainer(RoutedTrainer):
                 self.optimizer = self.model.optimizer(
                     None, betas=(args.adam_beta1, args.adam_beta2), eps=args.adam_epsilon, **rates
                 )
-                if args.world_size > 1:
-                    leave_rows_to_us(self.model)
             elif args.optim == OptimizerNames.ADAFACTOR:
                 groups = self.model.param_groups(None, **rates)
                 self.optimizer = LayerAdafactor(
@@ -196,7 +199,13 @@ class MultiTaskTrainer(RoutedTrainer):
             else:
                 optimizer_class, options = self.get_optimizer_cls_and_kwargs(args)
                 self.optimizer = optimizer_class(self.model.param_groups(None, **rates), **options)
+        if self._shares_rows():
+            leave_rows_to_us(self.model)
         return self.optimizer
+
+    def _shares_rows(self) -> bool:
+        """Whether several processes train a table by rows, whoever made the optimizer."""
+        return self.args.world_size > 1 and self.model.routes.touched is not None
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         """Log, with how far apart routes and skills are beside each training loss.

@@ -11,13 +11,16 @@ import psutil
 __all__ = ["Trim", "available", "bound", "give_back_memory", "total"]
 
 GROUPS = (
-    ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory.current"),
+    ("/sys/fs/cgroup", "memory.max", "memory.current", "inactive_file"),
     (
-        "/sys/fs/cgroup/memory/memory.limit_in_bytes",
-        "/sys/fs/cgroup/memory/memory.usage_in_bytes",
+        "/sys/fs/cgroup/memory",
+        "memory.limit_in_bytes",
+        "memory.usage_in_bytes",
+        "total_inactive_file",
     ),
 )
-"""Files with the limit of a container and what it uses, in both versions of Linux's groups."""
+"""In both versions of Linux's groups: the folder of a container's files, those with its limit and
+what it uses, and the entry of `memory.stat` with what of that is files that can be read again."""
 
 
 SECONDS_BETWEEN = 20.0
@@ -39,10 +42,11 @@ def available() -> int:
 def _groups() -> list[tuple[int, int]]:
     """The limit of the container and what it uses, where there is one."""
     found = []
-    for names in GROUPS:
-        with suppress(OSError, ValueError):  # "max" where there is no limit
-            limit, used = (int(Path(name).read_text(encoding="ascii")) for name in names)
-            found.append((limit, used))
+    for folder, *names, cached in GROUPS:
+        with suppress(OSError, ValueError, KeyError):  # "max" where there is no limit
+            limit, used = (int((Path(folder) / n).read_text(encoding="ascii")) for n in names)
+            lines = (Path(folder) / "memory.stat").read_text(encoding="ascii").splitlines()
+            found.append((limit, used - int(dict(line.split() for line in lines)[cached])))
     return found
 
 
@@ -50,14 +54,16 @@ def bound() -> None:
     """Let what is larger than the machine fail, on Linux, in place of being killed.
 
     Linux grants memory that it does not have, and ends a process without a word once it is used.
-    What a process maps without using it is not held against it, and a lower limit stays.
+    The limit is that of what this process and its children may write: the memory and the swap of
+    the machine, and what is mapped now without being in memory, as weights are that were just
+    loaded. A lower limit stays.
     """
     with suppress(ImportError, OSError, ValueError, AttributeError):
         import resource
 
         used = psutil.Process().memory_info()
         soft, hard = resource.getrlimit(resource.RLIMIT_DATA)
-        own = total() + max(0, used.data - used.rss)
+        own = total() + int(psutil.swap_memory().total) + max(0, used.data - used.rss)
         lowest = min(one for one in (soft, hard, own) if one != resource.RLIM_INFINITY)
         resource.setrlimit(resource.RLIMIT_DATA, (lowest, hard))
 

@@ -11,12 +11,14 @@ from collections.abc import Callable
 from datetime import timedelta
 from typing import Any
 
-from polyroute.errors import InputError
+from polyroute.errors import InputError, reason
 
 __all__ = ["connect", "count", "count_here", "index", "is_first", "wait"]
 
 LONGEST_WAIT = timedelta(days=7)
 """Processes may take very different times for their shares of the work."""
+LONGEST_REASON = 200
+"""Characters of what a library says."""
 LOOK = 0.1
 """Seconds between looks whether others have come."""
 
@@ -45,14 +47,14 @@ def connect(timeout: timedelta = LONGEST_WAIT) -> None:
     """Connect all processes, if they are not connected yet.
 
     Args:
-        timeout: how long a process may wait for others from now on.
+        timeout: how long each may wait for others, from now to its end.
 
     Raises:
-        InputError: another process has ended.
+        InputError: they cannot be connected.
     """
     if count() > 1:
-        _patiently(lambda: _state(timeout))
-        _state(timeout).set_device()  # each thread has a device of its own
+        _patiently(lambda: _state(timeout), "the processes of this launch cannot be connected")
+        _use_device(_state(timeout))
 
 
 def wait() -> None:
@@ -63,28 +65,39 @@ def wait() -> None:
     """
     if count() > 1:
         connect()
-        _patiently(_wait)
+        ended = "another process of this launch has ended, and its own message says why"
+        _patiently(_wait, ended)
 
 
 def _wait() -> None:
     state = _state(LONGEST_WAIT)
-    state.set_device()
+    _use_device(state)
     state.wait_for_everyone()
 
 
 def _state(timeout: timedelta) -> Any:
     import torch
     from accelerate import PartialState  # type: ignore[import-untyped]
+    from accelerate.utils import parse_flag_from_env  # type: ignore[import-untyped]
 
     # Without an accelerator it connects nothing, unless it is told to use a CPU.
-    return PartialState(cpu=not torch.accelerator.is_available(), timeout=timeout)
+    is_cpu = not torch.accelerator.is_available() or parse_flag_from_env("ACCELERATE_USE_CPU")
+    return PartialState(cpu=is_cpu, timeout=timeout)
 
 
-def _patiently(work: Callable[[], object]) -> None:
+def _use_device(state: Any) -> None:
+    """Choose this process's accelerator for the running thread; each thread has its own choice."""
+    import torch
+
+    if state.device.type != "cpu" and state.device.index is not None:
+        torch.accelerator.set_device_index(state.device.index)
+
+
+def _patiently(work: Callable[[], object], sentence: str) -> None:
     """Do what waits for other processes, such that signals end it.
 
     Raises:
-        InputError: it failed, as when another process has ended.
+        InputError: it failed; the sentence says what that means.
     """
     errors: list[Exception] = []
 
@@ -99,6 +112,4 @@ def _patiently(work: Callable[[], object]) -> None:
     while thread.is_alive():
         thread.join(LOOK)
     if errors:
-        raise InputError(
-            "another process of this launch has ended: its own message says why"
-        ) from errors[0]
+        raise InputError(f"{sentence} ({reason(errors[0])[:LONGEST_REASON]})") from errors[0]

@@ -47,7 +47,7 @@ LOGIT, ALONE = 3.0, 6.0
 skill of its own, the negative of the second."""
 SKETCH = 2**14
 MOST_TASKS = 1000
-"""So many tasks are grouped; the others start uniform."""
+"""So many tasks are grouped by gradients; the others start uniform."""
 AT_ONCE = 16
 """Examples in a forward."""
 RESTARTS = 20
@@ -64,7 +64,8 @@ def start_in_groups(
 ) -> dict[str, int]:
     """Give each skill of a fresh inventory a group of tasks whose gradients agree.
 
-    At most 1,000 tasks, drawn at random, are grouped. The others start as they are.
+    With as many skills as tasks each task gets its own. Otherwise at most 1,000 tasks, drawn at
+    random, are grouped, and the others start as they are.
 
     Args:
         model: a fresh inventory with routes, whose B is zero; its A and its table change.
@@ -80,36 +81,47 @@ def start_in_groups(
         InputError: the inventory has no routes, has more skills than there are tasks, or has been
             trained; or a task is not in its table.
     """
-    sizes = task_sizes(rows)
-    first_T = np.cumsum([0, *sizes[:-1]])
+    first_T = np.cumsum([0, *task_sizes(rows)[:-1]])
     names = list(rows.select(first_T)["task"])
     _check(model, names)
-    generator = np.random.default_rng(seed)
-    chosen = np.sort(generator.permutation(len(names))[:MOST_TASKS])
     share_one_a(model)
-    each_has_one = _num_groups(model) == len(names)
-    sketches = []
-    with differentiating(model):
-        for task in progress([] if each_has_one else chosen.tolist(), "grouping tasks"):
-            drawn = draw_few_shot(sizes[task], min(examples, sizes[task]), seed)
-            own = list(rows.select([int(first_T[task]) + place for place in drawn]))
-            found = gradients(model, kind, own, names[task], AT_ONCE)
-            sketches.append(_sketch([torch.cat([g.flatten() for g in site]) for site in found]))
-    if each_has_one:
-        groups = {name: skill for skill, name in enumerate(names)}
+    if _num_groups(model) == len(names):
+        groups, others = {name: skill for skill, name in enumerate(names)}, -ALONE
     else:
-        skills = balanced_groups(torch.stack(sketches).numpy(), _num_groups(model), seed)
-        groups = {names[task]: skill for task, skill in zip(chosen, skills, strict=True)}
+        groups, others = _by_gradients(model, kind, rows, names, examples, seed), -LOGIT
+    if model.adapter_config.normalization in ("l2", "none"):
+        others = 0.0  # logits are weights there, and a negative one would subtract a skill
     shape = model.routes.shape
     assert shape is not None
-    # Where the logits are the weights, a negative one would subtract a skill.
-    is_weight = model.adapter_config.normalization in ("l2", "none")
-    others = 0.0 if is_weight else -ALONE if each_has_one else -LOGIT
     for name, skill in groups.items():
         logits_NHK = torch.full(shape, others)
         logits_NHK[..., skill] = LOGIT
         model.routes[name] = logits_NHK
     return groups
+
+
+def _by_gradients(
+    model: RoutedModel,
+    kind: ModelKind,
+    rows: datasets.Dataset,
+    names: Sequence[str],
+    examples: int,
+    seed: int,
+) -> dict[str, int]:
+    """The skill of each task, by the gradients of some examples."""
+    sizes = task_sizes(rows)
+    first_T = np.cumsum([0, *sizes[:-1]])
+    generator = np.random.default_rng(seed)
+    chosen = np.sort(generator.permutation(len(names))[:MOST_TASKS])
+    sketches = []
+    with differentiating(model):
+        for task in progress(chosen.tolist(), "grouping tasks"):
+            drawn = draw_few_shot(sizes[task], min(examples, sizes[task]), seed)
+            own = list(rows.select([int(first_T[task]) + place for place in drawn]))
+            found = gradients(model, kind, own, names[task], AT_ONCE)
+            sketches.append(_sketch([torch.cat([g.flatten() for g in site]) for site in found]))
+    skills = balanced_groups(torch.stack(sketches).numpy(), _num_groups(model), seed)
+    return {names[task]: skill for task, skill in zip(chosen, skills, strict=True)}
 
 
 @torch.no_grad()
@@ -124,7 +136,7 @@ def _check(model: RoutedModel, names: Sequence[str]) -> None:
     if model.routes.shape is None or model.adapter_config.adapter != "lora":
         raise InputError("only LoRA skills with routes can start in groups: choose mhr or poly")
     skills, grouped = _num_groups(model), min(len(names), MOST_TASKS)
-    if grouped < skills != len(names):
+    if skills > grouped and skills != len(names):
         raise InputError(
             f"{grouped} tasks cannot start in groups on {skills} skills: choose fewer skills"
         )

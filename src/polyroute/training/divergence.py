@@ -9,7 +9,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState
 
 from polyroute.errors import InputError, first_few
 from polyroute.model import RoutedModel
-from polyroute.training.whole_run import kept_by
+from polyroute.training.kept import kept_by
 
 __all__ = ["Watch", "check_finite"]
 

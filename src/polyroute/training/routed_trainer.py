@@ -28,8 +28,9 @@ from polyroute.saved.manifest import write_manifest
 from polyroute.training.arguments import check_arguments
 from polyroute.training.callbacks import Anneal
 from polyroute.training.divergence import Watch, check_finite
+from polyroute.training.kept import KEPT, kept_by
 from polyroute.training.sharding import keep_whole
-from polyroute.training.whole_run import KEPT, WholeRun, kept_by, samples_of_a_step
+from polyroute.training.whole_run import WholeRun, samples_of_a_step
 
 __all__ = ["RoutedTrainer", "check_routed"]
 
@@ -68,14 +69,14 @@ class RoutedTrainer(Trainer):
             self.add_callback(Anneal(model))
         self.watch = Watch(model, getattr(args, "on_nan", "stop"))
         self.add_callback(self.watch)
-        self.whole = WholeRun()
-        self.add_callback(_GoOn(self))
+        self.whole_run = WholeRun()
+        self.add_callback(_GoOnCounting(self))
 
     def training_step(self, model: nn.Module, inputs: Any, *args: Any, **kwargs: Any) -> Tensor:
         """As in `Trainer`; a loss that is not finite is noticed."""
         loss: Tensor = super().training_step(model, inputs, *args, **kwargs)
         self.watch.see(loss, inputs)
-        self.whole.see(loss, fills=self.args.logging_nan_inf_filter)
+        self.whole_run.see(loss, fills=self.args.logging_nan_inf_filter)
         return loss
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
@@ -83,14 +84,14 @@ class RoutedTrainer(Trainer):
         step = self.state.global_step
         if {"loss", "learning_rate"} <= logs.keys():  # as `Trainer` itself logs a loss
             self._share_losses()
-            logs["loss"] = self.whole.mean_since_log(step)
-        elif "train_runtime" in logs:
+            logs["loss"] = self.whole_run.mean_since_log(step)
+        elif "train_runtime" in logs and self.whole_run.was_resumed:
             self._share_losses()
-            logs.update(self.whole.metrics(step, samples_of_a_step(self.args)))
+            logs.update(self.whole_run.metrics(step, samples_of_a_step(self.args)))
         super().log(logs, *args, **kwargs)
 
     def _share_losses(self) -> None:
-        self.whole.share(lambda loss: self.accelerator.reduce(loss, "mean"))
+        self.whole_run.share(lambda loss: self.accelerator.reduce(loss, "mean"))
 
     def _set_up_sharding(self) -> None:
         if self.is_deepspeed_enabled:
@@ -142,7 +143,7 @@ class RoutedTrainer(Trainer):
         check_finite([*self.model.learned(), *kept], self.state.global_step)
         self._share_losses()
         callbacks: dict[str, Any] = self.state.stateful_callbacks  # type: ignore[assignment]
-        callbacks[KEPT] = {**self.whole.kept(), "skipped": self.watch.skipped}
+        callbacks[KEPT] = {**self.whole_run.kept(), "skipped": self.watch.skipped}
         try:
             super()._save_checkpoint(model, trial)
         except RuntimeError as error:
@@ -204,7 +205,7 @@ class RoutedTrainer(Trainer):
         self.model.load_adapter(best)
 
 
-class _GoOn(TrainerCallback):
+class _GoOnCounting(TrainerCallback):
     """Begins the count of a run, or goes on with that of a checkpoint."""
 
     def __init__(self, trainer: RoutedTrainer) -> None:
@@ -215,7 +216,7 @@ class _GoOn(TrainerCallback):
     ) -> None:
         step = state.global_step
         kept = kept_by(state.stateful_callbacks)
-        self.trainer.whole = WholeRun.of(kept, step, args.device) if step else WholeRun()
+        self.trainer.whole_run = WholeRun.of(kept, step, args.device) if step else WholeRun()
 
 
 def check_routed(model: object) -> None:

@@ -15,19 +15,23 @@ IGNORED = "_ddp_params_and_buffers_to_ignore"
 """The attribute of a module in which torch's DDP looks for the names that it leaves alone."""
 
 
-def leave_rows_to_us(model: RoutedModel) -> None:
-    """Keep DDP from averaging the touched rows, whose number changes from step to step.
+def check_rows_can_be_shared(model: RoutedModel) -> None:
+    """Make sure that something besides rows trains, which torch's DDP needs.
 
     Raises:
-        InputError: nothing but rows trains, and DDP needs a parameter of its own.
+        InputError: rows alone train.
     """
-    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    names = [name for name, p in trained.items() if p is model.routes.touched]
-    if len(names) == len(trained):
+    rows = (model.routes.logits, model.routes.touched)
+    if all(any(p is own for own in rows) for p in model.parameters() if p.requires_grad):
         raise InputError(
             "rowwise_routes in several processes needs something besides rows that trains: choose "
             "phase 'full', or start one process"
         )
+
+
+def leave_rows_to_us(model: RoutedModel) -> None:
+    """Keep DDP from averaging the touched rows, whose number changes from step to step."""
+    names = [name for name, p in model.named_parameters() if p is model.routes.touched]
     setattr(model, IGNORED, names)
 
 

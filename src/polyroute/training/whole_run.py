@@ -7,10 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = ["KEPT", "WholeRun", "kept_by", "samples_of_a_step"]
-
-KEPT = "polyroute"
-"""Where a trainer's state has what this package keeps in a checkpoint, among its callbacks."""
+__all__ = ["WholeRun", "samples_of_a_step"]
 
 
 class WholeRun:
@@ -97,27 +94,26 @@ class WholeRun:
         self._since, self._batches = None, 0
         return total / max(1, steps)
 
+    @property
+    def was_resumed(self) -> bool:
+        """Whether there were earlier pieces."""
+        return self._before > 0
+
     def metrics(self, step: int, samples: int) -> dict[str, float]:
-        """The mean loss and the speed of the whole run, by the names of `Trainer`.
+        """The mean loss and the speed of all known steps, by the names of `Trainer`.
 
         Args:
-            step: how many steps were taken.
+            step: the last one.
             samples: rows of a step.
         """
         total = self._total + (0.0 if self._since is None else float(self._since))
-        seconds, steps = self._seconds(), step - self._first
+        seconds, steps = max(self._seconds(), 1e-9), step - self._first
         return {
             "train_runtime": round(seconds, 4),
             "train_samples_per_second": round(steps * samples / seconds, 3),
             "train_steps_per_second": round(steps / seconds, 3),
             "train_loss": total / max(1, steps),
         }
-
-
-def kept_by(callbacks: Any) -> dict[str, Any]:
-    """What this package kept in a checkpoint, from the `stateful_callbacks` of its state."""
-    found = callbacks.get(KEPT) if isinstance(callbacks, dict) else None
-    return found if isinstance(found, dict) else {}
 
 
 def samples_of_a_step(args: Any) -> int:

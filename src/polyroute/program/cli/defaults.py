@@ -59,6 +59,10 @@ def places_of(context: typer.Context) -> dict[str, str]:
     return places
 
 
+TYPED_ALONE = ("config", "help", "trust_remote_code")
+"""Flags that no file can give; with the last one a file could let the code beside it run."""
+
+
 def defaults_from(command: Any, values: Mapping[Any, Any], where: str) -> dict[str, Any]:
     """What a file says of a command's flags, as defaults for click.
 
@@ -70,7 +74,7 @@ def defaults_from(command: Any, values: Mapping[Any, Any], where: str) -> dict[s
     Raises:
         InputError: a key is no flag, or its value cannot be that of the flag.
     """
-    flags = {str(p.name): p for p in command.params if p.name not in ("config", "help")}
+    flags = {str(p.name): p for p in command.params if p.name not in TYPED_ALONE}
     defaults: dict[str, Any] = {}
     for key, value in values.items():
         name = str(key).replace("-", "_")

@@ -218,7 +218,8 @@ def _summary(
         differences.append({"one": one, "other": other, **_interval(mean)})
     training = {
         method: {
-            name: read_json(stages[f"train {method}"].result)[name]
+            # A run that an older version resumed has no time.
+            name: read_json(stages[f"train {method}"].result).get(name)
             for name in ("train_runtime", "trained_parameters")
         }
         for method in METHODS
@@ -298,7 +299,8 @@ def _words(content: Mapping[str, Any]) -> list[str]:
 
 def _training(content: Mapping[str, Any]) -> str:
     return "Multi-task training: " + ", ".join(
-        f"{method} {each['trained_parameters']:,} parameters in {each['train_runtime']:.0f} s"
+        f"{method} {each['trained_parameters']:,} parameters"
+        + ("" if each["train_runtime"] is None else f" in {each['train_runtime']:.0f} s")
         for method, each in content["training"].items()
     )
 

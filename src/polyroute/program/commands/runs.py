@@ -110,11 +110,11 @@ def load(base: BaseModel, *, objective: str | Objective = "lm") -> tuple[Any, Mo
     Raises:
         InputError: it cannot be loaded, or cannot learn by this objective.
     """
-    if not torch.accelerator.is_available():
-        bound()
     model, tokenizer = load_base(
         base.name, dtype=base.reading.dtype, trust_remote_code=mode.trust_remote_code
     )
+    if not torch.accelerator.is_available():
+        bound()
     return model, kind_for(model, tokenizer, base.reading, objective)
 
 

@@ -40,7 +40,8 @@ from polyroute.study.groups import start_in_groups
 from polyroute.study.routing_state import in_words
 from polyroute.trainer import MultiTaskTrainer
 from polyroute.training.divergence import check_finite
-from polyroute.training.whole_run import WholeRun, kept_by, samples_of_a_step
+from polyroute.training.kept import kept_by
+from polyroute.training.whole_run import WholeRun, samples_of_a_step
 
 __all__ = ["train_run"]
 
@@ -206,7 +207,7 @@ def _train_to_the_end(trainer: MultiTaskTrainer, folder: Path, last: Path | None
         model.load_adapter(last)  # it was interrupted between the last step and the end
         steps, log = state["global_step"], state["log_history"]
         found = _end_of(state, trainer)
-        log = [*log, {**found, "step": steps}]
+        log = [*log, {**found, "step": steps}] if found else log
     else:
         # Of several processes only one would notice the signal, and the others would wait for it.
         alone = trainer.args.world_size == 1
@@ -232,9 +233,15 @@ def _train_to_the_end(trainer: MultiTaskTrainer, folder: Path, last: Path | None
 
 
 def _end_of(state: Mapping[str, Any], trainer: MultiTaskTrainer) -> dict[str, Any]:
-    """What the trainer says at the end, from the state of the last checkpoint."""
-    step = state["global_step"]
-    run = WholeRun.of(kept_by(state.get("stateful_callbacks")), step, trainer.args.device)
+    """What the trainer says at the end, from the state of the last checkpoint.
+
+    Nothing if an older version wrote the checkpoint.
+    """
+    step, kept = state["global_step"], kept_by(state.get("stateful_callbacks"))
+    if not kept:
+        return {}
+    trainer.watch.skipped = kept["skipped"]
+    run = WholeRun.of(kept, step, trainer.args.device)
     found = run.metrics(step, samples_of_a_step(trainer.args))
     return {**found, **{key: state[key] for key in ("total_flos", "epoch") if key in state}}
 
