@@ -32,10 +32,12 @@ FILES = ("inventory.safetensors", "routes-00000-of-00001.safetensors")
 
 @pytest.fixture(autouse=True)
 def interruptible() -> Iterator[None]:
-    """Ctrl-C works here and in children, also where a shell runs the tests in the background."""
-    former = signal.signal(signal.SIGINT, signal.default_int_handler)
+    """Ctrl-C and SIGHUP work here and in children, also in the background and under nohup."""
+    usual = {signal.SIGINT: signal.default_int_handler, signal.SIGHUP: signal.SIG_DFL}
+    former = {number: signal.signal(number, handler) for number, handler in usual.items()}
     yield
-    signal.signal(signal.SIGINT, former)
+    for number, handler in former.items():
+        signal.signal(number, handler)
 
 
 @pytest.fixture(scope="module")
