@@ -146,7 +146,7 @@ CONTENDERS: Mapping[str, Contender] = {
         as_is=("text",),
         is_continued=True,
     ),
-    "shared-matched": Contender("shared-matched", {"mu": 3e-3}),
+    "shared-matched": Contender("shared-matched", {"mu": 1.5e-3}),
     "grouped-32": Contender(
         "mhr-32", {"mu-nearest": 6e-3, "mu": 3e-3}, grouped, start_examples=EXAMPLES
     ),
@@ -202,7 +202,7 @@ MAIN_PLAN = Plan(
     # Those of z and full are not tried: they are that of mu.
     developed=[("mu-nearest", 32), ("mu", 32), ("mu-usage", 32), ("random", 32)],
     written=[("mu-nearest", 32), ("mu", 32), ("random", 32)],
-    rates=(3e-3, 6e-3),
+    rates=(1.5e-3, 3e-3, 6e-3),
     draws=2,
 )
 READERS_PLAN = replace(MAIN_PLAN, draws=1)

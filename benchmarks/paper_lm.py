@@ -116,9 +116,6 @@ def _developed(folder: Path, prefix: str = "") -> str:
     if not {REFERENCE, GROUPED} <= set(trainings):
         return ""
     shared, grouped = (trainings[name]["training"] for name in (REFERENCE, GROUPED))
-    tuned = results_of(folder, [f"{prefix}develop-mu-32-{REFERENCE}-s0"])
-    count = len({result["seed"] for result in tuned})
-    draws = "one draw of examples" if count == 1 else f"{count} draws of examples"
     title = "the main runs" if not prefix else "shorter runs"
     return f"""
 ## SmolLM2: {title}
@@ -129,8 +126,8 @@ These train for {shared["steps"]} steps of {shared["batch_size"]}, in
 
 {_trainings(trainings, CONTENDER_TITLES)}
 {_moving(trainings)}{_own_tasks(folder, prefix)}
-The development tasks, with 32 shots and 16 steps of 8, unless the table says otherwise, and
-{draws}. Rates in adapting were chosen here, by the score per token, with the
+The development tasks, with 32 shots and 16 steps of 8, unless the table says otherwise. Rates in
+adapting were chosen here, by the score per token, with the
 inventories of seed 0{"" if prefix else BY_TEXTS}:
 
 {_rates(folder, prefix)}
@@ -212,10 +209,13 @@ def _rates(folder: Path, prefix: str) -> str:
     base = _by_rate(results_of(folder, ["develop-zero-shot-base"]))
     entries = [(BASE, "zero-shot", base)]
     entries += [(CONTENDER_TITLES[name], way, own) for (way, name), own in found.items()]
-    text = [["inventory", "used", "rate", "sum", "per token", "per token, minus shared"]]
+    head = ["inventory", "used", "rate", "sum", "per token", "per token, minus shared"]
+    text = [[*head, "draws of examples"]]
     for title, way, own in entries:
         for rate, results in own.items():
-            text.append([title, WAYS[way], rate, *cells(results, [reference(shared, way)])])
+            draws = len({result["seed"] for result in results if "seed" in result})
+            shown = cells(results, [reference(shared, way)])
+            text.append([title, WAYS[way], rate, *shown, str(draws or "")])
     return rows(text)
 
 
