@@ -13,7 +13,7 @@ from typing import Any
 
 from lm_readers import Readers
 from lm_routes import by_examples, by_text, by_usage
-from lm_starts import EXAMPLES, alike, grouped, own_skills
+from lm_starts import EXAMPLES, alike, grouped
 from lm_unsaid import Unsaid
 from paper_studies import real
 from paper_study import Prepare, Routes, Study, Training
@@ -122,7 +122,7 @@ AS_IS: Mapping[str, Routes] = {
 
 ROUTED = {"mu": 3e-3, "mu-nearest": 3e-3}
 APART: Mapping[str, Contender] = {
-    "shared": Contender("shared", {"mu": 3e-3, "random": 3e-3}, is_continued=True),
+    "shared": Contender("shared", {"mu": 3e-3, "random": 3e-3}),
     "shared-matched": Contender("shared-matched", {"mu": 3e-3}),
     "twins": Contender("mhr", ROUTED),
     "spread": Contender("spread", ROUTED),
@@ -150,7 +150,7 @@ CONTENDERS: Mapping[str, Contender] = {
     "grouped-32": Contender(
         "mhr-32", {"mu-nearest": 6e-3, "mu": 3e-3}, grouped, start_examples=EXAMPLES
     ),
-    "common": Contender("common", {"mu-usage": 3e-3}, own_skills),
+    "common": Contender("common", {"mu-usage": 3e-3}, grouped),
     "mhr": Contender("mhr", {"mu": 3e-3, "z": 3e-3, "full": 3e-3}, is_continued=True),
     "poly": Contender("poly", {"mu": 3e-3, "z": 3e-3}),
     "private": Contender("private", {"mu": 3e-3}),

@@ -226,8 +226,7 @@ def _run_contender(
     for run in as_is.values():
         run()
     for own, settings in choices.items():
-        start = "usage" if any(each.init == "usage" for each in settings.values()) else ""
-        adapt(part, own, name, settings, part.test, start=start)
+        adapt(part, own, name, settings, part.test)
     for label, rate in continued.items():
         own, more = f"{name}-on-{rate}", replace(plan.continued, lr=rate)
         train(study, own, contender.config, more, seed=seed, start=name)

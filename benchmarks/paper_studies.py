@@ -208,7 +208,7 @@ DEVELOPMENT = [
         _cell("mhr", "mu", "lr5e3", FREE, {"lr": 5e-3}),
         _cell("mhr", "mu", "lr3e4", FREE, {"lr": 3e-4}),
         _cell("mhr", "mu", "nearest", FREE, {"lr": 3e-3, "init": "nearest"}),
-        _cell("mhr", "mu", "usage", {"route_weight_decay": 0.0}, start="usage"),
+        _cell("mhr", "mu", "usage", {"route_weight_decay": 0.0, "init": "usage"}),
         _cell("mhr", "mu", "after-z", {"route_weight_decay": 0.0}, start="z"),
         _cell("mhr", "full", "after-z", {"route_weight_decay": 0.0}, start="z"),
         _cell("mhr", "z", "slow", FREE),

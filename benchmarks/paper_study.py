@@ -243,8 +243,8 @@ def adapt(
         inventory: a trained one.
         choices: settings by label; all of one phase.
         tasks: to adapt to.
-        start: where routes start: empty for what the settings say, `usage` for the mean weights
-            of the training tasks, `z` for routes tuned first, with half of the steps.
+        start: where routes start: empty for what the settings say, of which `init="usage"` is the
+            mean weights of the training tasks; `z` for routes tuned first, with half of the steps.
         split: to score on.
     """
     results: list[Result] = study.read(stage) or []
@@ -261,9 +261,8 @@ def adapt(
         if start == "z":
             _adapt_after_z(study, model, kind, choices, tasks, split, results, note)
             return results
-        if start == "usage":
+        if any(chosen.init == "usage" for chosen in choices.values()):
             model.add_task("usage", init=usage(model))
-            choices = {label: replace(chosen, init="usage") for label, chosen in choices.items()}
         wanted = SuiteSlots(
             suite=study.suite, tasks=tasks, choices=choices, seeds=study.seeds, split=split,
             max_examples=study.max_examples, done=list(results),

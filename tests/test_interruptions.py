@@ -27,6 +27,7 @@ from polyroute.host.interrupts import deferred
 from polyroute.program.cli.app import main
 from polyroute.study.evaluate import TaskScore
 
+TIMES = {"train_runtime", "train_samples_per_second", "train_steps_per_second"}
 FILES = ("inventory.safetensors", "routes-00000-of-00001.safetensors")
 
 
@@ -109,11 +110,10 @@ def test_an_interrupted_training_goes_on_to_the_same_end(
     main(train_arguments(place, out.name, "--resume"))
     equal(out, run)
     resumed, whole = (read(folder / "metrics.json") for folder in (out, run))
-    times = {"train_runtime", "train_samples_per_second", "train_steps_per_second"}
     assert resumed.keys() == whole.keys()
-    assert untimed(resumed, times) == untimed(whole, times)
-    assert [untimed(e, times) for e in resumed["log"]] == [untimed(e, times) for e in whole["log"]]
-    assert all(resumed[name] > 0 for name in times)
+    assert untimed(resumed) == untimed(whole)
+    assert [untimed(e) for e in resumed["log"]] == [untimed(e) for e in whole["log"]]
+    assert all(resumed[name] > 0 for name in TIMES)
 
 
 def test_a_training_killed_after_its_last_step_says_all_of_it(place: Path, run: Path) -> None:
@@ -122,14 +122,13 @@ def test_a_training_killed_after_its_last_step_says_all_of_it(place: Path, run: 
     (out / "metrics.json").unlink()
     main(train_arguments(place, out.name, "--resume"))
     resumed = read(out / "metrics.json")
-    times = {"train_runtime", "train_samples_per_second", "train_steps_per_second"}
     assert resumed.keys() == whole.keys()
-    assert untimed(resumed, times) == untimed(whole, times)
-    assert [untimed(e, times) for e in resumed["log"]] == [untimed(e, times) for e in whole["log"]]
+    assert untimed(resumed) == untimed(whole)
+    assert [untimed(e) for e in resumed["log"]] == [untimed(e) for e in whole["log"]]
 
 
-def untimed(entry: dict[str, Any], times: set[str]) -> dict[str, Any]:
-    return {key: value for key, value in entry.items() if key not in {*times, "log"}}
+def untimed(entry: dict[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in entry.items() if key not in {*TIMES, "log"}}
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGHUP, 129)])

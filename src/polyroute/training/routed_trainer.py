@@ -7,13 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
-from transformers import (
-    Trainer,
-    TrainerCallback,
-    TrainerControl,
-    TrainerState,
-    TrainingArguments,
-)
+from transformers import Trainer, TrainingArguments
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, HubStrategy
 from transformers.utils.generic import find_labels
@@ -28,7 +22,7 @@ from polyroute.saved.manifest import write_manifest
 from polyroute.training.arguments import check_arguments
 from polyroute.training.callbacks import Anneal
 from polyroute.training.divergence import Watch, check_finite
-from polyroute.training.kept import KEPT, kept_by
+from polyroute.training.kept import KEPT
 from polyroute.training.sharding import keep_whole
 from polyroute.training.whole_run import WholeRun, samples_of_a_step
 
@@ -70,7 +64,7 @@ class RoutedTrainer(Trainer):
         self.watch = Watch(model, getattr(args, "on_nan", "stop"))
         self.add_callback(self.watch)
         self.whole_run = WholeRun()
-        self.add_callback(_GoOnCounting(self))
+        self.add_callback(self.whole_run)
 
     def training_step(self, model: nn.Module, inputs: Any, *args: Any, **kwargs: Any) -> Tensor:
         """As in `Trainer`; a loss that is not finite is noticed."""
@@ -203,20 +197,6 @@ class RoutedTrainer(Trainer):
         if best is None or not Path(best).is_dir():
             raise InputError(f"the best checkpoint {best!r} is gone")
         self.model.load_adapter(best)
-
-
-class _GoOnCounting(TrainerCallback):
-    """Begins the count of a run, or goes on with that of a checkpoint."""
-
-    def __init__(self, trainer: RoutedTrainer) -> None:
-        self.trainer = trainer
-
-    def on_train_begin(
-        self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        step = state.global_step
-        kept = kept_by(state.stateful_callbacks)
-        self.trainer.whole_run = WholeRun.of(kept, step, args.device) if step else WholeRun()
 
 
 def check_routed(model: object) -> None:

@@ -6,11 +6,14 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from transformers import TrainerCallback, TrainerControl, TrainerState
+
+from polyroute.training.kept import kept_by
 
 __all__ = ["WholeRun", "samples_of_a_step"]
 
 
-class WholeRun:
+class WholeRun(TrainerCallback):
     """Adds up the losses and the time of a run; checkpoints keep both.
 
     `Trainer` forgets them when it resumes: the next loss that it logs would be that of the steps
@@ -21,37 +24,38 @@ class WholeRun:
     """
 
     def __init__(self) -> None:
-        self._total = 0.0
-        """The sum of the losses of all known steps up to the last log."""
-        self._first = 0
-        """The step before the first known one."""
-        self._logged = 0
-        """The step of the last log."""
-        self._since: Tensor | None = None
-        """The sum since then."""
-        self._batches = 0
-        """How many were added since then."""
-        self._before = 0.0
-        """Seconds of the earlier pieces."""
-        self._started = time.monotonic()
+        self.go_on({}, 0)
 
-    @classmethod
-    def of(cls, kept: Mapping[str, Any], step: int, device: torch.device) -> "WholeRun":
-        """Go on from a checkpoint.
+    def on_train_begin(
+        self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Begin anew, or go on from the checkpoint that training resumes from."""
+        step = state.global_step
+        self.go_on(kept_by(state.stateful_callbacks) if step else {}, step, args.device)
+
+    def go_on(self, kept: Mapping[str, Any], step: int, device: torch.device | None = None) -> None:
+        """Count on from a checkpoint.
 
         Args:
             kept: what `kept` gave; empty if an older version wrote the checkpoint, so that only
                 later steps are known.
-            step: that of the checkpoint.
+            step: that of the checkpoint, or 0.
             device: where losses are.
         """
-        run = cls()
-        run._first = kept.get("first", step)
-        run._total, run._before = kept.get("total", 0.0), kept.get("seconds", 0.0)
-        run._logged, run._batches = kept.get("logged", step), kept.get("batches", 0)
-        if kept.get("since") is not None:
-            run._since = torch.tensor(kept["since"], device=device)
-        return run
+        self._first: int = kept.get("first", step)
+        """The step before the first known one."""
+        self._total: float = kept.get("total", 0.0)
+        """The sum of the losses of all known steps up to the last log."""
+        self._logged: int = kept.get("logged", step)
+        """The step of the last log."""
+        since = kept.get("since")
+        self._since = None if since is None else torch.tensor(since, device=device)
+        """The sum since then."""
+        self._batches: int = kept.get("batches", 0)
+        """How many were added since then."""
+        self._before: float = kept.get("seconds", 0.0)
+        """Seconds of the earlier pieces."""
+        self._started = time.monotonic()
 
     def kept(self) -> dict[str, Any]:
         """What a checkpoint keeps."""

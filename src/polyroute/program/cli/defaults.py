@@ -14,6 +14,8 @@ __all__ = ["defaults_from", "places_of", "read_config", "use_recipe"]
 
 CONFIG = "polyroute.config"
 """Under this name a context keeps which config file was read, and which flags are in it."""
+TYPED_ALONE = ("config", "help", "trust_remote_code")
+"""Flags that no file can give; with the last one a file could let the code beside it run."""
 
 
 def read_config(context: typer.Context, path: Path | None) -> Path | None:
@@ -57,10 +59,6 @@ def places_of(context: typer.Context) -> dict[str, str]:
         elif name in configured:
             places[name] = f"{option} in {path}"
     return places
-
-
-TYPED_ALONE = ("config", "help", "trust_remote_code")
-"""Flags that no file can give; with the last one a file could let the code beside it run."""
 
 
 def defaults_from(command: Any, values: Mapping[Any, Any], where: str) -> dict[str, Any]:

@@ -41,7 +41,7 @@ from polyroute.study.routing_state import in_words
 from polyroute.trainer import MultiTaskTrainer
 from polyroute.training.divergence import check_finite
 from polyroute.training.kept import kept_by
-from polyroute.training.whole_run import WholeRun, samples_of_a_step
+from polyroute.training.whole_run import samples_of_a_step
 
 __all__ = ["train_run"]
 
@@ -241,8 +241,8 @@ def _end_of(state: Mapping[str, Any], trainer: MultiTaskTrainer) -> dict[str, An
     if not kept:
         return {}
     trainer.watch.skipped = kept["skipped"]
-    run = WholeRun.of(kept, step, trainer.args.device)
-    found = run.metrics(step, samples_of_a_step(trainer.args))
+    trainer.whole_run.go_on(kept, step, trainer.args.device)
+    found = trainer.whole_run.metrics(step, samples_of_a_step(trainer.args))
     return {**found, **{key: state[key] for key in ("total_flos", "epoch") if key in state}}
 
 
