@@ -3,6 +3,9 @@
 import os
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+# Tiny models gain nothing from more threads, and lose much on a busy machine. Commands that tests
+# start inherit this.
+os.environ |= {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
 os.environ.pop("COLUMNS", None)  # tables are as wide as in a pipe, wherever the tests run
 
 from pathlib import Path
@@ -16,7 +19,6 @@ from polyroute.program.cli.app import main
 
 settings.register_profile("polyroute", derandomize=True, deadline=None, max_examples=25)
 settings.load_profile("polyroute")
-# Tiny models gain nothing from more threads, and lose much on a busy machine.
 torch.set_num_threads(1)
 
 

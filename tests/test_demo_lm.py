@@ -23,6 +23,7 @@ def out(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(demo_lm, "MODEL", "demo")
         patch.setattr(demo_lm, "TRAIN", {**demo_lm.TRAIN, "steps": 20})
+        patch.setattr(demo_lm, "ADAPT", {**demo_lm.ADAPT, "max_test": 10})
         printed: list[str] = []
         patch.setattr(demo_lm, "say", printed.append)
         with pytest.warns(UserWarning, match="too long"):

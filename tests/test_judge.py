@@ -43,7 +43,11 @@ def test_what_is_no_better_than_random_is_seldom_said_to_help(units: int) -> Non
     bad = dict.fromkeys([BASE, *(f"{RANDOM}{use} {i}" for use in USES for i in (1, 2, 3))], 0.0)
     said = [judgement(generator, bad, units).helping for _ in range(100)]
     assert sum(map(bool, said)) <= 0.05 * len(said)
-    # One lucky control is not enough either: the others still have to be beaten.
+
+
+def test_one_unlucky_control_is_not_enough() -> None:
+    # The others still have to be beaten.
+    generator = np.random.default_rng(0)
     worse = {f"{RANDOM}arrow {i}": 0.1 for i in (1, 2, 3)} | {BASE: 0.1}
     said = [judgement(generator, worse, 60).helping for _ in range(200)]
     assert sum(map(bool, said)) <= 0.05 * len(said)

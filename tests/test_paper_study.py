@@ -190,7 +190,7 @@ def test_a_part_of_the_held_out_table_trains_only_where_a_result_is_missing(
     study = paper_studies.generated(tmp_path / "work", tmp_path / "results")
     study = replace(
         study, train=study.train[:3], develop=study.test[2:4], test=study.test[:2],
-        text=study.test[4:5], seeds=(42, 1024),
+        text=study.test[4:5], seeds=(42, 1024), max_examples=4,
     )  # fmt: skip
     inventories = {"shared": {"method": "shared", "rank": 4}, "mhr": {**lm_studies.MHR}}
     study = replace(study, inventories=inventories)

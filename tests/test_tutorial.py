@@ -37,7 +37,7 @@ def test_the_tutorial_runs_from_its_first_line_to_its_last(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     page = tmp_path / "short.md"
-    page.write_text(re.sub(r"(steps[= ])\d+", r"\g<1>2", TUTORIAL.read_text()))
+    page.write_text(re.sub(r"(steps[= ]|max-test )\d+", r"\g<1>2", TUTORIAL.read_text()))
     names = run_page(page)
     assert [result.settings.steps for result in names["results"]] == [2] * 4
     for file in ("runs/words/evaluate-test.json", "out/last-upper/adapter_model.safetensors"):

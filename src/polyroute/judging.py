@@ -100,13 +100,9 @@ class Judgement:
             return [-math.inf]
         # One side of the interval counts, and each attempt has its share of the doubt.
         outside = 2 * DOUBT / len(self.uses)
-        found = []
-        for control in self.controls_of(use):
-            gap = self.scores[use] - self.scores[control]
-            low = estimates(gap[:, None], outside=outside)[0].low
-            assert low is not None
-            found.append(low)
-        return found
+        controls = np.stack([self.scores[control] for control in self.controls_of(use)], axis=1)
+        found = estimates(self.scores[use][:, None] - controls, outside=outside)
+        return [estimate.low for estimate in found if estimate.low is not None]
 
     @property
     def verdict(self) -> str:
