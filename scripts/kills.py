@@ -25,13 +25,13 @@ from safetensors.torch import load_file
 
 DATA = "starter"
 BASE = ["--model", "demo", "--max-input", "64", "--max-target", "16"]
-TRAIN = ["train", *BASE, "--data", DATA, "--steps", "60", "--batch-size", "8", "--save-steps", "5",
+TRAIN = ["train", *BASE, "--data", DATA, "--steps", "24", "--batch-size", "4", "--save-steps", "2",
          "--skills", "4", "--heads", "4", "--rank", "2"]  # fmt: skip
 ADAPT = ["adapt", "RUN", "--data", DATA, "--tasks", "all", "--shots", "8", "--seeds", "0",
          "--max-test", "4", "--deterministic"]  # fmt: skip
 SETTINGS = {
-    "train.steps": 30, "train.bf16": False, "train.max-input": 64, "train.max-target": 8,
-    "train.save-steps": 5, "adapt.steps": 6, "adapt.validation-shots": 2, "adapt.max-test": 4,
+    "train.steps": 10, "train.bf16": False, "train.max-input": 64, "train.max-target": 8,
+    "train.save-steps": 2, "adapt.steps": 4, "adapt.validation-shots": 2, "adapt.max-test": 4,
     "adapt.deterministic": True, "shots": 4, "seeds": [0], "methods.mhr.train.heads": 4,
     "methods.mhr.phases": ["z"],
 }  # fmt: skip
@@ -39,8 +39,8 @@ SETS = [part for key, value in SETTINGS.items() for part in ("--set", f"{key}={j
 SCENARIOS = {
     "train": TRAIN,
     "rowwise": [*TRAIN, "--rowwise"],
-    "adapt": [*ADAPT, "--phase", "mu", "--steps", "30"],
-    "waves": [*ADAPT, "--phase", "full", "--steps", "20", "--memory", "200MB"],
+    "adapt": [*ADAPT, "--phase", "mu", "--steps", "10"],
+    "waves": [*ADAPT, "--phase", "full", "--steps", "6", "--memory", "200MB"],
     "reproduce": ["reproduce", "suite", "--model", "demo", "--data", DATA, "--methods", "mhr",
                   *SETS],
     "compare": ["compare", "LIBRARY", "--data", DATA, "--tasks", "clinc_banking_intent",

@@ -328,7 +328,7 @@ BUGS = (
     ),
     Bug(
         "a key that an object has twice keeps its last value", "host/json_text.py",
-        "object_pairs_hook=_unique)", "object_pairs_hook=dict)",
+        "object_pairs_hook=_unique,", "object_pairs_hook=dict,",
         ("test_untidy_files.py::test_what_is_nearly_right_is_refused_by_what_is_wrong",),
     ),
     Bug(

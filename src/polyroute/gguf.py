@@ -19,6 +19,7 @@ from polyroute.errors import InputError, reason
 from polyroute.host import progress
 from polyroute.host.files import make_folder, read_json, whole_folder, write_json
 from polyroute.host.output import say
+from polyroute.host.paths import expanded
 from polyroute.kinds.choose import kind_class
 
 __all__ = ["SUFFIX", "cache_folder", "dequantised", "missing_weights"]
@@ -61,7 +62,7 @@ def dequantised(file: Path, dtype: str | None = None) -> Path:
 def cache_folder() -> Path:
     """Where the folders are: in `$POLYROUTE_CACHE`, or else in the cache of Hugging Face."""
     given = os.environ.get("POLYROUTE_CACHE")
-    cache = Path(given).expanduser() if given else Path(constants.HF_HOME) / "polyroute"
+    cache = expanded(given) if given else Path(constants.HF_HOME) / "polyroute"
     return cache / "gguf"
 
 

@@ -14,6 +14,7 @@ from polyroute.data.suite import Suite
 from polyroute.errors import InputError, reason
 from polyroute.gguf import SUFFIX, dequantised, missing_weights
 from polyroute.host.dtypes import settled_dtype
+from polyroute.host.paths import expanded
 from polyroute.kinds.choose import kind_class
 from polyroute.saved.base_names import GGUF_ID, PACKAGES
 
@@ -54,7 +55,7 @@ def load_base(
         model, info = kind.auto_class.from_pretrained(
             source, dtype=getattr(torch, dtype), output_loading_info=True, **trust
         )
-        if not Path(path).expanduser().is_dir():
+        if not expanded(path).is_dir():
             # Inventories and LoRAs name their base model; a cache of this machine tells nobody.
             model.config._name_or_path = path
         if dtype == "bfloat16":
@@ -145,7 +146,7 @@ def _place(path: str) -> str | Path:
     path = f"package:{PACKAGES[path]}" if path in PACKAGES else path
     if path.startswith("package:"):
         return _model_in_package(path.removeprefix("package:"))
-    folder = Path(__file__).parent / "demo" / "base" if path == "demo" else Path(path).expanduser()
+    folder = Path(__file__).parent / "demo" / "base" if path == "demo" else expanded(path)
     if folder.is_dir():
         _check_folder(path, folder)
         return folder

@@ -14,6 +14,7 @@ from polyroute.data.readers.superni import SuperNiSettings, SuperNiSuite
 from polyroute.data.readers.tabular import TabularSuite, is_table, is_tabular
 from polyroute.data.suite import Suite
 from polyroute.errors import InputError
+from polyroute.host.paths import expanded
 
 __all__ = ["STARTER", "open_suite"]
 
@@ -57,7 +58,7 @@ def open_suite(path: str | Path, *, cache_dir: str | Path | None = None, **optio
 
 def _reader(path: str | Path) -> tuple[Any, Any]:
     """The class of the suite, and that of its settings, if it has any."""
-    place = Path(path).expanduser()
+    place = expanded(path)
     if place.suffix in (".yaml", ".yml"):
         return HubSuite, None
     if os.path.isfile(place) and is_table(place):  # noqa: PTH113 - as below

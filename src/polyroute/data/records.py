@@ -21,6 +21,8 @@ import datasets
 from polyroute.data.suite import COLUMNS, SPLITS, prompt
 from polyroute.errors import InputError, did_you_mean
 from polyroute.host.json_text import json_type, parse_json, type_of_file
+from polyroute.host.paths import check_file
+from polyroute.host.texts import bounded_lines
 
 __all__ = [
     "FEATURES",
@@ -115,8 +117,9 @@ def _lines(path: Path) -> Iterator[tuple[str, str]]:
     """The lines of a file that are not blank, each with a description of where it is."""
     try:
         # Read as bytes, whose lines end only at "\n": JSON text may hold U+2028 and "\r".
+        check_file(path)
         with path.open("rb") as file:
-            for number, line in enumerate(file, start=1):
+            for number, line in enumerate(bounded_lines(file, path), start=1):
                 where = f"{path}, line {number}"
                 try:
                     text = line.decode("utf-8-sig" if number == 1 else "utf-8")
@@ -153,6 +156,8 @@ def check_record(record: Mapping[str, Any], task: str, where: str) -> None:
             f"{where}: the field 'split' is {record['split']!r} but must be one of "
             f"{', '.join(SPLITS)}"
         )
+    if record.get("task") is not None:
+        _check_text(record["task"], f"{where}: the field 'task'")
     if record.get("task", task) != task:
         raise InputError(
             f"{where}: the field 'task' is {json.dumps(record['task'])} but the file is for "

@@ -20,7 +20,9 @@ from polyroute.build import attach
 from polyroute.config import MHRConfig
 from polyroute.errors import InputError, did_you_mean
 from polyroute.host.dtypes import are_finite_fractions
-from polyroute.host.files import check_link, read_json
+from polyroute.host.files import read_json
+from polyroute.host.paths import check_link
+from polyroute.host.texts import read_text
 from polyroute.layer.sites import find_endings, named_sites
 from polyroute.model import RoutedModel
 from polyroute.routes.ragged import RaggedInventory
@@ -259,7 +261,7 @@ def read_names(path: str | os.PathLike[str]) -> list[str]:
             raise InputError(f"{file} must be a JSON list of task names")
     else:
         try:
-            lines = file.read_text(encoding="utf-8").split("\n")
+            lines = read_text(file).split("\n")
         except OSError as error:
             raise InputError(f"cannot read {file}: {error.strerror}") from error
         except UnicodeDecodeError as error:

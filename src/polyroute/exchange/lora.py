@@ -77,7 +77,10 @@ def from_lora(
         lacking = rank - len(own.a)
         skills[f"{names[name]}.lora_a"] = pad(own.a.t(), (0, lacking))[None, None]
         skills[f"{names[name]}.lora_b"] = pad(own.b, (0, 0, 0, lacking))[None, None]
-    config = MHRConfig(method="shared", rank=rank, dropout=fields.get("lora_dropout") or 0.0)
+    dropout = fields.get("lora_dropout") or 0.0
+    if not isinstance(dropout, int | float) or not 0 <= dropout < 1:
+        raise InputError(f"{source}: lora_dropout={dropout!r} is not from 0 to below 1")
+    config = MHRConfig(method="shared", rank=rank, dropout=dropout)
     found = ForeignInventory(source, config, skills, {})
     check_whole(base_model, found, fields)
     return routed_model(base_model, found, [path.resolve().name] if tasks is None else tasks)
@@ -150,6 +153,12 @@ def _layers(tensors: Mapping[str, Any], source: str) -> dict[str, dict[str, Tens
 
 
 def _check_plain(fields: Mapping[str, Any], source: str) -> None:
+    for name in ("use_rslora", "fan_in_fan_out"):
+        if not isinstance(fields.get(name), bool | None):
+            raise InputError(f"{source} is damaged: its {name} is not true or false")
+    for name in ("rank_pattern", "alpha_pattern"):
+        if not isinstance(fields.get(name), Mapping | None):
+            raise InputError(f"{source} is damaged: its {name} does not name layers")
     init = fields.get("init_lora_weights")
     refused = [name for name in (*CHANGED_BASE, *OTHER_FUNCTION) if fields.get(name)]
     if fields.get("bias", "none") != "none":
@@ -164,18 +173,17 @@ def _check_plain(fields: Mapping[str, Any], source: str) -> None:
         )
 
 
-def _of_layer(patterns: object, layer: str, default: Any, source: str) -> Any:
+def _of_layer(patterns: Mapping[str, Any] | None, layer: str, default: Any, source: str) -> Any:
     """A layer's entry of `rank_pattern` or `alpha_pattern`: the first that matches its ending."""
-    if isinstance(patterns, Mapping):
-        for pattern, value in patterns.items():
-            try:
-                if matches(rf"(.*\.)?({pattern})", layer):
-                    return value
-            except InputError as error:
-                raise InputError(
-                    f"{source} is damaged: the pattern {pattern!r} is no regular expression of a "
-                    f"layer ({error})"
-                ) from error
+    for pattern, value in (patterns or {}).items():
+        try:
+            if matches(rf"(.*\.)?({pattern})", layer):
+                return value
+        except InputError as error:
+            raise InputError(
+                f"{source} is damaged: the pattern {pattern!r} is no regular expression of a "
+                f"layer ({error})"
+            ) from error
     return default
 
 
@@ -187,16 +195,19 @@ def _checked_rank(
         raise InputError(f"{source} lacks {lacking} of layer {layer!r}; it is not whole")
     rank = _of_layer(fields.get("rank_pattern"), layer, fields.get("r"), source)
     shapes = parts["A"].shape[0], parts["B"].shape[1]
-    if shapes != (rank, rank) or not all(shapes):
+    is_rank = isinstance(rank, int) and not isinstance(rank, bool)
+    if not is_rank or shapes != (rank, rank) or not all(shapes):
         raise InputError(
             f"{source} is damaged: layer {layer!r} should have rank {rank!r}, and its matrices "
             f"have {shapes[0]} and {shapes[1]}"
         )
+    if not parts["A"].shape[1] or not parts["B"].shape[0]:
+        raise InputError(f"{source} is damaged: layer {layer!r} has a width of 0")
     return int(rank)
 
 
 def _scale(layer: str, fields: Mapping[str, Any], rank: int, source: str) -> float:
     alpha = _of_layer(fields.get("alpha_pattern"), layer, fields.get("lora_alpha"), source)
-    if not isinstance(alpha, int | float) or isinstance(alpha, bool):
+    if not isinstance(alpha, int | float) or isinstance(alpha, bool) or not math.isfinite(alpha):
         raise InputError(f"{source}: lora_alpha={alpha!r} is not a number")
     return float(alpha / math.sqrt(rank) if fields.get("use_rslora") else alpha / rank)

@@ -32,6 +32,7 @@ from polyroute.exchange.foreign import (
     routed_model,
 )
 from polyroute.exchange.mttl_layers import chosen_layers, our_granularity
+from polyroute.host.dtypes import are_finite_fractions
 from polyroute.host.files import read_json, read_tensors
 from polyroute.model import RoutedModel
 
@@ -48,6 +49,20 @@ OLDER_NAMES = {
     "poly_selector": "router_selector",
     "poly_granularity": "router_granularity",
 }
+SETTINGS: Mapping[str, tuple[type, ...]] = {
+    **dict.fromkeys(("n_skills", "n_splits", "lora_rank", "n_tasks"), (int,)),
+    **dict.fromkeys(("lora_alpha", "module_logits_dropout"), (int, float)),
+    **dict.fromkeys(
+        ("model_modifier", "router_selector", "router_granularity", "modify_modules",
+         "modify_layers"), (str,),
+    ),
+    **dict.fromkeys(
+        ("module_logits_l2_norm", "module_logits_relaxed_bernoulli",
+         "module_logits_straight_through", "poly_average_correction", "poly_use_shared_skill"),
+        (bool, int),
+    ),
+}  # fmt: skip
+"""The types of the settings that are read."""
 MODIFIERS = ("lora", "ia3", "skilled_lora")
 MOST_TASKS = 1_000_000
 """Names are made for so many; a crafted file may ask for any number."""
@@ -110,8 +125,17 @@ def _read(path: Path, allow_pickle: bool) -> tuple[dict[str, Any], dict[str, Any
         hyper = dict(vars(hyper))
     if not isinstance(hyper, dict) or not isinstance(state, dict):
         raise InputError(f"{path} is no mttl checkpoint: its settings or tensors have no names")
-    settings: dict[str, Any] = hyper
-    return state, {OLDER_NAMES.get(name, name): value for name, value in settings.items()}
+    settings: dict[str, Any] = {
+        OLDER_NAMES.get(str(name), str(name)): value for name, value in hyper.items()
+    }
+    for name, value in settings.items():
+        kind = SETTINGS.get(name)
+        if kind and value is not None and not isinstance(value, kind):
+            raise InputError(
+                f"{path} is damaged: its setting {name!r} is a {type(value).__name__}, not "
+                f"{' or '.join(one.__name__ for one in kind)}"
+            )
+    return state, settings
 
 
 def _layers(state: Mapping[str, Any], source: str) -> tuple[Layers, bool]:
@@ -126,6 +150,11 @@ def _layers(state: Mapping[str, Any], source: str) -> tuple[Layers, bool]:
         if match is None or not isinstance(tensor, Tensor):
             raise InputError(
                 f"{source} holds {key!r}, which is no part of a LoRA, Poly, MHR or (IA)^3 of mttl"
+            )
+        is_whole = match["part"] != LOGITS or are_finite_fractions(tensor)
+        if not tensor.numel() or not is_whole:
+            raise InputError(
+                f"{source} is damaged: {key!r} has no values, or some that are not finite fractions"
             )
         layers.setdefault(match["layer"], {})[match["part"]] = tensor
         is_main = is_main or match["main"] is not None
@@ -170,7 +199,7 @@ def _inventory(
         raise InputError(f"{source} holds no skills: no key of it ends in .lora_a")
     heads, num_skills, _, rank = skills[first].shape
     num_tasks = hyper.get("n_tasks")
-    count = num_tasks if isinstance(num_tasks, int) and num_tasks > 0 else 1
+    count = num_tasks if num_tasks and num_tasks > 0 else 1
     if count > MOST_TASKS:
         raise InputError(f"{source} is damaged: its n_tasks is {count:,}, which no model has")
     if first.endswith(".ia3"):

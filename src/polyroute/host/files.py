@@ -16,10 +16,11 @@ from torch import Tensor
 
 from polyroute.errors import InputError
 from polyroute.host.json_text import parse_json
+from polyroute.host.paths import check_link
+from polyroute.host.texts import read_text
 
 __all__ = [
     "UNFINISHED",
-    "check_link",
     "check_place",
     "finite",
     "make_folder",
@@ -53,37 +54,6 @@ def check_place(folder: str | os.PathLike[str]) -> None:
         raise InputError(f"cannot create the folder {path}: {there} is a file")
     if not os.access(there, os.W_OK):
         raise InputError(f"cannot write to the folder {there}; check its permissions")
-
-
-def check_link(path: Path) -> None:
-    """Make sure that a file is no link that leads out of its folder.
-
-    A folder from elsewhere could otherwise show the reader any file of this machine, and what is
-    read may be pushed to the hub. The cache of the hub links to files of the same repository.
-
-    Raises:
-        InputError: it is such a link.
-    """
-    if not path.is_symlink():
-        return
-    folder = path.parent.resolve()
-    # The cache of the hub: models--user--name/snapshots/COMMIT/file links to ../../blobs/HASH.
-    blobs = [
-        (place.parent / "blobs").resolve()
-        for place in folder.parents
-        if place.name == "snapshots" and place.parent.name.startswith(("models--", "datasets--"))
-    ]
-    try:
-        named = path.resolve(strict=True)
-    except FileNotFoundError:
-        return  # whoever reads it says that it is missing
-    except (OSError, RuntimeError) as error:
-        raise InputError(f"{path} is a link that leads round in a circle") from error
-    if not any(named.is_relative_to(place) for place in (folder, *blobs)):
-        raise InputError(
-            f"{path} is a link that leads out of its folder: copy there what it names, if you "
-            "trust it"
-        )
 
 
 def make_folder(folder: str | os.PathLike[str]) -> Path:
@@ -210,11 +180,11 @@ def read_json(path: Path) -> Any:
     """Read JSON.
 
     Raises:
-        InputError: the file is missing, unreadable or not JSON, or has a key twice.
+        InputError: the file is missing, unreadable, too large or not JSON, or has a key twice.
     """
     check_link(path)
     try:
-        text = path.read_text(encoding="utf-8")
+        text = read_text(path)
     except FileNotFoundError as error:
         raise InputError(f"{path} does not exist") from error
     except OSError as error:

@@ -6,8 +6,13 @@ from pathlib import Path
 from typing import Any
 
 from polyroute.errors import InputError
+from polyroute.host.texts import read_text
 
-__all__ = ["json_type", "parse_json", "type_of_file"]
+__all__ = ["DIGITS", "json_type", "parse_json", "type_of_file"]
+
+
+DIGITS = 300
+"""Of a whole number, so that it is within the numbers that floats have."""
 
 
 class _TwiceError(ValueError):
@@ -27,7 +32,7 @@ def parse_json(text: str, where: str, fix: str, *, entry: str = "row") -> Any:
         InputError: the text is not JSON, an object has a key twice, or a number is too long.
     """
     try:
-        return json.loads(text, object_pairs_hook=_unique)
+        return json.loads(text, object_pairs_hook=_unique, parse_int=_whole)
     except json.JSONDecodeError as error:
         raise InputError(f"{where} is not valid JSON ({error}); {fix}") from error
     except RecursionError as error:
@@ -38,10 +43,16 @@ def parse_json(text: str, where: str, fix: str, *, entry: str = "row") -> Any:
         raise InputError(
             f"{place}: an object has the key {error.args[0]!r} twice; remove one of them"
         ) from error
-    except ValueError as error:  # Python's limit for the digits of a number
+    except ValueError as error:
         raise InputError(
             f"{where}: a number has too many digits to be read; write it as text, in quotes"
         ) from error
+
+
+def _whole(digits: str) -> int:
+    if len(digits) > DIGITS:
+        raise ValueError(f"{len(digits)} digits")
+    return int(digits)
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -73,7 +84,7 @@ def _entry_with_twins(text: str) -> int | None:
 def type_of_file(path: Path) -> str | None:
     """The name of the type of the one value in a JSON file; None if the file is not valid JSON."""
     try:
-        return json_type(parse_json(path.read_text(encoding="utf-8-sig"), str(path), ""))
+        return json_type(parse_json(read_text(path, "utf-8-sig"), str(path), ""))
     except (OSError, ValueError):
         return None
 

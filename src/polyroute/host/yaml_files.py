@@ -1,11 +1,14 @@
 """Reading YAML: plain values, without duplicate keys, and no more of them than the text shows."""
 
 from collections.abc import Hashable
+from pathlib import Path
 from typing import Any
 
 import yaml
 
 from polyroute.errors import InputError, reason
+from polyroute.host.json_text import DIGITS
+from polyroute.host.texts import read_text
 
 __all__ = ["PlainLoader", "parse_yaml", "read_yaml"]
 
@@ -25,7 +28,10 @@ def read_yaml(path: Any, what: str) -> dict[str, Any]:
         InputError: the file cannot be read, as `parse_yaml`, or does not hold a mapping.
     """
     try:
-        text = path.read_text(encoding="utf-8-sig")
+        if isinstance(path, Path):
+            text = read_text(path, "utf-8-sig")
+        else:
+            text = path.read_text(encoding="utf-8-sig")
     except OSError as error:
         raise InputError(f"{what} cannot be read: {error.strerror}") from error
     except UnicodeDecodeError as error:
@@ -52,6 +58,18 @@ class PlainLoader(yaml.SafeLoader):
                 )
             seen.add(key)
         return super().construct_mapping(node, deep)
+
+    def construct_number(self, node: yaml.ScalarNode) -> int:
+        """A whole number, in base 2 to 16 or 60."""
+        if len(node.value) > DIGITS:
+            raise InputError(
+                f"the number in line {node.start_mark.line + 1} has too many digits; write it in "
+                "quotes"
+            )
+        return self.construct_yaml_int(node)
+
+
+PlainLoader.add_constructor("tag:yaml.org,2002:int", PlainLoader.construct_number)
 
 
 def parse_yaml(text: str, what: str, loader: type[PlainLoader] = PlainLoader) -> Any:

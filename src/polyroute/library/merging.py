@@ -50,7 +50,7 @@ class Terms:
     @property
     def pairs(self) -> list[tuple[float, Delta]]:
         """Weights and LoRAs."""
-        return [(self.weights[name], delta) for name, delta in self.deltas.items()]
+        return [(float(self.weights[name]), delta) for name, delta in self.deltas.items()]
 
     @property
     def layers(self) -> list[str]:
@@ -60,7 +60,7 @@ class Terms:
     def of(self, layer: str) -> dict[str, LoRAFactors]:
         """The weighted factors of a layer, of the LoRAs that adapt it."""
         found = {n: d.layers[layer] for n, d in self.deltas.items() if layer in d.layers}
-        return {n: LoRAFactors(own.a, own.b * self.weights[n]) for n, own in found.items()}
+        return {n: LoRAFactors(own.a, own.b * float(self.weights[n])) for n, own in found.items()}
 
     def dense(self, layer: str) -> Iterator[tuple[str, Tensor]]:
         """The weighted updates `[d_out, d_in]` of a layer, one at a time."""

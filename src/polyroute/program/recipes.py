@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from polyroute.errors import InputError, did_you_mean
+from polyroute.host.paths import expanded
 from polyroute.host.yaml_files import read_yaml
 
 __all__ = ["SECTIONS", "read_recipe", "recipe_names", "shipped"]
@@ -38,7 +39,7 @@ def read_recipe(name: str) -> dict[str, Mapping[str, Any]]:
     Raises:
         InputError: there is no such recipe, or it has another form.
     """
-    path: Any = Path(name).expanduser()
+    path: Any = expanded(name)
     if path.suffix != ".yaml":
         if name not in recipe_names():
             raise InputError(

@@ -1,6 +1,5 @@
 """Reading the folders of runs, as far as a report needs them."""
 
-import math
 import os
 import re
 from collections import Counter
@@ -12,11 +11,14 @@ from typing import Any
 
 from polyroute.errors import InputError
 from polyroute.host.files import read_json
+from polyroute.host.paths import expanded
 from polyroute.saved.runs import read_run
 from polyroute.study.routing_state import COSINE, ENTROPY, in_words
 
 __all__ = ["Result", "Run", "clean", "is_number", "read_runs"]
 
+LARGEST = 1e100
+"""Numbers beyond cannot be drawn."""
 UNPRINTABLE = re.compile("[\x00-\x1f\x7f-\x9f\ud800-\udfff\ufffe\uffff]")
 
 
@@ -97,10 +99,10 @@ def read_runs(folders: Sequence[str | os.PathLike[str]]) -> tuple[list[Run], lis
         try:
             config = read_run(folder)["config"]
             results = list(_adaptations(read_json(folder / "results.json"), folder, notes))
+            source = expanded(str(config.get("run", folder))).resolve()
         except InputError as error:
             notes.append(f"Left out: {error}.")
             continue
-        source = Path(str(config.get("run", folder))).expanduser().resolve()
         if folder.parent in runs and not source.is_dir():
             source = folder.parent  # the run was moved after the adaptation
         if source not in runs:
@@ -118,7 +120,7 @@ def _runs_at(given: str | os.PathLike[str]) -> list[Path]:
     Raises:
         InputError: there is no run, or it has trained nothing yet.
     """
-    folder = Path(given).expanduser().resolve()
+    folder = expanded(given).resolve()
     if read_run(folder)["command"] not in ("demo-lm", "reproduce"):
         return [folder]
     found = [path.parent for path in sorted(folder.glob("*/run.json"))]
@@ -134,13 +136,15 @@ def clean(text: object) -> str:
 
 
 def is_number(value: object) -> bool:
-    """Whether a JSON value is a finite number."""
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    """Whether a JSON value is a number that can be drawn, which NaN is not."""
+    if not isinstance(value, int | float) or isinstance(value, bool):
+        return False
+    return abs(value) <= LARGEST
 
 
 def _trained(folder: Path, config: Mapping[str, Any], notes: list[str]) -> Run:
     run = Run(folder.name, folder, clean(config.get("method", "unknown")), config)
-    run.data = config.get("data")
+    run.data = data if isinstance(data := config.get("data"), str) else None
     if (folder / "polyroute.json").is_file():
         run.inventory = folder
     else:
@@ -197,10 +201,13 @@ def _known_by_name(source: Path) -> Run:
 def _adaptations(rows: Any, folder: Path, notes: list[str]) -> Iterator[Result]:
     if not isinstance(rows, list):
         raise InputError(f"{folder / 'results.json'} is damaged: it is not a list of results")
-    diverged = 0
+    diverged = unread = 0
     for row in rows:
-        diverged += isinstance(row, dict) and row.get("score", 0) is None
+        if isinstance(row, dict) and row.get("score", 0) is None:
+            diverged += 1
+            continue
         if not isinstance(row, dict) or not is_number(row.get("score")) or "task" not in row:
+            unread += 1
             continue
         shots = row.get("shots")
         yield Result(
@@ -211,6 +218,8 @@ def _adaptations(rows: Any, folder: Path, notes: list[str]) -> Iterator[Result]:
         )  # fmt: skip
     if diverged:
         notes.append(f"{diverged} of {len(rows)} adaptations in {folder} diverged; left out.")
+    if unread:
+        notes.append(f"{unread} of {len(rows)} adaptations in {folder} have no score; left out.")
 
 
 def _evaluated(

@@ -69,5 +69,4 @@ def write_files(report: Contents, folder: Path) -> None:
 def _write_csv(path: Path, header: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:
     with path.open("w", encoding="utf-8", newline="") as file:
         writer = csv.writer(file)
-        writer.writerow(header)
-        writer.writerows([spreadsheet_cell(value) for value in row] for row in rows)
+        writer.writerows([spreadsheet_cell(value) for value in row] for row in (header, *rows))

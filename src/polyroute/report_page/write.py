@@ -7,6 +7,7 @@ from typing import Any
 
 from polyroute.errors import InputError
 from polyroute.host.files import check_place, make_folder, write_text
+from polyroute.host.paths import expanded
 from polyroute.report_page.contents import collect
 from polyroute.report_page.files import write_files
 from polyroute.report_page.page import GENERATOR, render
@@ -36,7 +37,9 @@ def write_report(
     Raises:
         InputError: a folder holds no run, or the page cannot be written.
     """
-    path = Path(out).expanduser()
+    path = expanded(out)
+    if path.is_dir():
+        raise InputError(f"{path} is a folder; name an HTML file as --out")
     beside = path.with_name(f"{path.stem}-files")
     _check_place(path, beside)
     report = collect(folders, data, reader)
@@ -50,8 +53,6 @@ def write_report(
 
 def _check_place(path: Path, beside: Path) -> None:
     """Check, before anything is read, that a report can be written and replaces only a report."""
-    if path.is_dir():
-        raise InputError(f"{path} is a folder; name an HTML file as --out")
     check_place(path.parent)
     if path.exists():
         with path.open("rb") as file:

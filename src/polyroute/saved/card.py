@@ -14,6 +14,8 @@ from typing import Any
 from polyroute.errors import InputError
 from polyroute.host.files import read_json
 from polyroute.host.json_text import parse_json
+from polyroute.host.paths import check_file, expanded
+from polyroute.host.texts import bounded_lines, read_text
 from polyroute.saved.base_names import loading_of
 from polyroute.saved.hub import CARD, HUB_ID, P3, public
 from polyroute.saved.markdown import Rows, code, table
@@ -58,7 +60,7 @@ def write_card(
     """
     path = Path(folder)
     own = path / CARD
-    text = own.read_text(encoding="utf-8") if own.is_file() else MARK
+    text = read_text(own) if own.is_file() else MARK
     if MARK not in text:
         if license is not None:
             raise InputError(f"{own} is the model card: write the licence there")
@@ -110,7 +112,7 @@ def _base(description: Mapping[str, Any], config: Mapping[str, Any]) -> str | No
         return None
     is_old_id = "/" not in name and "model" in config  # t5-small; a run stores absolute paths
     is_id = HUB_ID.fullmatch(name) or is_old_id
-    return name if is_id and not Path(name).expanduser().exists() else None
+    return name if is_id and not expanded(name).exists() else None
 
 
 def _pipeline(base_class: str, *, is_run: bool) -> str | None:
@@ -244,9 +246,9 @@ def _data_sets(data: object) -> list[str]:
     if not isinstance(data, str) or not data.endswith((".yaml", ".yml")):
         return []
     try:
-        tasks = yaml.safe_load(Path(data).read_text(encoding="utf-8"))["tasks"].values()
+        tasks = yaml.safe_load(read_text(Path(data)))["tasks"].values()
         paths = dict.fromkeys(task["path"] for task in tasks)
-    except (OSError, yaml.YAMLError, TypeError, KeyError, AttributeError):
+    except (OSError, ValueError, yaml.YAMLError, TypeError, KeyError, AttributeError):
         return []  # the file was moved or changed after the run
     return [path for path in paths if path not in ON_DISK and not PurePath(path).is_absolute()]
 
@@ -269,8 +271,10 @@ def _origins(data: object, tasks: Sequence[str]) -> dict[str, tuple[str, str]]:
 
 def _first_record(path: Path) -> Mapping[str, Any]:
     try:
-        with path.open(encoding="utf-8") as lines:
-            record = parse_json(next(lines, "null"), str(path), "correct it")
+        check_file(path)
+        with path.open("rb") as file:
+            first = next(bounded_lines(file, path), b"null")
+        record = parse_json(first.decode(), str(path), "correct it")
     except (OSError, ValueError):  # the file was moved or changed after the run
         return {}
     return record if isinstance(record, dict) else {}

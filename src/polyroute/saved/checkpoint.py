@@ -260,7 +260,8 @@ def _check_description(description: dict[str, Any]) -> None:
     _expect(isinstance(others, list), "base.sample", "a list")
     for other in others:
         is_whole = isinstance(other, dict) and {"name", "dtype", "values"} <= other.keys()
-        _expect(is_whole and _is_sample(other["values"]), "base.sample", "a list of whole samples")
+        is_whole = is_whole and _is_sample(other["values"]) and _is_norm(other.get("norm"))
+        _expect(is_whole, "base.sample", "a list of whole samples")
 
 
 def _check_site(place: str, site: Any, num_routers: int) -> None:
@@ -273,6 +274,7 @@ def _check_site(place: str, site: Any, num_routers: int) -> None:
     is_router = _is_whole(site["router"]) and 0 <= site["router"] < num_routers
     _expect(is_router, f"{place}.router", f"one of its {num_routers} routers")
     _expect(_is_sample(site["base_sample"]), f"{place}.base_sample", f"{SAMPLED} numbers, or null")
+    _expect(_is_norm(site.get("base_norm")), f"{place}.base_norm", "a number, or null")
     width = site.get("out_features", site["d_out"])
     _expect(_is_whole(width) and width > 0, f"{place}.out_features", "a width")
 
@@ -293,6 +295,10 @@ def _is_whole(value: object) -> bool:
 
 def _is_number(value: object) -> bool:
     return (_is_whole(value) or isinstance(value, float)) and math.isfinite(value)  # type: ignore[arg-type]
+
+
+def _is_norm(value: object) -> bool:
+    return value is None or (_is_number(value) and value >= 0)  # type: ignore[operator]
 
 
 def _is_sample(values: object) -> bool:

@@ -14,7 +14,8 @@ from pathlib import Path, PurePath
 from typing import Any
 
 from polyroute.errors import InputError, reason
-from polyroute.host.files import check_link, read_json
+from polyroute.host.files import read_json
+from polyroute.host.paths import check_link, expanded
 from polyroute.saved.digests import SHA256, described_digest
 
 __all__ = [
@@ -106,7 +107,7 @@ def locate(
     """
     if isinstance(name, Snapshot):
         return name
-    path = Path(name).expanduser()
+    path = expanded(name)
     text = name.as_posix() if isinstance(name, PurePath) else os.fspath(name)
     base, at, version = text.partition("@")
     if path.exists() or not HUB_ID.fullmatch(base):

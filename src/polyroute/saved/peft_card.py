@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from polyroute.host.files import read_json, write_text
+from polyroute.host.texts import read_text
 from polyroute.saved.base_names import loading_of
 from polyroute.saved.card import MARK
 from polyroute.saved.hub import CARD, HUB_ID
@@ -37,7 +38,7 @@ def write_peft_card(
     """
     place = Path(folder)
     card = place / CARD
-    if card.is_file() and MARK not in card.read_text(encoding="utf-8"):
+    if card.is_file() and MARK not in read_text(card):
         return
     fields = read_json(place / CONFIG)
     write_text(card, _card(fields, prompting, loading_of(config or {}), origin))

@@ -23,6 +23,8 @@ __all__ = ["FORMAT", "SavedRoutes", "lock_inventory", "read_description"]
 
 FORMAT = 2
 """The version of the format of an inventory's folder."""
+MOST_SHARDS = 2**16
+"""Of a table; they hold two terabytes, or half a billion tasks."""
 
 
 def read_description(folder: str | os.PathLike[str]) -> dict[str, Any]:
@@ -306,4 +308,5 @@ def _is_table(table: object) -> bool:
         and len(shape) == 3
         and all(type(n) is int and n > 0 for n in (*shape, shards))
         and shards & (shards - 1) == 0
+        and shards <= MOST_SHARDS
     )

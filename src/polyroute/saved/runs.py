@@ -27,6 +27,7 @@ from polyroute.host.files import (
     write_new_json,
 )
 from polyroute.host.locks import is_still_there, locked
+from polyroute.host.paths import expanded
 from polyroute.host.processes import is_first
 from polyroute.saved.base_names import is_packaged
 from polyroute.saved.hub import DESCRIPTION as INVENTORY
@@ -80,14 +81,14 @@ def check_run(
     Raises:
         InputError: see `open_run`.
     """
-    path = Path(folder).expanduser()
+    path = expanded(folder)
     if not is_first():
         return path
     if resume and overwrite:
         raise InputError("--resume and --overwrite exclude each other")
     place = path.resolve()
     for source in map(Path, inputs):
-        read = source.expanduser().resolve()
+        read = expanded(source).resolve()
         if read.exists() and (place == read or place in read.parents):
             raise InputError(
                 f"--out {path} is or contains {source}, which the command reads; "
@@ -302,7 +303,7 @@ def _absolute(config: Mapping[str, Any]) -> dict[str, Any]:
     for key in PATHS:
         value = result.get(key)
         if isinstance(value, str) and not is_packaged(value):
-            local = Path(value).expanduser()
+            local = expanded(value)
             if local.exists():
                 result[key] = os.path.abspath(local)  # noqa: PTH100 - resolve() follows links
     return result

@@ -23,8 +23,9 @@ from torch import Tensor
 
 from polyroute.errors import InputError
 from polyroute.host.dtypes import are_finite_fractions
-from polyroute.host.files import check_link, write_tensors
+from polyroute.host.files import write_tensors
 from polyroute.host.json_text import parse_json
+from polyroute.host.paths import check_link
 from polyroute.saved.digests import SHA256, digest_of
 from polyroute.saved.hub import DESCRIPTION
 

@@ -3,6 +3,7 @@
 A file is read row by row; only a JSON list is read whole. Nothing in a file is ever run.
 """
 
+import codecs
 import csv
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -17,7 +18,10 @@ from polyroute.data.readers.task_table import file_key
 from polyroute.data.records import cannot_read, read_objects
 from polyroute.data.suite import SPLITS, quiet_datasets, split_of
 from polyroute.errors import InputError, reason
+from polyroute.host.files import read_json
 from polyroute.host.json_text import json_type, parse_json, type_of_file
+from polyroute.host.paths import check_file, check_link
+from polyroute.host.texts import bounded_lines, read_text
 
 __all__ = [
     "SUFFIXES",
@@ -33,6 +37,7 @@ __all__ = [
 Rows = Iterator[tuple[str, dict[str, Any]]]
 """Rows by column, each with a description of where it is."""
 
+BOM = codecs.BOM_UTF8
 _BATCH = 1000
 _LONGEST = 2**31 - 1
 """The most characters of a CSV cell, as many as systems allow; Python stops at 131,072."""
@@ -113,6 +118,7 @@ def load_saved(folder: Path) -> datasets.Dataset:
     Raises:
         InputError: the folder cannot be read.
     """
+    _check_names(folder)
     try:
         with quiet_datasets():
             return datasets.load_from_disk(str(folder))
@@ -122,6 +128,25 @@ def load_saved(folder: Path) -> datasets.Dataset:
             f"{folder} is not a readable data set ({reason(error)}); write it again with "
             "save_to_disk"
         ) from error
+
+
+def _check_names(folder: Path) -> None:
+    """Make sure that a saved data set names files of its own folder alone.
+
+    Raises:
+        InputError: its `state.json` cannot be read, or names another file.
+    """
+    state = read_json(folder / "state.json")
+    entries = state.get("_data_files") if isinstance(state, dict) else None
+    for entry in entries if isinstance(entries, list) else ():
+        name = entry.get("filename") if isinstance(entry, dict) else None
+        if not isinstance(name, str) or Path(name).name != name:
+            raise InputError(
+                f"{folder / 'state.json'} names the file {name!r}, which is not in its folder; "
+                "write it again with save_to_disk"
+            )
+        check_link(folder / name)
+        check_file(folder / name)
 
 
 def rows_file_key(path: Path) -> list[Any]:
@@ -171,8 +196,10 @@ def _csv_rows(path: Path) -> Rows:
     begins = 1  # the line where a row begins: an open quote may run to the end of the file
     csv.field_size_limit(max(csv.field_size_limit(), _LONGEST))
     try:
+        check_file(path)
         with path.open(encoding="utf-8-sig", newline="") as file:
-            reader = csv.reader(file, strict=True, delimiter="\t" if path.suffix == ".tsv" else ",")
+            lines, delimiter = bounded_lines(file, path), "\t" if path.suffix == ".tsv" else ","
+            reader = csv.reader(lines, strict=True, delimiter=delimiter)
             names = next(reader, None)
             if names is None:
                 raise InputError(f"{path} is empty; its first line must name the columns")
@@ -224,10 +251,11 @@ def _bad_parquet(path: Path, error: Exception) -> InputError:
 def _json_rows(path: Path) -> Rows:
     """The rows of a JSON list; a file that does not begin with a bracket is read as JSONL."""
     try:
-        with path.open(encoding="utf-8-sig") as file:
-            start = next((line.lstrip()[0] for line in file if line.strip()), "")
-            file.seek(0)
-            text = file.read() if start == "[" else None
+        check_file(path)
+        with path.open("rb") as file:
+            lines = (line.removeprefix(BOM).lstrip() for line in bounded_lines(file, path))
+            start = next((line[:1] for line in lines if line), b"")
+        text = read_text(path, "utf-8-sig") if start == b"[" else None
     except OSError as error:
         raise cannot_read(path, error) from error
     except UnicodeDecodeError as error:

@@ -20,6 +20,7 @@ Each text of a record is given as the name of a column, or as a text with column
 which only the last has targets. Nothing in the file is ever run.
 """
 
+import os
 from collections.abc import Iterator, Mapping
 from functools import cache, partial
 from glob import glob
@@ -35,10 +36,13 @@ from polyroute.data.readers.task_table import TableSuite, TaskSource, load, rows
 from polyroute.data.records import checked
 from polyroute.data.suite import SPLITS, TaskInfo, split_of
 from polyroute.errors import InputError, did_you_mean
+from polyroute.host.paths import check_file, check_link, expanded
 from polyroute.host.yaml_files import read_yaml
 
 __all__ = ["HubSuite"]
 
+MOST_FILES = 10_000
+"""Of a data set on this machine."""
 _LOCAL = ("csv", "json", "parquet", "text")
 _TASK_KEYS = (
     "path", "name", "revision", "data_files", "split", "columns", "category", "role", "metric",
@@ -59,7 +63,7 @@ class HubSuite(TableSuite):
     """
 
     def __init__(self, path: str | Path, *, cache_dir: str | Path | None = None) -> None:
-        file = Path(path).expanduser().resolve()
+        file = expanded(path).resolve()
         content = _mapping(
             read_yaml(file, str(file)), ("name", "tasks"), str(file), needs=("tasks",)
         )
@@ -89,6 +93,11 @@ def _source(
     for key in ("path", "name", "revision"):
         if not isinstance(entry.get(key, ""), str | None):
             raise InputError(f"{where}: {key!r} must be a text; put it in quotes")
+    if "data_files" in entry and not _are_files(entry["data_files"]):
+        raise InputError(
+            f"{where}: 'data_files' must be the name of a file, a list of names, or either for "
+            "each split"
+        )
     rows = cache(partial(_loaded, entry, splits, where, folder, cache_dir))
 
     def records() -> Iterator[Mapping[str, Any]]:
@@ -107,6 +116,16 @@ def _source(
         ],
         info=_info(entry, columns, where),
     )
+
+
+def _are_files(value: Any) -> bool:
+    if isinstance(value, dict):
+        return bool(value) and all(
+            isinstance(split, str) and not isinstance(part, dict) and _are_files(part)
+            for split, part in value.items()
+        )
+    names = value if isinstance(value, list) else [value]
+    return bool(names) and all(isinstance(name, str) and name for name in names)
 
 
 def _columns(entry: Any, where: str) -> dict[str, Any]:
@@ -216,14 +235,40 @@ def _beside(folder: Path, files: Any) -> Any:
 
 def _local_files(path: str, data_files: Any) -> list[Path]:
     """The files on this machine that the rows come from."""
-    inside = [
-        file
-        for file in sorted(Path(path).rglob("*"))
-        if file.is_file() and not any(part.startswith(".") for part in file.relative_to(path).parts)
-    ]
-    # Not Path.glob, which takes no absolute pattern.
-    named = (glob(name, recursive=True) for name in _names(data_files))  # noqa: PTH207
-    return inside + [Path(file) for files in named for file in sorted(files)]
+    inside = _beneath(Path(path)) if Path(path).is_dir() else []
+    named: list[Path] = []
+    for name in _names(data_files):
+        if "**" in name:
+            _beneath(Path(name[: name.index("**")]))  # which refuses a whole disk
+        # Not Path.glob, which takes no absolute pattern.
+        named += map(Path, sorted(glob(name, recursive=True)))  # noqa: PTH207
+    for file in named:
+        check_link(file)
+        check_file(file)
+    return inside + named
+
+
+def _beneath(folder: Path) -> list[Path]:
+    """The files in a folder and below, but hidden ones.
+
+    Raises:
+        InputError: there are too many, or one of them is no file.
+    """
+    found: list[Path] = []
+    count = 0
+    for place, folders, names in os.walk(folder):
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        count += len(folders) + len(names)
+        if count > MOST_FILES:
+            raise InputError(
+                f"{folder} has more than {MOST_FILES:,} files below it; name a folder that holds "
+                "the data alone"
+            )
+        found += [Path(place, name) for name in names if not name.startswith(".")]
+    for file in found:
+        check_link(file)
+        check_file(file)
+    return sorted(found)
 
 
 def _names(files: Any) -> list[str]:

@@ -136,10 +136,10 @@ def _no_column(key: str, wanted: Any, features: Mapping[str, Any], where: str) -
 def _chosen(row: _Row, column: str, options: Any, place: str) -> str:
     try:
         number = int(row[column])
-        if number < 0:
+        if number < 0 or (isinstance(row[column], float) and number != row[column]):
             raise IndexError
         return str(options[number])
-    except (KeyError, TypeError, ValueError, IndexError) as error:
+    except (KeyError, TypeError, ValueError, IndexError, OverflowError) as error:
         raise InputError(
             f"{place}: 'answer' must name a column with the place of the answer among the choices, "
             f"from 0; {column!r} is {row.get(column)!r}"

@@ -13,7 +13,7 @@ from polyroute.data.readers.roles import check_names, read_roles
 from polyroute.data.readers.task_table import TableSuite, TaskSource, file_key
 from polyroute.data.records import cannot_read, read_records
 from polyroute.errors import InputError
-from polyroute.host.files import check_link
+from polyroute.host.paths import check_link, expanded
 
 __all__ = ["JsonlSuite"]
 
@@ -35,7 +35,7 @@ class JsonlSuite(TableSuite):
     """
 
     def __init__(self, path: str | Path, *, cache_dir: str | Path | None = None) -> None:
-        folder = Path(path).expanduser().resolve()
+        folder = expanded(path).resolve()
         files = _task_files(folder)
         infos = read_roles(folder / "roles.json", files)
         sources = {

@@ -30,7 +30,7 @@ from polyroute.data.readers.task_table import TableSuite
 from polyroute.data.records import cannot_read
 from polyroute.data.suite import quiet_datasets
 from polyroute.errors import InputError, reason
-from polyroute.host.files import check_link
+from polyroute.host.paths import check_link, expanded
 
 __all__ = ["P3Suite", "is_p3"]
 
@@ -61,7 +61,7 @@ class P3Suite(TableSuite):
         *,
         cache_dir: str | Path | None = None,
     ) -> None:
-        folder = None if str(source) == P3 else Path(source).expanduser().resolve()
+        folder = None if str(source) == P3 else expanded(source).resolve()
         settings = settings or P3Settings()
         sources = {
             task: training_source(task, templates, cache_dir)

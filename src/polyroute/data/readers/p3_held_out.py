@@ -16,7 +16,7 @@ from polyroute.data.readers.task_table import TaskSource, file_key, load, load_f
 from polyroute.data.records import checked, read_objects
 from polyroute.data.suite import TaskInfo
 from polyroute.errors import InputError
-from polyroute.host.files import check_link
+from polyroute.host.paths import check_link
 
 __all__ = ["HeldOut", "held_out_source", "held_out_there"]
 

@@ -4,18 +4,22 @@ A template is Jinja text: the prompt, `|||`, the answer. It is rendered in a san
 file is read as plain values.
 """
 
-from collections.abc import Hashable, Mapping
+import re
+from collections.abc import Callable, Hashable, Mapping, Sized
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import yaml
 from jinja2 import TemplateError
+from jinja2.exceptions import SecurityError
+from jinja2.runtime import Context
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from polyroute.data.records import cannot_read
 from polyroute.errors import InputError, reason
-from polyroute.host.files import check_link
+from polyroute.host.paths import check_link
+from polyroute.host.texts import read_text
 from polyroute.host.yaml_files import PlainLoader, parse_yaml
 
 __all__ = ["NO_INPUT", "NO_LABEL", "PromptTemplate", "read_templates"]
@@ -23,6 +27,10 @@ __all__ = ["NO_INPUT", "NO_LABEL", "PromptTemplate", "read_templates"]
 NO_INPUT, NO_LABEL = "<NO INPUT>", "<NO LABEL>"
 """They replace the prompt if a template yields nothing, and an empty answer."""
 
+MOST = 100_000
+"""Numbers in the ranges of a template, and characters or entries that an operator makes."""
+LARGE_WIDTH = re.compile(r"%[^a-zA-Z%]*(\d{5}|\*)")
+"""In a text that is formatted."""
 _BAR = "|||"
 _HIDDEN_BAR = "\ue000bar\ue000"  # private-use characters; hides bars in the data
 
@@ -37,6 +45,8 @@ class PromptTemplate:
     """Jinja text with `|||` between the choices."""
     original_task: bool
     """Whether it asks for what the data set is about."""
+    path: Path
+    """The file, for error messages."""
 
     def prompt(self, row: Mapping[str, Any]) -> str:
         """The prompt of a row; `NO_INPUT` if the template yields nothing for it.
@@ -60,11 +70,14 @@ class PromptTemplate:
 
     def _rendered(self, jinja: str, values: Mapping[str, Any]) -> list[str]:
         try:
-            text = _ENVIRONMENT.from_string(jinja).render(**values)
-        except (TemplateError, TypeError, ValueError, LookupError, ArithmeticError) as error:
+            text = _ENVIRONMENT.from_string(jinja).render(range=_bounded_range(), **values)
+        except (
+            TemplateError, TypeError, ValueError, LookupError, ArithmeticError, RecursionError,
+            MemoryError,
+        ) as error:  # fmt: skip
             raise InputError(
-                f"the template {self.name!r} cannot be rendered ({error}); check that its columns "
-                "are those of the data"
+                f"{self.path}: the template {self.name!r} cannot be rendered ({error}); check that "
+                "its columns are those of the data"
             ) from error
         return [part.replace(_HIDDEN_BAR, _BAR).strip() for part in text.split(_BAR)]
 
@@ -78,13 +91,14 @@ def read_templates(folder: Path, dataset: str, subset: str | None) -> list[Promp
     path = folder / dataset / (subset or "") / "templates.yaml"
     check_link(path)
     try:
-        content = parse_yaml(path.read_text(encoding="utf-8"), str(path), _Loader)
+        content = parse_yaml(read_text(path), str(path), _Loader)
         found = [
             PromptTemplate(
                 name=str(entry["name"]),
                 jinja=str(entry["jinja"]),
                 answer_choices=entry.get("answer_choices"),
                 original_task=bool((entry.get("metadata") or {}).get("original_task")),
+                path=path,
             )
             for entry in content["templates"].values()
         ]
@@ -119,5 +133,45 @@ def _plain(loader: _Loader, node: yaml.MappingNode) -> dict[Hashable, Any]:
 for _tag in ("!Template", "!TemplateMetadata"):
     _Loader.add_constructor(_tag, _plain)
 
-_ENVIRONMENT = ImmutableSandboxedEnvironment()
+
+class _Environment(ImmutableSandboxedEnvironment):
+    """A sandbox whose operators make nothing large; loops are bounded by `_bounded_range`."""
+
+    intercepted_binops = frozenset(("*", "**", "%"))
+
+    def call_binop(self, context: Context, operator: str, left: Any, right: Any) -> Any:
+        """Compute `left operator right`, unless the result may be large."""
+        if operator == "*":
+            pairs = ((left, right), (right, left))
+            is_large = any(
+                isinstance(many, Sized) and isinstance(times, int) and len(many) * times > MOST
+                for many, times in pairs
+            )
+        elif operator == "**":
+            is_large = not all(
+                isinstance(one, int | float) and abs(one) < 100 for one in (left, right)
+            )
+        else:
+            is_large = isinstance(left, str) and LARGE_WIDTH.search(left) is not None
+        if is_large:
+            raise SecurityError(f"the result of {operator} is too large")
+        return super().call_binop(context, operator, left, right)
+
+
+def _bounded_range() -> Callable[..., range]:
+    """`range` for one prompt, whose ranges have `MOST` numbers together."""
+    left = MOST
+
+    def bounded(*bounds: int) -> range:
+        nonlocal left
+        found = range(*bounds)
+        left -= len(found)
+        if left < 0:
+            raise SecurityError(f"its ranges have more than {MOST:,} numbers")
+        return found
+
+    return bounded
+
+
+_ENVIRONMENT = _Environment()
 _ENVIRONMENT.globals["zip"] = zip

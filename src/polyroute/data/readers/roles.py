@@ -10,11 +10,14 @@ from typing import Any
 from polyroute.data.records import cannot_read
 from polyroute.data.suite import METRICS, RESERVED_TASK, ROLES, TaskInfo
 from polyroute.errors import InputError, did_you_mean
-from polyroute.host.files import check_link
 from polyroute.host.json_text import json_type, parse_json
+from polyroute.host.paths import check_link
+from polyroute.host.texts import read_text
 
 __all__ = ["check_entry", "check_names", "read_roles"]
 
+LONGEST = 200
+"""Bytes of a part of a name; file systems have 255 for it with what is added."""
 DEVICES = {"con", "prn", "aux", "nul", *(f"{n}{i}" for n in ("com", "lpt") for i in range(1, 10))}
 """What Windows takes for a device, with any ending."""
 
@@ -33,11 +36,12 @@ def check_names(places: Iterable[tuple[str, Path]]) -> None:
     for task, path in places:
         # Results of a task go to a folder with its name, which must not lead elsewhere.
         if not task.isprintable() or any(
-            part.strip() in ("", ".", "..") for part in task.split("/")
+            part.strip() in ("", ".", "..") or len(part.encode()) > LONGEST
+            for part in task.split("/")
         ):
             raise InputError(
-                f"{path} defines a task called {task!r}, which cannot name a folder of results; "
-                "rename it"
+                f"{path} defines a task called {task[:LONGEST]!r}, which cannot name a folder of "
+                "results; rename it"
             )
         _check_windows(task, path)
         key = unicodedata.normalize("NFC", task.strip().casefold())
@@ -84,7 +88,7 @@ def read_roles(path: Path, tasks: Collection[str]) -> dict[str, TaskInfo]:
     """
     check_link(path)
     try:
-        text = path.read_text(encoding="utf-8-sig")
+        text = read_text(path, "utf-8-sig")
     except FileNotFoundError:
         return {}
     except OSError as error:
@@ -120,7 +124,7 @@ def check_entry(entry: Any, where: str) -> TaskInfo:
         allowed = {"metric": METRICS, "role": ROLES}.get(key)
         value = entry.get(key)
         if not isinstance(value, type_) or (allowed is not None and value not in allowed):
-            got = f", not {json.dumps(value)}" if key in entry else " and is missing"
+            got = f", not {json.dumps(value, default=str)}" if key in entry else " and is missing"
             raise InputError(f"{where}: {key!r} must be {wanted}{got}")
     if entry["metric"] == "accuracy" and not entry["choices"]:
         raise InputError(

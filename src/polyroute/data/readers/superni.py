@@ -30,8 +30,9 @@ from polyroute.data.readers.task_table import TableSuite, TaskSource, file_key
 from polyroute.data.records import cannot_read, checked
 from polyroute.data.suite import Role, TaskInfo
 from polyroute.errors import InputError
-from polyroute.host.files import check_link
 from polyroute.host.json_text import parse_json
+from polyroute.host.paths import check_file, check_link, expanded
+from polyroute.host.texts import MOST, read_text
 from polyroute.settings import check_settings, setting, whole
 
 __all__ = ["SuperNiSettings", "SuperNiSuite"]
@@ -111,7 +112,7 @@ class SuperNiSuite(TableSuite):
         *,
         cache_dir: str | Path | None = None,
     ) -> None:
-        folder = Path(path).expanduser().resolve()
+        folder = expanded(path).resolve()
         roles = _roles(folder)
         files = {task: folder / "tasks" / f"{task}.json" for task in roles}
         check_names(files.items())
@@ -218,7 +219,7 @@ def _roles(folder: Path) -> dict[str, Role]:
         path = folder / "splits" / "default" / name
         check_link(path)
         try:
-            names = path.read_text(encoding="utf-8-sig").split()
+            names = read_text(path, "utf-8-sig").split()
         except (OSError, UnicodeDecodeError) as error:
             raise _unreadable(path, error) from error
         for task in names:
@@ -238,6 +239,7 @@ def _roles(folder: Path) -> dict[str, Role]:
 def _category(path: Path) -> str:
     """The first category of a task, found without parsing the instances at the end of its file."""
     check_link(path)
+    check_file(path, most=MOST)
     try:
         with path.open(encoding="utf-8-sig") as file:
             head = file.read(1 << 16)
@@ -254,7 +256,7 @@ def _read(path: Path) -> dict[str, Any]:
     """The content of a task file, after checking the parts that a record needs."""
     check_link(path)
     try:
-        text = path.read_text(encoding="utf-8-sig")
+        text = read_text(path, "utf-8-sig")
     except OSError as error:
         raise cannot_read(path, error) from error
     except UnicodeDecodeError as error:

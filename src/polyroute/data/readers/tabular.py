@@ -34,8 +34,9 @@ from polyroute.data.readers.task_table import TableSuite, TaskSource, written
 from polyroute.data.records import alike, cannot_read, checked, read_objects
 from polyroute.data.suite import split_of
 from polyroute.errors import InputError
-from polyroute.host.files import check_link
 from polyroute.host.output import say
+from polyroute.host.paths import check_file, check_link, expanded
+from polyroute.host.texts import bounded_lines
 
 __all__ = ["TabularSuite", "is_table", "is_tabular"]
 
@@ -60,7 +61,7 @@ class TabularSuite(TableSuite):
     """
 
     def __init__(self, path: str | Path, *, cache_dir: str | Path | None = None) -> None:
-        place = Path(path).expanduser().resolve()
+        place = expanded(path).resolve()
         in_folder = place.is_dir() and not is_saved(place)
         sources: dict[str, TaskSource] = {}
         names: list[tuple[str, Path]] = []
@@ -130,8 +131,10 @@ def _has_rows(path: Path) -> bool:
     if path.name == "roles.json":
         return False
     try:
+        check_file(path)
         with path.open("rb") as file:
-            starts = [line.lstrip(b"\xef\xbb\xbf \t")[:1] for line in islice(file, 2)]
+            lines = islice(bounded_lines(file, path), 2)
+            starts = [line.lstrip(b"\xef\xbb\xbf \t")[:1] for line in lines]
     except OSError as error:
         raise cannot_read(path, error) from error
     return starts[:1] == [b"["] or starts == [b"{", b"{"]

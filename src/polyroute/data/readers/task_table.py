@@ -17,6 +17,7 @@ import numpy as np
 from polyroute.data.records import FEATURES, cannot_read
 from polyroute.data.suite import CHAT, COLUMNS, SPLITS, TaskInfo, check_tasks, quiet_datasets
 from polyroute.errors import InputError, did_you_mean
+from polyroute.host.paths import check_file
 
 __all__ = [
     "TableSuite",
@@ -186,6 +187,7 @@ def file_key(path: Path) -> list[Any]:
     Raises:
         InputError: the file cannot be read.
     """
+    check_file(path)
     try:
         with path.open("rb") as file:
             return [str(path), hashlib.file_digest(file, "blake2b").hexdigest()]

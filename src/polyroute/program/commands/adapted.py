@@ -15,8 +15,11 @@ from polyroute.host.processes import index, is_first, wait
 
 __all__ = ["ResultFiles", "line_of", "number", "tables_of"]
 
-RESULT = {"task", "seed", "label", "metric", "score", "trained_parameters", "seconds"}
-"""Keys that every result has."""
+RESULT: Mapping[str, Any] = {
+    "task": str, "seed": int, "label": str, "metric": str, "score": float | int | None,
+    "trained_parameters": int, "seconds": float | int,
+}  # fmt: skip
+"""Keys that every result has, and the types of their values."""
 COLUMNS = (
     "task", "metric", "score", "standard error", "per token", "seeds", "parameters", "seconds",
 )  # fmt: skip
@@ -60,11 +63,23 @@ class ResultFiles:
 
 def _read(path: Path) -> list[dict[str, Any]]:
     results = read_json(path)
-    if not isinstance(results, list) or not all(
-        isinstance(r, dict) and r.keys() >= RESULT for r in results
-    ):
+    if not isinstance(results, list) or not all(map(_is_result, results)):
         raise InputError(f"{path} is damaged: it is not a list of results; delete it to start over")
+    if len({(r["task"], r["label"], r["seed"]) for r in results}) < len(results):
+        raise InputError(f"{path} is damaged: it has a result twice; delete it to start over")
     return results
+
+
+def _is_result(value: object) -> bool:
+    return (
+        isinstance(value, dict)
+        and value.keys() >= RESULT.keys()
+        and all(
+            isinstance(value.get(name), kind) and not isinstance(value.get(name), bool)
+            for name, kind in RESULT.items()
+        )
+        and isinstance(value.get("score_normalised"), float | int | None)
+    )
 
 
 def line_of(result: Mapping[str, Any]) -> str:

@@ -10,6 +10,7 @@ from rich.table import Table
 from polyroute.errors import InputError
 from polyroute.host.files import read_json, read_tensors
 from polyroute.host.output import Result
+from polyroute.host.paths import expanded
 from polyroute.host.progress import progress
 from polyroute.program.commands.checkpoints import TRAINER_STATE, damage_of
 from polyroute.program.options.finished import CheckOptions
@@ -34,7 +35,7 @@ def check_run(options: CheckOptions) -> Result:
         InputError: there is no such folder, nothing of polyroute is in it, or a file is missing or
             damaged; the message names the first, and says how many there are.
     """
-    place = Path(options.run).expanduser()
+    place = expanded(options.run)
     if not place.is_dir():
         raise InputError(f"{place} is not a folder")
     found = list(_parts(place))
@@ -81,7 +82,9 @@ def _damage(path: Path, kind: str) -> str | None:
         elif kind == "inventory":
             read_checkpoint(path).check_rows()
         else:
-            read_json(path / CONFIG)
+            fields = read_json(path / CONFIG)
+            if not isinstance(fields, dict) or not isinstance(fields.get("peft_type"), str):
+                raise InputError(f"{path / CONFIG} is damaged: it does not say what the adapter is")
             read_tensors(path / TENSORS)
     except InputError as error:
         return str(error)
@@ -93,7 +96,9 @@ def _check_run(folder: Path) -> None:
     for pattern in TEXTS:
         for path in sorted(folder.glob(pattern)):
             read_json(path)
-    command = run.get("command") if isinstance(run, Mapping) else None
+    if not isinstance(run, Mapping) or not isinstance(run.get("command"), str):
+        raise InputError(f"{folder / RUN} is damaged: it has no command")
+    command = run["command"]
     is_finished = command == "import" or (folder / "metrics.json").is_file()
     if command in TRAINED and is_finished and not (folder / DESCRIPTION).is_file():
         raise InputError(f"{folder / DESCRIPTION} is missing, though the run is finished")

@@ -7,7 +7,9 @@ from polyroute.errors import InputError
 from polyroute.host.files import read_json
 from polyroute.host.output import say
 from polyroute.saved.checkpoint import read_checkpoint
-from polyroute.saved.manifest import check_manifest
+from polyroute.saved.digests import SHA256
+from polyroute.saved.hub import DESCRIPTION
+from polyroute.saved.manifest import MANIFEST, check_manifest
 
 __all__ = ["TRAINER_STATE", "damage_of", "last_checkpoint"]
 
@@ -26,8 +28,8 @@ def last_checkpoint(folder: Path) -> Path | None:
     found = [p for p in folder.glob("checkpoint-*") if p.name.rpartition("-")[2].isdecimal()]
     damages: list[str] = []
     for path in sorted(found, key=lambda p: int(p.name.rpartition("-")[2]), reverse=True):
-        if not (path / TRAINER_STATE).is_file():
-            continue  # it is written last: the run was interrupted while it wrote the checkpoint
+        if not (path / TRAINER_STATE).is_file() or _lacks_manifest(path):
+            continue  # these are written last: the run was interrupted while it wrote
         damage = damage_of(path)
         if damage is None:
             for sentence in damages:
@@ -39,6 +41,18 @@ def last_checkpoint(folder: Path) -> Path | None:
     return None
 
 
+def _lacks_manifest(checkpoint: Path) -> bool:
+    """Whether there is none, though the version that wrote the checkpoint writes one."""
+    path = checkpoint / DESCRIPTION
+    if (checkpoint / MANIFEST).is_file() or not path.is_file():
+        return False
+    try:
+        description = read_json(path)
+    except InputError:
+        return False  # which is a damage of its own
+    return isinstance(description, dict) and SHA256 in description
+
+
 def damage_of(checkpoint: Path) -> str | None:
     """What is wrong with a checkpoint of the trainer, if anything."""
     random = sorted(checkpoint.glob(RANDOM_OF_SEVERAL)) or [checkpoint / RANDOM]
@@ -47,6 +61,8 @@ def damage_of(checkpoint: Path) -> str | None:
             return f"{path} is missing"
         if not zipfile.is_zipfile(path):
             return f"{path} is damaged"
+    if _lacks_manifest(checkpoint):
+        return f"{checkpoint / MANIFEST} is missing"
     path = checkpoint / TRAINER_STATE
     try:
         check_manifest(checkpoint)

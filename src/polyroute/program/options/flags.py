@@ -7,6 +7,7 @@ from pathlib import Path
 from types import NoneType, UnionType
 from typing import Any, TypeVar, Union, get_args, get_origin, get_type_hints
 
+from polyroute.host.paths import expanded
 from polyroute.program import texts
 from polyroute.settings import option_of, typed
 
@@ -55,9 +56,9 @@ class Flag:
         if any(get_origin(kind) is tuple for kind in self.types):
             return texts.pattern if str in self.types else texts.names
         if self.marks.get("typed") == list[Path]:
-            return lambda value, _: [Path(one) for one in value]
+            return lambda value, _: [expanded(one) for one in value]
         if Path in self.types and str not in self.types:  # older versions of typer leave it a text
-            return lambda value, _: Path(value) if isinstance(value, str) else value
+            return lambda value, _: expanded(value) if isinstance(value, str | Path) else value
         return lambda value, _: value
 
     def recorded(self, value: Any) -> Any:
