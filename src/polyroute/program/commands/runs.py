@@ -54,8 +54,12 @@ class BaseModel:
         kinds |= dict.fromkeys(WITHOUT_DATA, int)  # a run has settled them
         for name, kind in kinds.items():
             if name not in config:
-                raise InputError(f"{run} was not written by `polyroute train`")
-            if type(config[name]) not in (get_args(kind) or (kind,)):
+                raise InputError(
+                    f"{Path(run) / 'run.json'} does not say {name!r}, so `polyroute train` did not "
+                    "write it, or it is damaged"
+                )
+            is_its = type(config[name]) in (get_args(kind) or (kind,))
+            if not is_its or (name in WITHOUT_DATA and config[name] < 1):
                 raise InputError(f"{Path(run) / 'run.json'} is damaged: {name} is {config[name]!r}")
         return cls(
             config["model"], Reading(**{one.name: config[one.name] for one in fields(Reading)})
