@@ -185,6 +185,13 @@ def test_a_lora_without_width_is_damaged(lora: Path) -> None:
         pr.Delta.from_peft(lora)
 
 
+@pytest.mark.parametrize("value", ["2020-01-01", "!!set {q}", "!!binary aGk=", "[[a]]", "{a: b}"])
+def test_a_config_gives_texts_and_numbers(tmp_path: Path, value: str, capsys: Capture) -> None:
+    (tmp_path / "c.yaml").write_text(f"tasks: {value}\n")
+    given = ["train", "--config", str(tmp_path / "c.yaml"), "--data", "none", "--out", "none"]
+    assert f"config key 'tasks' in {tmp_path / 'c.yaml'} cannot be" in refused(given, capsys)
+
+
 # ------------------------------------------------------------------ data
 
 
@@ -276,6 +283,8 @@ def test_a_template_may_count_and_format() -> None:
     )
     template = PromptTemplate("small", jinja, None, True, Path("templates.yaml"))
     assert template.prompt({}) == "000.0---8002.0---8004.0---8"
+    column = PromptTemplate("column", "{{ range }}|||", None, True, Path("templates.yaml"))
+    assert column.prompt({"range": "of a column"}) == "of a column"
     assert prompt_templates.MOST == 100_000
 
 

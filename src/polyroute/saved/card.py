@@ -16,6 +16,7 @@ from polyroute.host.files import read_json
 from polyroute.host.json_text import parse_json
 from polyroute.host.paths import check_file, expanded
 from polyroute.host.texts import bounded_lines, read_text
+from polyroute.host.yaml_files import read_yaml
 from polyroute.saved.base_names import loading_of
 from polyroute.saved.hub import CARD, HUB_ID, P3, public
 from polyroute.saved.markdown import Rows, code, table
@@ -239,16 +240,14 @@ def _training(path: Path, run: Mapping[str, Any], config: Mapping[str, Any]) -> 
 
 def _data_sets(data: object) -> list[str]:
     """The data sets of the hub that a suite names."""
-    import yaml
-
     if data == P3:
         return [P3]
     if not isinstance(data, str) or not data.endswith((".yaml", ".yml")):
         return []
     try:
-        tasks = yaml.safe_load(read_text(Path(data)))["tasks"].values()
+        tasks = read_yaml(Path(data), data)["tasks"].values()
         paths = dict.fromkeys(task["path"] for task in tasks)
-    except (OSError, ValueError, yaml.YAMLError, TypeError, KeyError, AttributeError):
+    except (ValueError, TypeError, KeyError, AttributeError):
         return []  # the file was moved or changed after the run
     return [path for path in paths if path not in ON_DISK and not PurePath(path).is_absolute()]
 

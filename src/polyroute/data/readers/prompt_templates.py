@@ -70,7 +70,7 @@ class PromptTemplate:
 
     def _rendered(self, jinja: str, values: Mapping[str, Any]) -> list[str]:
         try:
-            text = _ENVIRONMENT.from_string(jinja).render(range=_bounded_range(), **values)
+            text = _ENVIRONMENT.from_string(jinja).render({"range": _bounded_range(), **values})
         except (
             TemplateError, TypeError, ValueError, LookupError, ArithmeticError, RecursionError,
             MemoryError,

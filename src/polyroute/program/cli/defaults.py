@@ -7,6 +7,7 @@ from typing import Any
 import typer
 
 from polyroute.errors import InputError, did_you_mean
+from polyroute.host.paths import expanded
 from polyroute.host.yaml_files import read_yaml
 from polyroute.program.recipes import read_recipe
 
@@ -25,7 +26,7 @@ def read_config(context: typer.Context, path: Path | None) -> Path | None:
         InputError: the file cannot be read, or an entry is no flag.
     """
     if path is not None:
-        values = read_yaml(path, f"the config {path}")
+        values = read_yaml(expanded(path), f"the config {path}")
         defaults = defaults_from(context.command, values, f"config key {{!r}} in {path}")
         context.default_map = {**(context.default_map or {}), **defaults}
         context.meta[CONFIG] = (path, frozenset(defaults))
@@ -94,5 +95,7 @@ def _fits(flag: Any, value: Any) -> bool:
     """Whether a value of YAML can be that of a flag, as far as its form says so."""
     if isinstance(value, bool):
         return bool(getattr(flag, "is_flag", False))
-    is_unset = value is None and flag.default is not None
-    return not is_unset and not isinstance(value, dict)
+    if value is None:
+        return flag.default is None
+    parts = value if isinstance(value, list) else [value]
+    return all(isinstance(part, str | int | float) for part in parts)
