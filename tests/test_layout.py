@@ -21,7 +21,7 @@ CORE_ROOMS = set().union(*dropwhile(lambda line: "build" not in line, LAYERS)) -
 OUTSIDE = {"torch", "safetensors", "polyroute"} | set(sys.stdlib_module_names)
 EXCEPTIONS = {
     "saved/hub.py": {"huggingface_hub"},
-    "saved/card.py": {"huggingface_hub", "yaml"},
+    "saved/card.py": {"huggingface_hub"},
     "saved/peft_card.py": {"huggingface_hub"},
 }
 """What the core may import besides, inside functions."""
@@ -33,7 +33,14 @@ def room_of(path: Path) -> str:
 
 
 FILES = [p for p in sorted(FOLDER.rglob("*.py")) if p.parent != FOLDER or p.name[0] != "_"]
-CORE = [p for p in FILES if room_of(p) in CORE_ROOMS - {"host"} or p.match("host/files.py")]
+CORE_HOST = ("files", "json_text", "paths", "texts")
+"""What the core reads and writes files with."""
+CORE = [
+    path
+    for path in FILES
+    if room_of(path) in CORE_ROOMS - {"host"}
+    or (room_of(path) == "host" and path.stem in CORE_HOST)
+]
 
 
 def imported(path: Path) -> list[str]:

@@ -102,7 +102,9 @@ class Judgement:
         outside = 2 * DOUBT / len(self.uses)
         controls = np.stack([self.scores[control] for control in self.controls_of(use)], axis=1)
         found = estimates(self.scores[use][:, None] - controls, outside=outside)
-        return [estimate.low for estimate in found if estimate.low is not None]
+        lows = [estimate.low for estimate in found if estimate.low is not None]
+        assert len(lows) == len(found)  # since there are several units
+        return lows
 
     @property
     def verdict(self) -> str:

@@ -21,8 +21,7 @@ import datasets
 from polyroute.data.suite import COLUMNS, SPLITS, prompt
 from polyroute.errors import InputError, did_you_mean
 from polyroute.host.json_text import json_type, parse_json, type_of_file
-from polyroute.host.paths import check_file
-from polyroute.host.texts import bounded_lines
+from polyroute.host.texts import byte_lines
 
 __all__ = [
     "FEATURES",
@@ -117,18 +116,16 @@ def _lines(path: Path) -> Iterator[tuple[str, str]]:
     """The lines of a file that are not blank, each with a description of where it is."""
     try:
         # Read as bytes, whose lines end only at "\n": JSON text may hold U+2028 and "\r".
-        check_file(path)
-        with path.open("rb") as file:
-            for number, line in enumerate(bounded_lines(file, path), start=1):
-                where = f"{path}, line {number}"
-                try:
-                    text = line.decode("utf-8-sig" if number == 1 else "utf-8")
-                except UnicodeDecodeError as error:
-                    raise InputError(
-                        f"{where}: the text is not UTF-8 ({error.reason}); save the file as UTF-8"
-                    ) from error
-                if text.strip():
-                    yield where, text
+        for number, line in enumerate(byte_lines(path), start=1):
+            where = f"{path}, line {number}"
+            try:
+                text = line.decode("utf-8-sig" if number == 1 else "utf-8")
+            except UnicodeDecodeError as error:
+                raise InputError(
+                    f"{where}: the text is not UTF-8 ({error.reason}); save the file as UTF-8"
+                ) from error
+            if text.strip():
+                yield where, text
     except OSError as error:
         raise cannot_read(path, error) from error
 

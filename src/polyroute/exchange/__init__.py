@@ -14,6 +14,7 @@ from polyroute.exchange.peft_folder import adapters_inside, peft_type_of
 from polyroute.exchange.peft_mhr import from_peft_mhr, write_peft_mhr
 from polyroute.exchange.peft_poly import from_peft_poly, write_peft_poly
 from polyroute.host.files import check_place
+from polyroute.host.paths import expanded
 from polyroute.model import RoutedModel
 from polyroute.saved.peft_export import CONFIG
 
@@ -48,7 +49,7 @@ def read_inventory(
     """
     if form is not None and form not in READ:
         raise InputError(f"no format {form!r} can be imported: {did_you_mean(form, READ)}")
-    place = Path(path)
+    place = expanded(path)
     if not place.exists():
         raise InputError(f"{place} does not exist; name a checkpoint to import")
     if form is None and (peft_type := peft_type_of(place)) is not None:

@@ -21,7 +21,7 @@ from polyroute.config import MHRConfig
 from polyroute.errors import InputError, did_you_mean
 from polyroute.host.dtypes import are_finite_fractions
 from polyroute.host.files import read_json
-from polyroute.host.paths import check_link
+from polyroute.host.paths import check_link, expanded
 from polyroute.host.texts import read_text
 from polyroute.layer.sites import find_endings, named_sites
 from polyroute.model import RoutedModel
@@ -254,7 +254,7 @@ def read_names(path: str | os.PathLike[str]) -> list[str]:
     Raises:
         InputError: the file cannot be read, or holds no names.
     """
-    file = Path(path)
+    file = expanded(path)
     if file.suffix == ".json":
         names = read_json(file)
         if not isinstance(names, list) or not all(isinstance(name, str) for name in names):

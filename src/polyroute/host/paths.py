@@ -23,11 +23,14 @@ def expanded(path: str | os.PathLike[str]) -> Path:
         InputError: there is no such user, or the path has a character that no path has.
     """
     if "\0" in os.fspath(path):
-        raise InputError(f"{os.fspath(path)!r} is no path: a character of it is 0")
+        raise InputError(f"{os.fspath(path)!r} is no path: remove the zero byte from it")
     try:
         return Path(path).expanduser()
     except RuntimeError as error:
-        raise InputError(f"{os.fspath(path)!r} names the home folder of nobody here") from error
+        raise InputError(
+            f"{os.fspath(path)!r} names the home folder of a user who is not known here; write the "
+            "whole path"
+        ) from error
 
 
 def check_link(path: Path) -> None:
@@ -69,7 +72,7 @@ def check_file(path: Path, *, most: int | None = None) -> None:
         most: bytes that it may have.
 
     Raises:
-        InputError: it is none of a file's kind, or larger.
+        InputError: it is a pipe or a device, or larger.
     """
     if str(path).startswith(PASSED_ON):
         return

@@ -1,6 +1,7 @@
 """Reading YAML: plain values, without duplicate keys, and no more of them than the text shows."""
 
 from collections.abc import Hashable
+from importlib.resources.abc import Traversable
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ MOST = 100_000
 aliases can stand for billions."""
 
 
-def read_yaml(path: Any, what: str) -> dict[str, Any]:
+def read_yaml(path: Path | Traversable, what: str) -> dict[str, Any]:
     """Read a YAML file that holds a mapping; an empty file is an empty mapping.
 
     Args:
@@ -28,10 +29,7 @@ def read_yaml(path: Any, what: str) -> dict[str, Any]:
         InputError: the file cannot be read, as `parse_yaml`, or does not hold a mapping.
     """
     try:
-        if isinstance(path, Path):
-            text = read_text(path, "utf-8-sig")
-        else:
-            text = path.read_text(encoding="utf-8-sig")
+        text = read_text(path, "utf-8-sig")
     except OSError as error:
         raise InputError(f"{what} cannot be read: {error.strerror}") from error
     except UnicodeDecodeError as error:
@@ -61,12 +59,14 @@ class PlainLoader(yaml.SafeLoader):
 
     def construct_number(self, node: yaml.ScalarNode) -> int:
         """A whole number, in base 2 to 16 or 60."""
-        if len(node.value) > DIGITS:
+        # The text first, since a long one takes long to compute.
+        number = self.construct_yaml_int(node) if len(node.value) <= DIGITS else None
+        if number is None or abs(number) >= 10**DIGITS:
             raise InputError(
                 f"the number in line {node.start_mark.line + 1} has too many digits; write it in "
                 "quotes"
             )
-        return self.construct_yaml_int(node)
+        return number
 
 
 PlainLoader.add_constructor("tag:yaml.org,2002:int", PlainLoader.construct_number)

@@ -219,7 +219,8 @@ def _adaptations(rows: Any, folder: Path, notes: list[str]) -> Iterator[Result]:
     if diverged:
         notes.append(f"{diverged} of {len(rows)} adaptations in {folder} diverged; left out.")
     if unread:
-        notes.append(f"{unread} of {len(rows)} adaptations in {folder} have no score; left out.")
+        what = f"{unread} of {len(rows)} adaptations in {folder}"
+        notes.append(f"{what} lack a score or a task; left out.")
 
 
 def _evaluated(

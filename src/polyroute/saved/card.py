@@ -14,9 +14,8 @@ from typing import Any
 from polyroute.errors import InputError
 from polyroute.host.files import read_json
 from polyroute.host.json_text import parse_json
-from polyroute.host.paths import check_file, expanded
-from polyroute.host.texts import bounded_lines, read_text
-from polyroute.host.yaml_files import read_yaml
+from polyroute.host.paths import expanded
+from polyroute.host.texts import byte_lines, read_text
 from polyroute.saved.base_names import loading_of
 from polyroute.saved.hub import CARD, HUB_ID, P3, public
 from polyroute.saved.markdown import Rows, code, table
@@ -240,6 +239,8 @@ def _training(path: Path, run: Mapping[str, Any], config: Mapping[str, Any]) -> 
 
 def _data_sets(data: object) -> list[str]:
     """The data sets of the hub that a suite names."""
+    from polyroute.host.yaml_files import read_yaml
+
     if data == P3:
         return [P3]
     if not isinstance(data, str) or not data.endswith((".yaml", ".yml")):
@@ -270,10 +271,8 @@ def _origins(data: object, tasks: Sequence[str]) -> dict[str, tuple[str, str]]:
 
 def _first_record(path: Path) -> Mapping[str, Any]:
     try:
-        check_file(path)
-        with path.open("rb") as file:
-            first = next(bounded_lines(file, path), b"null")
-        record = parse_json(first.decode(), str(path), "correct it")
+        first = next(byte_lines(path), b"null").decode()
+        record = parse_json(first, str(path), "correct it")
     except (OSError, ValueError):  # the file was moved or changed after the run
         return {}
     return record if isinstance(record, dict) else {}

@@ -7,6 +7,7 @@ import codecs
 import csv
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ from polyroute.errors import InputError, reason
 from polyroute.host.files import read_json
 from polyroute.host.json_text import json_type, parse_json, type_of_file
 from polyroute.host.paths import check_file, check_link
-from polyroute.host.texts import bounded_lines, read_text
+from polyroute.host.texts import read_text, text_lines
 
 __all__ = [
     "SUFFIXES",
@@ -95,6 +96,7 @@ def saved_splits(folder: Path) -> dict[str | None, Path]:
         return {None: folder}
     found: dict[str | None, Path] = {}
     for each in sorted(folder.iterdir()):
+        check_link(each)
         split = split_of(each.name) if is_saved(each) else None
         if split in found:
             raise InputError(
@@ -131,22 +133,25 @@ def load_saved(folder: Path) -> datasets.Dataset:
 
 
 def _check_names(folder: Path) -> None:
-    """Make sure that a saved data set names files of its own folder alone.
+    """Make sure that a saved data set consists of files of its own folder alone.
 
     Raises:
-        InputError: its `state.json` cannot be read, or names another file.
+        InputError: its `state.json` cannot be read or names another file, or one is no file.
     """
+    for name in ("state.json", "dataset_info.json"):
+        check_link(folder / name)
+        check_file(folder / name)
     state = read_json(folder / "state.json")
     entries = state.get("_data_files") if isinstance(state, dict) else None
     for entry in entries if isinstance(entries, list) else ():
-        name = entry.get("filename") if isinstance(entry, dict) else None
-        if not isinstance(name, str) or Path(name).name != name:
+        file = entry.get("filename") if isinstance(entry, dict) else None
+        if not isinstance(file, str) or Path(file).name != file:
             raise InputError(
-                f"{folder / 'state.json'} names the file {name!r}, which is not in its folder; "
+                f"{folder / 'state.json'} names the file {file!r}, which is not in its folder; "
                 "write it again with save_to_disk"
             )
-        check_link(folder / name)
-        check_file(folder / name)
+        check_link(folder / file)
+        check_file(folder / file)
 
 
 def rows_file_key(path: Path) -> list[Any]:
@@ -196,9 +201,8 @@ def _csv_rows(path: Path) -> Rows:
     begins = 1  # the line where a row begins: an open quote may run to the end of the file
     csv.field_size_limit(max(csv.field_size_limit(), _LONGEST))
     try:
-        check_file(path)
-        with path.open(encoding="utf-8-sig", newline="") as file:
-            lines, delimiter = bounded_lines(file, path), "\t" if path.suffix == ".tsv" else ","
+        with closing(text_lines(path, "utf-8-sig")) as lines:
+            delimiter = "\t" if path.suffix == ".tsv" else ","
             reader = csv.reader(lines, strict=True, delimiter=delimiter)
             names = next(reader, None)
             if names is None:
@@ -253,8 +257,7 @@ def _json_rows(path: Path) -> Rows:
     try:
         check_file(path)
         with path.open("rb") as file:
-            lines = (line.removeprefix(BOM).lstrip() for line in bounded_lines(file, path))
-            start = next((line[:1] for line in lines if line), b"")
+            start = file.read(1 << 16).removeprefix(BOM).lstrip()[:1]
         text = read_text(path, "utf-8-sig") if start == b"[" else None
     except OSError as error:
         raise cannot_read(path, error) from error

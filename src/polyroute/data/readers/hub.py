@@ -21,6 +21,7 @@ which only the last has targets. Nothing in the file is ever run.
 """
 
 import os
+import re
 from collections.abc import Iterator, Mapping
 from functools import cache, partial
 from glob import glob
@@ -36,12 +37,12 @@ from polyroute.data.readers.task_table import TableSuite, TaskSource, load, rows
 from polyroute.data.records import checked
 from polyroute.data.suite import SPLITS, TaskInfo, split_of
 from polyroute.errors import InputError, did_you_mean
-from polyroute.host.paths import check_file, check_link, expanded
+from polyroute.host.paths import check_file, expanded
 from polyroute.host.yaml_files import read_yaml
 
 __all__ = ["HubSuite"]
 
-MOST_FILES = 10_000
+MOST_FILES = 100_000
 """Of a data set on this machine."""
 _LOCAL = ("csv", "json", "parquet", "text")
 _TASK_KEYS = (
@@ -230,29 +231,27 @@ def _beside(folder: Path, files: Any) -> Any:
         return {split: _beside(folder, part) for split, part in files.items()}
     if isinstance(files, list):
         return [_beside(folder, part) for part in files]
-    return files if "://" in str(files) else str(folder / str(files))
+    return files if "://" in str(files) else str(folder / expanded(str(files)))
 
 
 def _local_files(path: str, data_files: Any) -> list[Path]:
     """The files on this machine that the rows come from."""
-    inside = _beneath(Path(path)) if Path(path).is_dir() else []
-    named: list[Path] = []
+    found = [] if path in _LOCAL else _beneath(Path(path))
     for name in _names(data_files):
         if "**" in name:
-            _beneath(Path(name[: name.index("**")]))  # which refuses a whole disk
+            _beneath(Path(re.split(r"[*?[]", name)[0]).parent)  # which refuses a whole disk
         # Not Path.glob, which takes no absolute pattern.
-        named += map(Path, sorted(glob(name, recursive=True)))  # noqa: PTH207
-    for file in named:
-        check_link(file)
+        found += map(Path, sorted(glob(name, recursive=True)))  # noqa: PTH207
+    for file in found:
         check_file(file)
-    return inside + named
+    return found
 
 
 def _beneath(folder: Path) -> list[Path]:
     """The files in a folder and below, but hidden ones.
 
     Raises:
-        InputError: there are too many, or one of them is no file.
+        InputError: there are too many.
     """
     found: list[Path] = []
     count = 0
@@ -265,10 +264,7 @@ def _beneath(folder: Path) -> list[Path]:
                 "the data alone"
             )
         found += [Path(place, name) for name in names if not name.startswith(".")]
-    for file in found:
-        check_link(file)
-        check_file(file)
-    return sorted(found)
+    return sorted(file for file in found if file.is_file())
 
 
 def _names(files: Any) -> list[str]:

@@ -135,8 +135,10 @@ def _no_column(key: str, wanted: Any, features: Mapping[str, Any], where: str) -
 
 def _chosen(row: _Row, column: str, options: Any, place: str) -> str:
     try:
-        number = int(row[column])
-        if number < 0 or (isinstance(row[column], float) and number != row[column]):
+        given = row[column]
+        number = int(given)
+        is_whole = isinstance(given, str) or (number == given and not isinstance(given, bool))
+        if number < 0 or not is_whole:
             raise IndexError
         return str(options[number])
     except (KeyError, TypeError, ValueError, IndexError, OverflowError) as error:

@@ -99,7 +99,7 @@ def _training_tasks(folder: Path | None, settings: P3Settings) -> dict[str, list
 
 def _held_out(folder: Path | None, settings: P3Settings, cache_dir: str | Path | None) -> HeldOut:
     few_shot, templates, raw = (
-        Path(given) if given else folder / name if folder else None
+        expanded(given) if given else folder / name if folder else None
         for name, given in (
             ("few_shot", settings.few_shot),
             ("templates", settings.templates),

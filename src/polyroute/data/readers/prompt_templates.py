@@ -28,9 +28,9 @@ NO_INPUT, NO_LABEL = "<NO INPUT>", "<NO LABEL>"
 """They replace the prompt if a template yields nothing, and an empty answer."""
 
 MOST = 100_000
-"""Numbers in the ranges of a template, and characters or entries that an operator makes."""
-LARGE_WIDTH = re.compile(r"%[^a-zA-Z%]*(\d{5}|\*)")
-"""In a text that is formatted."""
+"""Numbers in all ranges of a template, and characters or entries of a product."""
+LARGE_WIDTH = re.compile(r"%(\(\w*\))?[-#0 +]*(\d{5}|\*)")
+"""In a text whose `%` is the operator."""
 _BAR = "|||"
 _HIDDEN_BAR = "\ue000bar\ue000"  # private-use characters; hides bars in the data
 
@@ -71,10 +71,12 @@ class PromptTemplate:
     def _rendered(self, jinja: str, values: Mapping[str, Any]) -> list[str]:
         try:
             text = _ENVIRONMENT.from_string(jinja).render({"range": _bounded_range(), **values})
-        except (
-            TemplateError, TypeError, ValueError, LookupError, ArithmeticError, RecursionError,
-            MemoryError,
-        ) as error:  # fmt: skip
+        except (SecurityError, MemoryError, RecursionError) as error:
+            raise InputError(
+                f"{self.path}: the template {self.name!r} asks for too much ({error}); take the "
+                "templates of promptsource"
+            ) from error
+        except (TemplateError, TypeError, ValueError, LookupError, ArithmeticError) as error:
             raise InputError(
                 f"{self.path}: the template {self.name!r} cannot be rendered ({error}); check that "
                 "its columns are those of the data"
@@ -135,7 +137,7 @@ for _tag in ("!Template", "!TemplateMetadata"):
 
 
 class _Environment(ImmutableSandboxedEnvironment):
-    """A sandbox whose operators make nothing large; loops are bounded by `_bounded_range`."""
+    """A sandbox whose products, powers and formats are bounded."""
 
     intercepted_binops = frozenset(("*", "**", "%"))
 
@@ -148,8 +150,9 @@ class _Environment(ImmutableSandboxedEnvironment):
                 for many, times in pairs
             )
         elif operator == "**":
-            is_large = not all(
-                isinstance(one, int | float) and abs(one) < 100 for one in (left, right)
+            is_large = any(
+                isinstance(one, int | float) and abs(one) > most
+                for one, most in ((left, 10**6), (right, 100))
             )
         else:
             is_large = isinstance(left, str) and LARGE_WIDTH.search(left) is not None

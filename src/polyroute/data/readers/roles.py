@@ -1,6 +1,5 @@
 """`roles.json`, which describes tasks of a folder: `{"category", "choices", "metric", "role"}`."""
 
-import json
 import os
 import unicodedata
 from collections.abc import Collection, Iterable
@@ -17,7 +16,7 @@ from polyroute.host.texts import read_text
 __all__ = ["check_entry", "check_names", "read_roles"]
 
 LONGEST = 200
-"""Bytes of a part of a name; file systems have 255 for it with what is added."""
+"""Bytes of a part of a name. File systems allow 255, and polyroute adds to it."""
 DEVICES = {"con", "prn", "aux", "nul", *(f"{n}{i}" for n in ("com", "lpt") for i in range(1, 10))}
 """What Windows takes for a device, with any ending."""
 
@@ -41,7 +40,7 @@ def check_names(places: Iterable[tuple[str, Path]]) -> None:
         ):
             raise InputError(
                 f"{path} defines a task called {task[:LONGEST]!r}, which cannot name a folder of "
-                "results; rename it"
+                f"results; rename it (at most {LONGEST} bytes between slashes, all of them shown)"
             )
         _check_windows(task, path)
         key = unicodedata.normalize("NFC", task.strip().casefold())
@@ -124,7 +123,7 @@ def check_entry(entry: Any, where: str) -> TaskInfo:
         allowed = {"metric": METRICS, "role": ROLES}.get(key)
         value = entry.get(key)
         if not isinstance(value, type_) or (allowed is not None and value not in allowed):
-            got = f", not {json.dumps(value, default=str)}" if key in entry else " and is missing"
+            got = f", not {value!r}" if key in entry else " and is missing"
             raise InputError(f"{where}: {key!r} must be {wanted}{got}")
     if entry["metric"] == "accuracy" and not entry["choices"]:
         raise InputError(

@@ -31,8 +31,8 @@ from polyroute.data.records import cannot_read, checked
 from polyroute.data.suite import Role, TaskInfo
 from polyroute.errors import InputError
 from polyroute.host.json_text import parse_json
-from polyroute.host.paths import check_file, check_link, expanded
-from polyroute.host.texts import MOST, read_text
+from polyroute.host.paths import check_link, expanded
+from polyroute.host.texts import check_size, read_text
 from polyroute.settings import check_settings, setting, whole
 
 __all__ = ["SuperNiSettings", "SuperNiSuite"]
@@ -239,7 +239,7 @@ def _roles(folder: Path) -> dict[str, Role]:
 def _category(path: Path) -> str:
     """The first category of a task, found without parsing the instances at the end of its file."""
     check_link(path)
-    check_file(path, most=MOST)
+    check_size(path)
     try:
         with path.open(encoding="utf-8-sig") as file:
             head = file.read(1 << 16)

@@ -10,7 +10,6 @@ In a folder, an optional `roles.json` has the same form as in a folder of JSONL 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +35,7 @@ from polyroute.data.suite import split_of
 from polyroute.errors import InputError
 from polyroute.host.output import say
 from polyroute.host.paths import check_file, check_link, expanded
-from polyroute.host.texts import bounded_lines
+from polyroute.host.texts import LONGEST_LINE
 
 __all__ = ["TabularSuite", "is_table", "is_tabular"]
 
@@ -133,8 +132,9 @@ def _has_rows(path: Path) -> bool:
     try:
         check_file(path)
         with path.open("rb") as file:
-            lines = islice(bounded_lines(file, path), 2)
-            starts = [line.lstrip(b"\xef\xbb\xbf \t")[:1] for line in lines]
+            # A list may be one long line, of which the beginning is enough.
+            lines = [file.readline(LONGEST_LINE) for _ in range(2)]
+        starts = [line.lstrip(b"\xef\xbb\xbf \t")[:1] for line in lines]
     except OSError as error:
         raise cannot_read(path, error) from error
     return starts[:1] == [b"["] or starts == [b"{", b"{"]

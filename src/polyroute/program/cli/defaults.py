@@ -98,4 +98,4 @@ def _fits(flag: Any, value: Any) -> bool:
     if value is None:
         return flag.default is None
     parts = value if isinstance(value, list) else [value]
-    return all(isinstance(part, str | int | float) for part in parts)
+    return all(isinstance(one, str | int | float) and not isinstance(one, bool) for one in parts)

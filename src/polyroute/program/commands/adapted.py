@@ -50,7 +50,9 @@ class ResultFiles:
         wait()
         if is_first():
             parts = sorted(self.running.glob("results-*.json"))
-            found = [r for file in (self.path, *parts) if file.exists() for r in _read(file)]
+            read = [r for file in (self.path, *parts) if file.exists() for r in _read(file)]
+            # A kill may have left parts that the file has already.
+            found = list({(r["task"], r["label"], r["seed"]): r for r in read}.values())
             if found or parts:
                 place = {slot: i for i, slot in enumerate(self.order)}
                 found.sort(key=lambda r: place.get((r["task"], r["label"], r["seed"]), len(place)))

@@ -28,8 +28,11 @@ def last_checkpoint(folder: Path) -> Path | None:
     found = [p for p in folder.glob("checkpoint-*") if p.name.rpartition("-")[2].isdecimal()]
     damages: list[str] = []
     for path in sorted(found, key=lambda p: int(p.name.rpartition("-")[2]), reverse=True):
-        if not (path / TRAINER_STATE).is_file() or _lacks_manifest(path):
-            continue  # these are written last: the run was interrupted while it wrote
+        if not (path / TRAINER_STATE).is_file():
+            continue  # it is written last: the run was interrupted while it wrote the checkpoint
+        if _lacks_manifest(path):  # which is written after it
+            say(f"{path} has no {MANIFEST}, so it may not be whole; it is passed over")
+            continue
         damage = damage_of(path)
         if damage is None:
             for sentence in damages:

@@ -11,6 +11,7 @@ from polyroute.errors import InputError
 from polyroute.exchange.peft_folder import folders_inside
 from polyroute.host.files import make_folder
 from polyroute.host.output import Result
+from polyroute.host.paths import expanded
 from polyroute.library.delta import Delta
 from polyroute.library.library import Library
 from polyroute.program.options.library import LibraryOptions, MergeOptions, RecompressOptions
@@ -96,10 +97,12 @@ def _named(loras: Iterable[str]) -> dict[str, str]:
 
 
 def _inside(name: str, place: str) -> list[tuple[str, str]]:
-    path = Path(place)
+    path = expanded(place)
     inside = folders_inside(path)
     if (path / CONFIG).is_file() or not inside:
-        return [(name or (path.resolve().name if path.exists() else place), place)]
+        if not path.exists():
+            return [(name or place, place)]  # an id on the hub
+        return [(name or path.resolve().name, str(path))]
     start = f"{name}/" if name else ""
     return [(start + each.relative_to(path).as_posix(), str(each)) for each in inside]
 
@@ -116,8 +119,8 @@ def _written(delta: Delta, out: Path, about: Mapping[str, object], first: str) -
 def _check_out(out: Path, sources: Iterable[str]) -> None:
     """Make sure, before anything is computed, that the folder can be written and is no source."""
     for source in sources:
-        place = Path(source).resolve()
-        if Path(source).exists() and out.resolve() in (place, *place.parents):
+        place = expanded(source).resolve()
+        if place.exists() and out.resolve() in (place, *place.parents):
             raise InputError(
                 f"--out {out} is, or contains, one of the LoRAs that are read; name another folder"
             )
