@@ -85,6 +85,7 @@ def test_the_peak_is_that_of_the_call_whatever_it_frees() -> None:
     assert peak == pytest.approx(50, abs=5)
 
 
+@pytest.mark.slow
 def test_a_quick_run_writes_results_that_resume_and_a_page(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -193,7 +193,7 @@ main(sys.argv[1:])
 """
 
 
-@pytest.mark.parametrize("function", ["load_suite", "plan"])
+@pytest.mark.parametrize("function", ["load_suite", pytest.param("plan", marks=pytest.mark.slow)])
 def test_a_process_that_refuses_its_input_ends_all(
     place: Path, alone: Path, tmp_path: Path, function: str
 ) -> None:

@@ -141,7 +141,12 @@ def _check_names(folder: Path) -> None:
     for name in ("state.json", "dataset_info.json"):
         check_link(folder / name)
         check_file(folder / name)
-    state = read_json(folder / "state.json")
+    try:
+        state = read_json(folder / "state.json")
+    except InputError as error:
+        raise InputError(
+            f"{folder} is not a readable data set ({error}); write it again with save_to_disk"
+        ) from error
     entries = state.get("_data_files") if isinstance(state, dict) else None
     for entry in entries if isinstance(entries, list) else ():
         file = entry.get("filename") if isinstance(entry, dict) else None

@@ -12,7 +12,6 @@ from typing import Any
 
 import yaml
 from jinja2 import TemplateError
-from jinja2.exceptions import SecurityError
 from jinja2.runtime import Context
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
@@ -33,6 +32,10 @@ LARGE_WIDTH = re.compile(r"%(\(\w*\))?[-#0 +]*(\d{5}|\*)")
 """In a text whose `%` is the operator."""
 _BAR = "|||"
 _HIDDEN_BAR = "\ue000bar\ue000"  # private-use characters; hides bars in the data
+
+
+class _TooLargeError(TemplateError):
+    """A template asks for more than it may have."""
 
 
 @dataclass(frozen=True)
@@ -71,7 +74,7 @@ class PromptTemplate:
     def _rendered(self, jinja: str, values: Mapping[str, Any]) -> list[str]:
         try:
             text = _ENVIRONMENT.from_string(jinja).render({"range": _bounded_range(), **values})
-        except (SecurityError, MemoryError, RecursionError) as error:
+        except (_TooLargeError, MemoryError, RecursionError) as error:
             raise InputError(
                 f"{self.path}: the template {self.name!r} asks for too much ({error}); take the "
                 "templates of promptsource"
@@ -157,7 +160,7 @@ class _Environment(ImmutableSandboxedEnvironment):
         else:
             is_large = isinstance(left, str) and LARGE_WIDTH.search(left) is not None
         if is_large:
-            raise SecurityError(f"the result of {operator} is too large")
+            raise _TooLargeError(f"the result of {operator} is too large")
         return super().call_binop(context, operator, left, right)
 
 
@@ -170,7 +173,7 @@ def _bounded_range() -> Callable[..., range]:
         found = range(*bounds)
         left -= len(found)
         if left < 0:
-            raise SecurityError(f"its ranges have more than {MOST:,} numbers")
+            raise _TooLargeError(f"its ranges have more than {MOST:,} numbers")
         return found
 
     return bounded

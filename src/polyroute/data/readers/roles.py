@@ -1,5 +1,6 @@
 """`roles.json`, which describes tasks of a folder: `{"category", "choices", "metric", "role"}`."""
 
+import json
 import os
 import unicodedata
 from collections.abc import Collection, Iterable
@@ -106,6 +107,13 @@ def read_roles(path: Path, tasks: Collection[str]) -> dict[str, TaskInfo]:
     return {task: check_entry(entry, f"{path}, task {task!r}") for task, entry in roles.items()}
 
 
+def _shown(value: Any) -> str:
+    try:
+        return json.dumps(value)
+    except TypeError:  # a date of YAML, which JSON does not have
+        return repr(value)
+
+
 def check_entry(entry: Any, where: str) -> TaskInfo:
     """Read the entry of one task.
 
@@ -123,7 +131,7 @@ def check_entry(entry: Any, where: str) -> TaskInfo:
         allowed = {"metric": METRICS, "role": ROLES}.get(key)
         value = entry.get(key)
         if not isinstance(value, type_) or (allowed is not None and value not in allowed):
-            got = f", not {value!r}" if key in entry else " and is missing"
+            got = f", not {_shown(value)}" if key in entry else " and is missing"
             raise InputError(f"{where}: {key!r} must be {wanted}{got}")
     if entry["metric"] == "accuracy" and not entry["choices"]:
         raise InputError(
