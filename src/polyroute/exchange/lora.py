@@ -195,8 +195,7 @@ def _checked_rank(
         raise InputError(f"{source} lacks {lacking} of layer {layer!r}; it is not whole")
     rank = _of_layer(fields.get("rank_pattern"), layer, fields.get("r"), source)
     shapes = parts["A"].shape[0], parts["B"].shape[1]
-    is_rank = isinstance(rank, int) and not isinstance(rank, bool)
-    if not is_rank or shapes != (rank, rank) or not all(shapes):
+    if type(rank) is not int or shapes != (rank, rank) or not all(shapes):
         raise InputError(
             f"{source} is damaged: layer {layer!r} should have rank {rank!r}, and its matrices "
             f"have {shapes[0]} and {shapes[1]}"

@@ -138,9 +138,8 @@ def _check_names(folder: Path) -> None:
     Raises:
         InputError: its `state.json` cannot be read or names another file, or one is no file.
     """
-    for name in ("state.json", "dataset_info.json"):
-        check_link(folder / name)
-        check_file(folder / name)
+    check_link(folder / "dataset_info.json")
+    check_file(folder / "dataset_info.json")
     try:
         state = read_json(folder / "state.json")
     except InputError as error:

@@ -37,7 +37,7 @@ from polyroute.data.readers.task_table import TableSuite, TaskSource, load, rows
 from polyroute.data.records import checked
 from polyroute.data.suite import SPLITS, TaskInfo, split_of
 from polyroute.errors import InputError, did_you_mean
-from polyroute.host.paths import check_file, expanded
+from polyroute.host.paths import expanded
 from polyroute.host.yaml_files import read_yaml
 
 __all__ = ["HubSuite"]
@@ -242,8 +242,6 @@ def _local_files(path: str, data_files: Any) -> list[Path]:
             _beneath(Path(re.split(r"[*?[]", name)[0]).parent)  # which refuses a whole disk
         # Not Path.glob, which takes no absolute pattern.
         found += map(Path, sorted(glob(name, recursive=True)))  # noqa: PTH207
-    for file in found:
-        check_file(file)
     return found
 
 
