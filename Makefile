@@ -52,7 +52,7 @@ bench-paper: $(INSTALLED)
 # and ONLY='grouped' runs that start alone. Held-out tasks follow, with STAGES='test text continued',
 # once settings are chosen.
 DATA ?= ../shared/suite
-STAGES ?= train own develop continued
+STAGES ?= own develop continued
 study-lm: $(INSTALLED)
 	$(BIN)/python benchmarks/paper.py lm --threads 2 --data $(DATA) --stages $(STAGES) \
 		$(if $(ONLY),--only $(ONLY))

@@ -1,4 +1,4 @@
-"""The sections of docs/benchmarks.md about libraries of LoRAs, from the results of the studies."""
+"""Sections of docs/benchmarks.md on libraries of LoRAs, and the table of docs/library.md."""
 
 import json
 import statistics
@@ -11,7 +11,7 @@ from paper_tables import Interval, interval
 
 from polyroute.judging import BASE, FRESH, RANDOM, Judgement
 
-__all__ = ["library_lines"]
+__all__ = ["library_lines", "way_lines"]
 
 Table = Callable[..., list[str]]
 Scores = Mapping[str, Sequence[float]]
@@ -25,6 +25,71 @@ BY_USE = {
     "arrow": "Arrow",
     "spectr": "SpectR",
 }
+
+
+WAYS = (
+    ("average", "average: the task `mu`, `merge(\"mean\")`", "nothing", "many alike LoRAs"),
+    ("best single", "best single: `rank_skills(...).top(1)`", "nothing; a backward on the examples",
+     "one LoRA is of nearly the same task"),
+    ("weights", "weights: `learn_weights`", "a number for each LoRA", "a few examples"),
+    ("weights of layers", "weights of layers: `learn_weights`, `finegrained`",
+     "a number for each LoRA and layer", "more examples"),
+    ("arrow", "`Arrow`", "nothing", "no examples, inputs of several tasks"),
+    ("spectr", "`SpectR`", "nothing", "the same"),
+    (FRESH, "a fresh LoRA: `adapt --phase random`", "a whole LoRA", "what a library has to beat"),
+)  # fmt: skip
+"""Contender, call, what is trained, and when to use it."""
+FREEZE = ("frozen Arrow: `freeze`", "a LoRA, in closed form, on texts", "servers know only LoRAs")
+MERGED = "a merge: `merge`"
+ROUTED_OF = "32"
+"""The number of LoRAs for which the time of routes is given."""
+
+
+def way_lines(results: Path, table: Table) -> list[str]:
+    """What there is, what it costs and what it gave, as Markdown."""
+    judged, frozen, timed, merged = (
+        json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+        for name in ("library_judge", "library_frozen", "token_routes", "library_merging")
+        for path in [results / f"{name}.json"]
+    )
+    seconds = {name: one["cpu_s"] for name, one in timed["loras"][ROUTED_OF]["summary"].items()}
+
+    def cost(name: str) -> str:
+        return f"{seconds[name if name in seconds else 'one'] / seconds['base'] - 1:.0%}"
+
+    of_task: dict[str, Scores] = {
+        task: one["scores"] for task, one in judged.get("found", {}).items()
+    }
+    rows = []
+    for name, call, trained, when in WAYS if of_task else ():
+        gaps = [
+            _of_tasks({t: np.subtract(s[name], s[other]) for t, s in of_task.items()}).signed
+            if name != other
+            else ""
+            for other in (BASE, FRESH)
+        ]
+        rows.append([call, trained, when, cost(name), *gaps])
+    if found := frozen.get("found"):
+        live, still = (
+            [one[name]["score_normalised"] for one in found.values()]
+            for name in ("arrow", "frozen")
+        )
+        gap = interval([b - a for a, b in zip(live, still, strict=True)]).signed
+        rows.append([*FREEZE, cost("one"), "", f"{gap} to Arrow"])
+    own = [r["score"] for r in merged["merges"]["individual"]["results"]]
+    kept = {
+        name: statistics.fmean(r["score"] for r in one["results"]) / statistics.fmean(own)
+        for name, one in merged["merges"].items()
+        if name != "individual"
+    }
+    best = max(kept, key=lambda name: kept[name])
+    said = (
+        f"keeps {min(kept.values()):.0%} to {kept[best]:.0%} (`{best}`) of what the LoRAs score "
+        "on their own tasks"
+    )
+    rows.append([MERGED, "nothing", "one LoRA for the library's own tasks", cost("one"), "", said])
+    head = ["way", "what is trained", "when", "time", "score minus base", "minus fresh LoRA"]
+    return table(head, rows)
 
 
 def library_lines(results: Path, table: Table) -> list[str]:

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from library_merging import merging_lines
-from library_page import library_lines
+from library_page import library_lines, way_lines
 from measure import summarise
 from plots import draw_all, has_overview, has_peaks
 from smollm2_page import smollm2_lines
@@ -24,6 +24,8 @@ from token_routes import token_route_lines
 RESULTS = Path(__file__).parent / "results"
 DOCS = Path(__file__).parents[1] / "docs"
 REFERENCE = "lora"
+WAYS = "<!-- benchmarks/page.py makes this table. -->"
+"""Stands before the table of docs/library.md."""
 SECTIONS = {
     "main": (
         "Training steps",
@@ -294,6 +296,12 @@ def render(results: Path) -> str:
     return "\n".join(lines).rstrip() + "\n"
 
 
+def with_ways(page: str, results: Path) -> str:
+    """The page of libraries, with its table anew."""
+    lines = "\n".join(way_lines(results, table))
+    return re.sub(rf"(?<={WAYS}\n\n).*?\n\n", lambda _: lines + "\n", page, flags=re.DOTALL)
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     assert __doc__ is not None
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
@@ -304,6 +312,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     (options.docs / "figures").mkdir(parents=True, exist_ok=True)
     draw_all(groups, options.docs / "figures")
     (options.docs / "benchmarks.md").write_text(render(options.results), encoding="utf-8")
+    library = options.docs / "library.md"
+    if library.exists():
+        text = with_ways(library.read_text(encoding="utf-8"), options.results)
+        library.write_text(text, encoding="utf-8")
 
 
 if __name__ == "__main__":

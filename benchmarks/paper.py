@@ -149,9 +149,10 @@ def run_apart(study: Study, stages: Sequence[str], only: Sequence[str]) -> None:
     study.write("tasks", {"train": study.train, "develop": study.develop, "test": study.test})
     study = replace(study, max_examples=APART_EXAMPLES)
     names = [name for name in APART if not only or name in only]
-    for name in names if "train" in stages else ():
-        start = APART[name]
-        train(study, f"apart-{name}", start.config, APART_TRAINING, prepare=start.prepare)
+    for name in names:
+        start, inventory = APART[name], f"apart-{name}"
+        if "train" in stages or study.read(f"train-{inventory}") is None:
+            train(study, inventory, start.config, APART_TRAINING, prepare=start.prepare)
     if "develop" not in stages:
         return
     zero_shot(study, "apart-zero-shot-base", "base", study.develop)
@@ -174,6 +175,9 @@ def run_main(
         part = replace(study, test=study.develop, seeds=study.seeds[: plan.draws])
         _run_part(study, part, plan, contenders, 0, "develop")
     for seed in plan.seeds:
+        if "train" in stages:
+            for name, contender in contenders.items():
+                _train_contender(study, plan, f"{name}-s{seed}", contender, seed)
         held_out = replace(study, seeds=(study.seeds[seed],))
         parts = {
             "own": replace(held_out, test=study.train),
@@ -220,9 +224,7 @@ def _run_contender(
     )
     if has_adapted and done >= set(continued) and all(part.read(own) is not None for own in as_is):
         return
-    less = contender.start_examples * len(study.train) // plan.training.batch_size
-    training = replace(plan.training, steps=plan.training.steps - less)
-    train(study, name, contender.config, training, seed=seed, prepare=contender.prepare)
+    _train_contender(study, plan, name, contender, seed)
     for run in as_is.values():
         run()
     for own, settings in choices.items():
@@ -259,6 +261,12 @@ def _as_is(
     return {stage: partial(run, stage=stage) for stage, run in found.items()}
 
 
+def _train_contender(study: Study, plan: Plan, name: str, contender: Contender, seed: int) -> None:
+    less = contender.start_examples * len(study.train) // plan.training.batch_size
+    training = replace(plan.training, steps=plan.training.steps - less)
+    train(study, name, contender.config, training, seed=seed, prepare=contender.prepare)
+
+
 def _choices(
     plan: Plan, name: str, contender: Contender, role: str
 ) -> dict[str, dict[str, AdaptSettings]]:
@@ -289,7 +297,7 @@ def main() -> None:
         "--stages",
         nargs="+",
         choices=STAGES,
-        help="all; of a language model, no held-out ones",
+        help="all; of a language model, no held-out ones, and only what these need is trained",
     )
     parser.add_argument(
         "--only", nargs="+", default=[], help="cells or inventories, to share the work"
@@ -304,7 +312,9 @@ def main() -> None:
     torch.set_num_threads(options.threads)
     if options.stages is None:
         is_language_model = options.study.startswith("lm")
-        options.stages = [s for s in STAGES if s not in HELD_OUT or not is_language_model]
+        # What a stage needs is trained for it; `train` also trains again what was lost since.
+        left_out = {"train", *HELD_OUT} if is_language_model else ()
+        options.stages = [stage for stage in STAGES if stage not in left_out]
     if options.study == "generated":
         run_generated(generated(options.work, RESULTS), options.only)
     elif options.study == "real":

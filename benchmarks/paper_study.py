@@ -208,6 +208,8 @@ def train(
     write_json(folder / "metrics.json", {"log": log, "trained_parameters": model.num_trainable()})
     for path in folder.glob("checkpoint-*"):
         shutil.rmtree(path)
+    if has_trained:  # and the inventory was lost since: the same again
+        return
     study.write(
         stage,
         {

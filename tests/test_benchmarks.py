@@ -32,6 +32,9 @@ def test_the_page_is_that_of_the_results() -> None:
     page_file = page.DOCS / "benchmarks.md"
     text = page_file.read_text(encoding="utf-8")
     assert text == page.render(page.RESULTS), "run `python benchmarks/page.py`"
+    library = (page.DOCS / "library.md").read_text(encoding="utf-8")
+    assert page.WAYS in library
+    assert library == page.with_ways(library, page.RESULTS), "run `python benchmarks/page.py`"
     groups = page.read_cases(page.read_reports(page.RESULTS))
     figures = re.findall(r"\]\((figures/.*?)\)", text)
     assert figures
