@@ -352,6 +352,22 @@ BUGS = (
         ("test_validation.py::test_the_loss_is_that_of_all_rows_as_one_batch",),
     ),
     Bug(
+        "the digest of a running slot is not compared", "adapting/slot.py",
+        "if SHA256 in note and note.pop(SHA256) != digest_of(tensors, note):",
+        "if note.pop(SHA256, None) == 0:",
+        ("test_damage.py::test_a_damaged_slot_is_named_and_starts_anew",),
+    ),
+    Bug(
+        "a checkpoint is written into what stands there", "training/routed_trainer.py",
+        "            remove(place)\n", "            pass\n",
+        ("test_hostile.py::test_a_checkpoint_is_not_written_through_a_link",),
+    ),
+    Bug(
+        "the end of a slot is not looked at", "adapting/loop.py",
+        "        self._look_at_ends(over)\n", "",
+        ("test_adapt.py::test_a_slot_that_diverges_in_its_last_step_has_diverged",),
+    ),
+    Bug(
         "a packed forward loses an example", "adapting/row_batches.py",
         "left = left[count:]", "left = left[count + 1 :]",
         ("test_packing.py::test_packed_forwards_of_slots_stay_within_the_tokens_and_lose_no_example",),

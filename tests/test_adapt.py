@@ -354,6 +354,14 @@ def test_a_slot_that_diverges_leaves_the_others_alone() -> None:
         torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("phase", ["mu", "full"])
+def test_a_slot_that_diverges_in_its_last_step_has_diverged(phase: Any) -> None:
+    model, kind = trained()
+    rates = {**COMMON, "lr": 1e37, "steps": 1}
+    [result] = adapt_many(model, {"new": examples("new")}, kind=kind, phase=phase, **rates)
+    assert result.diverged_at == 1
+
+
 @pytest.mark.parametrize("make", [bert, t5, llama])
 @pytest.mark.parametrize("phase", ["z", "mu", "full"])
 def test_a_deterministic_slot_is_the_same_in_any_company(make: Maker, phase: Any) -> None:
@@ -389,7 +397,7 @@ def test_batches_have_at_most_so_many_tokens(make: Maker, monkeypatch: pytest.Mo
     monkeypatch.setattr(polyroute.adapting.memory, "CPU_ACTIVATION", 16 * limit)
     adapt_many(model, {"a": examples("a"), "b": examples("b")}, kind=kind, phase="z", **COMMON)
     assert all(count == 1 or tokens <= limit for count, tokens in seen)
-    assert sum(count for count, _ in seen) == 2 * 6 * 3
+    assert sum(count for count, _ in seen) == 2 * (6 + 1) * 3  # the end of each slot is looked at
     assert max(count for count, _ in seen) > 1
 
 
@@ -409,10 +417,17 @@ def test_sizes_of_memory(text: str | int, size: int) -> None:
     assert bytes_of(text) == size
 
 
-@pytest.mark.parametrize("text", ["", "eight", "-1GB", "8XB", "0GB", "nan"])
+@pytest.mark.parametrize("text", ["", "eight", "-1GB", "8XB", "0GB", "nan", "\u0663GB"])
 def test_what_is_no_size_is_refused(text: str) -> None:
     with pytest.raises(InputError, match="must be a size"):
         bytes_of(text)
+
+
+@pytest.mark.parametrize("name", ["a\nb", "\ud800", ""])
+def test_a_name_that_cannot_be_written_is_refused_before_training(name: str) -> None:
+    model, kind = trained()
+    with pytest.raises(InputError, match=r"has the character U\+|non-empty string"):
+        adapt_many(model, {name: examples("new")}, kind=kind)
 
 
 def test_settings_of_a_grid_have_labels() -> None:
@@ -445,6 +460,9 @@ def test_settings_of_a_grid_have_labels() -> None:
         ({"seeds": [2**70]}, "a seed must be at most 4294967295"),
         ({"seeds": [-1]}, "a seed must not be negative"),
         ({"route_lr": 1e39}, "at most 1e"),
+        ({"deterministic": "yes"}, "deterministic must be True or False"),
+        ({"folder": ""}, "a path is empty"),
+        ({"folder": "x" * 300}, "has a name of 300 bytes in it"),
     ],
 )
 def test_bad_requests_end_in_one_sentence(options: dict[str, Any], sentence: str) -> None:

@@ -362,6 +362,7 @@ def test_a_description_edited_by_hand_is_damaged(
     copy = tmp_path / "run"
     shutil.copytree(run, copy)
     description = read(copy / "run.json")
+    del description["sha256"]
     description["config"][name] = value
     (copy / "run.json").write_text(json.dumps(description))
     command = ["evaluate", str(copy), "--data", str(place / "suite")]

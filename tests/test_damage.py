@@ -4,22 +4,24 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Iterator
+import signal
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import hypothesis.strategies as st
 import pytest
 import torch
-from commands_run import Capture, document, refused
+from commands_run import Capture, adapt, document, ended, read, refused
 from conftest import train_arguments
 from hypothesis import HealthCheck, given, settings
 from models import llama, routed
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from test_interruptions import at_step
+from test_interruptions import at_slot_step, at_step, equal, send, untimed
 
 import polyroute as pr
+from polyroute.adapting.slot import read_slot
 from polyroute.host.files import UNFINISHED
 from polyroute.program.cli.app import main
 from polyroute.saved.digests import described_digest
@@ -242,3 +244,176 @@ def test_a_writer_notices_that_everything_was_saved_again(tmp_path: Path) -> Non
 def test_a_digest_is_that_of_what_is_read_again() -> None:
     written = {"settings": {10: "a", 2: "b", None: 1}}
     assert described_digest(written) == described_digest(json.loads(json.dumps(written)))
+
+
+# ------------------------------------------------------------------ ends and descriptions
+
+
+def emptied(path: Path) -> None:
+    path.write_bytes(b"")
+
+
+def flipped(path: Path) -> None:
+    Flipped(path, -9).__enter__()
+
+
+def removed(path: Path) -> None:
+    path.unlink()
+
+
+@pytest.mark.parametrize("spoil", [emptied, flipped, removed])
+@pytest.mark.parametrize("name", ["inventory.safetensors", "polyroute.json"])
+def test_the_end_of_a_run_is_restored_from_its_last_checkpoint(
+    place: Path, stopped: Path, tmp_path: Path, capsys: Capture, name: str,
+    spoil: Callable[[Path], None],
+) -> None:  # fmt: skip
+    out = shutil.copytree(stopped, tmp_path / "run")
+    spoil(out / name)
+    again = [*train_arguments(place, "x"), "--out", str(out), "--resume"]
+    main(again)
+    said = capsys.readouterr().out
+    assert "restoring the end of the run from checkpoint-12" in said
+    assert (out / name).read_bytes() == (stopped / name).read_bytes()
+    main(again)
+    assert "there is nothing to resume" in capsys.readouterr().out
+
+
+def test_an_end_that_cannot_be_restored_is_refused(
+    place: Path, stopped: Path, tmp_path: Path, capsys: Capture
+) -> None:
+    out = shutil.copytree(
+        stopped, tmp_path / "run", ignore=lambda *_: {"checkpoint-8", "checkpoint-12"}
+    )
+    (out / "inventory.safetensors").unlink()
+    again = [*train_arguments(place, "x"), "--out", str(out), "--resume", "--quiet"]
+    assert "no checkpoint is left to restore the run from" in refused(again, capsys)
+
+
+@pytest.mark.parametrize("text", ["{}", "[]", '{"log": [5]}', '{"log": [], "eval_loss": "x"}'])
+def test_metrics_have_their_types_or_are_written_again(
+    place: Path, stopped: Path, tmp_path: Path, capsys: Capture, text: str
+) -> None:
+    out = shutil.copytree(stopped, tmp_path / "run")
+    (out / "metrics.json").write_text(text)
+    assert "metrics.json is damaged" in refused(["check", str(out)], capsys)
+    main([*train_arguments(place, "x"), "--out", str(out), "--resume"])
+    logs = [read(folder / "metrics.json")["log"] for folder in (out, stopped)]
+    assert [untimed(entry) for entry in logs[0]] == [untimed(entry) for entry in logs[1]]
+
+
+def test_one_flipped_letter_of_a_description_is_noticed(
+    stopped: Path, tmp_path: Path, capsys: Capture
+) -> None:
+    out = shutil.copytree(stopped, tmp_path / "run")
+    text = (out / "run.json").read_text()
+    for old, new in (('"heads"', '"heats"'), ('"sha256"', '"sha257"')):
+        (out / "run.json").write_text(text.replace(old, new))
+        assert "run.json is damaged: it does not say what was written" in refused(
+            ["check", str(out)], capsys
+        )
+    description = json.loads(text)
+    del description["sha256"]
+    (out / "run.json").write_text(json.dumps(description))
+    document(["check", str(out)], capsys)
+
+
+def test_a_folder_that_disappears_is_noticed_at_the_next_checkpoint(
+    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Capture
+) -> None:
+    out = tmp_path / "gone"
+    at_step(2, lambda: (out / "run.json").unlink(), monkeypatch)
+    extra = ["--out", str(out), "--quiet", "--steps", "4000", "--save-steps", "4"]
+    assert "was removed or replaced" in refused([*train_arguments(place, "x"), *extra], capsys)
+    assert not list(out.glob("checkpoint-*"))
+
+
+# ------------------------------------------------------------------ adaptations
+
+
+@pytest.fixture(scope="module")
+def halfway(place: Path, stopped: Path) -> Path:
+    """An adaptation that was interrupted, of one slot."""
+    with pytest.MonkeyPatch.context() as patch:
+        at_slot_step(5, send(signal.SIGTERM), patch)
+        assert ended(one_slot(place, stopped, "halfway")) == 143
+    return place / "halfway"
+
+
+def one_slot(place: Path, run: Path, out: str, *extra: str) -> list[str]:
+    return adapt(place, run, out, "--tasks", "pick", "--seeds", "0", *extra)
+
+
+SLOT = Path(".running", "pick-seed-0.safetensors")
+
+
+@given(place=st.one_of(st.integers(0, 4000), st.integers(0, 10**7)), bit=st.integers(0, 7))
+@settings(max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_one_flipped_bit_of_a_running_slot_is_noticed(halfway: Path, place: int, bit: int) -> None:
+    with (
+        Flipped(halfway / SLOT, place, bit),
+        pytest.raises(pr.InputError, match="delete it to start"),
+    ):
+        read_slot(halfway / SLOT)
+    read_slot(halfway / SLOT)
+
+
+@pytest.mark.parametrize("spoil", [emptied, flipped])
+def test_a_damaged_slot_is_named_and_starts_anew(
+    place: Path, stopped: Path, halfway: Path, tmp_path: Path, capsys: Capture,
+    spoil: Callable[[Path], None],
+) -> None:  # fmt: skip
+    out = shutil.copytree(halfway, tmp_path / "run")
+    assert ".running" in document(["check", str(out)], capsys)["checked"]
+    spoil(out / SLOT)
+    again = one_slot(place, stopped, str(out), "--resume", "--quiet")
+    for command in (["check", str(out)], again):
+        sentence = refused(command, capsys)
+        assert SLOT.name in sentence
+        assert "delete it to start that slot from the beginning" in sentence
+    (out / SLOT).unlink()
+    main(again)
+    main(one_slot(place, stopped, str(tmp_path / "whole")))
+    equal(out, tmp_path / "whole", "pick/seed-0/adapter_model.safetensors")
+
+
+@pytest.fixture(scope="module")
+def adapted(place: Path, stopped: Path) -> Path:
+    main(one_slot(place, stopped, "adapted"))
+    return place / "adapted"
+
+
+@pytest.mark.parametrize("spoil", [emptied, flipped, removed])
+@pytest.mark.parametrize(
+    "name", ["adapter_model.safetensors", "adapter_config.json", "route.safetensors"]
+)
+def test_a_damaged_adapter_is_noticed_and_made_again(
+    place: Path, stopped: Path, adapted: Path, tmp_path: Path, capsys: Capture, name: str,
+    spoil: Callable[[Path], None],
+) -> None:  # fmt: skip
+    out = shutil.copytree(adapted, tmp_path / "run")
+    path = out / "pick" / "seed-0" / name
+    document(["check", str(out)], capsys)
+    spoil(path)
+    assert name in refused(["check", str(out)], capsys)
+    main(one_slot(place, stopped, str(out), "--resume"))
+    assert "adapting to pick with seed 0 again" in capsys.readouterr().out
+    document(["check", str(out)], capsys)
+    main(one_slot(place, stopped, str(out), "--resume"))
+    assert "again" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("text", ["[]", "{}", None])
+def test_results_that_are_lost_are_noticed(
+    adapted: Path, tmp_path: Path, capsys: Capture, text: str | None
+) -> None:
+    out = shutil.copytree(adapted, tmp_path / "run")
+    (out / "results.json").unlink()
+    if text is not None:
+        (out / "results.json").write_text(text)
+    assert "results.json" in refused(["check", str(out)], capsys)
+
+
+def test_a_card_may_be_changed(adapted: Path, tmp_path: Path, capsys: Capture) -> None:
+    out = shutil.copytree(adapted, tmp_path / "run")
+    (out / "pick" / "seed-0" / "README.md").write_text("mine")
+    document(["check", str(out)], capsys)

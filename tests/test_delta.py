@@ -283,7 +283,27 @@ def test_weights_that_overflow_are_refused(tmp_path: Path, weight: float) -> Non
     delta = pr.Delta.from_peft(tmp_path / "lora")
     with pytest.raises(pr.InputError, match="the weight of a LoRA must be"):
         weight * delta
+    with pytest.raises(pr.InputError, match=r"the (weight|divisor) of a LoRA must be"):
+        _ = delta / (weight if weight > 1e38 else 1e-320)
     large = 1e30 * (1e30 * delta)
     with pytest.raises(pr.InputError, match=r"is not written to .* not finite: use smaller"):
         large.save_peft(tmp_path / "large")
     assert not (tmp_path / "large").exists()
+
+
+@pytest.mark.parametrize(
+    ("folder", "message"),
+    [
+        ("", "a path is empty"),
+        (None, "a path must be a text"),
+        ("x" * 300, "has a name of 300 bytes in it"),
+        ("a\0b", "remove the zero byte"),
+        ("\ud800", "a character that cannot be written"),
+    ],
+)
+def test_a_folder_that_cannot_be_is_refused(tmp_path: Path, folder: Any, message: str) -> None:
+    written(tmp_path)
+    delta = pr.Delta.from_peft(tmp_path)
+    for use in (delta.save_peft, pr.Delta.from_peft, pr.SavedRoutes, pr.open_suite):
+        with pytest.raises(pr.InputError, match=message):
+            use(folder)

@@ -1,5 +1,6 @@
 """Training that comes to no numbers: what it says, what it keeps, and what it skips."""
 
+import json
 import math
 from pathlib import Path
 from types import SimpleNamespace
@@ -18,6 +19,7 @@ from polyroute.kinds.base import ModelKind
 from polyroute.program.cli.app import main
 from polyroute.trainer import MultiTaskTrainer
 from polyroute.training.divergence import Watch
+from polyroute.training.whole_run import WholeRun
 
 __all__ = ["parts"]
 
@@ -129,7 +131,27 @@ def test_skipped_steps_are_counted(
     main(train(place, tmp_path / "run", "--on-nan", "skip"))
     metrics = read(tmp_path / "run" / "metrics.json")
     assert metrics["skipped_steps"] == 2
-    assert all(math.isfinite(entry["loss"]) for entry in metrics["log"] if "loss" in entry)
+    losses = {entry["step"]: entry["loss"] for entry in metrics["log"] if "loss" in entry}
+    taken = [loss for loss in losses.values() if loss is not None]
+    assert [step for step, loss in losses.items() if loss is None] == [2, 4]
+    assert metrics["train_loss"] == pytest.approx(sum(taken) / len(taken))
+
+
+def test_the_mean_loss_is_that_of_finite_losses_whatever_the_log_and_the_resumption() -> None:
+    losses = [1.0, math.nan, 3.0, math.inf, math.nan, 8.0]
+    for cut in range(7):
+        whole = WholeRun()
+        seen = []
+        for step, loss in enumerate(losses, start=1):
+            if step == cut:
+                kept, whole = json.loads(json.dumps(whole.kept())), WholeRun()
+                whole.go_on(kept, step - 1)
+            whole.see(torch.tensor(loss), fills=True)
+            if step in (3, 5):
+                seen.append(whole.mean_since_log(step))
+        assert seen[0] == 2.0
+        assert math.isnan(seen[1])
+        assert whole.metrics(6, 1)["train_loss"] == pytest.approx((2.0 * 3 + 8.0) / 4)
 
 
 def test_a_trainer_can_go_on_after_it_was_told(parts: Parts, tmp_path: Path) -> None:

@@ -1,4 +1,5 @@
 import json
+import math
 import warnings
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ from datasets import Dataset
 from models import routed
 from torch import Tensor
 
+from polyroute import InputError
 from polyroute.data.open import open_suite
 from polyroute.study.evaluate import (
     Questions,
@@ -61,7 +63,8 @@ def accuracy(kind: Any, rows: Dataset) -> float:
         ([-1.0, -1.0, -3.0], 2, 0.0),
         ([-1.0, -1.0, -1.0], 2, 1 / 3),
         ([-1.0, -1.0, -1.0], -1, 0.0),
-        ([float("nan")] * 3, 0, 0.0),
+        ([-1.0, -math.inf, -3.0], 0, 1.0),
+        ([-1.0, -math.inf, -3.0], 1, 0.0),
     ],
 )
 def test_a_tie_counts_a_share(scores: list[float], label: int, expected: float) -> None:
@@ -69,6 +72,12 @@ def test_a_tie_counts_a_share(scores: list[float], label: int, expected: float) 
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert accuracy(Fixed(scores), rows) == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("scores", [[math.nan] * 3, [-1.0, math.nan, -2.0], [-math.inf] * 3])
+def test_what_is_not_finite_is_no_score(scores: list[float]) -> None:
+    with pytest.raises(InputError, match=r"losses on task 'x' are not finite.*lower rate"):
+        accuracy(Fixed(scores), table([[1], [2], [3]], labels=[0]))
 
 
 def test_choices_cut_to_the_same_tokens_tie_and_are_warned_of_once() -> None:
@@ -104,3 +113,44 @@ def test_a_task_without_a_training_split_has_no_majority(tmp_path: Path) -> None
     assert macro_average(scores)["majority"] == 0.5
     assert macro_average(scores[:1])["majority"] is None
     assert all(isinstance(s, TaskScore) and s.chance == 0.5 for s in scores)
+
+
+@pytest.mark.parametrize("has_choices", [True, False])
+def test_a_model_that_answers_nan_is_refused(tmp_path: Path, has_choices: bool) -> None:
+    write(tmp_path / "suite", "test")
+    if not has_choices:
+        path = tmp_path / "suite" / "test.jsonl"
+        path.write_text(path.read_text().replace('["yes", "no"]', "null"))
+    wrapper, kind = made(t5)
+    model = routed(wrapper.base_model, ("test",), num_heads=4)
+    with torch.no_grad():
+        next(model.inventory.parameters()).fill_(math.nan)
+    with pytest.raises(InputError, match="losses on task 'test' are not finite"):
+        evaluate(model, kind, open_suite(tmp_path / "suite"), ["test"])
+
+
+@pytest.mark.parametrize(
+    ("tasks", "given", "message"),
+    [
+        (["test"], {"max_examples": -1}, "max_examples must be a positive whole number, not -1"),
+        (["test"], {"max_examples": 0}, "max_examples must be a positive whole number, not 0"),
+        (["test"], {"max_examples": 1.5}, "max_examples must be a positive whole number, not 1.5"),
+        (["test"], {"batch_size": 0}, "batch_size must be a positive whole number, not 0"),
+        (["test"], {"batch_size": 1.5}, "batch_size must be a positive whole number, not 1.5"),
+        ([], {}, "name at least one"),
+        ("test", {}, "tasks must be a list of names, not 'test'"),
+        (5, {}, "tasks must be a list of names, not 5"),
+        ([5], {}, "has no task 5"),
+        (["test", "test"], {}, "the task 'test' is named twice"),
+        (["tset"], {}, "has no task 'tset'; did you mean 'test'"),
+        (["test"], {"split": "tset"}, "there is no split 'tset'"),
+    ],
+)
+def test_what_cannot_be_evaluated_is_refused(
+    tmp_path: Path, tasks: Any, given: dict[str, Any], message: str
+) -> None:
+    write(tmp_path / "suite", "test")
+    wrapper, kind = made(t5)
+    model = routed(wrapper.base_model, ("test",), num_heads=4)
+    with pytest.raises(InputError, match=message):
+        evaluate(model, kind, open_suite(tmp_path / "suite"), tasks, **given)

@@ -1,6 +1,7 @@
 """Files that were crafted or damaged: each ends in a sentence, and none takes the machine."""
 
 import contextlib
+import fnmatch
 import importlib
 import json
 import os
@@ -8,14 +9,17 @@ import shutil
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
-from commands_run import Capture, refused
+from commands_run import Capture, adapt, refused
 from models import llama, routed
 from safetensors.torch import load_file, save_file
+from test_interruptions import equal
+from tiny_runs import train_arguments
 from unsigned import without_digests
 
 import polyroute as pr
@@ -27,6 +31,7 @@ from polyroute.host.printable import printable, spreadsheet_cell
 from polyroute.host.yaml_files import parse_yaml
 from polyroute.program.cli.app import main
 from polyroute.program.texts import names
+from polyroute.saved.runs import RUNNING
 
 SHARED = Path(os.environ.get("POLYROUTE_SHARED", Path(__file__).parents[2] / "shared"))
 HOSTILE = SHARED / "cases" / "hostile"
@@ -295,9 +300,70 @@ def test_names_that_windows_does_not_have(
         check_names([(name, tmp_path)])
 
 
-def test_a_comma_in_a_name_is_escaped() -> None:
-    assert names(r"a\,b, c ,", "--tasks") == ["a,b", "c"]
-    assert names(None, "--tasks") is None
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        (".running", "a part begins with a dot"),
+        ("a/.b.unfinished", "a part begins with a dot"),
+        ("results.json", "'results.json' is a file that a run writes"),
+        ("Run.JSON/x", "'Run.JSON' is a file that a run writes"),
+        ("evaluate-test.json", "is a file that a run writes"),
+        ("a\N{ZERO WIDTH JOINER}b", r"the character U\+200D \(ZERO WIDTH JOINER\), which is not"),
+        ("a\N{NO-BREAK SPACE}b", r"the character U\+00A0 \(NO-BREAK SPACE\), which is not"),
+    ],
+)
+def test_names_that_would_lose_results_are_refused(tmp_path: Path, name: str, message: str) -> None:
+    with pytest.raises(pr.InputError, match=message):
+        check_names([(name, tmp_path)])
+
+
+def test_no_task_lies_in_the_results_of_another(tmp_path: Path) -> None:
+    fine = ["a", "a/b", "a/seed-x/b", "b/seed-0", "c.json", "d/run.json", "my results.json"]
+    check_names([(name, tmp_path) for name in fine])
+    for within in ("c/seed-0", "C/Seed-12/adapter_model.safetensors"):
+        with pytest.raises(pr.InputError, match="would lie in the results of the task 'c'"):
+            check_names([(within, tmp_path), ("c", tmp_path)])
+
+
+def test_the_files_of_an_adaptation_are_no_names_of_tasks(tmp_path: Path) -> None:
+    for name in ("run.json", "results.json", RUNNING):
+        with pytest.raises(pr.InputError, match="rename it"):
+            check_names([(name, tmp_path)])
+
+
+@pytest.mark.parametrize("make", ["jsonl", "csv", "yaml", "p3"])
+def test_every_reader_refuses_such_names(tmp_path: Path, make: str) -> None:
+    record = {"instruction": "", "input": "a", "target": "b", "choices": None, "split": "train"}
+    name = "glue_mrpc_.x" if make == "p3" else "run.json"
+    path = tmp_path
+    if make in ("jsonl", "p3"):
+        (tmp_path / f"{name}.jsonl").write_text(json.dumps(record) + "\n")
+    if make == "p3":
+        (tmp_path / f"{name}.jsonl").write_text('{"inputs_pretokenized": "a"}\n')
+    if make == "csv":
+        path = tmp_path / "a.csv"
+        path.write_text(f"task,input,target\n{name},a,b\n")
+    if make == "yaml":
+        path = tmp_path / "a.yaml"
+        path.write_text("tasks: {run.json: {path: csv, columns: {input: a, target: b}}}")
+    with pytest.raises(pr.InputError, match=r"a file that a run writes|begins with a dot"):
+        pr.open_suite(path)
+
+
+@pytest.mark.parametrize(
+    ("typed", "meant"),
+    [
+        (r"a\,b, c ,", ["a,b", "c"]),
+        (r"\ lead, tail\ , b", [" lead", "tail ", "b"]),
+        (r"p\\,other", ["p\\", "other"]),
+        (r"p\\\,q", [r"p\,q"]),
+        (r"a\b,c\d", [r"a\b", r"c\d"]),
+        ("p\\", ["p\\"]),
+        (None, None),
+    ],
+)
+def test_every_name_can_be_said_in_a_list(typed: str | None, meant: list[str] | None) -> None:
+    assert names(typed, "--tasks") == meant
 
 
 def test_too_little_memory_says_what_to_lower(
@@ -369,6 +435,112 @@ def test_a_write_replaces_a_link_and_not_what_it_names(tmp_path: Path) -> None:
     write_json(tmp_path / "out.json", {})
     assert (tmp_path / "mine").read_text() == "mine"
     assert read_json(tmp_path / "out.json") == {}
+
+
+def half(run: Path, folder: Path) -> Path:
+    """A run that was killed after its last checkpoint but one."""
+    ends = ("checkpoint-12", "metrics.json", "*.safetensors", "polyroute.json")
+    shutil.copytree(run, folder, ignore=lambda at, names: (
+        set().union(*(fnmatch.filter(names, end) for end in ends)) if Path(at) == run else set()
+    ))  # fmt: skip
+    return folder
+
+
+@pytest.mark.parametrize(
+    "name", ["optimizer.pt", "scheduler.pt", "rng_state.pth", "trainer_state.json", ""]
+)
+@pytest.mark.parametrize("is_there", [True, False])
+def test_a_checkpoint_is_not_written_through_a_link(
+    place: Path, run: Path, tmp_path: Path, name: str, is_there: bool
+) -> None:
+    out, elsewhere = half(run, tmp_path / "run"), tmp_path / "elsewhere"
+    link = out / "checkpoint-12" / name
+    link.parent.mkdir(exist_ok=True)
+    link.symlink_to(elsewhere)
+    if is_there and name:
+        elsewhere.write_text("mine")
+    elif is_there:
+        elsewhere.mkdir()
+    main([*train_arguments(place, "x"), "--out", str(out), "--resume"])
+    equal(out, run)
+    assert elsewhere.exists() == is_there
+    assert not is_there or not name or elsewhere.read_text() == "mine"
+    assert name or not is_there or not list(elsewhere.iterdir())
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["optimizer.pt", "scheduler.pt", "rng_state.pth", "trainer_state.json", "manifest.json",
+     "inventory.safetensors"],
+)  # fmt: skip
+@pytest.mark.parametrize("what", ["link", "folder", "pipe"])
+def test_a_checkpoint_with_something_else_in_it_is_passed_over_and_written_again(
+    place: Path, run: Path, tmp_path: Path, capsys: Capture, name: str, what: str
+) -> None:
+    out = shutil.copytree(run, tmp_path / "run")
+    (out / "metrics.json").unlink()
+    path = out / "checkpoint-12" / name
+    shutil.move(path, tmp_path / "elsewhere")
+    if what == "link":
+        path.symlink_to(tmp_path / "elsewhere")
+    elif what == "folder":
+        path.mkdir()
+    else:
+        os.mkfifo(path)
+    assert "checkpoint-12" in refused(["check", str(out)], capsys)
+    main([*train_arguments(place, "x"), "--out", str(out), "--resume"])
+    equal(out, run)
+    main(["check", str(out), "--quiet"])
+
+
+def test_an_adaptation_is_not_written_through_a_link(
+    place: Path, run: Path, tmp_path: Path, capsys: Capture
+) -> None:
+    (tmp_path / "elsewhere").mkdir()
+    given = adapt(place, run, str(tmp_path / "adapted"), "--quiet")
+    main(given)
+    for name in ("first", "first/seed-0", ".running"):
+        out = shutil.copytree(tmp_path / "adapted", tmp_path / "again")
+        if name != ".running":
+            shutil.rmtree(out / name)
+        (out / name).symlink_to(tmp_path / "elsewhere")
+        (out / "results.json").write_text("[]")
+        again = adapt(place, run, str(out), "--quiet", "--resume")
+        for command in (again, ["check", str(out)]):
+            assert "is a link that leads out of its folder" in refused(command, capsys)
+        shutil.rmtree(out)
+    assert not list((tmp_path / "elsewhere").iterdir())
+    # A folder that nobody named may be a link of somebody else, too.
+    copy = shutil.copytree(run, tmp_path / "run")
+    (copy / "adapt-full-8").symlink_to(tmp_path / "elsewhere")
+    unnamed = adapt(place, copy, "x", "--quiet")
+    place_of_out = unnamed.index("--out")
+    assert "is a link that leads" in refused(
+        unnamed[:place_of_out] + unnamed[place_of_out + 2 :], capsys
+    )
+
+
+def test_a_folder_in_the_place_of_a_file_is_named(tmp_path: Path) -> None:
+    (tmp_path / "a.json").mkdir()
+    with pytest.raises(pr.InputError, match=r"a.json is a folder, where a file is to be written"):
+        write_json(tmp_path / "a.json", {})
+    assert [path.name for path in tmp_path.iterdir()] == ["a.json"]
+
+
+def test_what_may_not_be_read_is_said(
+    inventory: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    opened = Path.open
+
+    def denied(path: Path, *given: Any, **named: Any) -> Any:
+        if path.suffix == ".safetensors":
+            raise PermissionError(13, "Permission denied")
+        return opened(path, *given, **named)
+
+    with monkeypatch.context() as patch:  # root may read everything
+        patch.setattr(Path, "open", denied)
+        with pytest.raises(pr.InputError, match=r"cannot read .*safetensors: Permission denied"):
+            pr.from_pretrained(llama(), inventory)
 
 
 def test_a_missing_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -111,9 +111,7 @@ def test_the_home_folder_is_meant_by_a_tilde_everywhere(
 # ------------------------------------------------------------------ numbers
 
 
-@pytest.mark.parametrize(
-    "number", ["9" * 400, "0x" + "f" * 290, "0x" + "f" * 5000, ":".join(["1"] * 200_000)]
-)
+@pytest.mark.parametrize("number", ["9" * 400, "0x" + "f" * 290, "0x" + "f" * 5000])
 def test_numbers_are_bounded(number: str) -> None:
     with pytest.raises(InputError, match="too many digits"):
         parse_yaml(f"rank: {number}", "the config")
@@ -197,6 +195,23 @@ def test_a_config_gives_texts_and_numbers(tmp_path: Path, value: str, capsys: Ca
     assert f"config key 'tasks' in {tmp_path / 'c.yaml'} cannot be" in refused(given, capsys)
 
 
+@pytest.mark.parametrize(
+    ("line", "sentence"),
+    [
+        ("shared-skill: []", "config key 'shared-skill'"),
+        ('shared-skill: ""', "config key 'shared-skill'"),
+        ("skills: 12:30", "Invalid value for '--skills'"),
+        ("skills: 010", "begins with 0"),
+    ],
+)
+def test_a_config_says_nothing_by_accident(
+    tmp_path: Path, line: str, sentence: str, capsys: Capture
+) -> None:
+    (tmp_path / "c.yaml").write_text(f"{line}\n")
+    given = ["train", "--config", str(tmp_path / "c.yaml"), "--data", "none", "--out", "none"]
+    assert sentence in refused(given, capsys)
+
+
 # ------------------------------------------------------------------ data
 
 
@@ -248,6 +263,17 @@ def test_a_saved_data_set_names_files_of_its_own(tmp_path: Path) -> None:
     path.write_text(json.dumps(content))
     with pytest.raises(InputError, match=r"state.json names .* which is not in its folder"):
         rows_of(tmp_path / "ds")
+
+
+@pytest.mark.parametrize("text", ["12:30", "1:30.5", "1:1:1"])
+def test_a_time_in_yaml_is_the_text_that_it_looks_like(text: str) -> None:
+    assert parse_yaml(text, "it") == text
+
+
+@pytest.mark.parametrize("number", ["010", "-07", "0_7"])
+def test_a_number_that_begins_with_zero_is_refused(number: str) -> None:
+    with pytest.raises(InputError, match="begins with 0, as those in base 8 do"):
+        parse_yaml(f"a: {number}", "it")
 
 
 def test_half_a_surrogate_pair_names_no_task(tmp_path: Path) -> None:
@@ -350,9 +376,8 @@ def adapted(run: Path, tmp_path: Path) -> Path:
     (folder / "adapt-z-4").mkdir()
     config = {"run": str(folder), "phase": "z"}
     (folder / "adapt-z-4" / "run.json").write_text(
-        json.dumps({**json.loads((run / "run.json").read_text()), "command": "adapt",
-                    "config": config})
-    )  # fmt: skip
+        json.dumps({"command": "adapt", "config": config})
+    )
     (folder / "adapt-z-4" / "results.json").write_text(json.dumps([RESULT]))
     return folder
 

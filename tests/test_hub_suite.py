@@ -219,7 +219,7 @@ def test_data_that_does_not_fit_is_refused(
         ("- a", "must hold `option: value` lines"),
         ("tasks:\n  a: 1\n  a: 2\n", "the key 'a' in line 3 occurs twice"),
         ("tasks: {1: {}}", "the task name 1 must be a string"),
-        ("tasks: {mu: {}}", "the name kept for the average"),
+        ("tasks: {mu: {path: csv, columns: {input: a, target: b}}}", "the name kept for"),
         ("tasks: !!python/object/apply:os.getcwd []", "is not valid YAML"),
     ],
 )
@@ -269,7 +269,7 @@ def test_two_tasks_of_the_same_rows_keep_their_names(folder: Path) -> None:
 
 @pytest.mark.parametrize("name", ["../x", "..", "/x", "a\0b", "a//b"])
 def test_a_task_whose_results_would_lie_elsewhere_is_refused(folder: Path, name: str) -> None:
-    with pytest.raises(InputError, match="which cannot name a folder of results"):
+    with pytest.raises(InputError, match=r"which cannot name a folder of results|U\+0000"):
         put(folder, **{name: task()})
 
 

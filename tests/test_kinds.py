@@ -73,9 +73,17 @@ def test_a_kind_that_writes_needs_an_end_token() -> None:
         CausalKind(word_tokenizer(frame=True))
 
 
-def test_lengths_below_two_tokens_are_refused() -> None:
-    with pytest.raises(InputError, match="max_target=1 is too short"):
-        Seq2SeqKind(ByT5Tokenizer(), max_target=1)
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"max_target": 1}, "max_target must be at least 2, not 1"),
+        ({"max_input": None}, "max_input must be a whole number, not None"),
+        ({"max_input": 2.5}, r"max_input must be a whole number, not 2\.5"),
+    ],
+)
+def test_lengths_that_are_none_are_refused(given: dict[str, Any], message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        Seq2SeqKind(ByT5Tokenizer(), **given)
 
 
 # Encoding

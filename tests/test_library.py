@@ -125,6 +125,11 @@ def test_a_folder_counts_as_what_it_is(loras: Path, tmp_path: Path) -> None:
     assert list(pr.Library.from_peft(tmp_path)) == ["run"]
     with pytest.raises(pr.InputError, match="loras must be folders by name, or one folder"):
         pr.Library.from_peft([loras])  # type: ignore[arg-type]
+    for name in ("..", "a/../b", "mu", "", 5, "a\nb"):
+        with pytest.raises(pr.InputError, match=r"cannot be called|non-empty string|U\+000A"):
+            pr.Library.from_peft({name: loras / "plain"})  # type: ignore[dict-item]
+    with pytest.raises(pr.InputError, match="how their characters are composed"):
+        pr.Library.from_peft({"\u00e9": loras / "plain", "e\u0301": loras / "plain"})
     library = pr.Library.from_peft(loras)
     assert library.get("none") is None
     assert library.get("plain") is not None

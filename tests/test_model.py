@@ -362,6 +362,8 @@ def test_a_batch_that_the_tasks_do_not_fit_is_refused(count: int) -> None:
         (["mu"], "'mu' is reserved"),
         ([""], "non-empty string"),
         ([3], "non-empty string, not 3"),
+        (["a\x00"], r"has the character U\+0000"),
+        (["\u00e9", "e\u0301"], "how their characters are composed"),
     ],
     ids=str,
 )

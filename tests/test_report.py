@@ -381,7 +381,7 @@ def test_figures_show_every_point(report: Contents, monkeypatch: pytest.MonkeyPa
 
 def test_names_of_tasks_cannot_break_the_page(tmp_path: Path) -> None:
     names = [HOSTILE, "x" * 5000, "plain"]
-    run = write_run(tmp_path / "<b>run", "mhr", ["one", "two", names[0].replace("\ud800", "")])
+    run = write_run(tmp_path / "<b>run", "mhr", ["one", "two", re.sub("[\ud800\0]", "", HOSTILE)])
     results = [adapted(name, 0, "mu", 8, 10, 0.5) for name in names]
     write(run / "adapt-mu-8" / "results.json", results)
     (run / "alignment.json").unlink()

@@ -1,4 +1,5 @@
 import json
+import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from statistics import stdev
@@ -19,6 +20,7 @@ from polyroute.program.cli.evaluate import evaluate
 from polyroute.program.cli.train import train
 from polyroute.program.options.experiments import ReproduceOptions
 from polyroute.program.reproduce.preset import preset_names, read_preset
+from polyroute.program.reproduce.rehearsal import BEGIN
 from polyroute.program.reproduce.results import aggregate
 from polyroute.program.reproduce.run import run_preset
 from polyroute.study.evaluate import Questions
@@ -38,6 +40,14 @@ SETTINGS: dict[str, dict[str, Any]] = {
     },
     "t0": {"tasks": ["rte"], "seeds": [42, 0]},
 }
+
+
+@pytest.fixture(autouse=True)
+def leave_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Stages of tests are small, and giving memory back takes half a second after each."""
+    for module in ("program.stages", "program.reproduce.rehearsal"):
+        monkeypatch.setattr(f"polyroute.{module}.give_back_memory", lambda: None)
+
 
 FEW = {"methods.mhr.phases": ["z"], "methods.shared.phases": ["full"]}
 
@@ -169,14 +179,14 @@ def planned(
         return check
 
     given = {"model": str(place / "base"), "data": str(place / preset), **options}
-    with pytest.MonkeyPatch.context() as patch:
-        # It takes half a second after each stage, and these take nothing.
-        patch.setattr("polyroute.program.stages.give_back_memory", lambda: None)
-        run_preset(
-            ReproduceOptions(preset=preset, out=out, **given),
-            {command.name: checked(command) for command in (train, adapt, evaluate)},
-        )
-    return stages[: len(stages) // 2]  # each is checked once more when it runs
+    run_preset(
+        ReproduceOptions(preset=preset, out=out, **given),
+        {
+            BEGIN: checked(train),
+            **{command.name: checked(command) for command in (train, adapt, evaluate)},
+        },
+    )
+    return stages[len(stages) // 2 :]  # each is rehearsed before the first one runs
 
 
 @pytest.mark.parametrize("preset", preset_names())
@@ -226,6 +236,42 @@ def test_each_number_of_shots_is_adapted_apart_and_looked_at_every_fifty_epochs(
     )  # fmt: skip
     looks = [(o["tasks"], o["shots"], o["eval_steps"]) for name, o in stages if name == "adapt"]
     assert looks == [(["h-swag"], 20, 150), (["rte"], 32, 200)]
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"shots": 1000}, r"too few for 1000 shots \+ 4 validation shots.*adapt of shared/full"),
+        ({"adapt.split": "nope"}, "there is no split 'nope'"),
+        ({"adapt.memory": "x"}, "memory must be a size such as 8GB"),
+        ({"adapt.init": "nope"}, "unknown task 'nope'"),
+        ({"methods.mhr.train.heads": 3}, r"num_heads=3 does not divide.*train of mhr"),
+        ({"methods.mhr.train.target": "zzz"}, r"target module 'zzz' matches no layer"),
+        ({"methods.mhr.train.tasks": ["nope"]}, "has no task 'nope'"),
+        (
+            {"mu-training": {"steps": 0}, "methods.mhr.phases": ["mu"]},
+            "--steps must .*train of mhr-mu",
+        ),
+        ({"adapt.dry-run": True}, "give --dry-run to `polyroute reproduce` itself"),
+        ({"train.json": True}, "give --json to `polyroute reproduce` itself"),
+        ({"adapt.seeds": [7]}, "every stage gets its seeds from the preset"),
+        ({"tasks": []}, r"tasks must be a list such as \[rte, cb\]"),
+        ({"methods.mhr.phases": ["z", "z"]}, "each once"),
+        ({"model": "other"}, "--model and --set model differ"),
+    ],
+)
+def test_what_a_later_stage_would_refuse_is_found_before_the_first(
+    place: Path, settings: dict[str, Any], message: str, tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    given = arguments(
+        place, "suite", "--methods", "shared,mhr", out="refused", **{**FEW, **settings}
+    )
+    with pytest.raises(SystemExit, match="2"):
+        main([*given, "--dry-run"])
+    said = " ".join(capsys.readouterr().err.split())
+    assert re.search(message, said), said
+    assert not (place / "refused").exists()
 
 
 @pytest.mark.parametrize(

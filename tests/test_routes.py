@@ -1,5 +1,7 @@
 """Rows as data: neighbours, arithmetic, many additions."""
 
+import time
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -9,6 +11,7 @@ from models import TASKS, routed, stack
 from polyroute import InputError, MHRConfig, RoutedModel, attach
 from polyroute.routes.table import RoutingTable
 from polyroute.study.routing_measures import route_similarity
+from polyroute.task_names import check_names
 
 
 def table(count: int = 30, seed: int = 0, config: MHRConfig | None = None) -> RoutingTable:
@@ -119,6 +122,13 @@ def test_many_tasks_are_added_as_one_after_the_other(count: int, how: str) -> No
         (["elm", "fir"], "oak", "unknown task 'oak'"),
         (["elm", "fir"], torch.zeros(3, 3, 2, 4), "a routing row has shape"),
         ("elm", "uniform", "not the single string 'elm'"),
+        (["elm", "a\nb"], "uniform", r"has the character U\+000A"),
+        (["elm", "\ud800"], "uniform", r"has the character U\+D800"),
+        (["\u00e9", "e\u0301"], "uniform", "how their characters are composed"),
+        (["elm"], None, "a task is a name or a row number, not None"),
+        (["elm"], torch.zeros(3, 2, 4).numpy(), "a dense tensor of real numbers, not ndarray"),
+        (["elm"], torch.zeros(3, 2, 4, dtype=torch.complex64), "of type torch.complex64"),
+        (["elm"], torch.full((24,), 1e300, dtype=torch.float64), "finite numbers"),
     ],
     ids=str,
 )
@@ -129,6 +139,22 @@ def test_a_refused_addition_adds_nothing(names: list[str], init: str, message: s
         model.add_tasks(names, init)
     assert model.tasks == TASKS
     assert torch.equal(model.state_dict()["routes.logits"], before)
+
+
+def test_a_name_composed_in_two_ways_is_one_task() -> None:
+    model = routed(stack())
+    model.add_task("Caf\u00e9")
+    with pytest.raises(InputError, match="how their characters are composed"):
+        model.add_task("Cafe\u0301")
+    assert model.add_task("caf\u00e9") == 5  # names of users may differ in case alone
+
+
+def test_a_million_names_are_checked_in_seconds() -> None:
+    names = [f"user {i} \u00e9" for i in range(10**6)]
+    start = time.process_time()
+    check_names(names)
+    check_names(["new"], dict.fromkeys(names))
+    assert time.process_time() - start < 6  # a second on an idle core
 
 
 def test_private_tasks_are_added_together_too() -> None:

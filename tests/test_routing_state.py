@@ -97,12 +97,13 @@ def test_a_training_logs_it_beside_each_loss_and_is_not_changed_by_it(
 
 
 def test_in_words() -> None:
-    def found(**state: float) -> str | None:
+    def found(**state: float | None) -> str | None:
         return in_words([{"step": 1, "loss": 2.0, ENTROPY: 1.0}, {"step": 2, **state}, {"end": 3}])
 
     assert in_words([]) is None
     assert in_words([{"step": 1, "loss": 2.0}]) is None
     assert found(route_entropy=0.9, skill_cosine=0.5) is None
+    assert found(route_entropy=0.9, skill_cosine=None) is None  # it was not finite
     one_lora = "this inventory is one adapter so far, because "
     alike, uniform = "its skills are alike (cosine 0.95)", "its routes are uniform (entropy 0.99 of"
     for state, why in (

@@ -322,7 +322,7 @@ def test_a_path_without_a_suite_is_refused(folder: Path) -> None:
     (folder / "notes.txt").touch()
     with pytest.raises(InputError, match=r"is a file of no known format; give a \.json, \.jsonl"):
         open_suite(folder / "notes.txt")
-    with pytest.raises(InputError, match=r"cannot read .*check that it exists"):
+    with pytest.raises(InputError, match=r"has a name of 300 bytes in it"):
         open_suite(folder / ("x" * 300))
 
 

@@ -215,6 +215,8 @@ def test_tk_instruct_draws_among_five_encodings(folder: Path) -> None:
 class Writer:
     """A kind whose answers are given, by the row's place."""
 
+    needs_choices = True  # it has no loss of a text
+
     def __init__(self, *answers: str) -> None:
         self.answers = answers
 

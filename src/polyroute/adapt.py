@@ -6,6 +6,7 @@ where it would end alone.
 """
 
 import itertools
+import math
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -21,18 +22,19 @@ from polyroute.adapting.shots import Shots
 from polyroute.adapting.slot import Slot
 from polyroute.adapting.slot_training import SlotTraining
 from polyroute.data.sampling import some_places
-from polyroute.data.suite import Suite
+from polyroute.data.suite import Suite, check_tasks
 from polyroute.errors import InputError
 from polyroute.host.files import finite, make_folder
 from polyroute.kinds.batches import Row
 from polyroute.kinds.choose import ModelKind
 from polyroute.model import Phase, RoutedModel
 from polyroute.saved.peft_export import peft_target
-from polyroute.settings import whole
-from polyroute.study.evaluate import Questions, questions, score_rows
+from polyroute.settings import flag, whole
+from polyroute.study.evaluate import NotFiniteError, Questions, questions, score_rows
 from polyroute.study.examples import encoded, encoded_records, warn_of_cuts
+from polyroute.task_names import check_names as check_task_names
 
-__all__ = ["SuiteSlots", "adapt_many", "adapt_suite", "check_learned", "check_new"]
+__all__ = ["SuiteSlots", "adapt_many", "adapt_suite", "check_learned", "check_new", "check_seeds"]
 
 SEEDS = 2**32
 """Seeds are whole numbers below this one."""
@@ -85,9 +87,11 @@ def adapt_many(  # noqa: PLR0913 (public: users know its keywords)
     """
     if not isinstance(examples, Mapping) or not examples:
         raise InputError("examples must be a dictionary of a task's name to its examples")
+    check_task_names(examples)
+    flag()("deterministic", deterministic)
     check_names(settings)
     choices = variants(AdaptSettings(phase=phase, **settings), grid)
-    _check_seeds(seeds)
+    check_seeds(seeds)
     rows = {task: _rows(task, given, kind) for task, given in examples.items()}
     shots = Shots(rows, choices.values())
     slots = [
@@ -96,8 +100,6 @@ def adapt_many(  # noqa: PLR0913 (public: users know its keywords)
         for (label, variant), seed in itertools.product(choices.items(), seeds)
     ]
     shots.warn_of_missing()
-    if len({slot.name for slot in slots}) < len(slots):
-        raise InputError(f"seeds must be different numbers, not {list(seeds)}")
     target = peft_target(model.base_model, model.sites, model.wrapping.trained)
     found: dict[str, Adapted] = {}
 
@@ -133,6 +135,18 @@ class SuiteSlots:
     """Which of the other slots to adapt, where other processes adapt the rest; None for all."""
     deterministic: bool = False
     """See `adapt_many`."""
+
+    def __post_init__(self) -> None:
+        """Check what training would otherwise be lost by.
+
+        Raises:
+            InputError: there is no such task or split, or a number is out of range.
+        """
+        check_seeds(self.seeds)
+        whole(optional=True)("max_examples", self.max_examples)
+        flag()("deterministic", self.deterministic)
+        for task in check_tasks(self.suite, self.tasks):
+            self.suite.split(task, self.split)
 
     def slots(self, model: RoutedModel, kind: ModelKind) -> list[Slot]:
         """The slots that are to be trained here.
@@ -226,17 +240,23 @@ class _SuiteScores:
             asked = self._scored(slot.task)
         else:
             asked = self._questions(slot.task, "train").select(slot.validation_indices)
-        score, normalised = score_rows(self.model, self.kind, asked, route=training.route)
+        try:
+            score, normalised = score_rows(self.model, self.kind, asked, route=training.route)
+        except NotFiniteError:
+            return math.nan  # which is never the best
         return score if normalised is None or not by.endswith("normalised") else normalised
 
     def result(self, training: SlotTraining) -> dict[str, Any]:
         """What is written of a slot that ended."""
-        slot, settings, outcome = training.slot, training.settings, training.outcome()
+        slot, settings = training.slot, training.settings
         score: float | None = None
         normalised: float | None = None
         if training.diverged_at is None:
             asked = self._scored(slot.task)
-            score, normalised = score_rows(self.model, self.kind, asked, route=training.route)
+            try:
+                score, normalised = score_rows(self.model, self.kind, asked, route=training.route)
+            except NotFiniteError:  # its weights are finite, but what they compute is not
+                training.diverged_at = training.step
         return {
             "task": slot.task,
             "seed": slot.seed,
@@ -250,7 +270,7 @@ class _SuiteScores:
             "metric": self.suite.info(slot.task).metric,
             "score": score,
             "score_normalised": normalised,
-            **{name: finite(value) for name, value in outcome.items()},
+            **{name: finite(value) for name, value in training.outcome().items()},
         }
 
     def _scored(self, task: str) -> Questions:
@@ -292,19 +312,24 @@ def check_new(model: RoutedModel, task: str) -> None:
         )
 
 
-def _check_seeds(seeds: Sequence[int]) -> None:
+def check_seeds(seeds: Sequence[int]) -> None:
+    """Make sure that seeds are different whole numbers.
+
+    Raises:
+        InputError: one is not, or there is none.
+    """
     if not isinstance(seeds, Sequence) or isinstance(seeds, str) or not seeds:
         raise InputError(f"seeds must be a list of whole numbers, not {seeds!r}")
     for seed in seeds:
         whole(0, most=SEEDS - 1)("a seed", seed)
+    if len(set(seeds)) < len(seeds):
+        raise InputError(f"seeds must be different numbers, not {list(seeds)}")
 
 
 def _rows(
     task: str, given: datasets.Dataset | Sequence[Mapping[str, Any]], kind: ModelKind
 ) -> Sequence[Row]:
     """A task's examples, encoded unless they are encoded already."""
-    if not isinstance(task, str) or not task:
-        raise InputError(f"a task name must be a non-empty string, not {task!r}")
     if isinstance(given, datasets.Dataset):
         given = given.with_format(None)
         if set(kind.features) <= set(given.column_names):

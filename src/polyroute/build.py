@@ -19,6 +19,7 @@ from polyroute.routes.tasks import check_list
 from polyroute.saved.checkpoint import Checkpoint, read_checkpoint, saved_config
 from polyroute.saved.hub import DESCRIPTION, FILES, MODULES, SKILLS, locate
 from polyroute.saved.inventory import check_skills, fill
+from polyroute.task_names import check_names
 
 __all__ = ["attach", "from_checkpoint", "from_pretrained", "loaded"]
 
@@ -73,6 +74,7 @@ def attach(
             )
         check_list(tasks)
         tasks = tuple(tasks)
+        check_names(tasks)
     if isinstance(base_model, RoutedModel):
         raise InputError(
             "the base model carries an inventory already; call unload() on the routed model"
@@ -152,6 +154,7 @@ def from_checkpoint(
         InputError: the inventory is damaged or belongs to another base model.
     """
     description, saved_table = checkpoint.description, checkpoint.saved_routes
+    check_list(tasks)
     sites = description["sites"]
     router_of = {site["name"]: description["routers"][site["router"]] for site in sites}
     settings = saved_config(description)
@@ -166,7 +169,6 @@ def from_checkpoint(
         _check_widths(site, described, source)
     if check_base:
         check_weights(base_model, found, description, source)
-    check_list(tasks)
     # Without a table all tasks are loaded and then some are kept: private skills are in one file.
     loaded_tasks = checkpoint.tasks if tasks is None or saved_table is None else tuple(tasks)
     saved = description.get("rule")

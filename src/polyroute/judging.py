@@ -17,12 +17,11 @@ import datasets
 import numpy as np
 import torch
 
-from polyroute.adapt import adapt_many
+from polyroute.adapt import adapt_many, check_seeds
 from polyroute.adapting.row_batches import losses_of
 from polyroute.config import Granularity
 from polyroute.data.sampling import draw_few_shot, some_places
-from polyroute.data.suite import Suite
-from polyroute.errors import InputError
+from polyroute.data.suite import Suite, check_tasks
 from polyroute.host.progress import progress
 from polyroute.kinds.batches import evaluating
 from polyroute.kinds.choose import ModelKind
@@ -35,6 +34,7 @@ from polyroute.library.static import Static
 from polyroute.library.token_routes import Arrow, SpectR
 from polyroute.model import RoutedModel
 from polyroute.routes.rule import RouteRule
+from polyroute.settings import whole
 from polyroute.study.evaluate import Questions, check_answerable, questions, row_scores
 from polyroute.study.examples import encoded, warn_of_cuts
 from polyroute.study.intervals import Estimate, estimates
@@ -151,11 +151,13 @@ def judge(  # noqa: PLR0913 (public: users know its keywords)
         max_examples: the most examples of each task that are scored; None for all.
 
     Raises:
-        InputError: the model has no library, or a task has too few examples.
+        InputError: the model has no library, a task does not exist or has too few examples, or a
+            number is out of range.
     """
     library_of(model)
-    if not tasks:
-        raise InputError("name at least one task to judge a library on")
+    tasks = check_tasks(suite, tasks)
+    check_seeds(seeds)
+    whole(optional=True)("max_examples", max_examples)
     check_answerable(suite, tasks, kind)
     trains = {task: encoded(suite, task, "train", kind) for task in tasks}
     drawn = {

@@ -34,6 +34,7 @@ from polyroute.layer.sites import find_sites, named_sites
 from polyroute.peft_layer import MHRLinear, Opened, opened_now
 from polyroute.routes.table import RoutingTable
 from polyroute.routes.tasks import Tasks, check_batch, named_inputs
+from polyroute.task_names import check_name
 
 __all__ = ["MHRConfig", "MHRLinear", "MHRModel", "add_tasks", "route"]
 
@@ -91,7 +92,9 @@ class MHRConfig(_LayerSettings):  # type: ignore[misc]
         for name, value in self.settings().to_dict().items():
             if name in LAYER_SETTINGS:
                 setattr(self, name, value)
-        RoutingTable(self.tasks, None)  # raises if a name is repeated, empty or reserved
+        for task in self.tasks:
+            check_name(task)
+        RoutingTable(self.tasks, None)  # raises if a name is repeated or reserved
         if self.method == "private" and not self.tasks:
             raise InputError("method='private' has one skill per task: name at least one task")
 

@@ -150,8 +150,8 @@ def _float(name: str, value: Any, *, infinite: bool) -> float:
         raise InputError(f"{name} must be a finite number, not {value!r}")
     try:
         found = float(value)
-    except OverflowError:  # a whole number of hundreds of digits
-        found = math.inf if str(value)[0] != "-" else -math.inf
+    except OverflowError:  # a whole number of hundreds of digits, which nobody wants to read
+        value = found = math.inf if value == abs(value) else -math.inf
     if math.isnan(found) or (math.isinf(found) and not (infinite and found > 0)):
         raise InputError(f"{name} must be a finite number, not {value!r}")
     if math.isfinite(found) and abs(found) > LARGEST:

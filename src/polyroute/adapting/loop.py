@@ -1,5 +1,6 @@
 """Training many slots at once: each exactly as alone, all in the same forward passes."""
 
+import math
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
@@ -158,6 +159,8 @@ class _Running:
         over = [training for training in self.slots if training.is_over]
         for training in over:
             training.finish()
+        self._look_at_ends(over)
+        for training in over:
             self.calls.finish(training)
             if folder is not None:
                 training.slot.file(folder).unlink(missing_ok=True)
@@ -165,6 +168,18 @@ class _Running:
             self.free.append(training.place)
             self.bar.update(training.settings.steps - training.step)
         return len(over)
+
+    @torch.no_grad()
+    def _look_at_ends(self, over: Sequence[SlotTraining]) -> None:
+        """Note which slots diverged in their last step, whose loss no later step has computed.
+
+        Its numbers may be finite where what they multiply to is not.
+        """
+        unseen = [each for each in over if each.diverged_at is None and not each.best]
+        batches = [(each.route, each.first_rows()) for each in unseen]
+        for training, loss in zip(unseen, self.losses(batches), strict=True):
+            if not math.isfinite(loss):
+                training.diverged_at = training.step
 
 
 def _check(
@@ -180,7 +195,7 @@ def _check(
     }
     for slot in slots:
         if folder is not None and slot.file(folder).exists():
-            slot.saved_note(folder, digests[slot.name])
+            slot.saved(folder, digests[slot.name])
     return digests
 
 

@@ -47,8 +47,9 @@ def bytes_of(size: str | int) -> int:
     Raises:
         InputError: it is not a size above 0.
     """
-    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]I?|)B?\s*", str(size).upper())
-    number = 0 if match is None else float(match[1]) * {**UNITS, **BINARY}[match[2]]
+    form = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]I?|)B?\s*", re.ASCII | re.IGNORECASE)
+    match = form.fullmatch(str(size))
+    number = 0 if match is None else float(match[1]) * {**UNITS, **BINARY}[match[2].upper()]
     if not 1 <= number < math.inf:
         raise InputError(f"memory must be a size such as 8GB, not {size!r}")
     return int(number)

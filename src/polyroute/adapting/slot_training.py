@@ -1,6 +1,5 @@
 """One slot in training: its optimizer, its schedule, its best step, and its file."""
 
-import json
 import math
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -11,10 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from polyroute.adapting.settings import AdaptSettings
-from polyroute.adapting.slot import Slot
+from polyroute.adapting.slot import ANEW, Slot, write_slot
 from polyroute.adapting.slots import NEAREST, Slots
 from polyroute.errors import InputError
-from polyroute.host.files import read_tensors, write_tensors
 from polyroute.kinds.batches import Row
 from polyroute.optimizers import make_optimizer
 
@@ -112,6 +110,11 @@ class SlotTraining:
         """The examples of the next step."""
         return [self.slot.rows[i] for i in next(self.order)]
 
+    def first_rows(self) -> list[Row]:
+        """As many of its examples as a step has."""
+        rows = self.slot.rows
+        return [rows[i] for i in range(min(len(rows), self.settings.batch_size))]
+
     @torch.no_grad()
     def update(self, loss: float) -> None:
         """Take one step, from the gradients that are there."""
@@ -186,7 +189,7 @@ class SlotTraining:
             "stale": self.stale,
             "seconds": self.seconds,
         }
-        write_tensors(self.slot.file(folder), tensors, metadata={"slot": json.dumps(note)})
+        write_slot(self.slot.file(folder), note, tensors)
 
     def load(self, folder: Path) -> None:
         """Go on where `save` was last called, if it was.
@@ -197,15 +200,13 @@ class SlotTraining:
         path = self.slot.file(folder)
         if not path.exists():
             return
-        note = self.slot.saved_note(folder, self.digest)
+        note, tensors = self.slot.saved(folder, self.digest)
         try:
-            self._take(note, read_tensors(path))
+            self._take(note, tensors)
         except (KeyError, ValueError, RuntimeError, TypeError) as error:
             if isinstance(error, InputError):
                 raise
-            raise InputError(
-                f"{path} is damaged; delete it to start that slot from the beginning"
-            ) from error
+            raise InputError(f"{path} is damaged; {ANEW}") from error
         for _ in range(self.step):
             next(self.order)
 

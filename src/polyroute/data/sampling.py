@@ -11,6 +11,7 @@ import numpy.typing as npt
 from torch.utils.data import Sampler
 
 from polyroute.errors import InputError
+from polyroute.settings import whole
 
 __all__ = ["TaskSampler", "draw_balanced", "draw_few_shot", "some_places"]
 
@@ -168,7 +169,12 @@ def draw_balanced(classes: Sequence[Hashable], shots: int, seed: int) -> list[in
 
 
 def some_places(num_rows: int, most: int | None) -> Sequence[int]:
-    """The places of at most so many rows, the same ones each time, in order; None takes all."""
+    """The places of at most so many rows, the same ones each time, in order; None takes all.
+
+    Raises:
+        InputError: the most is no positive whole number.
+    """
+    most = whole(optional=True)("max_examples", most)
     if most is None or most >= num_rows:
         return range(num_rows)
     found: list[int] = sorted(np.random.default_rng(0).permutation(num_rows)[:most].tolist())

@@ -135,16 +135,19 @@ def check_tasks(suite: Suite, names: Iterable[str]) -> tuple[str, ...]:
     """Check a selection of tasks; the result keeps its order.
 
     Raises:
-        InputError: the selection is empty, names a task twice, or names a task that the suite does
-            not have.
+        InputError: the selection is no list or empty, names a task twice, or names a task that the
+            suite does not have.
     """
+    if isinstance(names, str) or not isinstance(names, Iterable):
+        raise InputError(f"tasks must be a list of names, not {names!r}")
     chosen = tuple(names)
     if not chosen:
         raise InputError(f"no task of the suite {suite.name!r} was chosen; name at least one")
     for position, name in enumerate(chosen):
         if name not in suite.tasks:
             raise InputError(
-                f"the suite {suite.name!r} has no task {name!r}; {did_you_mean(name, suite.tasks)}"
+                f"the suite {suite.name!r} has no task {name!r}; "
+                f"{did_you_mean(str(name), suite.tasks)}"
             )
         if name in chosen[:position]:
             raise InputError(f"the task {name!r} is named twice; name each task once")

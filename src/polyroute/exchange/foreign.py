@@ -21,7 +21,7 @@ from polyroute.config import MHRConfig
 from polyroute.errors import InputError, did_you_mean
 from polyroute.host.dtypes import are_finite_fractions
 from polyroute.host.files import read_json
-from polyroute.host.paths import check_link, expanded
+from polyroute.host.paths import check_readable, expanded
 from polyroute.host.texts import read_text
 from polyroute.layer.sites import find_endings, named_sites
 from polyroute.model import RoutedModel
@@ -285,14 +285,12 @@ def read_pickle(path: Path, *, allowed: bool) -> dict[str, Any]:
         InputError: pickles are not allowed, or the file is missing or damaged or holds another
             type.
     """
-    if not path.is_file():
-        raise InputError(f"{path} does not exist")
+    check_readable(path)
     if not allowed:
         raise InputError(
             f"{path} is a pickle, which is read only if you allow it: add --allow-pickle "
             "(allow_pickle=True in Python); no code in it will be run"
         )
-    check_link(path)
     try:
         with torch.serialization.safe_globals(HARMLESS):
             value = torch.load(path, map_location="cpu", weights_only=True)

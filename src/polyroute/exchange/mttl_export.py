@@ -1,7 +1,6 @@
 """Writing an inventory as a checkpoint of mttl; see `polyroute.exchange.mttl` for the layout."""
 
 import os
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,6 +12,7 @@ from polyroute.exchange.foreign import NAMES, check_exportable
 from polyroute.exchange.mttl import HYPER_PARAMETERS, STATE
 from polyroute.exchange.mttl_layers import our_granularity, patterns_of
 from polyroute.host.files import check_place, make_folder, whole_file, write_json, write_tensors
+from polyroute.host.paths import path_of
 from polyroute.model import RoutedModel
 
 __all__ = ["write_mttl"]
@@ -33,7 +33,7 @@ def write_mttl(model: RoutedModel, path: str | os.PathLike[str]) -> None:
         InputError: mttl has no such method or grouping of layers, or the path cannot be written.
     """
     check_exportable(model, "mttl")
-    place = Path(path)
+    place = path_of(path)
     hyper, state, names = _hyper_parameters(model), _state(model), sorted(model.tasks)
     if place.suffix != ".ckpt":
         folder = make_folder(place)

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from polyroute.errors import InputError
 from polyroute.host.json_text import parse_json
-from polyroute.host.paths import check_link
+from polyroute.host.paths import check_link, check_readable, path_of
 from polyroute.host.texts import read_text
 
 __all__ = [
@@ -27,6 +27,7 @@ __all__ = [
     "read_json",
     "read_metadata",
     "read_tensors",
+    "remove",
     "remove_unfinished",
     "whole_file",
     "whole_folder",
@@ -44,9 +45,9 @@ def check_place(folder: str | os.PathLike[str]) -> None:
     """Check that `make_folder` would work, without creating anything.
 
     Raises:
-        InputError: a file is in the way, or the folder cannot be written to.
+        InputError: it is no path, a file is in the way, or the folder cannot be written to.
     """
-    path = Path(folder)
+    path = path_of(folder)
     if path.exists() and not path.is_dir():
         raise InputError(f"{path} is a file; name a folder to write to")
     there = next(p for p in (path, *path.absolute().parents) if p.exists())
@@ -60,9 +61,9 @@ def make_folder(folder: str | os.PathLike[str]) -> Path:
     """Create the folder and its parents.
 
     Raises:
-        InputError: a file is in the way, or the folder cannot be written to.
+        InputError: it is no path, a file is in the way, or the folder cannot be written to.
     """
-    path = Path(folder)
+    path = path_of(folder)
     if path.exists() and not path.is_dir():
         raise InputError(f"{path} is a file; name a folder to write to")
     try:
@@ -156,6 +157,14 @@ def _json(path: Path, value: object) -> str:
         ) from error
 
 
+def remove(path: Path) -> None:
+    """Delete whatever stands under a name, if anything does: of a link not what it leads to."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
 def remove_unfinished(folder: Path, *, own: str) -> None:
     """Delete what writers left in a folder, and below, when they were killed.
 
@@ -214,11 +223,9 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
     """Read a safetensors file.
 
     Raises:
-        InputError: the file is missing, truncated or in another format.
+        InputError: the file is missing, unreadable, truncated or in another format.
     """
-    if not path.is_file():
-        raise InputError(f"{path} does not exist")
-    check_link(path)
+    check_readable(path)
     try:
         return load_file(path)
     except (SafetensorError, OSError, ValueError) as error:
@@ -229,11 +236,9 @@ def read_metadata(path: Path) -> dict[str, str]:
     """The metadata of a safetensors file.
 
     Raises:
-        InputError: the file is missing, truncated or in another format.
+        InputError: the file is missing, unreadable, truncated or in another format.
     """
-    if not path.is_file():
-        raise InputError(f"{path} does not exist")
-    check_link(path)
+    check_readable(path)
     try:
         with safe_open(path, "pt") as file:
             return dict(file.metadata() or {})
@@ -243,12 +248,21 @@ def read_metadata(path: Path) -> dict[str, str]:
 
 @contextmanager
 def whole_file(path: Path) -> Iterator[Path]:
-    """What the block writes to the file it gets appears at `path` at its end, if it ends well."""
+    """What the block writes to the file it gets appears at `path` at its end, if it ends well.
+
+    Raises:
+        InputError: a folder has that name.
+    """
     temporary = _temporary_beside(path)
     try:
         yield temporary
         _finish(temporary)
-        os.replace(temporary, path)
+        try:
+            os.replace(temporary, path)
+        except IsADirectoryError as error:
+            raise InputError(
+                f"{path} is a folder, where a file is to be written; move it"
+            ) from error
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise

@@ -45,5 +45,5 @@ def is_still_there(path: Path, file: BinaryIO) -> bool:
     """Whether an open file still has its name: it was neither removed nor replaced."""
     try:
         return os.path.samestat(path.stat(), os.fstat(file.fileno()))
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return False

@@ -6,7 +6,10 @@ from pathlib import Path
 
 from polyroute.errors import InputError
 
-__all__ = ["check_file", "check_link", "expanded"]
+__all__ = ["check_file", "check_link", "check_readable", "expanded", "path_of"]
+
+LONGEST = 255
+"""Bytes of a name of a file or folder, in every usual file system."""
 
 PASSED_ON = ("/dev/fd", "/dev/stdin", "/proc/self/fd")
 """Where a shell passes on what another program prints, which the user asked for."""
@@ -16,16 +19,43 @@ KINDS = {
 }  # fmt: skip
 
 
+def path_of(given: str | os.PathLike[str]) -> Path:
+    """A path that a caller gave, if a file or folder could have it.
+
+    Raises:
+        InputError: it is no path or empty, has a character that no path has, or a name in it is too
+            long.
+    """
+    text = os.fspath(given) if isinstance(given, str | os.PathLike) else None
+    if not isinstance(text, str):
+        raise InputError(f"a path must be a text or a pathlib.Path, not {given!r}")
+    if not text:
+        raise InputError("a path is empty; name a file or a folder, such as '.' for this one")
+    if "\0" in text:
+        raise InputError(f"{text!r} is no path: remove the zero byte from it")
+    try:
+        longest = max(len(os.fsencode(part)) for part in Path(text).parts or ("",))
+    except UnicodeEncodeError as error:
+        raise InputError(
+            f"{text!r} is no path: it has a character that cannot be written"
+        ) from error
+    if longest > LONGEST:
+        raise InputError(
+            f"the path {text[:LONGEST]!r} has a name of {longest} bytes in it, and names of files "
+            f"and folders have at most {LONGEST}; shorten it"
+        )
+    return Path(given)
+
+
 def expanded(path: str | os.PathLike[str]) -> Path:
     """A path with the home folder in place of `~`.
 
     Raises:
-        InputError: there is no such user, or the path has a character that no path has.
+        InputError: there is no such user, or as `path_of`.
     """
-    if "\0" in os.fspath(path):
-        raise InputError(f"{os.fspath(path)!r} is no path: remove the zero byte from it")
+    given = path_of(path)
     try:
-        return Path(path).expanduser()
+        return given.expanduser()
     except RuntimeError as error:
         raise InputError(
             f"{os.fspath(path)!r} names the home folder of a user who is not known here; write the "
@@ -37,7 +67,8 @@ def check_link(path: Path) -> None:
     """Make sure that a file is no link that leads out of its folder.
 
     A folder from elsewhere could otherwise show the reader any file of this machine, and what is
-    read may be pushed to the hub. The cache of the hub links to files of the same repository.
+    read may be pushed to the hub; and what is written to it could land anywhere. The cache of the
+    hub links to files of the same repository.
 
     Raises:
         InputError: it is such a link.
@@ -54,14 +85,33 @@ def check_link(path: Path) -> None:
     try:
         named = path.resolve(strict=True)
     except FileNotFoundError:
-        return  # whoever reads it says that it is missing
+        named = path.resolve()  # whoever writes to it would make what it names
     except (OSError, RuntimeError) as error:
         raise InputError(f"{path} is a link that leads round in a circle") from error
     if not any(named.is_relative_to(place) for place in (folder, *blobs)):
         raise InputError(
-            f"{path} is a link that leads out of its folder: copy there what it names, if you "
-            "trust it"
+            f"{path} is a link that leads out of its folder: remove it, or copy there what it "
+            "names, if you trust it"
         )
+
+
+def check_readable(path: Path) -> None:
+    """Make sure that a file is one, and that it can be opened; libraries say less clearly why not.
+
+    Raises:
+        InputError: it is missing, a folder, a pipe or a device, a link that leads out of its
+            folder, or not permitted to be read.
+    """
+    check_link(path)
+    check_file(path)
+    try:
+        path.open("rb").close()
+    except FileNotFoundError as error:
+        raise InputError(f"{path} does not exist") from error
+    except IsADirectoryError as error:
+        raise InputError(f"{path} is a folder, not a file; replace it") from error
+    except OSError as error:
+        raise InputError(f"cannot read {path}: {error.strerror}") from error
 
 
 def check_file(path: Path, *, most: int | None = None) -> None:

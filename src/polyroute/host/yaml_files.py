@@ -1,5 +1,6 @@
 """Reading YAML: plain values, without duplicate keys, and no more of them than the text shows."""
 
+import re
 from collections.abc import Hashable
 from importlib.resources.abc import Traversable
 from pathlib import Path
@@ -57,8 +58,18 @@ class PlainLoader(yaml.SafeLoader):
             seen.add(key)
         return super().construct_mapping(node, deep)
 
-    def construct_number(self, node: yaml.ScalarNode) -> int:
-        """A whole number, in base 2 to 16 or 60."""
+    def construct_number(self, node: yaml.ScalarNode) -> int | str:
+        """A whole number in base 2, 10 or 16; a time such as 12:30 is the text that it looks like.
+
+        YAML 1.1 reads 12:30 in base 60, and 010 in base 8.
+        """
+        if ":" in node.value:
+            return str(node.value)
+        if re.fullmatch("[-+]?0[0-9_]+", node.value):
+            raise InputError(
+                f"the number {node.value} in line {node.start_mark.line + 1} begins with 0, as "
+                "those in base 8 do; leave out the 0 or write it in quotes"
+            )
         # The text first, since a long one takes long to compute.
         number = self.construct_yaml_int(node) if len(node.value) <= DIGITS else None
         if number is None or abs(number) >= 10**DIGITS:
@@ -68,8 +79,13 @@ class PlainLoader(yaml.SafeLoader):
             )
         return number
 
+    def construct_fraction(self, node: yaml.ScalarNode) -> float | str:
+        """A number with fractions; a time such as 12:30.5 is the text that it looks like."""
+        return str(node.value) if ":" in node.value else self.construct_yaml_float(node)
+
 
 PlainLoader.add_constructor("tag:yaml.org,2002:int", PlainLoader.construct_number)
+PlainLoader.add_constructor("tag:yaml.org,2002:float", PlainLoader.construct_fraction)
 
 
 def parse_yaml(text: str, what: str, loader: type[PlainLoader] = PlainLoader) -> Any:

@@ -25,6 +25,7 @@ from polyroute.kinds.packing import Packing
 from polyroute.kinds.prompts import joined, rows_of, turns
 from polyroute.kinds.search import plain_search
 from polyroute.saved.prompting import Prompting
+from polyroute.settings import whole
 
 __all__ = ["MAX_INPUT", "MAX_TARGET", "UNBOUNDED", "ModelKind"]
 
@@ -87,8 +88,7 @@ class ModelKind(ABC):
         if self.supports_generation and tokenizer.eos_token_id is None:
             raise InputError("the tokenizer has no end token: set tokenizer.eos_token")
         for setting, value in (("max_input", max_input), ("max_target", max_target)):
-            if value < 2:
-                raise InputError(f"{setting}={value} is too short: give at least 2 tokens")
+            whole(2)(setting, value)
         self.objective = objective_of(objective)
         self.tokenizer = tokenizer
         self.max_positions = max_positions or UNBOUNDED

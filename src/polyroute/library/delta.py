@@ -20,7 +20,6 @@ import os
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -119,7 +118,7 @@ class Delta:
         config |= {"target_modules": sorted(self.layers), "inference_mode": True}
         is_transposed = bool(self.base.get(TRANSPOSED))
         target = PeftTarget(config, tuple(self.layers), is_transposed, {})
-        target.write(Path(folder), list(self.layers.values()))
+        target.write(folder, list(self.layers.values()))
         write_peft_card(folder, None, origin=origin or self._origin())
 
     def _origin(self) -> str:
@@ -164,6 +163,7 @@ class Delta:
         """Divided by a number."""
         if isinstance(divisor, bool) or not isinstance(divisor, int | float) or not divisor:
             return NotImplemented
+        number()("the divisor of a LoRA", divisor)
         return weighted_sum([(1 / divisor, self)])
 
     def __neg__(self) -> "Delta":

@@ -18,6 +18,8 @@ from polyroute.settings import named, number, whole
 __all__ = ["learn_weights", "search_weights"]
 
 Objective = Literal["answers", "entropy"]
+SEEDS = 2**32
+"""Seeds are below this number; numpy takes no others."""
 
 
 def learn_weights(  # noqa: PLR0913 (public: users know its keywords)
@@ -63,6 +65,7 @@ def learn_weights(  # noqa: PLR0913 (public: users know its keywords)
     """
     whole()("steps", steps)
     whole()("batch_size", batch_size)
+    whole(0, most=SEEDS - 1)("seed", seed)
     number(above=0)("lr", lr)
     learned = _Learned(model, kind, rows, rule, objective, penalty)
     optimizer = torch.optim.Adam(learned.rule.parameters(), lr=lr)
@@ -126,6 +129,7 @@ def search_weights(  # noqa: PLR0913 (public: users know its keywords)
     """
     whole()("trials", trials)
     whole()("batch_size", batch_size)
+    whole(0, most=SEEDS - 1)("seed", seed)
     number(above=0)("most", most)
     nevergrad = _nevergrad()
     learned = _Learned(model, kind, rows, rule, objective, penalty)

@@ -14,11 +14,14 @@ from torch import Tensor, nn
 
 from polyroute.errors import InputError, did_you_mean, first_few
 from polyroute.exchange.peft_folder import folders_inside
+from polyroute.host.paths import path_of
 from polyroute.library.attaching import attach_library
 from polyroute.library.delta import Delta, cosines, inner_products, keeping
 from polyroute.library.merging import DENSE, WAYS, Terms, check_options, merged
 from polyroute.model import RoutedModel
+from polyroute.routes.table import MU
 from polyroute.saved.peft_export import CONFIG
+from polyroute.task_names import check_names
 
 __all__ = ["Library"]
 
@@ -72,7 +75,7 @@ class Library(Mapping[str, Delta]):
             allow_pickle: read `adapter_model.bin` where there are no safetensors.
 
         Raises:
-            InputError: not one LoRA can be used.
+            InputError: not one LoRA can be used, or a name cannot be that of a task.
         """
         folders = _named(loras)
         refused: dict[str, str] = {}
@@ -246,14 +249,20 @@ def _named(
     loras: Mapping[str, str | os.PathLike[str]] | str | os.PathLike[str],
 ) -> dict[str, Path]:
     if isinstance(loras, Mapping):
-        folders = {name: Path(folder) for name, folder in loras.items()}
+        folders = {name: path_of(folder) for name, folder in loras.items()}
     elif not isinstance(loras, str | os.PathLike):
         raise InputError(f"loras must be folders by name, or one folder, not {loras!r}")
-    elif (Path(loras) / CONFIG).is_file():
-        folders = {Path(loras).resolve().name: Path(loras)}
+    elif (place := path_of(loras) / CONFIG).is_file():
+        folders = {place.parent.resolve().name: place.parent}
     else:
-        place = Path(loras)
+        place = place.parent
         folders = {path.relative_to(place).as_posix(): path for path in folders_inside(place)}
     if not folders:
         raise InputError(f"there are no LoRAs in {loras}")
+    check_names(folders)
+    for name in folders:
+        if name == MU or {".", ".."} & set(name.split("/")):
+            raise InputError(
+                f"a LoRA cannot be called {name!r}, which stands for something else; rename it"
+            )
     return folders

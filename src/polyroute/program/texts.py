@@ -10,20 +10,25 @@ from polyroute.host.yaml_files import parse_yaml
 
 __all__ = ["grid", "names", "pattern", "reader", "replacements", "seeds", "weights"]
 
+NAME = re.compile(r"(?:\\[\\,\s]|[^,\s])(?:\s*(?:\\[\\,\s]|[^,\s]))*")
+"""A name in a list: all up to a comma, but for white space around it. What is escaped counts."""
+ESCAPED = re.compile(r"\\([\\,\s])")
 SEEDS = 2**32
 """Seeds are below this number; numpy takes no others."""
 
 
 def names(text: str | None, option: str) -> list[str] | None:
-    """`a, b` as a list of names; None stays None. A comma in a name has a backslash before it.
+    """`a, b` as a list of names; None stays None.
+
+    A comma in a name has a backslash before it; so has a blank at its beginning or end, and a
+    backslash before any of these three.
 
     Raises:
         InputError: there is no name in it.
     """
     if text is None:
         return None
-    parts = [part.replace(r"\,", ",").strip() for part in re.split(r"(?<!\\),", text)]
-    found = [name for name in parts if name]
+    found = [ESCAPED.sub(r"\1", part) for part in NAME.findall(text)]
     if not found:
         raise InputError(f"{option} names nothing; give names separated by commas")
     return found

@@ -12,6 +12,7 @@ from typing import Any
 from polyroute.errors import InputError
 from polyroute.host.files import read_json
 from polyroute.host.paths import expanded
+from polyroute.saved.metrics import METRICS, read_metrics
 from polyroute.saved.runs import read_run
 from polyroute.study.routing_state import COSINE, ENTROPY, in_words
 
@@ -150,13 +151,10 @@ def _trained(folder: Path, config: Mapping[str, Any], notes: list[str]) -> Run:
     else:
         notes.append(f"The run in {folder} has no inventory yet, so its routing is left out.")
     parameters, seconds = None, None
-    metrics = _optional(folder / "metrics.json", dict, notes)
-    if metrics is None and not (folder / "metrics.json").exists():
-        notes.append(f"The run in {folder} is unfinished: it has no metrics.json, hence no losses.")
-    elif metrics is not None:
+    metrics = _metrics(folder, notes)
+    if metrics is not None:
         parameters, seconds = metrics.get("trained_parameters"), metrics.get("train_runtime")
-        log = metrics.get("log")
-        log = [e for e in log if isinstance(e, dict)] if isinstance(log, list) else []
+        log = metrics["log"]
         run.losses, run.validation = _pairs(log, "loss"), _pairs(log, "eval_loss")
         run.entropy, run.likeness = _pairs(log, ENTROPY), _pairs(log, COSINE)
         run.verdict = in_words(log)
@@ -171,6 +169,18 @@ def _trained(folder: Path, config: Mapping[str, Any], notes: list[str]) -> Run:
             results = list(_evaluated(scores, zero, spent, path, notes))
             run.results += _told_apart(run.results, results, path.stem)
     return run
+
+
+def _metrics(folder: Path, notes: list[str]) -> dict[str, Any] | None:
+    """The metrics of a training; if they are missing or damaged, that is noted."""
+    if not (folder / METRICS).exists():
+        notes.append(f"The run in {folder} is unfinished: it has no {METRICS}, hence no losses.")
+        return None
+    try:
+        return read_metrics(folder)
+    except InputError as error:
+        notes.append(f"Left out: {error}.")
+        return None
 
 
 def _demo(folder: Path, notes: list[str]) -> Iterator[Run]:

@@ -134,7 +134,7 @@ class Mixer(nn.Module):
         _check_list(names)
         values: Tensor | None = None
         source: int | None = None
-        if isinstance(init, Tensor):
+        if not isinstance(init, str | int | None):
             values = init
             if self.table.logits is None:
                 raise InputError(

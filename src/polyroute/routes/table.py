@@ -12,9 +12,11 @@ from torch.autograd.function import once_differentiable
 
 from polyroute.config import MHRConfig
 from polyroute.errors import InputError, did_you_mean
+from polyroute.routes.given_rows import flat_rows
 from polyroute.routes.index import index_on
 from polyroute.routes.nearest import nearest_rows
 from polyroute.settings import whole
+from polyroute.task_names import check_names
 
 __all__ = ["MU", "MU_ROW", "RoutingTable"]
 
@@ -174,16 +176,7 @@ class RoutingTable(nn.Module):
     def _flat(self, values: Tensor, count: int | None = None) -> Tensor:
         """One row, flat; or, with a count, one row or as many as that, `[count, N * H * K]`."""
         logits, shape = self._learned()
-        given = tuple(values.shape)
-        if not values.isfinite().all():
-            raise InputError("a routing row must hold finite numbers; check the values")
-        if given in (shape, (logits.shape[1],)):
-            return values.reshape(-1).to(logits)
-        if count is not None and given in ((count, *shape), (count, logits.shape[1])):
-            return values.reshape(count, logits.shape[1]).to(logits)
-        raise InputError(
-            f"a routing row has shape {list(shape)} (routers, heads, skills), not {list(given)}"
-        )
+        return flat_rows(values, shape, logits.dtype, count).to(logits.device)
 
     def gather(self, rows: Sequence[int]) -> Tensor:
         """The logits `[U, N * H * K]` of rows, with a gradient if the table trains.
@@ -322,8 +315,9 @@ class RoutingTable(nn.Module):
             The numbers of the new rows.
 
         Raises:
-            InputError: a name is repeated, empty or reserved, or the shape is wrong.
+            InputError: a name is repeated, reserved or cannot be one, or the values are no rows.
         """
+        check_names(names, self._rows)
         new = None
         if self.logits is not None:
             new = self.logits.new_empty(len(names), self.logits.shape[1])

@@ -118,10 +118,12 @@ def check_list(tasks: object) -> None:
     """Make sure that a list of names was given, since a single name is a sequence of letters.
 
     Raises:
-        InputError: it is a single name.
+        InputError: it is a single name, or no list; None, for all tasks, is left to the caller.
     """
     if isinstance(tasks, str):
         raise InputError(f"tasks must be a list of names, not the single string {tasks!r}")
+    if tasks is not None and not isinstance(tasks, Iterable):
+        raise InputError(f"tasks must be a list of names, not {tasks!r}")
 
 
 def named_inputs(call: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[str, Any]:

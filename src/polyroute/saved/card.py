@@ -12,16 +12,17 @@ from pathlib import Path, PurePath
 from typing import Any
 
 from polyroute.errors import InputError
-from polyroute.host.files import read_json
 from polyroute.host.json_text import parse_json
 from polyroute.host.paths import expanded
 from polyroute.host.texts import byte_lines, read_text
 from polyroute.saved.base_names import loading_of
 from polyroute.saved.hub import CARD, HUB_ID, P3, public
 from polyroute.saved.markdown import Rows, code, table
+from polyroute.saved.metrics import METRICS, read_metrics
 from polyroute.saved.prompting import Prompting, prompting_of
 from polyroute.saved.results import ScoreTable, read_results
 from polyroute.saved.rows import SavedRoutes, read_description
+from polyroute.saved.runs import read_run
 
 __all__ = ["write_card"]
 
@@ -71,7 +72,7 @@ def write_card(
 def _written(path: Path, description: Mapping[str, Any], name: str, license: str | None) -> str:
     from huggingface_hub import ModelCard, ModelCardData
 
-    run = read_json(path / "run.json") if (path / "run.json").is_file() else {}
+    run = read_run(path) if (path / "run.json").is_file() else {}
     config: Mapping[str, Any] = run.get("config", {})
     base = _base(description, config)
     measured = read_results(path)
@@ -224,7 +225,7 @@ def _training(path: Path, run: Mapping[str, Any], config: Mapping[str, Any]) -> 
     ]
     if isinstance(clean.get("data"), str):
         rows.insert(0, ("data", clean["data"]))
-    metrics = read_json(path / "metrics.json") if (path / "metrics.json").is_file() else {}
+    metrics = read_metrics(path) if (path / METRICS).is_file() else {}
     if metrics.get("trained_parameters") is not None:
         rows.append(("trained parameters", f"{metrics['trained_parameters']:,}"))
     versions = run.get("machine", {}).get("versions", {})

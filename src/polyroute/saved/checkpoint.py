@@ -29,6 +29,7 @@ from polyroute.config import CUSTOM, MHRConfig
 from polyroute.errors import InputError
 from polyroute.host.files import make_folder, read_metadata, read_tensors, write_json, write_tensors
 from polyroute.host.json_text import parse_json
+from polyroute.host.paths import path_of
 from polyroute.layer.fingerprint import SAMPLED
 from polyroute.saved.digests import SHA256, described_digest, digest_of
 from polyroute.saved.hub import DESCRIPTION, MODULES, SHARDS, SKILLS
@@ -161,7 +162,7 @@ def read_checkpoint(folder: str | os.PathLike[str]) -> Checkpoint:
     Raises:
         InputError: the folder holds no inventory, or a file is damaged or of another format.
     """
-    path = Path(folder)
+    path = path_of(folder)
     description = read_description(path)
     for key in NEEDED:
         if key not in description:

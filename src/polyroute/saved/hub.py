@@ -257,7 +257,7 @@ def _content(path: Path) -> Path | bytes:
     cleaned = public(value)
     if cleaned == value:
         return path
-    if path.name == DESCRIPTION and SHA256 in cleaned:
+    if isinstance(cleaned, dict) and SHA256 in cleaned:
         cleaned[SHA256] = described_digest(cleaned)
     return json.dumps(cleaned, indent=1, ensure_ascii=False).encode()
 

@@ -1,4 +1,7 @@
-"""The manifest of a checkpoint: the digests of what a trainer writes beside the inventory."""
+"""The manifest of a folder: the digests of its files that have none themselves.
+
+A checkpoint has one, for what a trainer writes beside the inventory, and so has an adapter.
+"""
 
 import hashlib
 from fnmatch import fnmatch
@@ -7,8 +10,9 @@ from typing import Any
 
 from polyroute.errors import InputError
 from polyroute.host.files import read_json, write_json
+from polyroute.host.paths import check_readable
 from polyroute.saved.digests import SHA256
-from polyroute.saved.hub import DESCRIPTION, MODULES, SHARDS, SKILLS
+from polyroute.saved.hub import CARD, DESCRIPTION, MODULES, SHARDS, SKILLS
 
 __all__ = ["MANIFEST", "check_manifest", "write_manifest"]
 
@@ -16,7 +20,10 @@ MANIFEST = "manifest.json"
 
 
 def write_manifest(folder: Path) -> None:
-    """Write down the size and the digest of every file in a folder that has no digest itself."""
+    """Write down the size and the digest of every file in a folder that has no digest itself.
+
+    The card is left out, because users may change it.
+    """
     files = {path.name: _entry(path) for path in sorted(folder.iterdir()) if _is_listed(path)}
     write_json(folder / MANIFEST, files)
 
@@ -37,12 +44,13 @@ def check_manifest(folder: Path) -> None:
         file = folder / name
         if Path(name).name != name or not file.is_file():
             raise InputError(f"{file} is missing")
+        check_readable(file)
         if not isinstance(entry, dict) or _entry(file) != entry:
             raise InputError(f"{file} is damaged: its content is not what {MANIFEST} says")
 
 
 def _is_listed(path: Path) -> bool:
-    others = (MANIFEST, DESCRIPTION, SKILLS, MODULES, SHARDS, ".*")
+    others = (MANIFEST, CARD, DESCRIPTION, SKILLS, MODULES, SHARDS, ".*")
     return path.is_file() and not any(fnmatch(path.name, pattern) for pattern in others)
 
 

@@ -11,6 +11,7 @@ from polyroute.errors import InputError
 from polyroute.host.files import read_json
 from polyroute.saved.hub import P3, public
 from polyroute.saved.markdown import Rows, cell, code, number, table
+from polyroute.saved.runs import read_run
 
 __all__ = ["ScoreTable", "read_results"]
 
@@ -84,7 +85,7 @@ def _adaptations(run: Path) -> Iterator[ScoreTable]:
         described = file.parent / "run.json"
         with _naming(file):
             results = [r for r in read_json(file) if r["score"] is not None]
-            config = read_json(described)["config"] if described.is_file() else {}
+            config = read_run(file.parent)["config"] if described.is_file() else {}
             for label in dict.fromkeys(r["label"] for r in results):
                 yield _adaptation([r for r in results if r["label"] == label], label, config)
 

@@ -11,13 +11,15 @@ import torch
 from torch import Tensor
 
 from polyroute.errors import InputError, did_you_mean
-from polyroute.host.dtypes import are_finite_fractions
 from polyroute.host.files import read_json
 from polyroute.host.locks import is_still_there, locked
+from polyroute.host.paths import path_of
+from polyroute.routes.given_rows import flat_rows
 from polyroute.routes.table import MU
 from polyroute.saved.digests import SHA256, described_digest
 from polyroute.saved.hub import DESCRIPTION, SHARDS, Snapshot, locate
 from polyroute.saved.shards import OpenShard, shard_of, shard_paths
+from polyroute.task_names import check_name
 
 __all__ = ["FORMAT", "SavedRoutes", "lock_inventory", "read_description"]
 
@@ -33,7 +35,7 @@ def read_description(folder: str | os.PathLike[str]) -> dict[str, Any]:
     Raises:
         InputError: there is no description, or it is damaged or in another format.
     """
-    path = Path(folder)
+    path = path_of(folder)
     if not (path / DESCRIPTION).is_file():
         hint = "" if path.exists() else ", and it is no hub id such as user/inventory"
         raise InputError(f"{path} holds no inventory: there is no {DESCRIPTION} in it{hint}")
@@ -170,10 +172,11 @@ class SavedRoutes:
         """Append a task with its logits, given as `[N, H, K]` or flat.
 
         Raises:
-            InputError: the name exists, is empty or is reserved, or as in `write`.
+            InputError: the name exists, is reserved or cannot be one, or as in `write`.
         """
-        if not isinstance(name, str) or not name or name == MU:
-            raise InputError(f"a task name must be a non-empty string other than {MU!r}: {name!r}")
+        check_name(name)
+        if name == MU:
+            raise InputError(f"task name {MU!r} is reserved for the average of the inventory")
         with self._changing(name) as opened:
             if name in opened.names:
                 raise InputError(
@@ -286,14 +289,8 @@ class SavedRoutes:
         return InputError(f"unknown task {name!r} in {place}: {did_you_mean(name, self.names())}")
 
     def _flat(self, values: Tensor, dtype: torch.dtype) -> Tensor:
-        if tuple(values.shape) not in (self.shape, (self.width,)):
-            raise InputError(
-                f"a routing row has shape {list(self.shape)} (routers, heads, skills), "
-                f"not {list(values.shape)}"
-            )
-        # Converted first: a finite double may be infinite in the precision of the table.
-        row = values.detach().reshape(-1).cpu().to(dtype)
-        if not values.is_floating_point() or not are_finite_fractions(row):
+        row = flat_rows(values, self.shape, dtype).cpu()
+        if not values.is_floating_point():
             raise InputError("a routing row must hold finite fractional numbers; check the values")
         return row
 

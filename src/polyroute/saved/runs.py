@@ -6,10 +6,9 @@ When one launch starts several processes, only the first checks, creates, descri
 import hashlib
 import os
 import platform
-import shutil
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -23,13 +22,15 @@ from polyroute.host.files import (
     check_place,
     make_folder,
     read_json,
+    remove,
     remove_unfinished,
     write_new_json,
 )
 from polyroute.host.locks import is_still_there, locked
-from polyroute.host.paths import expanded
+from polyroute.host.paths import check_link, expanded
 from polyroute.host.processes import is_first
 from polyroute.saved.base_names import is_packaged
+from polyroute.saved.digests import SHA256, described_digest
 from polyroute.saved.hub import DESCRIPTION as INVENTORY
 from polyroute.saved.hub import MODULES, SHARDS, SKILLS
 
@@ -38,6 +39,7 @@ __all__ = [
     "DIGEST",
     "EXAMPLES",
     "RUNNING",
+    "check_links",
     "check_run",
     "digest",
     "held",
@@ -58,6 +60,8 @@ PATHS = ("model", "data", "run", "start", "source")
 RUNNING = ".running"
 """Folder of unfinished slots inside a run of `polyroute adapt`."""
 NOT_KEPT = ("resume", "overwrite", "config", "out", "memory", "dry_run")
+ENTRIES = {"command", "argv", "config", "started", "machine", "prompting", SHA256}
+"""All that a description has had, of any version."""
 PACKAGES = ("polyroute", "torch", "transformers", "accelerate", "datasets", "numpy", "peft")
 
 
@@ -129,8 +133,26 @@ def _check_former(path: Path, command: str | None, *, resume: bool, overwrite: b
         raise InputError(
             f"{path} holds a run already; --resume continues it, --overwrite replaces it"
         )
+    if resume:
+        check_links(path)
     with _lock(path):
         pass
+
+
+def check_links(folder: Path) -> None:
+    """Make sure that no link in the folder of a run leads out of it.
+
+    What goes on there would be written elsewhere. Checkpoints of trainers are left out: a link in
+    one is a damage of that one.
+
+    Raises:
+        InputError: a link does.
+    """
+    for place, folders, files in os.walk(folder):
+        folders[:] = [name for name in folders if not name.startswith("checkpoint-")]
+        for name in (*folders, *files):
+            if not name.startswith("checkpoint-"):
+                check_link(Path(place, name))
 
 
 def open_run(
@@ -152,13 +174,15 @@ def open_run(
 
     Raises:
         InputError: both flags are set; the folder is not empty and no flag is set; it holds no run,
-            a run of another command, or one that another process works in; or an input lies in it.
+            a run of another command, or one that another process works in; an input lies in it; or
+            it is to be resumed, and a link in it leads out of it.
     """
     path = check_run(folder, command, resume=resume, overwrite=overwrite, inputs=inputs)
     if not is_first():
         return path
     if overwrite and path.is_dir():
-        shutil.rmtree(path)
+        for entry in path.iterdir():  # the folder itself may be a link that the user named
+            remove(entry)
     make_folder(path)
     if not resume and _is_empty_description(path / DESCRIPTION):
         (path / DESCRIPTION).unlink()
@@ -198,16 +222,17 @@ def record(
                 f"the run in {folder} was started from another inventory, not from the one that is "
                 f"now in {kept.get('run')}; start again in another --out folder"
             )
-        if EXAMPLES in changed:
+        if changed == [EXAMPLES]:
             raise InputError(
                 f"the run in {folder} was started on other training examples than those that are "
                 f"now in {kept.get('data')}; bring them back, or start again in another --out "
                 "folder"
             )
         if changed:
+            name = next(name for name in changed if name != EXAMPLES)  # it follows from others
             raise InputError(
-                f"the run in {folder} was started with {changed[0]}={before.get(changed[0])!r}, "
-                f"not {kept[changed[0]]!r}; resume it with the same settings"
+                f"the run in {folder} was started with {name}={before.get(name)!r}, "
+                f"not {kept[name]!r}; resume it with the same settings"
             )
         return
     description = {
@@ -219,7 +244,7 @@ def record(
         **(notes or {}),
     }
     try:
-        write_new_json(path, description)
+        write_new_json(path, {**description, SHA256: described_digest(description)})
     except FileExistsError as error:
         raise InputError(
             f"{folder} holds a run already; --resume continues it, --overwrite replaces it"
@@ -227,27 +252,39 @@ def record(
 
 
 @contextmanager
-def held(folder: Path) -> Iterator[None]:
+def held(folder: Path) -> Iterator[Callable[[], None]]:
     """Lock the folder of a run, and clear it of what killed writers left.
 
     The system releases the lock when the process ends.
 
+    Yields:
+        A function that makes sure that the folder is still the one that it was; call it before
+        more is written there.
+
     Raises:
-        InputError: another process works there; or, at the end of the block, the folder is no
-            longer the one that it was.
+        InputError: another process works there; or, at the end of the block or where that
+            function is called, the folder is no longer the one that it was.
     """
     if not is_first():
-        yield
+        yield lambda: None
         return
     with _lock(folder) as (file, is_locked):
+
+        def check() -> None:
+            if not is_still_there(folder / DESCRIPTION, file):
+                raise InputError(
+                    f"the folder {folder} was removed or replaced while the run worked in it, so "
+                    "what is there now is not whole: start again"
+                )
+
         if is_locked:
             remove_unfinished(folder, own=DESCRIPTION)
-        yield
-        if not is_still_there(folder / DESCRIPTION, file):
-            raise InputError(
-                f"the folder {folder} was removed or replaced while the run worked in it, so what "
-                "is there now is not whole: start again"
-            )
+        try:
+            yield check
+        except Exception:
+            check()  # whatever could not be done, that is why
+            raise
+        check()
 
 
 @contextmanager
@@ -279,6 +316,13 @@ def read_run(folder: str | os.PathLike[str]) -> dict[str, Any]:
         or not isinstance(description.get("command"), str)
     ):
         raise InputError(f"{path / DESCRIPTION} is damaged: it has no command or no config")
+    # Older versions wrote no digest; without one, an entry of another name may have been it.
+    odd = [SHA256] if SHA256 in description else sorted(description.keys() - ENTRIES)
+    if odd and description.get(SHA256) != described_digest(description):
+        raise InputError(
+            f"{path / DESCRIPTION} is damaged: it does not say what was written; bring back a "
+            f"whole one or, if you changed it yourself, take out its entry {odd[0]!r}"
+        )
     return description
 
 

@@ -25,7 +25,7 @@ from polyroute.errors import InputError
 from polyroute.host.dtypes import are_finite_fractions
 from polyroute.host.files import write_tensors
 from polyroute.host.json_text import parse_json
-from polyroute.host.paths import check_link
+from polyroute.host.paths import check_readable
 from polyroute.saved.digests import SHA256, digest_of
 from polyroute.saved.hub import DESCRIPTION
 
@@ -44,7 +44,13 @@ def shard_paths(folder: Path, count: int) -> list[Path]:
 
 
 def shard_of(name: str, count: int) -> int:
-    """Which of `count` shards holds a task; unlike `hash`, the same on every machine."""
+    """Which of `count` shards holds a task; unlike `hash`, the same on every machine.
+
+    Raises:
+        InputError: it is no name.
+    """
+    if not isinstance(name, str):
+        raise InputError(f"a task of a saved table is named by a text, not {name!r}")
     return zlib.crc32(name.encode("utf-8", "surrogatepass")) % count
 
 
@@ -113,7 +119,7 @@ class OpenShard:
                 f"{path} does not exist, so the routing table is not whole; "
                 "take an earlier checkpoint"
             )
-        check_link(path)
+        check_readable(path)
         try:
             mapped: Any = safe_open(path, "pt")
             text = (mapped.metadata() or {}).get(NOTE, "{}")

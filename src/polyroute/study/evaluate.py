@@ -7,6 +7,7 @@ from typing import Any
 
 import datasets
 import numpy as np
+import torch
 from torch import Tensor
 
 from polyroute.data.metrics import (
@@ -17,16 +18,19 @@ from polyroute.data.metrics import (
     text_metric,
 )
 from polyroute.data.sampling import some_places
-from polyroute.data.suite import Suite
+from polyroute.data.suite import Suite, check_tasks
 from polyroute.errors import InputError
 from polyroute.host.progress import progress
+from polyroute.kinds.batches import evaluating
 from polyroute.kinds.choose import ModelKind
 from polyroute.model import RoutedModel
 from polyroute.routes.rule import RouteRule
+from polyroute.settings import whole
 from polyroute.study.base_alone import BaseAlone
 from polyroute.study.examples import encoded, prompt_lengths, warn_of_cuts
 
 __all__ = [
+    "NotFiniteError",
     "Questions",
     "TaskScore",
     "check_answerable",
@@ -36,6 +40,16 @@ __all__ = [
     "row_scores",
     "score_rows",
 ]
+
+
+class NotFiniteError(InputError):
+    """What a model computes is NaN or infinite, so that no answer of its is better than another."""
+
+    def __init__(self, task: str) -> None:
+        super().__init__(
+            f"the model's losses on task {task!r} are not finite, so it has no score: train at a "
+            "lower rate, take an earlier checkpoint, or load the base model in float32"
+        )
 
 
 @dataclass(frozen=True)
@@ -130,8 +144,11 @@ def evaluate(  # noqa: PLR0913 (public: users know its keywords)
         max_examples: the most examples of each task, the same ones each time; None for all.
 
     Raises:
-        InputError: a task has no route or no such split, or cannot be answered.
+        InputError: a task has no route or no such split, is named twice or cannot be answered; a
+            number is out of range; or the model's losses are not finite.
     """
+    whole()("batch_size", batch_size)
+    tasks = check_tasks(suite, tasks)
     if isinstance(model, RoutedModel) and not isinstance(route, RouteRule):
         for task in tasks:
             model.routes.row(task if route is None else route)
@@ -178,6 +195,10 @@ def score_rows(
 
     Returns:
         The score and, for accuracy, the score by log-probability per token.
+
+    Raises:
+        InputError: the batch size is no positive number, or the model's losses are not finite (a
+            `NotFiniteError`).
     """
     found = np.array(row_scores(model, kind, asked, route=route, batch_size=batch_size))
     score, *normalised = found.mean(0).tolist()
@@ -194,19 +215,23 @@ def row_scores(
 ) -> list[list[float]]:
     """The score of each row, in order, and for accuracy also the one by log-probability per token.
 
-    The arguments are those of `score_rows`.
+    The arguments and errors are those of `score_rows`.
     """
+    whole()("batch_size", batch_size)
     count = len(asked.rows)
-    what = f"scoring {asked.rows[0]['task']}" if count else "scoring"
+    task = asked.rows[0]["task"] if count else ""
+    what = f"scoring {task}" if count else "scoring"
     found: list[list[float]] = [[] for _ in range(count)]
     with progress(what=what, unit="example", total=count) as bar:
         batches = _counted(_batches(asked.rows, batch_size, route), bar)
         if asked.metric == "accuracy":
-            for index, shares in _hits(model, kind, batches):
+            for index, shares in _hits(model, kind, batches, task):
                 found[index] = shares
             return found
         compare = text_metric(asked.metric)
-        for batch in batches:
+        for number, batch in enumerate(batches):
+            if number == 0:
+                _check_finite(model, kind, batch[0], task)
             for row, answer in zip(batch, kind.generate(model, batch), strict=True):
                 index = row["index"]
                 found[index] = [best_match(compare, answer, asked.answers[index])]
@@ -220,13 +245,31 @@ def _counted(batches: Iterator[list[dict[str, Any]]], bar: Any) -> Iterator[list
         bar.update(len(batch))
 
 
+def _check_finite(
+    model: RoutedModel | BaseAlone, kind: ModelKind, row: dict[str, Any], task: str
+) -> None:
+    """Make sure that a model that writes text computes numbers, since NaN too becomes some text."""
+    if kind.needs_choices:  # its loss cannot be that of a text
+        return
+    with evaluating(model), torch.no_grad():
+        loss = kind.loss(model, kind.collate([row]))
+    if not loss.isfinite():
+        raise NotFiniteError(task)
+
+
 def _hits(
-    model: RoutedModel | BaseAlone, kind: ModelKind, batches: Iterator[list[dict[str, Any]]]
+    model: RoutedModel | BaseAlone,
+    kind: ModelKind,
+    batches: Iterator[list[dict[str, Any]]],
+    task: str,
 ) -> Iterator[tuple[int, list[float]]]:
     """For each row its place, and whether its label scores best, by sum and by mean over tokens."""
     is_warned = False
     for batch in batches:
         for row, scores in zip(batch, kind.scores(model, batch), strict=True):
+            # One choice may be impossible, but where all are there is none to prefer.
+            if scores.isnan().any() or not scores.isfinite().any(0).all():
+                raise NotFiniteError(task)
             firsts = _first_equal(row["choice_ids"])
             if not is_warned and firsts != list(range(len(firsts))):
                 is_warned = True

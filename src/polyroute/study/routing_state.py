@@ -71,7 +71,7 @@ def in_words(log: Sequence[Mapping[str, Any]]) -> str | None:
         have come apart, or where nothing was measured.
     """
     last: Mapping[str, Any] = next((entry for entry in reversed(log) if ENTROPY in entry), {})
-    entropy, cosine = last.get(ENTROPY, 0.0), last.get(COSINE, 0.0)
+    entropy, cosine = last.get(ENTROPY) or 0.0, last.get(COSINE) or 0.0  # None: not finite
     why = []
     if entropy >= UNIFORM:
         why.append(f"its routes are uniform (entropy {entropy:.2f} of that of a uniform mixture)")

@@ -13,7 +13,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, HubStrategy
 from transformers.utils.generic import find_labels
 
 from polyroute.errors import InputError
-from polyroute.host.files import write_text
+from polyroute.host.files import remove, write_text
 from polyroute.host.trainers import accepted
 from polyroute.model import RoutedModel
 from polyroute.saved.card import write_card
@@ -74,12 +74,12 @@ class RoutedTrainer(Trainer):
         return loss
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
-        """As in `Trainer`; what it says of training is that of the whole run, if it was resumed."""
+        """As in `Trainer`; at the end it speaks of the whole run, and of no skipped step."""
         step = self.state.global_step
         if {"loss", "learning_rate"} <= logs.keys():  # as `Trainer` itself logs a loss
             self._share_losses()
             logs["loss"] = self.whole_run.mean_since_log(step)
-        elif "train_runtime" in logs and self.whole_run.was_resumed:
+        elif "train_runtime" in logs and (self.whole_run.was_resumed or self.watch.skipped):
             self._share_losses()
             logs.update(self.whole_run.metrics(step, samples_of_a_step(self.args)))
         super().log(logs, *args, **kwargs)
@@ -138,6 +138,13 @@ class RoutedTrainer(Trainer):
         self._share_losses()
         callbacks: dict[str, Any] = self.state.stateful_callbacks  # type: ignore[assignment]
         callbacks[KEPT] = {**self.whole_run.kept(), "skipped": self.watch.skipped}
+        place = (
+            Path(self._get_output_dir(trial)) / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
+        )
+        if self.args.should_save:
+            # `Trainer` opens files there, and would follow a link or wait for a pipe.
+            remove(place)
+        self.accelerator.wait_for_everyone()
         try:
             super()._save_checkpoint(model, trial)
         except RuntimeError as error:
@@ -150,8 +157,7 @@ class RoutedTrainer(Trainer):
             ) from error
         self.accelerator.wait_for_everyone()  # each process writes the state of its random numbers
         if self.is_world_process_zero():
-            name = f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
-            write_manifest(Path(self._get_output_dir(trial)) / name)
+            write_manifest(place)
 
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
         self.model.save_pretrained(

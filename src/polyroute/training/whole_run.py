@@ -1,5 +1,6 @@
 """The loss and the time of a whole run: a run that was resumed says what an unbroken one says."""
 
+import math
 import time
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -46,13 +47,18 @@ class WholeRun(TrainerCallback):
         """The step before the first known one."""
         self._total: float = kept.get("total", 0.0)
         """The sum of the losses of all known steps up to the last log."""
+        self._without: int = kept.get("without", 0)
+        """How many of these steps had no loss that is finite, and are not in the sum."""
         self._logged: int = kept.get("logged", step)
         """The step of the last log."""
         since = kept.get("since")
         self._since = None if since is None else torch.tensor(since, device=device)
         """The sum since then."""
         self._batches: int = kept.get("batches", 0)
-        """How many were added since then."""
+        """How many batches there were since then."""
+        finite = kept.get("finite", self._batches)
+        self._finite = None if since is None else torch.tensor(float(finite), device=device)
+        """How many of them are in the sum."""
         self._before: float = kept.get("seconds", 0.0)
         """Seconds of the earlier pieces."""
         self._started = time.monotonic()
@@ -65,6 +71,8 @@ class WholeRun(TrainerCallback):
             "logged": self._logged,
             "since": None if self._since is None else float(self._since),
             "batches": self._batches,
+            "finite": 0 if self._finite is None else float(self._finite),
+            "without": self._without,
             "seconds": self._seconds(),
         }
 
@@ -76,26 +84,36 @@ class WholeRun(TrainerCallback):
 
         Args:
             loss: one number.
-            fills: whether the mean so far stands for a loss that is not finite.
+            fills: whether the mean of the others stands for a loss that is not finite.
         """
         loss = loss.detach().float()
-        since = torch.zeros_like(loss) if self._since is None else self._since
-        if fills:
-            loss = torch.where(loss.isfinite(), loss, since / max(1, self._batches))
-        self._since = since + loss
+        counts = loss.isfinite() if fills else torch.ones_like(loss, dtype=torch.bool)
+        loss = torch.where(counts, loss, 0.0)
+        self._since = loss if self._since is None else self._since + loss
+        self._finite = counts.float() if self._finite is None else self._finite + counts
         self._batches += 1
 
     def share(self, mean: Callable[[Tensor], Tensor]) -> None:
         """Make what was added since the last log that of all processes; each must call this."""
-        if self._since is not None:
-            self._since = mean(self._since)
+        if self._since is not None and self._finite is not None:
+            self._since, self._finite = mean(self._since), mean(self._finite)
+
+    def _sum(self) -> float:
+        """That of the losses since the last log; NaN where none was finite."""
+        if self._since is None or self._finite is None:
+            return 0.0
+        finite = float(self._finite)
+        # Batches that are left out count as the mean of the others.
+        return float(self._since) * (self._batches / finite) if finite else math.nan
 
     def mean_since_log(self, step: int) -> float:
-        """The mean loss of the steps since the last log, which is now."""
-        total = 0.0 if self._since is None else float(self._since)
-        steps, self._logged = step - self._logged, step
-        self._total += total
-        self._since, self._batches = None, 0
+        """The mean loss of the steps since the last log, which is now; NaN if none was finite."""
+        total, steps, self._logged = self._sum(), step - self._logged, step
+        if math.isfinite(total):
+            self._total += total
+        elif self._batches:
+            self._without += steps
+        self._since, self._finite, self._batches = None, None, 0
         return total / max(1, steps)
 
     @property
@@ -110,13 +128,14 @@ class WholeRun(TrainerCallback):
             step: the last one.
             samples: rows of a step.
         """
-        total = self._total + (0.0 if self._since is None else float(self._since))
-        seconds, steps = max(self._seconds(), 1e-9), step - self._first
+        last, seconds, steps = self._sum(), max(self._seconds(), 1e-9), step - self._first
+        without = self._without + (0 if math.isfinite(last) else step - self._logged)
+        total = self._total + (last if math.isfinite(last) else 0.0)
         return {
             "train_runtime": round(seconds, 4),
             "train_samples_per_second": round(steps * samples / seconds, 3),
             "train_steps_per_second": round(steps / seconds, 3),
-            "train_loss": total / max(1, steps),
+            "train_loss": total / (steps - without) if steps > without else math.nan,
         }
 
 

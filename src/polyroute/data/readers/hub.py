@@ -32,7 +32,7 @@ import datasets
 
 from polyroute.data.readers.files import is_saved, load_saved, rows_file_key, saved_splits
 from polyroute.data.readers.hub_columns import COLUMN_KEYS, records_of
-from polyroute.data.readers.roles import check_entry, check_names
+from polyroute.data.readers.roles import check_entry
 from polyroute.data.readers.task_table import TableSuite, TaskSource, load, rows_key
 from polyroute.data.records import checked
 from polyroute.data.suite import SPLITS, TaskInfo, split_of
@@ -74,7 +74,6 @@ class HubSuite(TableSuite):
         for task in tasks:
             if not isinstance(task, str) or not task:
                 raise InputError(f"{file}: the task name {task!r} must be a string; quote it")
-        check_names([(task, file) for task in tasks])
         sources = {
             task: _source(task, entry, f"{file}, task {task!r}", file.parent, cache_dir)
             for task, entry in tasks.items()

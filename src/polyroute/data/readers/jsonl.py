@@ -9,7 +9,7 @@ from functools import partial
 from pathlib import Path
 
 from polyroute.data.readers.ignored import tell_ignored
-from polyroute.data.readers.roles import check_names, read_roles
+from polyroute.data.readers.roles import read_roles
 from polyroute.data.readers.task_table import TableSuite, TaskSource, file_key
 from polyroute.data.records import cannot_read, read_records
 from polyroute.errors import InputError
@@ -76,5 +76,4 @@ def _task_files(folder: Path) -> dict[str, Path]:
         raise InputError(f"{folder} holds no .jsonl file; a suite has one per task")
     for path in files.values():
         check_link(path)
-    check_names(files.items())
     return dict(sorted(files.items()))

@@ -18,7 +18,6 @@ from typing import Any
 from datasets.fingerprint import Hasher
 from transformers import PreTrainedTokenizerBase
 
-from polyroute.data.readers.roles import check_names
 from polyroute.data.readers.superni_text import (
     Encoding,
     any_length,
@@ -115,7 +114,6 @@ class SuperNiSuite(TableSuite):
         folder = expanded(path).resolve()
         roles = _roles(folder)
         files = {task: folder / "tasks" / f"{task}.json" for task in roles}
-        check_names(files.items())
         writer = _writer(settings or SuperNiSettings())
         sources = {task: _source(task, files[task], roles[task], writer) for task in roles}
         super().__init__(folder.name, sources, cache_dir)

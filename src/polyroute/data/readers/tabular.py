@@ -27,7 +27,7 @@ from polyroute.data.readers.files import (
     saved_splits,
 )
 from polyroute.data.readers.ignored import tell_ignored
-from polyroute.data.readers.roles import check_names, read_roles
+from polyroute.data.readers.roles import read_roles
 from polyroute.data.readers.shapes import OWN, FileRow, Shape, recognised
 from polyroute.data.readers.task_table import TableSuite, TaskSource, written
 from polyroute.data.records import alike, cannot_read, checked, read_objects
@@ -63,7 +63,6 @@ class TabularSuite(TableSuite):
         place = expanded(path).resolve()
         in_folder = place.is_dir() and not is_saved(place)
         sources: dict[str, TaskSource] = {}
-        names: list[tuple[str, Path]] = []
         for task, files in _task_files(place).items():
             for name, source in _Table(task, files, in_folder).sources(cache_dir).items():
                 if name in sources:
@@ -72,8 +71,6 @@ class TabularSuite(TableSuite):
                         f"{name!r}; rename the task in one of them, or put all its rows into one"
                     )
                 sources[name] = source
-                names.append((name, next(iter(files.values()))))
-        check_names(names)
         infos = read_roles(place / "roles.json", sources) if in_folder else {}
         described = {t: replace(source, info=infos.get(t)) for t, source in sources.items()}
         super().__init__(_name(place)[0] if place.is_file() else place.name, described, cache_dir)

@@ -14,6 +14,7 @@ from typing import Any
 import datasets
 import numpy as np
 
+from polyroute.data.readers.roles import check_names
 from polyroute.data.records import FEATURES, cannot_read
 from polyroute.data.suite import CHAT, COLUMNS, SPLITS, TaskInfo, check_tasks, quiet_datasets
 from polyroute.errors import InputError, did_you_mean
@@ -113,11 +114,15 @@ class TableSuite:
         name: the name of the suite in reports.
         sources: where the records of each task come from, by name of the task.
         cache_dir: where the tables are cached; None for the usual cache of `datasets`.
+
+    Raises:
+        InputError: the name of a task cannot be used; see `roles.check_names`.
     """
 
     def __init__(
         self, name: str, sources: Mapping[str, TaskSource], cache_dir: str | Path | None
     ) -> None:
+        check_names((task, source.place) for task, source in sources.items())
         self.name = name
         self.tasks = tuple(sorted(sources))
         self._sources = sources

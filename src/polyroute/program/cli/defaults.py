@@ -93,9 +93,12 @@ def defaults_from(command: Any, values: Mapping[Any, Any], where: str) -> dict[s
 
 def _fits(flag: Any, value: Any) -> bool:
     """Whether a value of YAML can be that of a flag, as far as its form says so."""
+    is_flag = bool(getattr(flag, "is_flag", False))
     if isinstance(value, bool):
-        return bool(getattr(flag, "is_flag", False))
+        return is_flag
     if value is None:
         return flag.default is None
+    if is_flag and (isinstance(value, list) or value == ""):
+        return False  # click takes what is empty for false
     parts = value if isinstance(value, list) else [value]
     return all(isinstance(one, str | int | float) and not isinstance(one, bool) for one in parts)

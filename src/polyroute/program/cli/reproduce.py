@@ -1,8 +1,11 @@
 """`polyroute reproduce`."""
 
+from dataclasses import replace
+from typing import Any
+
 from polyroute.host.output import Result
 from polyroute.program.cli.adapt import adapt
-from polyroute.program.cli.command import command
+from polyroute.program.cli.command import Command, command
 from polyroute.program.cli.evaluate import evaluate
 from polyroute.program.cli.train import train
 from polyroute.program.options.experiments import ReproduceOptions
@@ -18,9 +21,15 @@ def reproduce(options: ReproduceOptions) -> Result:
 
     Example: `polyroute reproduce t0 --data T0 --methods mhr,poly,shared --out runs/t0`
     """
+    from polyroute.program.commands.train import begin_run
+    from polyroute.program.reproduce.rehearsal import BEGIN
     from polyroute.program.reproduce.run import run_preset
 
-    return run_preset(
-        options,
-        {"train": train.prepare, "adapt": adapt.prepare, "evaluate": evaluate.prepare},
-    )
+    begin = replace(train, work=begin_run)
+    commands: dict[str, Command[Any]] = {
+        "train": train,
+        "adapt": adapt,
+        "evaluate": evaluate,
+        BEGIN: begin,
+    }
+    return run_preset(options, {name: own.prepare for name, own in commands.items()})

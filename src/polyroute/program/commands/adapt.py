@@ -1,7 +1,6 @@
 """`polyroute adapt`: from an inventory to adapters for new tasks, and what they score."""
 
 import itertools
-import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -16,20 +15,29 @@ from polyroute.adapting.slots import check_starts
 from polyroute.build import loaded
 from polyroute.data.suite import SPLITS, Suite, held_out_tasks, validate
 from polyroute.errors import InputError
-from polyroute.host.files import make_folder, write_json, write_tensors
+from polyroute.host.files import make_folder, remove, write_json, write_tensors
 from polyroute.host.interrupts import resumable
 from polyroute.host.output import Result, say
+from polyroute.host.paths import check_link
 from polyroute.host.processes import count, index, is_first, wait
 from polyroute.kinds.choose import ModelKind
 from polyroute.loading import load_suite
 from polyroute.model import RoutedModel
-from polyroute.program.commands.adapted import ResultFiles, line_of, tables_of
+from polyroute.program.commands.adapted import (
+    ROUTE,
+    ResultFiles,
+    check_adapter,
+    line_of,
+    place_of,
+    tables_of,
+)
 from polyroute.program.commands.folder import RunFolder
 from polyroute.program.commands.runs import base_of, beside, inventory_of
 from polyroute.program.commands.tasks import chosen_tasks
 from polyroute.program.options.adapt import AdaptOptions
 from polyroute.program.plans import AdaptationPlan, plan_of_adapting
 from polyroute.saved.hub import locate
+from polyroute.saved.manifest import write_manifest
 from polyroute.saved.peft_card import write_peft_card
 from polyroute.saved.runs import DIGEST, RUNNING, digest, held, read_run
 
@@ -69,7 +77,10 @@ def adapt_run(options: AdaptOptions) -> Result:
     """
     choices = variants(options.settings, options.grid)
     phase, shots = options.settings.phase, options.settings.shots
-    out = options.out or beside(options.run) / f"adapt-{phase}-{shots}"
+    out = options.out
+    if out is None:
+        out = beside(options.run) / f"adapt-{phase}-{shots}"
+        check_link(out)  # nobody named it
     run = Path(locate(options.run))
     folder = RunFolder("adapt", out, options, (run, options.source.data))
     folder.compare_given(options.given)
@@ -150,14 +161,15 @@ def _check_model(model: RoutedModel, work: Work) -> None:
 def _adapt(model: RoutedModel, work: Work, folder: Path) -> list[dict[str, Any]]:
     """Do what is left to do in the folder of a run; all results of all processes."""
     options = work.options
-    with held(folder), resumable(folder):
+    with held(folder) as check, resumable(folder):
         say("\n".join(work.optimizations))
         running = folder / RUNNING
         wait()  # for the first process, which makes the folder of the run
         make_folder(running)
         order = list(itertools.product(work.tasks, work.choices, options.seeds))
         files = ResultFiles(folder / "results.json", running, order)
-        done = files.gather()
+        done = _whole(folder, files.gather())
+        wait()  # all processes have looked before one of them writes
         results = list(done) if is_first() else []
         wanted = SuiteSlots(
             suite=work.suite, tasks=work.tasks, choices=work.choices, seeds=options.seeds,
@@ -167,7 +179,7 @@ def _adapt(model: RoutedModel, work: Work, folder: Path) -> list[dict[str, Any]]
         )  # fmt: skip
         adapted = adapt_suite(
             model, work.kind, wanted, memory=options.memory, folder=running,
-            each=_saving(model, folder, files, results, work.card),
+            each=_saving(model, folder, files, results, work.card, check),
             note=lambda result: say(line_of(result)),
         )  # fmt: skip
         results += [result for result in adapted if result["score"] is None]
@@ -175,8 +187,22 @@ def _adapt(model: RoutedModel, work: Work, folder: Path) -> list[dict[str, Any]]
         results = files.gather()
         check_learned(results)
     if is_first():
-        shutil.rmtree(running)  # a killed process may have left half a file there
+        remove(running)  # a killed process may have left half a file there
     return results
+
+
+def _whole(folder: Path, done: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The results whose adapters are whole; the others are to be adapted again, which is said."""
+    whole = []
+    for result in done:
+        try:
+            if result["score"] is not None:
+                check_adapter(place_of(folder, result))
+        except InputError as error:
+            say(f"{error}; adapting to {result['task']} with seed {result['seed']} again")
+        else:
+            whole.append(result)
+    return whole
 
 
 def _saving(
@@ -185,15 +211,18 @@ def _saving(
     files: ResultFiles,
     results: list[dict[str, Any]],
     card: Callable[[Path], None],
+    check: Callable[[], None],
 ) -> Callable[[dict[str, Any], str], None]:
     """A function that writes one result and its adapter, and adds it to `results` in place."""
 
     def save(result: dict[str, Any], route: str) -> None:
-        place = folder / result["task"] / f"seed-{result['seed']}" / result["label"]
+        check()
+        place = place_of(folder, result)
         model.export_peft(route, place)
         card(place)
         if model.routes.logits is not None:
-            write_tensors(place / "route.safetensors", {"route": model.routes[route]})
+            write_tensors(place / ROUTE, {"route": model.routes[route]})
+        write_manifest(place)
         results.append(result)
         write_json(files.own, results)
 

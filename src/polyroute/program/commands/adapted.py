@@ -10,16 +10,29 @@ from rich.table import Table
 
 from polyroute.data.metrics import mean_and_error
 from polyroute.errors import InputError
-from polyroute.host.files import read_json, write_json
+from polyroute.host.files import read_json, read_tensors, write_json
 from polyroute.host.processes import index, is_first, wait
+from polyroute.saved.manifest import check_manifest
+from polyroute.saved.peft_export import CONFIG, TENSORS
 
-__all__ = ["ResultFiles", "line_of", "number", "tables_of"]
+__all__ = [
+    "ROUTE",
+    "ResultFiles",
+    "check_adapter",
+    "line_of",
+    "number",
+    "place_of",
+    "read_results",
+    "tables_of",
+]
 
 RESULT: Mapping[str, Any] = {
     "task": str, "seed": int, "label": str, "metric": str, "score": float | int | None,
     "trained_parameters": int, "seconds": float | int,
 }  # fmt: skip
 """Keys that every result has, and the types of their values."""
+ROUTE = "route.safetensors"
+"""The logits of a slot, beside its adapter; there are none where the phase has no routes."""
 COLUMNS = (
     "task", "metric", "score", "standard error", "per token", "seeds", "parameters", "seconds",
 )  # fmt: skip
@@ -50,7 +63,7 @@ class ResultFiles:
         wait()
         if is_first():
             parts = sorted(self.running.glob("results-*.json"))
-            read = [r for file in (self.path, *parts) if file.exists() for r in _read(file)]
+            read = [r for file in (self.path, *parts) if file.exists() for r in read_results(file)]
             # A kill may have left parts that the file has already.
             found = list({(r["task"], r["label"], r["seed"]): r for r in read}.values())
             if found or parts:
@@ -60,10 +73,15 @@ class ResultFiles:
             for file in parts:
                 file.unlink()
         wait()
-        return _read(self.path) if self.path.exists() else []
+        return read_results(self.path) if self.path.exists() else []
 
 
-def _read(path: Path) -> list[dict[str, Any]]:
+def read_results(path: Path) -> list[dict[str, Any]]:
+    """Read the results of adaptations.
+
+    Raises:
+        InputError: the file is damaged.
+    """
     results = read_json(path)
     if not isinstance(results, list) or not all(map(_is_result, results)):
         raise InputError(f"{path} is damaged: it is not a list of results; delete it to start over")
@@ -82,6 +100,26 @@ def _is_result(value: object) -> bool:
         )
         and isinstance(value.get("score_normalised"), float | int | None)
     )
+
+
+def place_of(folder: Path, result: Mapping[str, Any]) -> Path:
+    """The folder of the adapter of a result, in the folder of its run."""
+    return Path(folder, result["task"], f"seed-{result['seed']}", result["label"])
+
+
+def check_adapter(place: Path) -> None:
+    """Read the files of an adapter, and compare them with its manifest if it has one.
+
+    Raises:
+        InputError: a file is missing or damaged.
+    """
+    fields = read_json(place / CONFIG)
+    if not isinstance(fields, dict) or not isinstance(fields.get("peft_type"), str):
+        raise InputError(f"{place / CONFIG} is damaged: it does not say what the adapter is")
+    read_tensors(place / TENSORS)
+    if (place / ROUTE).exists():
+        read_tensors(place / ROUTE)
+    check_manifest(place)
 
 
 def line_of(result: Mapping[str, Any]) -> str:

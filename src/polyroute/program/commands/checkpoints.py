@@ -6,6 +6,7 @@ from pathlib import Path
 from polyroute.errors import InputError
 from polyroute.host.files import read_json
 from polyroute.host.output import say
+from polyroute.host.paths import check_link, check_readable
 from polyroute.saved.checkpoint import read_checkpoint
 from polyroute.saved.digests import SHA256
 from polyroute.saved.hub import DESCRIPTION
@@ -58,25 +59,32 @@ def _lacks_manifest(checkpoint: Path) -> bool:
 
 def damage_of(checkpoint: Path) -> str | None:
     """What is wrong with a checkpoint of the trainer, if anything."""
-    random = sorted(checkpoint.glob(RANDOM_OF_SEVERAL)) or [checkpoint / RANDOM]
-    for path in (*(checkpoint / name for name in TORCH_FILES), *random):
-        if not path.is_file():
-            return f"{path} is missing"
-        if not zipfile.is_zipfile(path):
-            return f"{path} is damaged"
-    if _lacks_manifest(checkpoint):
-        return f"{checkpoint / MANIFEST} is missing"
-    path = checkpoint / TRAINER_STATE
     try:
-        check_manifest(checkpoint)
-        state = read_json(path)
-        read_checkpoint(checkpoint).check_rows()
+        _check(checkpoint)
     except InputError as error:
         return str(error)
+    return None
+
+
+def _check(checkpoint: Path) -> None:
+    for path in (checkpoint, *sorted(checkpoint.iterdir())):
+        check_link(path)  # the trainer follows links
+    random = sorted(checkpoint.glob(RANDOM_OF_SEVERAL)) or [checkpoint / RANDOM]
+    for path in (*(checkpoint / name for name in TORCH_FILES), *random):
+        if not path.exists():
+            raise InputError(f"{path} is missing")
+        check_readable(path)
+        if not zipfile.is_zipfile(path):
+            raise InputError(f"{path} is damaged")
+    if _lacks_manifest(checkpoint):
+        raise InputError(f"{checkpoint / MANIFEST} is missing")
+    path = checkpoint / TRAINER_STATE
+    check_manifest(checkpoint)
+    state = read_json(path)
+    read_checkpoint(checkpoint).check_rows()
     if not (
         isinstance(state, dict)
         and isinstance(state.get("global_step"), int)
         and isinstance(state.get("log_history"), list)
     ):
-        return f"{path} is damaged"
-    return None
+        raise InputError(f"{path} is damaged")

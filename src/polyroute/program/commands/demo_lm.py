@@ -27,6 +27,7 @@ from polyroute.program.options.experiments import DemoLmOptions
 from polyroute.program.stages import Prepare, Stage
 from polyroute.report_page import write_report
 from polyroute.saved.markdown import table
+from polyroute.saved.metrics import read_metrics
 from polyroute.saved.runs import held, machine
 from polyroute.settings import typed
 from polyroute.study.base_alone import BaseAlone
@@ -219,7 +220,7 @@ def _summary(
     training = {
         method: {
             # A run that an older version resumed has no time.
-            name: read_json(stages[f"train {method}"].result).get(name)
+            name: read_metrics(stages[f"train {method}"].result.parent).get(name)
             for name in ("train_runtime", "trained_parameters")
         }
         for method in METHODS

@@ -25,12 +25,13 @@ from polyroute.program.commands.folder import RunFolder
 from polyroute.program.commands.lengths import Measured, settled_lengths
 from polyroute.program.commands.runs import BaseModel, inventory_of, load, settled
 from polyroute.program.commands.tasks import chosen_tasks
-from polyroute.program.commands.training import SaveWhenStopped, make_trainer
+from polyroute.program.commands.training import CheckFolder, SaveWhenStopped, make_trainer
 from polyroute.program.commands.validation import with_validation
 from polyroute.program.options.train import TrainOptions
 from polyroute.program.plans import plan_of_training
-from polyroute.saved.checkpoint import Checkpoint
+from polyroute.saved.checkpoint import Checkpoint, read_checkpoint
 from polyroute.saved.hub import locate
+from polyroute.saved.metrics import METRICS, read_metrics
 from polyroute.saved.prompting import NOTE
 from polyroute.saved.runs import EXAMPLES, held
 from polyroute.settings import option_of
@@ -43,9 +44,8 @@ from polyroute.training.divergence import check_finite
 from polyroute.training.kept import kept_by
 from polyroute.training.whole_run import samples_of_a_step
 
-__all__ = ["train_run"]
+__all__ = ["begin_run", "train_run"]
 
-METRICS = "metrics.json"
 ALIGNMENT = "alignment.json"
 LONGEST_STEP = timedelta(minutes=30)
 """For which one process waits for the others in training."""
@@ -59,6 +59,24 @@ class Start:
     checkpoint: Checkpoint
 
 
+@dataclass(frozen=True)
+class Checked:
+    """A training of which all is known to be right and nothing is written."""
+
+    trainer: MultiTaskTrainer
+    tasks: tuple[str, ...]
+    options: TrainOptions
+    """With nothing left open."""
+    folder: RunFolder
+    config: Mapping[str, Any]
+    """What `run.json` is to say."""
+
+    def open(self) -> Path:
+        """Make the folder of the run, or take it up again."""
+        notes = {NOTE: self.trainer.kind.prompting.to_dict()}
+        return self.folder.open(self.config, self.options.given, notes)
+
+
 def train_run(options: TrainOptions) -> Result:
     """Train an inventory; the run folder can then be given to `polyroute.from_pretrained`.
 
@@ -68,9 +86,53 @@ def train_run(options: TrainOptions) -> Result:
     Raises:
         InputError: an option, the data or the base model cannot be used; nothing was trained.
     """
-    inputs = (options.model, options.start, options.source.data)
     connect(LONGEST_STEP)
+    own = _checked(options)
+    trainer, tasks = own.trainer, own.tasks
+    if options.dry_run:
+        own.folder.compare(own.config, own.options.given)
+        return plan_of_training(trainer, own.options, tasks, own.folder.path)
+    wait()  # nothing is written before all processes are prepared
+    folder = own.open()
+    with held(folder) as check, resumable(folder):
+        is_over = options.resume and (folder / METRICS).exists()
+        damage = _damage_of_end(folder) if is_over else None
+        wait()  # all processes have looked before one of them writes
+        if is_over and damage is None:
+            say(f"the run in {folder} is finished; there is nothing to resume")
+        else:
+            last = last_checkpoint(folder) if options.resume else None
+            if damage is not None:
+                _say_restored(damage, last)
+            say(trainer.model.describe())
+            say(own.config["optimization"])
+            trainer.add_callback(CheckFolder(check))
+            _train_to_the_end(trainer, folder, last)
+        metrics = read_metrics(folder)
+    return Result(
+        {"out": folder, "tasks": tasks, **{k: v for k, v in metrics.items() if k != "log"}},
+        (
+            f"trained {len(tasks)} tasks; {_validated(metrics)}the inventory is in {folder}",
+            *filter(None, [in_words(metrics["log"])]),
+        ),
+    )
+
+
+def begin_run(options: TrainOptions) -> Result:
+    """Write a run as it is before its first step, so that what follows on it can be checked.
+
+    Raises:
+        InputError: see `train_run`.
+    """
+    own = _checked(options)
+    folder = own.open()
+    own.trainer.model.save_pretrained(folder)
+    return Result({"out": folder, "tasks": own.tasks}, ())
+
+
+def _checked(options: TrainOptions) -> Checked:
     start = _start(options)
+    inputs = (options.model, options.start, options.source.data)
     if start is not None:
         options = _continued(options, start)
     folder = RunFolder("train", options.out, options, inputs)
@@ -78,34 +140,13 @@ def train_run(options: TrainOptions) -> Result:
     options = replace(options, reading=reading, given=given)
     folder.compare_given(given)
     trainer, tasks, options = _prepared(options, start, folder)
-    optimization = summary(asdict(options.optimization))
     config = {
         **options.given.recorded,
         "tasks": list(tasks),
-        "optimization": optimization,
+        "optimization": summary(asdict(options.optimization)),
         EXAMPLES: digest_of(trainer.train_dataset),
     }
-    if options.dry_run:
-        folder.compare(config, options.given)
-        return plan_of_training(trainer, options, tasks, folder.path)
-    wait()  # nothing is written before all processes are prepared
-    folder.open(config, options.given, {NOTE: trainer.kind.prompting.to_dict()})
-    with held(folder.path), resumable(folder.path):
-        if options.resume and (folder.path / METRICS).is_file():
-            say(f"the run in {folder.path} is finished; there is nothing to resume")
-        else:
-            say(trainer.model.describe())
-            say(optimization)
-            last = last_checkpoint(folder.path) if options.resume else None
-            _train_to_the_end(trainer, folder.path, last)
-        metrics = read_json(folder.path / METRICS)
-    return Result(
-        {"out": folder.path, "tasks": tasks, **{k: v for k, v in metrics.items() if k != "log"}},
-        (
-            f"trained {len(tasks)} tasks; {_validated(metrics)}the inventory is in {folder.path}",
-            *filter(None, [in_words(metrics["log"])]),
-        ),
-    )
+    return Checked(trainer, tasks, options, folder, config)
 
 
 def _start(options: TrainOptions) -> Start | None:
@@ -195,6 +236,30 @@ def _attached(base: Any, adapter: MHRConfig, tasks: Sequence[str]) -> RoutedMode
         raise InputError(
             f"the inventory cannot be made: lower --skills or --rank ({why})"
         ) from error
+
+
+def _damage_of_end(folder: Path) -> str | None:
+    """What is wrong with the files that a finished training leaves, if anything."""
+    try:
+        read_metrics(folder)
+        read_checkpoint(folder).check_rows()
+    except InputError as error:
+        return str(error)
+    return None
+
+
+def _say_restored(damage: str, last: Path | None) -> None:
+    """Say that what is damaged is written again.
+
+    Raises:
+        InputError: there is no checkpoint to write it from.
+    """
+    if last is None:
+        raise InputError(
+            f"{damage}; no checkpoint is left to restore the run from, so start again with "
+            "--overwrite"
+        )
+    say(f"{damage}; restoring the end of the run from {last.name}")
 
 
 def _train_to_the_end(trainer: MultiTaskTrainer, folder: Path, last: Path | None) -> None:

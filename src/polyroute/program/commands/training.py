@@ -18,7 +18,7 @@ from polyroute.model import RoutedModel
 from polyroute.program.options.train import TrainOptions
 from polyroute.trainer import MultiTaskTrainer, MultiTaskTrainingArguments
 
-__all__ = ["SaveWhenStopped", "make_trainer"]
+__all__ = ["CheckFolder", "SaveWhenStopped", "make_trainer"]
 
 OPTIMS = {"adamw": "adamw_torch_fused", "adafactor": "adafactor"}
 SCHEDULERS = {"linear": "linear", "constant": "constant_with_warmup"}
@@ -120,6 +120,22 @@ class SaveWhenStopped(TrainerCallback):
         """Save and end, if it was pressed."""
         if self.is_stopped():
             control.should_save = control.should_training_stop = True
+
+
+class CheckFolder(TrainerCallback):
+    """Makes sure, before each checkpoint and log, that the folder of the run is still its own.
+
+    Args:
+        check: raises where it is not.
+    """
+
+    def __init__(self, check: Callable[[], None]) -> None:
+        self.check = check
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """Look, if something is about to be written."""
+        if control.should_save or control.should_log:
+            self.check()
 
 
 class _ShowProgress(TrainerCallback):

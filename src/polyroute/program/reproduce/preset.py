@@ -17,6 +17,13 @@ SCORES = ("score", "score_normalised")
 SEEDS_OF = ("draw", "reader")
 SEEDS = 2**32
 """Seeds are below this number; numpy takes no others."""
+OF_THE_PRESET = {
+    "train": ("data", "model", "out", "reader", "start"),
+    "adapt": ("data", "out", "phase", "reader", "run", "seeds", "shots", "tasks"),
+}
+"""Options that every stage gets from the preset itself."""
+OF_A_CALL = ("dry-run", "json", "overwrite", "quiet", "resume", "verbose")
+"""Options that say how a command is called, and not what it does."""
 
 
 # ------------------------------------------------------------------ checks of values
@@ -64,9 +71,8 @@ def _seeds(name: str, value: Any) -> Any:
 
 
 def _tasks(name: str, value: Any) -> Any:
-    if value is not None and not (
-        isinstance(value, list) and all(isinstance(task, str) for task in value)
-    ):
+    is_list = isinstance(value, list) and value and all(isinstance(task, str) for task in value)
+    if value is not None and not is_list:
         raise InputError(f"{name} must be a list such as [rte, cb], not {value!r}")
     return value
 
@@ -82,10 +88,12 @@ def _methods(name: str, value: Any) -> Any:
         if content.keys() != {"title", "train", "phases"}:
             raise InputError(f"the method {method!r} must have a title, train and phases")
         phases = content["phases"]
-        if not isinstance(phases, list) or not set(phases) <= set(get_args(Phase)):
+        known = get_args(Phase)
+        if not isinstance(phases, list) or not all(phases.count(p) == 1 == known.count(p)
+                                                   for p in phases):  # fmt: skip
             raise InputError(
                 f"the phases of the method {method!r} must be a list of some of "
-                f"{', '.join(get_args(Phase))}, not {phases!r}"
+                f"{', '.join(known)}, each once, not {phases!r}"
             )
     return value
 
@@ -170,6 +178,18 @@ def _key(name: str) -> str:
     return name.replace("_", "-")
 
 
+def _check_option(place: str, path: Sequence[str], option: str) -> None:
+    """Refuse options of stages that would be overruled, or would change how all of it runs."""
+    section = path[-1] if path and path[-1] in OF_THE_PRESET else ""
+    if section and option in OF_A_CALL:
+        raise InputError(f"{place} cannot be set: give --{option} to `polyroute reproduce` itself")
+    if option in OF_THE_PRESET.get(section, ()):
+        raise InputError(
+            f"{place} cannot be set, because every stage gets its {option} from the preset: see "
+            "--data, --model and --out, and the values of the preset itself"
+        )
+
+
 def preset_names() -> tuple[str, ...]:
     """The presets that polyroute brings."""
     return shipped("presets")
@@ -194,6 +214,7 @@ def read_preset(name: str, settings: Mapping[str, Any] | None = None) -> Preset:
     known = {_key(one.name) for one in fields(Preset)}
     for place, value in (settings or {}).items():
         *path, last = place.split(".")
+        _check_option(place, path, last.replace("_", "-"))
         where: Any = content
         for part in path:
             where = where.get(part) if isinstance(where, dict) else None

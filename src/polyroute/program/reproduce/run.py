@@ -17,6 +17,7 @@ from polyroute.program.commands.folder import RunFolder
 from polyroute.program.options.experiments import ReproduceOptions
 from polyroute.program.reproduce.page import page_of
 from polyroute.program.reproduce.preset import Preset, read_preset
+from polyroute.program.reproduce.rehearsal import rehearse
 from polyroute.program.reproduce.results import summarise
 from polyroute.program.reproduce.stages import Plan, readers_of
 from polyroute.program.stages import Prepare, Stage
@@ -30,7 +31,7 @@ def run_preset(options: ReproduceOptions, commands: Mapping[str, Prepare]) -> Re
 
     Args:
         options: the options of `polyroute reproduce`.
-        commands: by name, how `train`, `adapt` and `evaluate` are checked and run.
+        commands: by name, how `train`, `adapt` and `evaluate` are checked and run, and `BEGIN`.
 
     Returns:
         What `results.json` holds or, of a dry run, the stages.
@@ -52,8 +53,7 @@ def run_preset(options: ReproduceOptions, commands: Mapping[str, Prepare]) -> Re
     plan = Plan(preset, folder.path, options.selection, tasks, given)
     planned = [plan.of(method) for method in methods]
     stages = [stage for method in planned for stage in method.stages]
-    for stage in stages:
-        commands[stage.command](stage.options)
+    rehearse(stages, folder.path, commands)
     config = {
         "preset": name, "model": preset.model, "data": preset.data, "methods": methods,
         "selection": options.selection,
@@ -78,7 +78,11 @@ def _given(options: ReproduceOptions) -> dict[str, Any]:
     """What replaces values of the preset, by place."""
     given = dict(options.settings or {})
     named = {"model": options.model, "data": options.data}
-    given |= {place: value for place, value in named.items() if value is not None}
+    for place, value in named.items():
+        if value is not None and given.get(place, value) != value:
+            raise InputError(f"--{place} and --set {place} differ: give one of them")
+        if value is not None:
+            given[place] = value
     return {**read_preset(options.preset).quick, **given} if options.quick else given
 
 
