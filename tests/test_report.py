@@ -381,7 +381,8 @@ def test_figures_show_every_point(report: Contents, monkeypatch: pytest.MonkeyPa
 
 def test_names_of_tasks_cannot_break_the_page(tmp_path: Path) -> None:
     names = [HOSTILE, "x" * 5000, "plain"]
-    run = write_run(tmp_path / "<b>run", "mhr", ["one", "two", re.sub("[\ud800\0]", "", HOSTILE)])
+    known = re.sub("[\ud800\0]", "", HOSTILE)  # an inventory's names can be written everywhere
+    run = write_run(tmp_path / "<b>run", "mhr", ["one", "two", known])
     results = [adapted(name, 0, "mu", 8, 10, 0.5) for name in names]
     write(run / "adapt-mu-8" / "results.json", results)
     (run / "alignment.json").unlink()
@@ -393,7 +394,7 @@ def test_names_of_tasks_cannot_break_the_page(tmp_path: Path) -> None:
     assert "b" not in re.findall(r"<(\w+)>run", text)
     content = json.loads(elements.json)
     clean = HOSTILE.replace("\ud800", "\ufffd").replace("\x00", "\ufffd")
-    assert clean.replace("\ufffd\ufffd", "\ufffd") in content["routing"][0]["tasks"]
+    assert known in content["routing"][0]["tasks"]
     assert read_csv(tmp_path / "page-files" / "tasks.csv")[0]["task"] == clean
 
 
