@@ -173,10 +173,10 @@ class _Running:
     def _look_at_ends(self, over: Sequence[SlotTraining]) -> None:
         """Note which slots diverged in their last step, whose loss no later step has computed.
 
-        Its numbers may be finite where what they multiply to is not.
+        Its numbers may be finite where what they multiply to is not, so one example is computed.
         """
         unseen = [each for each in over if each.diverged_at is None and not each.best]
-        batches = [(each.route, each.first_rows()) for each in unseen]
+        batches = [(each.route, [each.slot.rows[0]]) for each in unseen]
         for training, loss in zip(unseen, self.losses(batches), strict=True):
             if not math.isfinite(loss):
                 training.diverged_at = training.step

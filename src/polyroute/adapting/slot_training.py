@@ -110,11 +110,6 @@ class SlotTraining:
         """The examples of the next step."""
         return [self.slot.rows[i] for i in next(self.order)]
 
-    def first_rows(self) -> list[Row]:
-        """As many of its examples as a step has."""
-        rows = self.slot.rows
-        return [rows[i] for i in range(min(len(rows), self.settings.batch_size))]
-
     @torch.no_grad()
     def update(self, loss: float) -> None:
         """Take one step, from the gradients that are there."""
