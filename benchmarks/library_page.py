@@ -197,14 +197,14 @@ def _shares(found: Mapping[str, Any], how: Mapping[str, Any], table: Table) -> l
     rows = []
     for rule in next(iter(found.values())):
         by_task = [list(own[rule].values()) for own in found.values()]
-        layers = np.array(by_task).mean(0)
+        blocks = np.array(by_task).mean(0)
         rows.append(
             [
                 rule, str(interval([float(np.mean(own)) for own in by_task])),
-                f"{layers.min():.3f}", f"{statistics.median(layers):.3f}", f"{layers.max():.3f}",
+                f"{blocks.min():.3f}", f"{statistics.median(blocks):.3f}", f"{blocks.max():.3f}",
             ]
         )  # fmt: skip
-    head = ["route", "share", "least layer", "median layer", "most layer"]
+    head = ["route", "share", "least block", "median block", "most block"]
     return [
         "### Do tokens find the LoRA of their task?",
         "",

@@ -22,6 +22,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import torch
@@ -111,7 +112,7 @@ def _judged(place: Place, loras: Path, settings: pr.JudgeSettings) -> Callable[[
 
 
 def shares(place: Place) -> Stage:
-    """The share of a task's tokens that choose the task's own LoRA, by layer."""
+    """The share of a task's tokens that choose the task's own LoRA, by block of the model."""
     model, kind = place.opened(exported(place.loras))
 
     def one(task: str) -> Found:
@@ -124,9 +125,12 @@ def shares(place: Place) -> Stage:
                 for row in rows:
                     model(input_ids=torch.tensor([row["prompt_ids"]]))
             for gate in gates:
-                chosen = gate.weights.flatten(0, -2)[:, own] > 0
-                of_site.setdefault(model.sites[gate.site].name, []).extend(chosen.float().tolist())
-            found[name] = {site: sum(c) / len(c) for site, c in of_site.items()}
+                is_own = gate.weights.flatten(0, -2)[:, own] > 0
+                of_site.setdefault(model.sites[gate.site].name, []).extend(is_own.float().tolist())
+            by_block: dict[str, list[float]] = {}
+            for site, chosen in of_site.items():
+                by_block.setdefault(site.split(".")[2], []).append(sum(chosen) / len(chosen))
+            found[name] = {block: round(fmean(of), 5) for block, of in by_block.items()}
         return found
 
     return place.study.train, one
