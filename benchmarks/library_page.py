@@ -1,13 +1,12 @@
 """Sections of docs/benchmarks.md on libraries of LoRAs, and the table of docs/library.md."""
 
-import json
 import statistics
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from paper_tables import Interval, interval
+from paper_tables import Interval, interval, read
 
 from polyroute.judging import BASE, FRESH, RANDOM, Judgement
 
@@ -48,9 +47,8 @@ ROUTED_OF = "32"
 def way_lines(results: Path, table: Table) -> list[str]:
     """What there is, what it costs and what it gave, as Markdown."""
     judged, frozen, timed, merged = (
-        json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
-        for name in ("library_judge", "library_frozen", "token_routes", "library_merging")
-        for path in [results / f"{name}.json"]
+        read(results, stage) or {}
+        for stage in ("library_judge", "library_frozen", "token_routes", "library_merging")
     )
     seconds = {name: one["cpu_s"] for name, one in timed["loras"][ROUTED_OF]["summary"].items()}
 
@@ -70,12 +68,8 @@ def way_lines(results: Path, table: Table) -> list[str]:
         ]
         rows.append([call, trained, when, cost(name), *gaps])
     if found := frozen.get("found"):
-        live, still = (
-            [one[name]["score_normalised"] for one in found.values()]
-            for name in ("arrow", "frozen")
-        )
-        gap = interval([b - a for a, b in zip(live, still, strict=True)]).signed
-        rows.append([*FREEZE, cost("one"), "", f"{gap} to Arrow"])
+        *_, gap = _frozen_scores(found)
+        rows.append([*FREEZE, cost("one"), "", f"{gap.signed} to Arrow"])
     own = [r["score"] for r in merged["merges"]["individual"]["results"]]
     kept = {
         name: statistics.fmean(r["score"] for r in one["results"]) / statistics.fmean(own)
@@ -100,8 +94,7 @@ def library_lines(results: Path, table: Table) -> list[str]:
     }  # fmt: skip
     lines: list[str] = []
     for name, make in sections.items():
-        path = results / f"library_{name}.json"
-        content = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+        content = read(results, f"library_{name}") or {}
         if content.get("found"):
             lines += make(content["found"], content["how"], table)
     return lines
@@ -217,12 +210,10 @@ def _shares(found: Mapping[str, Any], how: Mapping[str, Any], table: Table) -> l
 
 
 def _frozen(found: Mapping[str, Any], how: Mapping[str, Any], table: Table) -> list[str]:
-    key = "score_normalised"
-    live, still = ([one[name][key] for one in found.values()] for name in ("arrow", "frozen"))
-    gaps = [b - a for a, b in zip(live, still, strict=True)]
+    live, still, gap = _frozen_scores(found)
     missed = [one["error"] for one in found.values()]
     head = ["", "Arrow", "frozen", "difference", "share of the update that is missed"]
-    row = ["per token", str(interval(live)), str(interval(still)), interval(gaps).signed,
+    row = ["per token", str(live), str(still), gap.signed,
            str(interval(missed))]  # fmt: skip
     return [
         "### One plain LoRA in place of Arrow",
@@ -233,6 +224,15 @@ def _frozen(found: Mapping[str, Any], how: Mapping[str, Any], table: Table) -> l
         "",
         *table(head, [row]),
     ]
+
+
+def _frozen_scores(found: Mapping[str, Any]) -> tuple[Interval, Interval, Interval]:
+    """Per token: those of the live route, of the LoRA in its place, and the difference."""
+    live, still = (
+        [one[name]["score_normalised"] for one in found.values()] for name in ("arrow", "frozen")
+    )
+    gaps = [b - a for a, b in zip(live, still, strict=True)]
+    return interval(live), interval(still), interval(gaps)
 
 
 def _compiled(found: Mapping[str, Any], how: Mapping[str, Any], table: Table) -> list[str]:

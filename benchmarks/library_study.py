@@ -120,17 +120,15 @@ def shares(place: Place) -> Stage:
         own = model.tasks.index(task)
         found: Found = {}
         for name, rule in RULES.items():
-            of_site: dict[str, list[float]] = {}
+            of_block: dict[str, list[float]] = {}
             with torch.no_grad(), model.record_gates() as gates, model.route(rule):
                 for row in rows:
                     model(input_ids=torch.tensor([row["prompt_ids"]]))
             for gate in gates:
                 is_own = gate.weights.flatten(0, -2)[:, own] > 0
-                of_site.setdefault(model.sites[gate.site].name, []).extend(is_own.float().tolist())
-            by_block: dict[str, list[float]] = {}
-            for site, chosen in of_site.items():
-                by_block.setdefault(site.split(".")[2], []).append(sum(chosen) / len(chosen))
-            found[name] = {block: round(fmean(of), 5) for block, of in by_block.items()}
+                block = model.sites[gate.site].name.split(".")[2]
+                of_block.setdefault(block, []).extend(is_own.float().tolist())
+            found[name] = {block: round(fmean(of), 5) for block, of in of_block.items()}
         return found
 
     return place.study.train, one

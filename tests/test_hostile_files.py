@@ -22,7 +22,7 @@ import polyroute as pr
 from polyroute.data.readers import prompt_templates
 from polyroute.data.readers.prompt_templates import PromptTemplate
 from polyroute.data.readers.roles import check_names
-from polyroute.errors import InputError
+from polyroute.errors import InputError, fault_of
 from polyroute.host import texts
 from polyroute.host.files import read_json
 from polyroute.host.json_text import parse_json
@@ -30,7 +30,7 @@ from polyroute.host.paths import expanded
 from polyroute.host.yaml_files import parse_yaml, read_yaml
 from polyroute.program.cli.app import main
 from polyroute.program.commands.adapted import ResultFiles
-from polyroute.program.commands.checkpoints import damage_of, last_checkpoint
+from polyroute.program.commands.checkpoints import check_checkpoint, last_checkpoint
 from polyroute.report_page import write_report
 
 pytestmark = pytest.mark.timeout(60)
@@ -442,9 +442,9 @@ def test_a_checkpoint_without_its_manifest_is_not_resumed(place: Path) -> None:
     main(train_arguments(place, "kept", "--save-steps", "4", "--overwrite"))
     newest = last_checkpoint(place / "kept")
     assert newest is not None
-    assert damage_of(newest) is None
+    assert fault_of(check_checkpoint, newest) is None
     (newest / "manifest.json").unlink()
-    assert damage_of(newest) == f"{newest / 'manifest.json'} is missing"
+    assert fault_of(check_checkpoint, newest) == f"{newest / 'manifest.json'} is missing"
     assert last_checkpoint(place / "kept") != newest
 
 

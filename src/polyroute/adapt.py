@@ -29,15 +29,12 @@ from polyroute.kinds.batches import Row
 from polyroute.kinds.choose import ModelKind
 from polyroute.model import Phase, RoutedModel
 from polyroute.saved.peft_export import peft_target
-from polyroute.settings import flag, whole
+from polyroute.settings import SEEDS, flag, whole
 from polyroute.study.evaluate import NotFiniteError, Questions, questions, score_rows
 from polyroute.study.examples import encoded, encoded_records, warn_of_cuts
 from polyroute.task_names import check_names as check_task_names
 
 __all__ = ["SuiteSlots", "adapt_many", "adapt_suite", "check_learned", "check_new", "check_seeds"]
-
-SEEDS = 2**32
-"""Seeds are whole numbers below this one."""
 
 
 def adapt_many(  # noqa: PLR0913 (public: users know its keywords)

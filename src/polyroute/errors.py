@@ -2,9 +2,9 @@
 
 import difflib
 from bisect import bisect
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
-__all__ = ["InputError", "did_you_mean", "first_few", "reason"]
+__all__ = ["InputError", "did_you_mean", "fault_of", "first_few", "reason"]
 
 _MOST_COMPARED = 5000
 
@@ -37,6 +37,15 @@ def did_you_mean(name: str, known: Iterable[str]) -> str:
     if not names:
         return "none exist"
     return f"known: {first_few([repr(n) for n in names], 8)}"
+
+
+def fault_of(check: Callable[..., object], *given: object) -> str | None:
+    """The sentence with which a check refuses what it is given; None if it does not."""
+    try:
+        check(*given)
+    except InputError as error:
+        return str(error)
+    return None
 
 
 def first_few(names: Sequence[str], most: int) -> str:

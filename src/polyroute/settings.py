@@ -22,6 +22,7 @@ from polyroute.errors import InputError, did_you_mean
 
 __all__ = [
     "MOST",
+    "SEEDS",
     "Check",
     "check_settings",
     "flag",
@@ -37,6 +38,8 @@ __all__ = [
     "whole",
 ]
 
+SEEDS = 2**32
+"""Seeds are below this number; numpy takes no others."""
 MOST = 2**31 - 1
 """The largest whole number allowed: parts of torch and numpy cannot count further."""
 LARGEST = 1e37

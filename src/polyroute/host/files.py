@@ -16,7 +16,7 @@ from torch import Tensor
 
 from polyroute.errors import InputError
 from polyroute.host.json_text import parse_json
-from polyroute.host.paths import check_link, check_readable, path_of
+from polyroute.host.paths import check_link, check_readable, path_of, reading
 from polyroute.host.texts import read_text
 
 __all__ = [
@@ -193,11 +193,8 @@ def read_json(path: Path) -> Any:
     """
     check_link(path)
     try:
-        text = read_text(path)
-    except FileNotFoundError as error:
-        raise InputError(f"{path} does not exist") from error
-    except OSError as error:
-        raise InputError(f"cannot read {path}: {error.strerror}") from error
+        with reading(path):
+            text = read_text(path)
     except UnicodeDecodeError as error:
         raise InputError(f"{path} is not valid JSON: it is not UTF-8 ({error.reason})") from error
     return parse_json(text, str(path), "replace the file")

@@ -2,11 +2,13 @@
 
 import os
 import stat
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from polyroute.errors import InputError
 
-__all__ = ["check_file", "check_link", "check_readable", "expanded", "path_of"]
+__all__ = ["check_file", "check_link", "check_readable", "expanded", "path_of", "reading"]
 
 LONGEST = 255
 """Bytes of a name of a file or folder, in every usual file system."""
@@ -95,6 +97,21 @@ def check_link(path: Path) -> None:
         )
 
 
+@contextmanager
+def reading(path: Path) -> Iterator[None]:
+    """Say in a sentence why the system does not let the block read a file.
+
+    Raises:
+        InputError: it does not.
+    """
+    try:
+        yield
+    except FileNotFoundError as error:
+        raise InputError(f"{path} does not exist") from error
+    except OSError as error:
+        raise InputError(f"cannot read {path}: {error.strerror}") from error
+
+
 def check_readable(path: Path) -> None:
     """Make sure that a file is one, and that it can be opened; libraries say less clearly why not.
 
@@ -104,14 +121,10 @@ def check_readable(path: Path) -> None:
     """
     check_link(path)
     check_file(path)
-    try:
+    with reading(path):
+        if path.is_dir():
+            raise InputError(f"{path} is a folder, not a file; replace it")
         path.open("rb").close()
-    except FileNotFoundError as error:
-        raise InputError(f"{path} does not exist") from error
-    except IsADirectoryError as error:
-        raise InputError(f"{path} is a folder, not a file; replace it") from error
-    except OSError as error:
-        raise InputError(f"cannot read {path}: {error.strerror}") from error
 
 
 def check_file(path: Path, *, most: int | None = None) -> None:

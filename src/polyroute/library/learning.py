@@ -13,13 +13,11 @@ from polyroute.kinds.batches import Row, evaluating
 from polyroute.kinds.choose import ModelKind
 from polyroute.library.static import Static
 from polyroute.model import RoutedModel
-from polyroute.settings import named, number, whole
+from polyroute.settings import SEEDS, named, number, whole
 
 __all__ = ["learn_weights", "search_weights"]
 
 Objective = Literal["answers", "entropy"]
-SEEDS = 2**32
-"""Seeds are below this number; numpy takes no others."""
 
 
 def learn_weights(  # noqa: PLR0913 (public: users know its keywords)

@@ -252,10 +252,9 @@ def _named(
         folders = {name: path_of(folder) for name, folder in loras.items()}
     elif not isinstance(loras, str | os.PathLike):
         raise InputError(f"loras must be folders by name, or one folder, not {loras!r}")
-    elif (place := path_of(loras) / CONFIG).is_file():
-        folders = {place.parent.resolve().name: place.parent}
+    elif ((place := path_of(loras)) / CONFIG).is_file():
+        folders = {place.resolve().name: place}
     else:
-        place = place.parent
         folders = {path.relative_to(place).as_posix(): path for path in folders_inside(place)}
     if not folders:
         raise InputError(f"there are no LoRAs in {loras}")

@@ -7,14 +7,13 @@ from typing import Any
 from polyroute.errors import InputError
 from polyroute.host.json_text import parse_json
 from polyroute.host.yaml_files import parse_yaml
+from polyroute.settings import SEEDS
 
 __all__ = ["grid", "names", "pattern", "reader", "replacements", "seeds", "weights"]
 
 NAME = re.compile(r"(?:\\[\\,\s]|[^,\s])(?:\s*(?:\\[\\,\s]|[^,\s]))*")
 """A name in a list: all up to a comma, but for white space around it. What is escaped counts."""
 ESCAPED = re.compile(r"\\([\\,\s])")
-SEEDS = 2**32
-"""Seeds are below this number; numpy takes no others."""
 
 
 def names(text: str | None, option: str) -> list[str] | None:

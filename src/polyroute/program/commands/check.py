@@ -9,13 +9,13 @@ from rich.markup import escape
 from rich.table import Table
 
 from polyroute.adapting.slot import read_slot
-from polyroute.errors import InputError
+from polyroute.errors import InputError, fault_of
 from polyroute.host.files import read_json
 from polyroute.host.output import Result
 from polyroute.host.paths import check_link, expanded
 from polyroute.host.progress import progress
 from polyroute.program.commands.adapted import check_adapter, place_of, read_results
-from polyroute.program.commands.checkpoints import TRAINER_STATE, damage_of
+from polyroute.program.commands.checkpoints import TRAINER_STATE, check_checkpoint
 from polyroute.program.options.finished import CheckOptions
 from polyroute.saved.checkpoint import read_checkpoint
 from polyroute.saved.hub import DESCRIPTION, SKILLS
@@ -57,7 +57,7 @@ def check_run(options: CheckOptions) -> Result:
     damages = [
         damage
         for path, kind in progress(found, "checking")
-        if (damage := _link_of(path, place) or _damage(path, kind)) is not None
+        if (damage := fault_of(_check_part, path, kind, place)) is not None
     ]
     if damages:
         several = f", and {len(damages) - 1} more" if len(damages) > 1 else ""
@@ -87,35 +87,22 @@ def _parts(place: Path) -> Iterator[tuple[Path, str]]:
             yield path, "running slots"
 
 
-def _link_of(path: Path, place: Path) -> str | None:
-    """What is wrong with the links to a part and in it, if anything."""
-    try:
-        for each in (*([path] if path != place else []), *sorted(path.iterdir())):
-            check_link(each)
-    except InputError as error:
-        return str(error)
-    return None
-
-
-def _damage(path: Path, kind: str) -> str | None:
-    """What is wrong with a part, if anything."""
+def _check_part(path: Path, kind: str, place: Path) -> None:
+    for each in (*([path] if path != place else []), *sorted(path.iterdir())):
+        check_link(each)
     if kind == "checkpoint":
-        return damage_of(path)
-    try:
-        if kind == "run":
-            _check_run(path)
-        elif kind == "inventory":
-            read_checkpoint(path).check_rows()
-        elif kind == "running slots":
-            for file in sorted(path.glob("*.safetensors")):
-                read_slot(file)
-            for file in sorted(path.glob("results-*.json")):
-                read_results(file)
-        else:
-            check_adapter(path)
-    except InputError as error:
-        return str(error)
-    return None
+        check_checkpoint(path)
+    elif kind == "run":
+        _check_run(path)
+    elif kind == "inventory":
+        read_checkpoint(path).check_rows()
+    elif kind == "running slots":
+        for file in sorted(path.glob("*.safetensors")):
+            read_slot(file)
+        for file in sorted(path.glob("results-*.json")):
+            read_results(file)
+    else:
+        check_adapter(path)
 
 
 def _check_run(folder: Path) -> None:

@@ -3,7 +3,7 @@
 import zipfile
 from pathlib import Path
 
-from polyroute.errors import InputError
+from polyroute.errors import InputError, fault_of
 from polyroute.host.files import read_json
 from polyroute.host.output import say
 from polyroute.host.paths import check_link, check_readable
@@ -12,7 +12,7 @@ from polyroute.saved.digests import SHA256
 from polyroute.saved.hub import DESCRIPTION
 from polyroute.saved.manifest import MANIFEST, check_manifest
 
-__all__ = ["TRAINER_STATE", "damage_of", "last_checkpoint"]
+__all__ = ["TRAINER_STATE", "check_checkpoint", "last_checkpoint"]
 
 TRAINER_STATE = "trainer_state.json"
 TORCH_FILES = ("optimizer.pt", "scheduler.pt")
@@ -34,7 +34,7 @@ def last_checkpoint(folder: Path) -> Path | None:
         if _lacks_manifest(path):  # which is written after it
             say(f"{path} has no {MANIFEST}, so it may not be whole; it is passed over")
             continue
-        damage = damage_of(path)
+        damage = fault_of(check_checkpoint, path)
         if damage is None:
             for sentence in damages:
                 say(f"{sentence}; resuming from {path.name}")
@@ -57,16 +57,12 @@ def _lacks_manifest(checkpoint: Path) -> bool:
     return isinstance(description, dict) and SHA256 in description
 
 
-def damage_of(checkpoint: Path) -> str | None:
-    """What is wrong with a checkpoint of the trainer, if anything."""
-    try:
-        _check(checkpoint)
-    except InputError as error:
-        return str(error)
-    return None
+def check_checkpoint(checkpoint: Path) -> None:
+    """Make sure that training can go on from a checkpoint of the trainer.
 
-
-def _check(checkpoint: Path) -> None:
+    Raises:
+        InputError: a file is missing or damaged, or no file of its own.
+    """
     for path in (checkpoint, *sorted(checkpoint.iterdir())):
         check_link(path)  # the trainer follows links
     random = sorted(checkpoint.glob(RANDOM_OF_SEVERAL)) or [checkpoint / RANDOM]

@@ -12,7 +12,7 @@ import torch
 from polyroute.build import attach, from_checkpoint
 from polyroute.config import MHRConfig
 from polyroute.data.suite import training_tasks, validate
-from polyroute.errors import InputError, reason
+from polyroute.errors import InputError, fault_of, reason
 from polyroute.host.files import finite, read_json, write_json
 from polyroute.host.interrupts import deferred, resumable
 from polyroute.host.output import Result, say
@@ -96,7 +96,7 @@ def train_run(options: TrainOptions) -> Result:
     folder = own.open()
     with held(folder) as check, resumable(folder):
         is_over = options.resume and (folder / METRICS).exists()
-        damage = _damage_of_end(folder) if is_over else None
+        damage = fault_of(_check_end, folder) if is_over else None
         wait()  # all processes have looked before one of them writes
         if is_over and damage is None:
             say(f"the run in {folder} is finished; there is nothing to resume")
@@ -238,14 +238,10 @@ def _attached(base: Any, adapter: MHRConfig, tasks: Sequence[str]) -> RoutedMode
         ) from error
 
 
-def _damage_of_end(folder: Path) -> str | None:
-    """What is wrong with the files that a finished training leaves, if anything."""
-    try:
-        read_metrics(folder)
-        read_checkpoint(folder).check_rows()
-    except InputError as error:
-        return str(error)
-    return None
+def _check_end(folder: Path) -> None:
+    """Make sure that the files which a finished training leaves are whole."""
+    read_metrics(folder)
+    read_checkpoint(folder).check_rows()
 
 
 def _say_restored(damage: str, last: Path | None) -> None:

@@ -13,8 +13,17 @@ from polyroute.program.options.shared import (
     Reading,
     Source,
 )
-from polyroute.program.texts import SEEDS
-from polyroute.settings import check_settings, flag, named, number, one_of, setting, text, whole
+from polyroute.settings import (
+    SEEDS,
+    check_settings,
+    flag,
+    named,
+    number,
+    one_of,
+    setting,
+    text,
+    whole,
+)
 from polyroute.training.names import ON_NAN
 
 __all__ = ["Optimization", "TrainOptions"]

@@ -9,14 +9,12 @@ from polyroute.config import Phase
 from polyroute.errors import InputError, did_you_mean
 from polyroute.host.yaml_files import read_yaml
 from polyroute.program.recipes import shipped
-from polyroute.settings import Check, setting
+from polyroute.settings import SEEDS, Check, setting
 
 __all__ = ["Preset", "preset_names", "read_preset"]
 
 SCORES = ("score", "score_normalised")
 SEEDS_OF = ("draw", "reader")
-SEEDS = 2**32
-"""Seeds are below this number; numpy takes no others."""
 OF_THE_PRESET = {
     "train": ("data", "model", "out", "reader", "start"),
     "adapt": ("data", "out", "phase", "reader", "run", "seeds", "shots", "tasks"),
