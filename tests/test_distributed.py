@@ -24,16 +24,16 @@ from polyroute.program.cli.app import main
 SHARDED = {"fsdp": True, "fsdp_config": {"version": 2}}
 
 
-def of(folder: Path) -> RoutedModel:
+def of(folder: Path, base: str = "t5") -> RoutedModel:
     """The inventory in a folder, on an ordinary base model."""
-    model, _, _ = parts()
+    model, _, _ = parts(base=base)
     model.load_adapter(folder)
     return model
 
 
-def check_equal(here: Path, there: Path, within: float = 1e-5) -> None:
-    expected = of(there).state_dict()
-    for name, tensor in of(here).state_dict().items():
+def check_equal(here: Path, there: Path, within: float = 1e-5, base: str = "t5") -> None:
+    expected = of(there, base).state_dict()
+    for name, tensor in of(here, base).state_dict().items():
         torch.testing.assert_close(tensor, expected[name], rtol=within, atol=within)
 
 
@@ -45,10 +45,11 @@ def share(folder: Path, **values: Any) -> None:
         (folder / "losses").write_text(" ".join(map(str, losses(trained))))
 
 
-def test_two_processes_end_where_one_does(tmp_path: Path) -> None:
-    alone = train(tmp_path / "alone")
-    launch(share, tmp_path / "both")
-    check_equal(tmp_path / "both", tmp_path / "alone")
+@pytest.mark.parametrize("base", ["t5", "llama"])  # the second is packed
+def test_two_processes_end_where_one_does(tmp_path: Path, base: str) -> None:
+    alone = train(tmp_path / "alone", base=base)
+    launch(share_values, tmp_path / "both", {"base": base})
+    check_equal(tmp_path / "both", tmp_path / "alone", base=base)
     shared = [float(loss) for loss in (tmp_path / "both" / "losses").read_text().split()]
     assert shared == pytest.approx(losses(alone), abs=1e-4)
 
@@ -77,7 +78,7 @@ def test_a_table_trained_by_rows_in_two_processes_is_that_of_one(
     alone = {**values, "per_device_train_batch_size": 2 * accumulated}
     train(tmp_path / "alone", **alone)
     single = {"gradient_accumulation_steps": accumulated, "per_device_train_batch_size": 1}
-    launch(share_rows, tmp_path / "both", {**values, **single})
+    launch(share_values, tmp_path / "both", {**values, **single})
     check_equal(tmp_path / "both", tmp_path / "alone", within=1e-6)
     states = [
         torch.load(tmp_path / name / "checkpoint-6" / "optimizer.pt", weights_only=True)["table"]
@@ -90,7 +91,7 @@ def test_a_table_trained_by_rows_in_two_processes_is_that_of_one(
     check_equal(tmp_path / "on", tmp_path / "alone", within=1e-6)
 
 
-def share_rows(folder: Path, values: dict[str, Any]) -> None:
+def share_values(folder: Path, values: dict[str, Any]) -> None:
     share(folder, **values)
 
 

@@ -102,7 +102,7 @@ def longest_shared(model: nn.Module, task: str) -> int:
     known = _known.setdefault(model, {})
     if attention not in known:
         known[attention] = _takes_positions(model) and _keeps_apart(model, task)
-    window = getattr(getattr(model, "config", None), "sliding_window", None)
+    window = getattr(_config(model), "sliding_window", None)
     return (window if isinstance(window, int) else UNBOUNDED) if known[attention] else 0
 
 
@@ -142,7 +142,12 @@ def _random_states(devices: Iterable[torch.device]) -> list[Tensor]:
 
 
 def _attention(model: nn.Module) -> str:
-    return str(getattr(getattr(model, "config", None), "_attn_implementation", ""))
+    # Of the base model: what several processes share, `DistributedDataParallel`, has no config.
+    return str(getattr(_config(model), "_attn_implementation", ""))
+
+
+def _config(model: nn.Module) -> object:
+    return getattr(unwrapped(model)[-1], "config", None)
 
 
 def _takes_positions(model: nn.Module) -> bool:
