@@ -3,7 +3,7 @@
 Shape letters: B examples, H heads, K skills, r rank, R the ranks of all skills together.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Protocol, Self
 
@@ -12,6 +12,8 @@ from torch import Tensor, nn
 
 from polyroute.layer.gated import (
     Gate,
+    Run,
+    apply_mixed_lengths,
     apply_output_space,
     apply_sorted,
     apply_weight_space,
@@ -24,6 +26,7 @@ __all__ = [
     "Factors",
     "IA3Factors",
     "LoRAFactors",
+    "MixedLengthFactors",
     "OutputSpaceFactors",
     "PlainFactors",
     "Segments",
@@ -54,7 +57,14 @@ class PlainFactors(Factors, Protocol):
         """The weight `[d_out, d_in]` and bias `[d_out]` that compute the same; for one task."""
 
     def peft_tensors(self) -> Mapping[str, Tensor]:
-        """The tensors of a PEFT adapter, by the ending of their name; for one task."""
+        """The tensors of a PEFT adapter by the ending of their name, `[B, ...]` for several."""
+
+    def without(self, is_base: Tensor) -> Self:
+        """The same, but without effect for some examples, `[B]`."""
+
+    @property
+    def device(self) -> torch.device:
+        """Where its tensors are."""
 
 
 @dataclass(frozen=True)
@@ -83,7 +93,16 @@ class LoRAFactors:
 
     def peft_tensors(self) -> Mapping[str, Tensor]:
         """A and the transpose of B, as PEFT stores them."""
-        return {"lora_A.weight": self.a, "lora_B.weight": self.b.t()}
+        return {"lora_A.weight": self.a, "lora_B.weight": self.b.mT}
+
+    def without(self, is_base: Tensor) -> Self:
+        """B is zero for the examples of the base model alone."""
+        return replace(self, b=self.b.masked_fill(is_base.view(-1, 1, 1), 0.0).view_as(self.b))
+
+    @property
+    def device(self) -> torch.device:
+        """Where both factors are."""
+        return self.a.device
 
     def to(self, device: torch.device) -> Self:
         """Both factors on another device."""
@@ -115,7 +134,17 @@ class IA3Factors:
 
     def peft_tensors(self) -> Mapping[str, Tensor]:
         """The scale as one column."""
-        return {"ia3_l": self.scale.reshape(-1, 1)}
+        return {"ia3_l": self.scale.mT}
+
+    def without(self, is_base: Tensor) -> Self:
+        """The scale is one for the examples of the base model alone."""
+        kept = self.scale.masked_fill(is_base.view(-1, 1, 1), 1.0).view_as(self.scale)
+        return replace(self, scale=kept)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the scale is."""
+        return self.scale.device
 
     def to(self, device: torch.device) -> Self:
         """The scale on another device."""
@@ -203,3 +232,36 @@ class OutputSpaceFactors(GatedFactors):
             return w_NHK.repeat_interleave(self.ranks[0], -1)
         skill_of_rank = [skill for skill, rank in enumerate(self.ranks) for _ in range(rank)]
         return w_NHK.index_select(-1, torch.tensor(skill_of_rank, device=w_NHK.device))
+
+
+@dataclass(frozen=True, kw_only=True)
+class MixedLengthFactors:
+    """Packed rows of short and long examples; see `polyroute.routes.short_examples`."""
+
+    long: LoRAFactors | None
+    """The mixed factors of the L long examples, `[L, r, d]`; None if L is 0."""
+    a: Tensor
+    """A of all skills, `[H, K, r, d_in/H]`."""
+    b: Tensor
+    """B of all skills, `[H, K, r, d_out/H]`, scale included."""
+    weights: Tensor
+    """The weights of the N tokens of short examples, `[H, N, K r]`, each repeated r times."""
+    runs: Sequence[Run]
+    """The examples in order."""
+
+    @property
+    def num_examples(self) -> int | None:
+        """The number B of all examples."""
+        return sum(len(run.segments.lengths) for run in self.runs)
+
+    def apply(
+        self, base: nn.Module, x: Tensor, dropout: float, segments: Segments | None = None
+    ) -> Tensor:
+        """base(x) + x a^T b, with a and b of each example."""
+        long = None if self.long is None else (self.long.a, self.long.b)
+        return apply_mixed_lengths(base, x, (self.a, self.b, self.weights), long, self.runs)
+
+    def to(self, device: torch.device) -> Self:
+        """The skills, the weights and the mixed factors on another device."""
+        moved = {name: getattr(self, name).to(device) for name in ("a", "b", "weights")}
+        return replace(self, **moved, long=None if self.long is None else self.long.to(device))

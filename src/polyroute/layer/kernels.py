@@ -33,7 +33,15 @@ from torch.nn import functional as F  # noqa: N812 (its name everywhere)
 
 from polyroute.layer.sites import weight_matrix
 
-__all__ = ["Segments", "apply_ia3", "apply_lora", "plain_executors", "widened"]
+__all__ = [
+    "Segments",
+    "add_packed",
+    "apply_ia3",
+    "apply_lora",
+    "fresh_output",
+    "plain_executors",
+    "widened",
+]
 
 JOINED = {torch.float32: 0.1, torch.float64: 0.1}
 """By type, how many times the work of the base layer joined products of packed rows may be."""
@@ -166,14 +174,7 @@ class LinearLoRAPacked(torch.autograd.Function):
         segments: Segments,
     ) -> Tensor:
         y = F.linear(x, weight, bias)
-        if _joins(x, a, b):
-            z = _down(x, a.flatten(0, 1)).mul_(segments.owners(x, a.shape[1]))
-            y.addmm_(z, b.flatten(0, 1))
-        else:
-            z = x.new_empty(len(x), a.shape[1])
-            for i, (start, end) in enumerate(segments.bounds):
-                z[start:end] = _down(x[start:end], a[i])
-                y[start:end].addmm_(z[start:end], b[i])
+        z = add_packed(y, x, a, b, segments)
         ctx.save_for_backward(x, weight, a, b, z)
         ctx.segments = segments
         return y
@@ -188,6 +189,31 @@ class LinearLoRAPacked(torch.autograd.Function):
         backward = _joined_backward if _joins(x, a, b) else _looped_backward
         da, db = backward(ctx.segments, dy, dx, x, (a, b, z))
         return dx, None, None, da if need_a else None, db if need_b else None, None
+
+
+def add_packed(y: Tensor, x: Tensor, a: Tensor, b: Tensor, segments: Segments) -> Tensor:
+    """Add to y `[N, d_out]`, in place, the update of each example of packed rows.
+
+    Args:
+        y: what the base layer computed.
+        x: its input, `[N, d_in]`.
+        a: `[B, r, d_in]`.
+        b: `[B, r, d_out]`, scale included.
+        segments: where the examples lie.
+
+    Returns:
+        The product z of the input with a: `[N, B r]`, where columns of other examples are 0, or
+        `[N, r]`.
+    """
+    if _joins(x, a, b):
+        z = _down(x, a.flatten(0, 1)).mul_(segments.owners(x, a.shape[1]))
+        y.addmm_(z, b.flatten(0, 1))
+        return z
+    z = x.new_empty(len(x), a.shape[1])
+    for i, (start, end) in enumerate(segments.bounds):
+        z[start:end] = _down(x[start:end], a[i])
+        y[start:end].addmm_(z[start:end], b[i])
+    return z
 
 
 Saved = tuple[Tensor, Tensor, Tensor]
@@ -339,6 +365,15 @@ def _whole_layer(
     return added
 
 
+def fresh_output(base: nn.Module, x: Tensor) -> Tensor:
+    """base(x), contiguous and in memory of its own, so that an update can be added in place."""
+    plain = _plain_weights(base, x, x)
+    if plain is not None:
+        return F.linear(x, *plain)
+    y: Tensor = base(x)
+    return y.clone(memory_format=torch.contiguous_format)
+
+
 def widened(x: Tensor, *tensors: Tensor) -> list[Tensor]:
     """Tensors that meet the input `x` of a layer, cast to the widest type among them and `x`.
 
@@ -349,8 +384,9 @@ def widened(x: Tensor, *tensors: Tensor) -> list[Tensor]:
         return list(tensors)
     wide = x.dtype
     for tensor in tensors:
-        wide = torch.promote_types(wide, tensor.dtype)
-    return [tensor.to(wide) for tensor in tensors]
+        if tensor.dtype != wide:
+            wide = torch.promote_types(wide, tensor.dtype)
+    return [tensor if tensor.dtype == wide else tensor.to(wide) for tensor in tensors]
 
 
 def apply_ia3(

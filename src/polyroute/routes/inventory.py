@@ -92,6 +92,19 @@ class Inventory(nn.Module):
         skills: Tensor = self._stacks_of(self.factor_names[0])[self.stacks[0].key]
         return skills
 
+    def check_memory(self) -> None:
+        """Make sure that the skills have values.
+
+        Raises:
+            InputError: they are on the meta device.
+        """
+        if self.like.device.type == "meta":
+            raise InputError(
+                "the skills are on the meta device, where they have no values: give the model "
+                "memory with to_empty(device=...), load the base model's weights, then fill the "
+                "skills by load_adapter(folder) or set_phase('random')"
+            )
+
     def _stacks_of(self, factor: str) -> nn.ParameterDict:
         stacks = self._modules[factor]
         assert isinstance(stacks, nn.ParameterDict)

@@ -17,8 +17,9 @@ from polyroute.routes.averaging import Averaged
 from polyroute.routes.index import index_on
 from polyroute.routes.inventory import Inventory
 from polyroute.routes.rule import Batch, Gates, RouteRule
+from polyroute.routes.short_examples import ShortExamples
 from polyroute.routes.table import MU, MU_ROW, RoutingTable
-from polyroute.routes.tasks import Route
+from polyroute.routes.tasks import BASE_ROW, Route, check_list, with_rows
 from polyroute.routes.weights import anneal, skill_weights
 
 __all__ = ["Mixer"]
@@ -73,6 +74,7 @@ class Mixer(nn.Module):
         self.averaged: Averaged | None = None
         self.gates: list[Gates] | None = None
         self._cache: OrderedDict[Any, tuple[Any, Mixture]] = OrderedDict()
+        self._short = ShortExamples()
 
     @property
     def inventory(self) -> Inventory:
@@ -115,8 +117,9 @@ class Mixer(nn.Module):
         self._parts = (self.inventory, self.table, rule)
 
     def forget(self) -> None:
-        """Drop the kept mixtures."""
+        """Drop what is kept of former forwards."""
         self._cache.clear()
+        self._short = ShortExamples()
 
     def train(self, mode: bool = True) -> Self:
         """Switch the mode; a change drops the kept mixtures.
@@ -131,7 +134,7 @@ class Mixer(nn.Module):
 
     def add_tasks(self, names: Sequence[str], init: str | Tensor) -> list[int]:
         """Append tasks; see `RoutedModel.add_tasks`."""
-        _check_list(names)
+        check_list(names)
         values: Tensor | None = None
         source: int | None = None
         if not isinstance(init, str | int | None):
@@ -152,7 +155,7 @@ class Mixer(nn.Module):
 
     def keep_tasks(self, names: Sequence[str]) -> None:
         """Drop all other tasks; see `RoutedModel.keep_tasks`."""
-        _check_list(names)
+        check_list(names)
         rows = self.table.keep(tuple(names))
         if self.rule.owns_skills:
             self.inventory.keep_skills(rows)
@@ -179,18 +182,18 @@ class Mixer(nn.Module):
                 )
             if self.rule.is_fixed:
                 route = Route((MU_ROW,), per_example=False)
-        elif route.rows is None:
+        elif route.rows is None or set(route.rows) == {BASE_ROW}:
             return BASE_ALONE
-        self.check_memory()
+        self.inventory.check_memory()
         dtype = self._compute_dtype()
         rule = self.rule if route is None or route.rule is None else route.rule
         if rule is self.rule and route is not None:
             if rule.is_fixed or set(route.rows or ()) == {MU_ROW}:
                 return self._fixed(route, dtype, training=training)
-            if MU_ROW in (route.rows or ()):
+            if {MU_ROW, BASE_ROW} & set(route.rows or ()):
                 raise InputError(
-                    f"'mu' cannot share a batch with other tasks under the rule {rule.name!r}, "
-                    "which looks at the input: route it in a batch of its own"
+                    "'mu' and None cannot share a batch with other tasks under the rule "
+                    f"{rule.name!r}, which looks at the input: route them in batches of their own"
                 )
         return self._chosen_by(rule, Batch(route, mask, training, dtype, self.gates))
 
@@ -217,6 +220,10 @@ class Mixer(nn.Module):
             [(id(p), p._version, p.data_ptr()) for p in self.learned()],
             self.anneal_progress,
         )
+        if self._short.fit(route, self):
+            with torch.no_grad():
+                found = self._short.factors(route, self, dtype, stamp)
+            return self._mixture_of(found, len(route.rows or ()), route.segments)
         key = (route, dtype)
         cached = self._cache.get(key)
         if cached is not None and cached[0] == stamp:
@@ -228,19 +235,6 @@ class Mixer(nn.Module):
         while len(self._cache) > CACHED_MIXTURES:
             self._cache.popitem(last=False)
         return mixture
-
-    def check_memory(self) -> None:
-        """Make sure that the skills have values.
-
-        Raises:
-            InputError: they are on the meta device.
-        """
-        if self.device.type == "meta":
-            raise InputError(
-                "the skills are on the meta device, where they have no values: give the model "
-                "memory with to_empty(device=...), load the base model's weights, then fill the "
-                "skills by load_adapter(folder) or set_phase('random')"
-            )
 
     def _compute_dtype(self) -> torch.dtype:
         dtype = self.sites[0].dtype
@@ -258,7 +252,7 @@ class Mixer(nn.Module):
     ) -> Mixture:
         rows = route.rows
         assert rows is not None
-        if self.rule.same_for_all(self):
+        if self.rule.same_for_all(self) and BASE_ROW not in rows:
             rows = rows[:1]
         # With noise each example has a mixture of its own; otherwise each distinct task has one.
         distinct = list(rows) if per_example else list(dict.fromkeys(rows))
@@ -267,10 +261,10 @@ class Mixer(nn.Module):
             position = {row: i for i, row in enumerate(distinct)}
             gather = index_on(self.device, tuple(position[row] for row in rows))
         with torch.autocast(self.device.type, enabled=False):
-            factors = self._mix_rows(distinct, dtype, training=training, gather=gather)
+            factors = self.mix_rows(distinct, dtype, training=training, gather=gather)
         return self._mixture_of(factors, factors[0].num_examples, route.segments)
 
-    def _mix_rows(
+    def mix_rows(
         self,
         rows: Sequence[int],
         dtype: torch.dtype,
@@ -278,12 +272,18 @@ class Mixer(nn.Module):
         training: bool = False,
         gather: Tensor | None = None,
     ) -> Sequence[PlainFactors]:
+        """The factors of each site for rows of the table, as of `Inventory.mix`."""
         if self.rule.is_fixed:
-            choice = self.rule.choose(rows, self, training=training)
+            choice = self.rule.choose(with_rows(rows), self, training=training)
             weights, sets = choice.weights, choice.sets
         else:  # `rows` hold the average alone, which does not depend on the rule
             weights, sets = self.uniform(len(rows)), None
-        return self.inventory.mix(weights, self._routers, sets=sets, gather=gather, dtype=dtype)
+        mixed = self.inventory.mix(weights, self._routers, sets=sets, gather=gather, dtype=dtype)
+        if BASE_ROW not in rows:
+            return mixed
+        is_base = index_on(self.device, tuple(row == BASE_ROW for row in rows)).bool()
+        is_base = is_base if gather is None else is_base[gather]
+        return [own.without(is_base.to(own.device)) for own in mixed]
 
     def _mixture_of(
         self, factors: Sequence[Factors], count: int | None, segments: Segments | None
@@ -379,22 +379,20 @@ class Mixer(nn.Module):
         return [weights.index_select(0, router) for router in self._routers]
 
     @torch.no_grad()
-    def factors_of(self, row: int, use: str = "exported") -> Sequence[PlainFactors]:
+    def factors_of(
+        self, rows: int | Sequence[int], use: str = "exported"
+    ) -> Sequence[PlainFactors]:
         """The factors of each site for one row of the table in evaluation, in fp32 at least.
 
         Args:
-            row: its number, or `MU_ROW`.
+            rows: its number, or `MU_ROW`; of several the tensors begin with an axis for them.
             use: the use of the adapter, such as `"merged"`, for the message.
 
         Raises:
             InputError: the rule looks at more than the task, so there is no such adapter.
         """
-        self.check_memory()
-        if row != MU_ROW:
+        self.inventory.check_memory()
+        chosen = [rows] if isinstance(rows, int) else rows
+        if set(chosen) != {MU_ROW}:
             self.rule.check_fixed(use)
-        return self._mix_rows([row], self._exact_dtype)
-
-
-def _check_list(names: object) -> None:
-    if isinstance(names, str):
-        raise InputError(f"names must be a list of tasks, not the single string {names!r}")
+        return self.mix_rows(chosen, self._exact_dtype)

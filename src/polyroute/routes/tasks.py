@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "BASE",
+    "BASE_ROW",
     "Route",
     "Tasks",
     "check_batch",
@@ -26,9 +27,12 @@ __all__ = [
     "keeping_apart",
     "named_inputs",
     "route_of_call",
+    "with_rows",
 ]
 
-Tasks: TypeAlias = "str | int | Sequence[str | int | RouteRule] | Tensor | RouteRule | None"
+Tasks: TypeAlias = "str | int | Sequence[str | int | RouteRule | None] | Tensor | RouteRule | None"
+BASE_ROW = -2
+"""Stands for the row of the base model alone, where others of a batch have tasks."""
 TEXT = ("input_ids", "inputs_embeds", "inputs", "encoder_outputs")
 MEDIA = ("input_features", "input_values", "pixel_values")
 TARGETS = ("decoder_input_ids", "decoder_inputs_embeds", "labels")
@@ -41,7 +45,8 @@ class Route:
 
     rows: tuple[int, ...] | None
     """The numbers of the tasks' rows, one per example or one for the whole batch. `MU_ROW` stands
-    for the average of the inventory. None is the base model alone."""
+    for the average of the inventory, `BASE_ROW` for the base model. None is the base model alone,
+    for the whole batch."""
     per_example: bool
     """Whether `rows` holds one number per example, not one for a batch of any size."""
     condition: Any = field(default=None, compare=False)
@@ -64,7 +69,7 @@ def find_route(tasks: Tasks, table: RoutingTable) -> Route:
     Args:
         tasks: one name or row number for a batch of any size; or one per example, as a list or an
             integer tensor; a rule that stands alone, or a list of it; None for the base model
-            alone.
+            alone, also in a list.
         table: the routing table.
 
     Raises:
@@ -96,10 +101,16 @@ def find_route(tasks: Tasks, table: RoutingTable) -> Route:
     tasks = list(tasks)
     if any(isinstance(task, nn.Module) for task in tasks):
         return _rule_alone(tasks, per_example=True)
-    rows = tuple(table.row(task) for task in tasks)  # type: ignore[arg-type]
+    rows = tuple(BASE_ROW if task is None else table.row(task) for task in tasks)  # type: ignore[arg-type]
     if not rows:
         raise InputError("no tasks given: name one task per example")
     return Route(rows, per_example=True)
+
+
+def with_rows(rows: Sequence[int]) -> list[int]:
+    """Rows in which those of the base model are replaced by others, for a rule to choose for."""
+    other = next((row for row in rows if row != BASE_ROW), MU_ROW)
+    return [other if row == BASE_ROW else row for row in rows]
 
 
 def _rule_alone(rules: Sequence[Any], *, per_example: bool) -> Route:

@@ -50,7 +50,7 @@ def save_inventory(
     Raises:
         InputError: there is nothing to save, or the folder cannot be written.
     """
-    mixer.check_memory()
+    mixer.inventory.check_memory()
     if mixer.inventory.num_skills == 0:
         raise InputError("no private adapter is left to save: add a task first")
     unsaved = changed_since(wrapping.base_model, outside, list(wrapping.trained.values()))

@@ -1,0 +1,130 @@
+"""Packed rows of many tasks with a few tokens each, and the base model beside tasks."""
+
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from models import TASKS, batch, gpt2, llama, routed, t5
+from test_packed_rows import packed
+from torch import Tensor
+
+import polyroute as pr
+from polyroute import InputError, RoutedModel
+from polyroute.layer.factors import MixedLengthFactors
+from polyroute.routes.short_examples import SHORT
+
+ROUTED = [
+    {"num_heads": 4, "rank": 2, "alpha": 5.0},
+    {"method": "poly", "rank": 3, "alpha": 2.0},
+    {"num_heads": 2, "shared_skill": True},
+    {"num_heads": 4, "granularity": "coarsegrained"},
+]
+OTHERS = [
+    {"method": "private", "rank": 2, "alpha": 5.0},
+    {"method": "shared", "rank": 2},
+    {"adapter": "ia3", "num_heads": 2},
+    {"method": "poly", "rank": 2, "combine": "output"},
+]
+Named = list[str | None]
+names = st.sampled_from([*TASKS, "mu", None])
+lengths = st.integers(1, 2 * SHORT)
+
+
+def made(model: RoutedModel) -> RoutedModel:
+    return model.double().eval()
+
+
+def alone(model: RoutedModel, ids: Tensor, task: str | None) -> Tensor:
+    with model.route(task):
+        return model(input_ids=ids).logits
+
+
+@pytest.fixture(scope="module", params=ROUTED, ids=str)
+def model(request: pytest.FixtureRequest) -> RoutedModel:
+    return made(routed(llama(), **request.param))
+
+
+@given(st.lists(st.tuples(names, lengths), min_size=1, max_size=8))
+def test_each_example_is_what_it_is_alone(
+    model: RoutedModel, examples: list[tuple[str | None, int]]
+) -> None:
+    torch.manual_seed(len(examples))
+    apart = [torch.randint(3, 40, (1, length)) for _, length in examples]
+    tasks: Named = [task for task, _ in examples]
+    segments = [[length for _, length in examples]]
+    with torch.no_grad():
+        together = model(**packed(apart), tasks=tasks, segments=segments).logits
+        expected = [alone(model, ids, task) for ids, task in zip(apart, tasks, strict=True)]
+    torch.testing.assert_close(together, torch.cat(expected, 1), rtol=1e-7, atol=1e-9)
+
+
+def mixture(model: RoutedModel, tasks: Named, of: list[int]) -> Any:
+    with model.route(tasks, segments=[of]):
+        route = model.check_tasks({"input_ids": torch.ones(1, sum(of)).long()})
+        return model.mixer.mixture(route, training=False, mask=None)
+
+
+@torch.no_grad()
+def test_short_examples_of_several_tasks_are_not_mixed(model: RoutedModel) -> None:
+    def kinds(tasks: Named, of: list[int]) -> set[type]:
+        return {type(own) for own in mixture(model, tasks, of).factors}
+
+    assert kinds(["amber", "birch"], [1, 40]) == {MixedLengthFactors}
+    assert MixedLengthFactors not in kinds(["amber", "birch"], [SHORT, 40])
+    assert MixedLengthFactors not in kinds(["amber", "amber"], [1, 1])
+    (only_long,) = {own.long is None for own in mixture(model, ["amber", "birch"], [1, 2]).factors}
+    assert only_long
+
+
+@torch.no_grad()
+def test_what_is_kept_follows_a_change_of_skills_and_rows() -> None:
+    model = made(routed(gpt2(), num_heads=4))
+    apart, tasks = [torch.full((1, 2), 5), torch.full((1, 1), 7)], ["amber", "birch"]
+
+    def found() -> Tensor:
+        return model(**packed(apart), tasks=tasks, segments=[[2, 1]]).logits
+
+    before = found()
+    model.routes["birch"] = model.routes["amber"] + 3.0 * torch.randn(model.mixer.shape)
+    changed = found()
+    assert torch.equal(before[:, :2], changed[:, :2])
+    assert not torch.allclose(before[:, 2:], changed[:, 2:])
+    for parameter in model.inventory.parameters():
+        parameter.mul_(1.5)
+    expected = [alone(model, ids, task) for ids, task in zip(apart, tasks, strict=True)]
+    torch.testing.assert_close(found(), torch.cat(expected, 1), rtol=1e-7, atol=1e-9)
+
+
+def test_gradients_take_the_usual_way() -> None:
+    model = made(routed(llama(), num_heads=4))
+    inputs = packed([torch.full((1, 2), 5), torch.full((1, 1), 7)])
+    model(**inputs, tasks=["amber", "birch"], segments=[[2, 1]]).logits.sum().backward()
+    assert all(p.grad is not None for p in model.inventory.parameters())
+
+
+@pytest.mark.parametrize("settings", [*ROUTED, *OTHERS], ids=str)
+@pytest.mark.parametrize("make", [llama, t5])
+@torch.no_grad()
+def test_the_base_model_shares_a_batch_with_tasks(make: Any, settings: dict[str, Any]) -> None:
+    model = made(routed(make(), **settings))
+    inputs = batch(model, 4) if make is t5 else {"input_ids": torch.randint(3, 40, (4, 5))}
+    for tasks in (["amber", None, "birch", None], [None] * 4, [None, "mu", "amber", "amber"]):
+        together = model(**inputs, tasks=tasks).logits
+        for i, task in enumerate(tasks):
+            own = {name: value[i : i + 1] for name, value in inputs.items()}
+            with model.route(task):
+                expected = model(**own).logits
+            torch.testing.assert_close(together[i : i + 1], expected, rtol=1e-7, atol=1e-9)
+
+
+def test_a_token_rule_and_the_base_model_share_no_batch() -> None:
+    model = pr.attach(llama(), pr.MHRConfig(rank=2), TASKS, rule=TokenRule())
+    with pytest.raises(InputError, match="route them in batches of their own"):
+        model(input_ids=torch.ones(2, 3).long(), tasks=["amber", None])
+
+
+class TokenRule(pr.RouteRule, name="of short examples"):
+    def factors(self, batch: Any, mixer: Any) -> Any:
+        raise AssertionError
