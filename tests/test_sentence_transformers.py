@@ -53,9 +53,9 @@ def encoder(folder: Path, **config: Any) -> SentenceTransformer:
 def of_kind(model: SentenceTransformer, texts: list[str], tasks: list[str]) -> np.ndarray:
     """What `EncoderKind` computes for the same texts."""
     kind = kind_of(model[0].model, model.tokenizer)
-    inputs = kind._inputs(kind._target_ids(texts))
+    inputs = kind.inputs(kind._target_ids(texts))
     with evaluating(model):
-        return kind._embedded(model[0].model, inputs, tasks).numpy()
+        return kind.embedded(model[0].model, inputs, tasks).numpy()
 
 
 def test_embeddings_are_those_of_the_encoder_kind(folder: Path) -> None:

@@ -48,6 +48,7 @@ def adapt_many(  # noqa: PLR0913 (public: users know its keywords)
     memory: str | int | None = None,
     folder: str | os.PathLike[str] | None = None,
     deterministic: bool = False,
+    each_step: Callable[[SlotTraining], None] | None = None,
     **settings: Any,
 ) -> list[Adapted]:
     """Adapt to many tasks in one run: every task, seed and combination of the grid, side by side.
@@ -74,6 +75,8 @@ def adapt_many(  # noqa: PLR0913 (public: users know its keywords)
         folder: where running slots are kept, so that the same call goes on after an interruption.
             The results are not kept.
         deterministic: train one slot after the other, which takes longer where they are small.
+        each_step: called with each slot after each of its steps, to tell how far it is. What it
+            raises ends the training.
         **settings: fields of `AdaptSettings`, the same for all slots.
 
     Returns:
@@ -105,7 +108,7 @@ def adapt_many(  # noqa: PLR0913 (public: users know its keywords)
 
     place = None if folder is None else make_folder(folder)
     train_slots(
-        model, kind, slots, SlotCalls(finish), memory=memory, folder=place,
+        model, kind, slots, SlotCalls(finish, step=each_step), memory=memory, folder=place,
         is_deterministic=deterministic,
     )  # fmt: skip
     return [found[slot.name] for slot in slots]

@@ -41,6 +41,8 @@ class SlotCalls:
     """Takes the slot as it ends."""
     score: Callable[[SlotTraining], float] | None = None
     """Scores the slot as it is, from 0 to 1; needed where `choose_by` is a score."""
+    step: Callable[[SlotTraining], None] | None = None
+    """Takes each slot after each of its steps."""
 
 
 def train_slots(  # noqa: PLR0913 (what trains is apart from how much and where)
@@ -142,6 +144,8 @@ class _Running:
         share = (time.perf_counter() - started) / max(1, len(stepping))
         for training in stepping:
             training.seconds += share
+            if self.calls.step is not None:
+                self.calls.step(training)
 
     def losses(
         self, batches: Sequence[tuple[str, Sequence[Row]]], *, backward: bool = False

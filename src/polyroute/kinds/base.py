@@ -23,7 +23,7 @@ from polyroute.kinds.batches import Ids, Row, evaluating, on_device_of, padded, 
 from polyroute.kinds.objectives import Objective, objective_of
 from polyroute.kinds.packing import Packing
 from polyroute.kinds.prompts import joined, rows_of, turns
-from polyroute.kinds.search import plain_search
+from polyroute.kinds.search import PlainSearch, plain_search
 from polyroute.saved.prompting import Prompting
 from polyroute.settings import whole
 
@@ -341,7 +341,7 @@ class ModelKind(ABC):
         last = list(takewhile(special.__contains__, ids[: -1 - min(2, length) : -1]))[::-1]
         return ids[: length - len(last)] + last
 
-    def _inputs(
+    def inputs(
         self,
         sequences: Sequence[Ids],
         *,
@@ -355,6 +355,17 @@ class ModelKind(ABC):
             "attention_mask": padded(mask, 0, side=side, length=length),
         }
 
+    def search(self, model: nn.Module, *, max_new_tokens: int, num_beams: int = 1) -> PlainSearch:
+        """The settings of greedy or beam search with a model; see `plain_search`."""
+        return plain_search(
+            model,
+            ends=self._ends,
+            pad=self._pad,
+            max_new_tokens=max_new_tokens,
+            num_beams=num_beams,
+            starts=self._starts(model),
+        )
+
     def _search(
         self,
         model: nn.Module,
@@ -365,14 +376,7 @@ class ModelKind(ABC):
         num_beams: int,
     ) -> Tensor:
         batch = on_device_of(model, inputs)
-        settings = plain_search(
-            model,
-            ends=self._ends,
-            pad=self._pad,
-            max_new_tokens=max_new_tokens,
-            num_beams=num_beams,
-            starts=self._starts(model),
-        )
+        settings = self.search(model, max_new_tokens=max_new_tokens, num_beams=num_beams)
         with evaluating(model):
             out: Tensor = model.generate(  # type: ignore[operator]  # nn.Module hides methods
                 **batch, tasks=tasks, generation_config=settings

@@ -159,7 +159,7 @@ class CausalKind(TextKind):
         length = rounded(longest, len(pairs), self.max_positions)
         labels = [[IGNORED] * len(prompt) + target for prompt, target in pairs]
         return {
-            **self._inputs([prompt + target for prompt, target in pairs], length=length),
+            **self.inputs([prompt + target for prompt, target in pairs], length=length),
             "labels": padded(labels, IGNORED, length=length),
             "tasks": tasks,
         }
@@ -248,7 +248,7 @@ class CausalKind(TextKind):
         for new in dict.fromkeys(most):  # one, unless positions are scarce
             places = [place for place, one in enumerate(most) if one == new]
             some = [rows[place] for place in places]
-            inputs = self._inputs([row["prompt_ids"] for row in some], side="left")
+            inputs = self.inputs([row["prompt_ids"] for row in some], side="left")
             out = self._search(
                 model, inputs, tasks_of(some), max_new_tokens=new, num_beams=num_beams
             )

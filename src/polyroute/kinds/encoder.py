@@ -93,9 +93,9 @@ class EncoderKind(ModelKind):
             for row in rows
         ]
         return {
-            "inputs": self._inputs([row["prompt_ids"] for row in rows]),
+            "inputs": self.inputs([row["prompt_ids"] for row in rows]),
             "tasks": tasks_of(rows),
-            "choices": self._inputs([list(ids) for _, ids in places]),
+            "choices": self.inputs([list(ids) for _, ids in places]),
             "choice_tasks": [task for task, _ in places],
             "choice_index": padded(index, -1),
         }
@@ -152,8 +152,8 @@ class EncoderKind(ModelKind):
 
     def _scores(self, model: nn.Module, batch: Mapping[str, Any]) -> Tensor:
         """Scaled cosines `[B, C]`, -inf if a row has fewer choices."""
-        input_BD = self._embedded(model, batch["inputs"], batch["tasks"])
-        choice_UD = self._embedded(model, batch["choices"], batch["choice_tasks"])
+        input_BD = self.embedded(model, batch["inputs"], batch["tasks"])
+        choice_UD = self.embedded(model, batch["choices"], batch["choice_tasks"])
         index_BC = batch["choice_index"].to(choice_UD.device)
         is_choice = index_BC >= 0
         # Each row is compared only with its own choices, and padded with its own first choice: if
@@ -163,7 +163,19 @@ class EncoderKind(ModelKind):
         cosine_BC = torch.einsum("bd,bcd->bc", input_BD, choice_UD[index_BC])
         return (self.scale * cosine_BC).masked_fill(~is_choice, -torch.inf)
 
-    def _embedded(self, model: nn.Module, inputs: Mapping[str, Tensor], tasks: list[str]) -> Tensor:
+    def embedded(
+        self,
+        model: nn.Module,
+        inputs: Mapping[str, Tensor],
+        tasks: Sequence[str | int | None],
+    ) -> Tensor:
+        """The mean of each text's last hidden states, of length 1, `[B, D]`.
+
+        Args:
+            model: the routed model.
+            inputs: `input_ids` and `attention_mask`, both `[B, L]`.
+            tasks: of each text.
+        """
         inputs = on_device_of(model, inputs)
         hidden_BLD = model(**inputs, tasks=tasks).last_hidden_state.float()
         mask_BL1 = inputs["attention_mask"].unsqueeze(-1)

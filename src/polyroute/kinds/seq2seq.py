@@ -95,14 +95,14 @@ class Seq2SeqKind(TextKind):
 
     def _targets(self, rows: Sequence[Row]) -> dict[str, Any]:
         return {
-            **self._inputs([row["prompt_ids"] for row in rows]),
+            **self.inputs([row["prompt_ids"] for row in rows]),
             "labels": padded([row["target_ids"] for row in rows], IGNORED),
             "tasks": tasks_of(rows),
         }
 
     def _choices(self, rows: Sequence[Row]) -> dict[str, Any]:
         return {
-            **self._inputs([row["prompt_ids"] for row in rows]),
+            **self.inputs([row["prompt_ids"] for row in rows]),
             "labels": flat_choices(rows),
             "tasks": tasks_of(rows),
             "choice_tasks": flat_tasks(rows),
@@ -141,7 +141,7 @@ class Seq2SeqKind(TextKind):
     ) -> list[str]:
         """See `ModelKind.generate`."""
         new = self.max_target if max_new_tokens is None else max_new_tokens
-        inputs = self._inputs([row["prompt_ids"] for row in rows])
+        inputs = self.inputs([row["prompt_ids"] for row in rows])
         return self._texts(
             self._search(model, inputs, tasks_of(rows), max_new_tokens=new, num_beams=num_beams)
         )

@@ -1,0 +1,1 @@
+"""Serving an inventory over HTTP: one process, one base model, and a row for every task."""

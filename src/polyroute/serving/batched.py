@@ -1,0 +1,206 @@
+"""Dynamic batches by `generate`: for base models that continuous batching does not take.
+
+Requests that wait are answered together, each as its own task; those that come meanwhile are the
+next batch.
+"""
+
+import asyncio
+import queue
+import threading
+from collections.abc import AsyncIterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from polyroute.errors import InputError, reason
+from polyroute.host.output import say
+from polyroute.kinds.batches import padded
+from polyroute.kinds.choose import ModelKind
+from polyroute.model import RoutedModel
+from polyroute.serving.answers import Event, Failed, Limits, ends_of, pieces
+from polyroute.serving.places import Held, Places
+from polyroute.serving.requests import BusyError, Generation, Piece, StoppingError
+from polyroute.serving.sampling import Draws, chosen_tokens
+
+__all__ = ["BatchedEngine"]
+
+WAIT = 0.005
+"""Seconds that the first request of a batch waits for others."""
+
+
+@dataclass(eq=False)
+class _Waiting:
+    """A request that waits or is computed."""
+
+    generation: Generation
+    draws: Draws
+    held: Held
+    events: "asyncio.Queue[Event]" = field(default_factory=asyncio.Queue)
+    is_over: bool = False
+
+
+class BatchedEngine:
+    """Answers requests with any model that has `generate`, encoder-decoders above all.
+
+    Args:
+        model: the routed model, used by this engine alone.
+        kind: how its base model reads and answers.
+        places: the routes of tasks.
+        limits: of what it takes.
+    """
+
+    def __init__(self, model: RoutedModel, kind: ModelKind, places: Places, limits: Limits) -> None:
+        self.model, self.kind, self.places, self.limits = model, kind, places, limits
+        self.tokenizer, self.ends = kind.tokenizer, ends_of(model, kind)
+        self._queue: queue.SimpleQueue[_Waiting | None] = queue.SimpleQueue()
+        self._count = self._running = 0
+        self._is_stopping = False
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._thread = threading.Thread(target=self._work, name="polyroute serve", daemon=True)
+
+    def start(self) -> None:
+        """Begin to answer; called inside the event loop that asks."""
+        self._loop = asyncio.get_running_loop()
+        self._thread.start()
+
+    def stop(self) -> None:
+        """End all answers, and wait until no forward runs."""
+        self._is_stopping = True
+        self._queue.put(None)
+        self._thread.join()
+
+    @property
+    def is_alive(self) -> bool:
+        """Whether it answers."""
+        return self._thread.is_alive() and not self._is_stopping
+
+    def load(self) -> dict[str, float]:
+        """How many requests there are."""
+        return {"running": self._running, "waiting": max(0, self._count - self._running)}
+
+    async def answer(self, generation: Generation) -> AsyncIterator[Piece]:
+        """See `Answers`."""
+        self.limits.check(generation)
+        if generation.echo:
+            raise InputError(
+                "this server's model reads the prompt apart from the answer: leave out echo"
+            )
+        if self._is_stopping:
+            raise StoppingError
+        if self._count >= self.limits.most_requests:
+            raise BusyError
+        waiting = _Waiting(generation, Draws(generation.seed), self.places.hold(generation.task))
+        self._count += 1
+        self._queue.put(waiting)
+        try:
+            async for piece in pieces(generation, waiting.events, self.tokenizer, self.ends):
+                yield piece
+        finally:
+            waiting.is_over = True
+            self._count -= 1
+            waiting.held.release()
+
+    # ---------------------------------------------------------------- the thread of the model
+
+    def _work(self) -> None:
+        while (batch := self._next_batch()) is not None:
+            self._running = len(batch)
+            try:
+                if batch:
+                    _generate(self, batch)
+            except Exception as error:  # the requests to come must not suffer
+                say(f"serve: a batch failed ({reason(error)})")
+                self.tell([(one, Failed("the model failed on this request")) for one in batch])
+            self._running = 0
+
+    def _next_batch(self) -> list[_Waiting] | None:
+        """The requests that wait; None at the end."""
+        found = [self._queue.get()]
+        while len(found) < self.limits.most_at_once and None not in found:
+            try:
+                found.append(self._queue.get(timeout=WAIT))
+            except queue.Empty:
+                break
+        if self._is_stopping or None in found:
+            return None
+        return [one for one in found if one is not None and not one.is_over]
+
+    @property
+    def is_stopping(self) -> bool:
+        """Whether answers are to end."""
+        return self._is_stopping
+
+    def tell(self, events: Sequence[tuple[_Waiting, Event]]) -> None:
+        """Hand events to the answers, all of a step at once; from the thread of the model."""
+
+        def put() -> None:
+            for waiting, event in events:
+                waiting.events.put_nowait(event)
+
+        if self._loop is not None and events and not self._loop.is_closed():
+            self._loop.call_soon_threadsafe(put)
+
+
+@torch.no_grad()
+def _generate(engine: BatchedEngine, batch: Sequence[_Waiting]) -> None:
+    """Answer a batch."""
+    steps, model = _Steps(engine, batch), engine.model
+    prompts = [list(one.generation.prompt_ids) for one in batch]
+    side: Literal["left", "right"] = "right" if model.config.is_encoder_decoder else "left"
+    longest = max(1, *(one.generation.max_tokens for one in batch))
+    search = engine.kind.search(model, max_new_tokens=longest)
+    pad = search.pad_token_id
+    model.generate(
+        input_ids=padded(prompts, pad, side=side).to(model.device),
+        attention_mask=padded([[1] * len(ids) for ids in prompts], 0, side=side).to(model.device),
+        tasks=[one.held.route for one in batch],
+        generation_config=search,
+        logits_processor=[steps.choose],
+        stopping_criteria=[steps.are_over],
+    )
+
+
+class _Steps:
+    """Chooses the tokens of a batch, and says which requests are over."""
+
+    def __init__(self, engine: BatchedEngine, batch: Sequence[_Waiting]) -> None:
+        self.engine, self.batch = engine, batch
+        self.counts = [0] * len(batch)
+        self.over = [False] * len(batch)
+
+    def choose(self, _: Tensor, logits: Tensor) -> Tensor:
+        """Logits whose largest is that of the chosen token, `[B, V]`."""
+        known = [i for i, over in enumerate(self.over) if not over]
+        chosen = chosen_tokens(
+            logits[known].float(),
+            [self.batch[i].generation for i in known],
+            [self.batch[i].draws for i in known],
+        )
+        tokens = [min(self.engine.ends)] * len(self.batch)
+        events: list[tuple[_Waiting, Event]] = []
+        for i, token in zip(known, chosen, strict=True):
+            if not token.is_finite:
+                sentence = "the model computed numbers that are not finite"
+                events.append((self.batch[i], Failed(sentence)))
+                self.over[i] = True
+                continue
+            tokens[i] = token.id
+            self.counts[i] += 1
+            is_last = self.counts[i] >= self.batch[i].generation.max_tokens
+            self.over[i] = is_last or token.id in self.engine.ends
+            events.append((self.batch[i], token))
+        self.engine.tell(events)
+        forced = torch.zeros_like(logits)
+        forced[torch.arange(len(tokens)), torch.tensor(tokens)] = 1.0
+        return forced
+
+    def are_over(self, ids: Tensor, _: Tensor, **__: Any) -> Tensor:
+        """Whether each request is over, `[B]`."""
+        is_over = [
+            over or one.is_over or self.engine.is_stopping
+            for over, one in zip(self.over, self.batch, strict=True)
+        ]
+        self.over = is_over
+        return torch.tensor(is_over, device=ids.device)

@@ -1,0 +1,200 @@
+"""Learning new tasks while a server answers: phase z, one task after the other, in a thread."""
+
+import threading
+import time
+import warnings
+from collections import OrderedDict, deque
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+from polyroute.adapt import adapt_many
+from polyroute.adapting.settings import AdaptSettings
+from polyroute.adapting.slot_training import SlotTraining
+from polyroute.errors import InputError, reason
+from polyroute.kinds.choose import ModelKind
+from polyroute.model import RoutedModel
+from polyroute.serving.requests import BusyError
+from polyroute.study.examples import encoded_records
+
+__all__ = ["Learner"]
+
+MOST_WAITING = 16
+MOST_KEPT = 1000
+"""Jobs that are over are told of until so many others have come."""
+MOST_EXAMPLES, MOST_STEPS = 1000, 1000
+SETTINGS = ("steps", "batch_size", "route_lr", "seed")
+"""What a client may set; other settings of an adaptation stay at their defaults."""
+DEFAULTS: Mapping[str, Any] = {"steps": 30, "batch_size": 8}
+
+
+@dataclass
+class Job:
+    """A task that is learned."""
+
+    name: str
+    examples: Sequence[Mapping[str, Any]]
+    settings: Mapping[str, Any]
+    seed: int
+    status: str = "waiting"
+    """`waiting`, `running`, `done` or `failed`."""
+    step: int = 0
+    loss: float | None = None
+    seconds: float = 0.0
+    error: str | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        """As JSON values."""
+        return {
+            "name": self.name, "status": self.status, "step": self.step,
+            "steps": self.settings["steps"], "examples": len(self.examples), "loss": self.loss,
+            "seconds": round(self.seconds, 3), "error": self.error,
+        }  # fmt: skip
+
+
+class Learner:
+    """Learns tasks from examples, on a model of its own, which shares the base model's weights.
+
+    Args:
+        model: a routed model that nothing else uses.
+        kind: how its base model reads and learns.
+        keep: takes the row of a task that was learned.
+    """
+
+    def __init__(
+        self, model: RoutedModel, kind: ModelKind, keep: Callable[[str, Tensor], object]
+    ) -> None:
+        self.model, self.kind, self._keep = model, kind, keep
+        self._waiting: deque[Job] = deque()
+        self._jobs: OrderedDict[str, Job] = OrderedDict()
+        self._changed = threading.Condition()
+        self._is_stopping = False
+        self._thread = threading.Thread(target=self._work, name="polyroute learn", daemon=True)
+
+    def start(self) -> None:
+        """Begin to learn what is asked for."""
+        self._thread.start()
+
+    def stop(self) -> None:
+        """Give up what is being learned; nothing of it is kept."""
+        with self._changed:
+            self._is_stopping = True
+            self._changed.notify_all()
+        if self._thread.is_alive():
+            self._thread.join()
+
+    def ask(
+        self, name: str, examples: Sequence[Mapping[str, Any]], settings: Mapping[str, Any]
+    ) -> Job:
+        """Have a task learned.
+
+        Raises:
+            InputError: an example or a setting cannot be used, or the task is being learned.
+            BusyError: too many wait.
+        """
+        given = dict(settings)
+        if (phase := given.pop("phase", "z")) != "z":
+            raise InputError(
+                f"a server learns rows, in phase 'z', not {phase!r}: use `polyroute adapt` for "
+                "others"
+            )
+        for setting in given:
+            if setting not in SETTINGS:
+                raise InputError(
+                    f"{setting!r} is no setting of a task that is learned: use {list(SETTINGS)}"
+                )
+        seed = given.pop("seed", 0)
+        given = {**DEFAULTS, **given}
+        AdaptSettings(phase="z", **given)
+        if type(seed) is not int or seed < 0:
+            raise InputError(f"seed must be a whole number from 0 on, not {seed!r}")
+        if given["steps"] > MOST_STEPS or len(examples) > MOST_EXAMPLES:
+            raise InputError(
+                f"a server takes at most {MOST_STEPS} steps and {MOST_EXAMPLES} examples: use "
+                "`polyroute adapt` for more"
+            )
+        _check_examples(name, examples, self.kind)
+        job = Job(name, list(examples), given, seed)
+        with self._changed:
+            known = self._jobs.get(name)
+            if known is not None and known.status in ("waiting", "running"):
+                raise InputError(f"task {name!r} is being learned: wait until that is over")
+            if len(self._waiting) >= MOST_WAITING:
+                raise BusyError
+            self._jobs.pop(name, None)
+            self._jobs[name] = job
+            while len(self._jobs) > MOST_KEPT + MOST_WAITING:
+                self._jobs.popitem(last=False)
+            self._waiting.append(job)
+            self._changed.notify_all()
+        return job
+
+    def job(self, name: str) -> Job | None:
+        """What is known of a task that was asked for."""
+        return self._jobs.get(name)
+
+    def is_learning(self, name: str) -> bool:
+        """Whether a task waits or is being learned."""
+        job = self._jobs.get(name)
+        return job is not None and job.status in ("waiting", "running")
+
+    def __len__(self) -> int:
+        """The number of tasks that wait."""
+        return len(self._waiting)
+
+    def _work(self) -> None:
+        while True:
+            with self._changed:
+                self._changed.wait_for(lambda: self._waiting or self._is_stopping)
+                if self._is_stopping:
+                    return
+                job = self._waiting.popleft()
+                job.status = "running"
+            started = time.perf_counter()
+            try:
+                self._learn(job, started)
+                job.status = "done"
+            except _StoppedError:
+                return
+            except InputError as error:
+                job.status, job.error = "failed", str(error)
+            except Exception as error:  # the tasks that wait must not suffer
+                job.status, job.error = "failed", f"learning failed ({reason(error)})"
+            job.seconds = time.perf_counter() - started
+            job.examples = [{}] * len(job.examples)  # they are not needed any more
+
+    def _learn(self, job: Job, started: float) -> None:
+        def note(training: SlotTraining) -> None:
+            job.step, job.loss = training.step, training.losses[-1]
+            job.seconds = time.perf_counter() - started
+            if self._is_stopping:
+                raise _StoppedError
+
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            (found,) = adapt_many(
+                self.model, {job.name: job.examples}, kind=self.kind, phase="z", seeds=[job.seed],
+                each_step=note, **job.settings,
+            )  # fmt: skip
+        if found.diverged_at is not None or found.route is None:
+            raise InputError("training diverged: lower route_lr")
+        self._keep(job.name, found.route)
+
+
+class _StoppedError(Exception):
+    """The server is shutting down."""
+
+
+def _check_examples(name: str, examples: Sequence[Mapping[str, Any]], kind: ModelKind) -> None:
+    if not examples or not all(isinstance(example, Mapping) for example in examples):
+        raise InputError(
+            "examples must be a list of objects with 'input' and 'target' and, optionally, "
+            "'instruction' and 'choices'"
+        )
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        kind.collate(encoded_records(list(examples), name, kind))
+    if said:  # what a command warns of, such as text that is cut, nobody would see here
+        raise InputError(str(said[0].message))
