@@ -20,7 +20,8 @@ from polyroute.layer.gated import (
     sorting_pays,
     weights_of_tokens,
 )
-from polyroute.layer.kernels import Segments, apply_ia3, apply_lora
+from polyroute.layer.kernels import apply_ia3, apply_lora
+from polyroute.layer.segments import Segments
 
 __all__ = [
     "Factors",

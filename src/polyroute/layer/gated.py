@@ -21,7 +21,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812 (its name everywhere)
 
-from polyroute.layer.kernels import Segments, add_packed, fresh_output, widened
+from polyroute.layer.kernels import add_packed, fresh_output, widened
+from polyroute.layer.segments import Segments
 
 __all__ = [
     "Gate",

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from polyroute.errors import InputError
-from polyroute.layer.kernels import Segments
+from polyroute.layer.segments import Segments
 from polyroute.routes.table import MU_ROW, RoutingTable
 
 if TYPE_CHECKING:
