@@ -3,7 +3,7 @@
 Shape letters: B examples, H heads, K skills, r rank, R the ranks of all skills together.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Protocol, Self
 
@@ -12,8 +12,6 @@ from torch import Tensor, nn
 
 from polyroute.layer.gated import (
     Gate,
-    Run,
-    apply_mixed_lengths,
     apply_output_space,
     apply_sorted,
     apply_weight_space,
@@ -27,7 +25,6 @@ __all__ = [
     "Factors",
     "IA3Factors",
     "LoRAFactors",
-    "MixedLengthFactors",
     "OutputSpaceFactors",
     "PlainFactors",
     "Segments",
@@ -233,36 +230,3 @@ class OutputSpaceFactors(GatedFactors):
             return w_NHK.repeat_interleave(self.ranks[0], -1)
         skill_of_rank = [skill for skill, rank in enumerate(self.ranks) for _ in range(rank)]
         return w_NHK.index_select(-1, torch.tensor(skill_of_rank, device=w_NHK.device))
-
-
-@dataclass(frozen=True, kw_only=True)
-class MixedLengthFactors:
-    """Packed rows of short and long examples; see `polyroute.routes.short_examples`."""
-
-    long: LoRAFactors | None
-    """The mixed factors of the L long examples, `[L, r, d]`; None if L is 0."""
-    a: Tensor
-    """A of all skills, `[H, K, r, d_in/H]`."""
-    b: Tensor
-    """B of all skills, `[H, K, r, d_out/H]`, scale included."""
-    weights: Tensor
-    """The weights of the N tokens of short examples, `[H, N, K r]`, each repeated r times."""
-    runs: Sequence[Run]
-    """The examples in order."""
-
-    @property
-    def num_examples(self) -> int | None:
-        """The number B of all examples."""
-        return sum(len(run.segments.lengths) for run in self.runs)
-
-    def apply(
-        self, base: nn.Module, x: Tensor, dropout: float, segments: Segments | None = None
-    ) -> Tensor:
-        """base(x) + x a^T b, with a and b of each example."""
-        long = None if self.long is None else (self.long.a, self.long.b)
-        return apply_mixed_lengths(base, x, (self.a, self.b, self.weights), long, self.runs)
-
-    def to(self, device: torch.device) -> Self:
-        """The skills, the weights and the mixed factors on another device."""
-        moved = {name: getattr(self, name).to(device) for name in ("a", "b", "weights")}
-        return replace(self, **moved, long=None if self.long is None else self.long.to(device))

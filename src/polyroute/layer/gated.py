@@ -14,20 +14,17 @@ Shape letters: N tokens, B examples, H heads, K skills, r rank of a skill, R the
 together, D width of a head's block.
 """
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812 (its name everywhere)
 
-from polyroute.layer.kernels import add_packed, fresh_output, widened
+from polyroute.layer.kernels import widened
 from polyroute.layer.segments import Segments
 
 __all__ = [
     "Gate",
-    "Run",
-    "apply_mixed_lengths",
     "apply_output_space",
     "apply_sorted",
     "apply_weight_space",
@@ -95,67 +92,6 @@ def apply_weight_space(
     spread = (w_HNK1 * z_Nr.unsqueeze(1)).view(heads, -1, skills * rank)
     delta_HND = torch.bmm(spread, b.reshape(heads, skills * rank, -1))
     return y + delta_HND.transpose(0, 1).reshape(y.shape).to(y.dtype)
-
-
-@dataclass(frozen=True)
-class Run:
-    """Examples of packed rows that lie next to one another, all short or all long."""
-
-    tokens: slice
-    """Their tokens."""
-    own: slice
-    """Their place: of their tokens among those of all short examples, or among the long ones."""
-    is_short: bool
-    segments: Segments
-    """Where they lie among their tokens."""
-
-
-def apply_mixed_lengths(
-    base: nn.Module,
-    x: Tensor,
-    skills: tuple[Tensor, Tensor, Tensor],
-    long: tuple[Tensor, Tensor] | None,
-    runs: Sequence[Run],
-) -> Tensor:
-    """base(x) plus the update of each example of packed rows; without gradients.
-
-    Short examples take one product over all skills, as in `apply_weight_space`; long ones take the
-    products of packed rows.
-
-    Args:
-        base: the frozen layer.
-        x: `[..., d_in]`.
-        skills: A `[H, K, r, d_in/H]` and B `[H, K, r, d_out/H]` of all skills, scale included, and
-            the weights `[H, N, K r]` of the N tokens of short examples, each repeated r times.
-        long: a `[L, r, d_in]` and b `[L, r, d_out]` of the L long examples; None if L is 0.
-        runs: the examples in order.
-    """
-    y = fresh_output(base, x)
-    x_ND, y_NE = x.reshape(-1, x.shape[-1]), y.view(-1, y.shape[-1])
-    for run in runs:
-        h, out = x_ND[run.tokens], y_NE[run.tokens]
-        if run.is_short:
-            a, b, w = skills
-            h, a, b, w = widened(h, h, a, b, w[:, run.own])
-            delta = out if out.dtype == h.dtype else h.new_zeros(out.shape)
-            _add_short(delta, h, a, b, w)
-        else:
-            assert long is not None
-            h, a, b = widened(h, h, *(one[run.own] for one in long))
-            delta = out if out.dtype == h.dtype else h.new_zeros(out.shape)
-            add_packed(delta, h, a, b, run.segments)
-        if delta is not out:
-            out += delta.to(out.dtype)
-    return y
-
-
-def _add_short(out_NE: Tensor, h_ND: Tensor, a: Tensor, b: Tensor, w_HNR: Tensor) -> None:
-    heads, skills, rank, _ = a.shape
-    h_HND = h_ND.view(len(h_ND), heads, -1).transpose(0, 1)
-    of_skills = torch.bmm(h_HND, a.flatten(1, 2).mT).mul_(w_HNR)
-    z_Nr = of_skills.sum(0).view(-1, skills, rank).sum(1)
-    spread = w_HNR * z_Nr.unsqueeze(1).expand(-1, skills, -1).reshape(len(h_ND), -1)
-    out_NE.view(len(h_ND), heads, -1).transpose(0, 1).baddbmm_(spread, b.flatten(1, 2))
 
 
 def apply_output_space(

@@ -32,10 +32,8 @@ from polyroute.layer.segments import Segments
 from polyroute.layer.sites import weight_matrix
 
 __all__ = [
-    "add_packed",
     "apply_ia3",
     "apply_lora",
-    "fresh_output",
     "plain_executors",
     "widened",
 ]
@@ -46,6 +44,9 @@ JOINED_OTHERWISE = 0.75
 """The same for 16-bit types, whose large products are fast, and for all types on accelerators,
 where each product of a loop has to be started."""
 
+
+RUNS = 8
+"""Packed rows of no more runs of equal examples take a batched product for each run."""
 
 _plain_only = False
 
@@ -133,7 +134,7 @@ class LinearLoRAPacked(torch.autograd.Function):
         segments: Segments,
     ) -> Tensor:
         y = F.linear(x, weight, bias)
-        z = add_packed(y, x, a, b, segments)
+        z = _add_packed(y, x, a, b, segments)
         ctx.save_for_backward(x, weight, a, b, z)
         ctx.segments = segments
         return y
@@ -150,7 +151,7 @@ class LinearLoRAPacked(torch.autograd.Function):
         return dx, None, None, da if need_a else None, db if need_b else None, None
 
 
-def add_packed(y: Tensor, x: Tensor, a: Tensor, b: Tensor, segments: Segments) -> Tensor:
+def _add_packed(y: Tensor, x: Tensor, a: Tensor, b: Tensor, segments: Segments) -> Tensor:
     """Add to y `[N, d_out]`, in place, the update of each example of packed rows.
 
     Args:
@@ -173,6 +174,15 @@ def add_packed(y: Tensor, x: Tensor, a: Tensor, b: Tensor, segments: Segments) -
         z[start:end] = _down(x[start:end], a[i])
         y[start:end].addmm_(z[start:end], b[i])
     return z
+
+
+def _add_runs(y: Tensor, x: Tensor, a: Tensor, b: Tensor, segments: Segments) -> Tensor:
+    """`_add_packed` by runs of examples of one length, each in one batched product; returns y."""
+    for tokens, examples, length in segments.runs:
+        own_a, own_b = a[examples], b[examples]
+        h = x[tokens].view(len(own_a), length, -1)
+        y[tokens].view(len(own_a), length, -1).baddbmm_(_down(h, own_a), own_b)
+    return y
 
 
 Saved = tuple[Tensor, Tensor, Tensor]
@@ -310,11 +320,14 @@ def _whole_layer(
     segments: Segments | None,
 ) -> Tensor:
     """The layer and its update computed together, for flat `x`."""
+    one_task = a.dim() == 2
+    needs_grad = torch.is_grad_enabled() and (x.requires_grad or a.requires_grad or b.requires_grad)
+    if segments is not None and not needs_grad and len(segments.runs) <= RUNS:
+        return _add_runs(F.linear(x, weight, bias), x, a, b, segments)
     if segments is not None:
         packed: Tensor = LinearLoRAPacked.apply(x, weight, bias, a, b, segments)  # type: ignore[no-untyped-call]
         return packed
-    one_task = a.dim() == 2
-    if torch.is_grad_enabled() and (x.requires_grad or a.requires_grad or b.requires_grad):
+    if needs_grad:
         function = LinearLoRA if one_task else LinearLoRAPerExample
         y: Tensor = function.apply(x, weight, bias, a, b)  # type: ignore[no-untyped-call]
         return y
@@ -322,15 +335,6 @@ def _whole_layer(
     z = _down(x, a)
     added: Tensor = fresh.addmm_(z, b) if one_task else fresh.baddbmm_(z, b)
     return added
-
-
-def fresh_output(base: nn.Module, x: Tensor) -> Tensor:
-    """base(x), contiguous and in memory of its own, so that an update can be added in place."""
-    plain = _plain_weights(base, x, x)
-    if plain is not None:
-        return F.linear(x, *plain)
-    y: Tensor = base(x)
-    return y.clone(memory_format=torch.contiguous_format)
 
 
 def widened(x: Tensor, *tensors: Tensor) -> list[Tensor]:

@@ -5,7 +5,7 @@ Shape letters: B examples, N tokens, r rank.
 
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import accumulate
+from itertools import accumulate, groupby
 
 import torch
 from torch import Tensor
@@ -25,6 +25,17 @@ class Segments:
         """The first token of each example, and the token after its last."""
         ends = list(accumulate(self.lengths))
         return list(zip([0, *ends[:-1]], ends, strict=True))
+
+    @cached_property
+    def runs(self) -> list[tuple[slice, slice, int]]:
+        """Examples of one length in a row: their tokens, which examples they are, the length."""
+        found, token, example = [], 0, 0
+        for length, group in groupby(self.lengths):
+            count = len(list(group))
+            tokens = slice(token, token + count * length)
+            found.append((tokens, slice(example, example + count), length))
+            token, example = tokens.stop, example + count
+        return found
 
     def owners(self, like: Tensor, rank: int) -> Tensor:
         """Which columns belong to the example of each token, `[N, B r]`: 1 those, 0 the others.

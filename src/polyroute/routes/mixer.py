@@ -16,8 +16,8 @@ from polyroute.layer.sites import Site
 from polyroute.routes.averaging import Averaged
 from polyroute.routes.index import index_on
 from polyroute.routes.inventory import Inventory
+from polyroute.routes.kept_rows import KeptRows
 from polyroute.routes.rule import Batch, Gates, RouteRule
-from polyroute.routes.short_examples import ShortExamples
 from polyroute.routes.table import MU, MU_ROW, RoutingTable
 from polyroute.routes.tasks import BASE_ROW, Route, check_list, with_rows
 from polyroute.routes.weights import anneal, skill_weights
@@ -74,7 +74,7 @@ class Mixer(nn.Module):
         self.averaged: Averaged | None = None
         self.gates: list[Gates] | None = None
         self._cache: OrderedDict[Any, tuple[Any, Mixture]] = OrderedDict()
-        self._short = ShortExamples()
+        self._kept = KeptRows()
 
     @property
     def inventory(self) -> Inventory:
@@ -119,7 +119,7 @@ class Mixer(nn.Module):
     def forget(self) -> None:
         """Drop what is kept of former forwards."""
         self._cache.clear()
-        self._short = ShortExamples()
+        self._kept = KeptRows()
 
     def train(self, mode: bool = True) -> Self:
         """Switch the mode; a change drops the kept mixtures.
@@ -220,10 +220,10 @@ class Mixer(nn.Module):
             [(id(p), p._version, p.data_ptr()) for p in self.learned()],
             self.anneal_progress,
         )
-        if self._short.fit(route, self):
-            with torch.no_grad():
-                found = self._short.factors(route, self, dtype, stamp)
-            return self._mixture_of(found, len(route.rows or ()), route.segments)
+        if self._kept.fit(route, self):
+            with torch.autocast(self.device.type, enabled=False):
+                found = self._kept.factors(route.rows or (), self, dtype)
+            return self._mixture_of(found, len(found[0].a), route.segments)
         key = (route, dtype)
         cached = self._cache.get(key)
         if cached is not None and cached[0] == stamp:

@@ -1,4 +1,4 @@
-"""Packed rows of many tasks with a few tokens each, and the base model beside tasks."""
+"""Packed rows whose tasks change from forward to forward, and the base model beside tasks."""
 
 from typing import Any
 
@@ -12,8 +12,6 @@ from torch import Tensor
 
 import polyroute as pr
 from polyroute import InputError, RoutedModel
-from polyroute.layer.factors import MixedLengthFactors
-from polyroute.routes.short_examples import SHORT
 
 ROUTED = [
     {"num_heads": 4, "rank": 2, "alpha": 5.0},
@@ -29,7 +27,7 @@ OTHERS = [
 ]
 Named = list[str | None]
 names = st.sampled_from([*TASKS, "mu", None])
-lengths = st.integers(1, 2 * SHORT)
+lengths = st.integers(1, 30)
 
 
 def made(model: RoutedModel) -> RoutedModel:
@@ -60,22 +58,34 @@ def test_each_example_is_what_it_is_alone(
     torch.testing.assert_close(together, torch.cat(expected, 1), rtol=1e-7, atol=1e-9)
 
 
-def mixture(model: RoutedModel, tasks: Named, of: list[int]) -> Any:
-    with model.route(tasks, segments=[of]):
-        route = model.check_tasks({"input_ids": torch.ones(1, sum(of)).long()})
-        return model.mixer.mixture(route, training=False, mask=None)
-
-
 @torch.no_grad()
-def test_short_examples_of_several_tasks_are_not_mixed(model: RoutedModel) -> None:
-    def kinds(tasks: Named, of: list[int]) -> set[type]:
-        return {type(own) for own in mixture(model, tasks, of).factors}
+def test_only_new_rows_are_mixed(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, mixed = made(routed(llama(), num_heads=4)), []
+    real = type(model.mixer).mix_rows
 
-    assert kinds(["amber", "birch"], [1, 40]) == {MixedLengthFactors}
-    assert MixedLengthFactors not in kinds(["amber", "birch"], [SHORT, 40])
-    assert MixedLengthFactors not in kinds(["amber", "amber"], [1, 1])
-    (only_long,) = {own.long is None for own in mixture(model, ["amber", "birch"], [1, 2]).factors}
-    assert only_long
+    def noted(self: Any, rows: Any, *args: Any, **kwargs: Any) -> Any:
+        mixed.append([model.tasks[row] if row >= 0 else row for row in rows])
+        return real(self, rows, *args, **kwargs)
+
+    monkeypatch.setattr(type(model.mixer), "mix_rows", noted)
+
+    def run(*tasks: str | None) -> list[Any]:
+        mixed.clear()
+        apart = [torch.full((1, 1), 5 + i) for i in range(len(tasks))]
+        found = model(**packed(apart), tasks=list(tasks), segments=[[1] * len(tasks)]).logits
+        seen = list(mixed)
+        expected = [alone(model, ids, task) for ids, task in zip(apart, tasks, strict=True)]
+        torch.testing.assert_close(found, torch.cat(expected, 1), rtol=1e-7, atol=1e-9)
+        return seen
+
+    assert run("amber", "birch") == [["amber", "birch"]]
+    assert run("birch", "amber", "amber") == []
+    assert run("amber", "birch", "cedar") == [["cedar"]]
+    assert run("cedar", "dune") == [["dune"]]  # in the place of one that was not used
+    assert run("cedar", "dune", "amber", "birch", "mu", None) != []
+    assert run("mu", None, "amber") == []
+    model.routes["amber"] = 1.0 + model.routes["birch"]
+    assert run("amber", "birch") == [["amber"]]
 
 
 @torch.no_grad()
