@@ -201,7 +201,10 @@ def _check_widths(site: Site, saved: Mapping[str, Any], source: str) -> None:
 
 @contextmanager
 def loaded(
-    base_model: nn.Module, checkpoint: Checkpoint, source: str | os.PathLike[str]
+    base_model: nn.Module,
+    checkpoint: Checkpoint,
+    source: str | os.PathLike[str],
+    tasks: Sequence[str] | None = None,
 ) -> Iterator[RoutedModel]:
     """Attach a saved inventory to its base model inside a `with` block, and unload it afterwards.
 
@@ -209,11 +212,12 @@ def loaded(
         base_model: the base model.
         checkpoint: the saved inventory.
         source: the place of the inventory, for messages.
+        tasks: as in `from_pretrained`.
 
     Raises:
         InputError: as `from_checkpoint`.
     """
-    model = from_checkpoint(base_model, checkpoint, os.fspath(source))
+    model = from_checkpoint(base_model, checkpoint, os.fspath(source), tasks)
     try:
         yield model
     finally:

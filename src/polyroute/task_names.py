@@ -3,15 +3,26 @@
 Tables of a million users' names go through here, so what is usual is passed over fast.
 """
 
+import hashlib
 import unicodedata
-from collections.abc import Collection
+from collections.abc import Collection, Iterable
+from urllib.parse import quote
 
 from polyroute.errors import InputError
 
-__all__ = ["check_name", "check_names", "composed", "described"]
+__all__ = [
+    "check_name",
+    "check_names",
+    "composed",
+    "described",
+    "folder_names",
+    "shortened",
+]
 
 UNSAYABLE = {"Cc", "Cs", "Zl", "Zp"}
 """Categories of Unicode: control characters, halves of characters, ends of lines."""
+LONGEST_FILE = 120
+"""Characters of the name of a file that are kept; a hash stands for the others."""
 
 
 def check_name(name: object) -> None:
@@ -57,6 +68,47 @@ def check_names(new: Collection[str], known: Collection[str] = ()) -> None:
 def composed(name: str) -> str:
     """The form of a name that all ways to compose its characters share."""
     return name if name.isascii() else unicodedata.normalize("NFC", name)
+
+
+def shortened(name: str) -> str:
+    """The name of a file or folder, as it is or, if it is long, cut, with a hash of the whole."""
+    if len(name) <= LONGEST_FILE:
+        return name
+    return f"{name[:LONGEST_FILE]}-{_hash(name)}"
+
+
+def folder_names(tasks: Iterable[str], reserved: Iterable[str] = ()) -> dict[str, str]:
+    """A folder for each task, by name: what its name is, percent-encoded and `shortened`.
+
+    So each is the name of one folder, wherever it stands, and no two tasks have the same one: of
+    names that some file systems do not tell apart, since they differ in case alone, all but the
+    first get a hash.
+
+    Args:
+        tasks: the names, each once; which of two gets a hash depends on their order.
+        reserved: names that no folder may have.
+
+    Raises:
+        InputError: one cannot be the name of a task.
+    """
+    taken = {name.casefold() for name in reserved}
+    found: dict[str, str] = {}
+    for task in tasks:
+        check_name(task)
+        plain = quote(task, safe="")
+        if plain.startswith("."):  # hidden, or even "." and ".."
+            plain = f"%2E{plain[1:]}"
+        name, tries = shortened(plain), 0
+        while name.casefold() in taken:
+            name = f"{shortened(plain)}-{_hash(f'{tries}{task}')}"
+            tries += 1
+        taken.add(name.casefold())
+        found[task] = name
+    return found
+
+
+def _hash(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 def described(character: str) -> str:

@@ -19,10 +19,10 @@ from polyroute.kinds.batches import Row
 from polyroute.kinds.objectives import Objective
 from polyroute.model import RoutedModel
 from polyroute.saved.digests import SHA256, digest_of
+from polyroute.task_names import shortened
 
 __all__ = ["ANEW", "Slot", "read_slot", "write_slot"]
 
-LONGEST_NAME = 120
 COMPARED = 4096
 """About so many numbers of each parameter tell two inventories apart."""
 NOTE = "slot"
@@ -55,9 +55,7 @@ class Slot:
         """What the files of this slot are called."""
         parts = [quote(self.task, safe=""), f"seed-{self.seed}"]
         name = "-".join([*parts, quote(self.label, safe="=,")] if self.label else parts)
-        if len(name) <= LONGEST_NAME:
-            return name
-        return f"{name[:LONGEST_NAME]}-{hashlib.sha256(name.encode()).hexdigest()[:16]}"
+        return shortened(name)
 
     def file(self, folder: Path) -> Path:
         """Where the slot is saved while it trains."""

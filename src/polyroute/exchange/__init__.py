@@ -75,7 +75,9 @@ def check_export(out: Path, form: str, task: str | None) -> None:
     if form not in WRITTEN:
         raise InputError(f"no format {form!r} can be written: {did_you_mean(form, WRITTEN)}")
     if form == "peft" and task is None:
-        raise InputError("--format peft writes one task as a LoRA; name it with --task")
+        raise InputError(
+            "--format peft writes a task as a LoRA; name it with --task, or take --all"
+        )
     if form != "peft" and task is not None:
         raise InputError(f"--format {form} writes all tasks; leave --task out")
     if form == "mttl" and out.suffix == ".ckpt":

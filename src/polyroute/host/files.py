@@ -6,7 +6,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ from polyroute.host.paths import check_link, check_readable, path_of, reading
 from polyroute.host.texts import read_text
 
 __all__ = [
+    "BLOCK",
     "UNFINISHED",
     "check_place",
     "finite",
@@ -31,6 +32,8 @@ __all__ = [
     "remove_unfinished",
     "whole_file",
     "whole_folder",
+    "whole_folders",
+    "write_in_place",
     "write_json",
     "write_new_json",
     "write_tensors",
@@ -39,6 +42,8 @@ __all__ = [
 
 UNFINISHED = ".unfinished"
 """Ends the names of files and folders that are being written."""
+BLOCK = 4096
+"""Bytes of which sizes and addresses are multiples where a file goes past the system's cache."""
 
 
 def check_place(folder: str | os.PathLike[str]) -> None:
@@ -104,6 +109,24 @@ def whole_folder(folder: Path) -> Iterator[Path]:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
+@contextmanager
+def whole_folders(parent: Path) -> Iterator[Path]:
+    """Write new folders into one that exists, each whole or not at all.
+
+    The folders that the block makes in the one it gets appear in `parent` at its end, in place of
+    what has their names there. Whatever writes their files has to wait until the disk has them.
+    """
+    temporary = Path(tempfile.mkdtemp(dir=parent, prefix=".", suffix=UNFINISHED))
+    try:
+        yield temporary
+        for folder in list(temporary.iterdir()):
+            remove(parent / folder.name)
+            folder.replace(parent / folder.name)
+        _sync(parent)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
 def finite(value: Any) -> Any:
     """The value, with None in place of NaN and infinity, which JSON does not have."""
     return None if isinstance(value, float) and not math.isfinite(value) else value
@@ -122,6 +145,36 @@ def write_text(path: Path, text: str) -> None:
     """Write text as UTF-8, whole or not at all."""
     with whole_file(path) as temporary:
         temporary.write_bytes(text.encode())
+
+
+def write_in_place(path: Path, content: bytes | memoryview, size: int | None = None) -> None:
+    """Write a new file where it stands, in a new folder, and wait until the disk has it.
+
+    Whole blocks, at an address that is a multiple of `BLOCK`, go past the system's cache where they
+    can: to copy them there takes longer than a fast disk needs, and drives out what others read.
+
+    Args:
+        path: the file.
+        content: what it is to have.
+        size: only the first so many bytes of that; the others fill up the last block.
+    """
+    is_whole = False
+    if len(content) % BLOCK == 0:
+        # AttributeError: a system without it. OSError: a file system without it, or an error that
+        # the other way to write says too.
+        with suppress(AttributeError, OSError):
+            handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_DIRECT, 0o666)
+            try:
+                is_whole = os.write(handle, content) == len(content)
+                os.ftruncate(handle, len(content) if size is None else size)
+                os.fsync(handle)
+            finally:
+                os.close(handle)
+    if not is_whole:
+        with path.open("wb") as file:
+            file.write(content[:size])
+            file.flush()
+            os.fsync(file.fileno())
 
 
 def write_new_json(path: Path, value: object) -> None:

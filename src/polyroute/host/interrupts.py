@@ -9,7 +9,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-__all__ = ["Terminated", "deferred", "resumable", "terminable"]
+__all__ = ["SIGNALS", "Terminated", "deferred", "resumable", "terminable"]
 
 ASKING = (signal.SIGTERM, *([signal.SIGHUP] if hasattr(signal, "SIGHUP") else []))
 """With the first a system or a scheduler asks a process to end, with the second a terminal that is

@@ -65,13 +65,19 @@ class PeftTarget:
             if isinstance(own, LoRAFactors)
         }
         method = _lora_fields(ranks) if ranks else _ia3_fields()
-        tensors = {
+        fields = {**method, "fan_in_fan_out": self.fan_in_fan_out}
+        self.write_tensors(folder, fields, {**self.tensors(factors), **self.modules})
+
+    def tensors(self, factors: Sequence[PlainFactors]) -> dict[str, Tensor]:
+        """The tensors of factors by the names of their layers and the method's endings.
+
+        Those of several tasks begin with an axis for the tasks.
+        """
+        return {
             f"{site}.{ending}": tensor
             for site, factor in zip(self.sites, factors, strict=True)
             for ending, tensor in factor.peft_tensors().items()
         }
-        tensors.update(self.modules)
-        self.write_tensors(folder, {**method, "fan_in_fan_out": self.fan_in_fan_out}, tensors)
 
     def write_tensors(
         self,

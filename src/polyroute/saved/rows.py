@@ -1,6 +1,7 @@
 """The routing table of a saved inventory, row by row and without its base model."""
 
 import os
+import shutil
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -11,17 +12,17 @@ import torch
 from torch import Tensor
 
 from polyroute.errors import InputError, did_you_mean
-from polyroute.host.files import read_json
+from polyroute.host.files import make_folder, read_json, whole_file, write_json
 from polyroute.host.locks import is_still_there, locked
 from polyroute.host.paths import path_of
 from polyroute.routes.given_rows import flat_rows
 from polyroute.routes.table import MU
 from polyroute.saved.digests import SHA256, described_digest
-from polyroute.saved.hub import DESCRIPTION, SHARDS, Snapshot, locate
-from polyroute.saved.shards import OpenShard, shard_of, shard_paths
+from polyroute.saved.hub import DESCRIPTION, MODULES, SHARDS, SKILLS, Snapshot, locate
+from polyroute.saved.shards import OpenShard, Shard, shard_of, shard_paths
 from polyroute.task_names import check_name
 
-__all__ = ["FORMAT", "SavedRoutes", "lock_inventory", "read_description"]
+__all__ = ["FORMAT", "SavedRoutes", "begin_routes", "lock_inventory", "read_description"]
 
 FORMAT = 2
 """The version of the format of an inventory's folder."""
@@ -203,6 +204,17 @@ class SavedRoutes:
             shard.order, shard.rows = shard.order[kept], shard.rows[kept]
             shard.write(opened.path)
 
+    def parts(self) -> Iterator[tuple[list[str], Tensor]]:
+        """The names and rows `[R, N, H, K]` of every shard in turn, in no order.
+
+        Raises:
+            InputError: a shard is damaged.
+        """
+        for opened in self._all():
+            if opened.names:
+                rows = opened.some(list(range(len(opened.names))))
+                yield list(opened.names), rows.reshape(-1, *self.shape)
+
     def copy_into(self, table: Tensor, names: Sequence[str]) -> None:
         """Read the rows of some tasks, from the shards that hold them.
 
@@ -214,7 +226,7 @@ class SavedRoutes:
             InputError: there is no such task, or a shard is damaged; some rows of `table` may be
                 filled already.
         """
-        for rows, places in self._parts(names):
+        for rows, places in self.read_by_shard(names):
             table[places] = rows.to(table)
 
     def check(self, names: Sequence[str]) -> None:
@@ -223,11 +235,15 @@ class SavedRoutes:
         Raises:
             InputError: there is no such task, or a shard is damaged.
         """
-        for _ in self._parts(names):
+        for _ in self.read_by_shard(names):
             pass
 
-    def _parts(self, names: Sequence[str]) -> Iterator[tuple[Tensor, Tensor]]:
-        """Yield, shard by shard, rows `[P, N * H * K]` and their places in `names`."""
+    def read_by_shard(self, names: Sequence[str]) -> Iterator[tuple[Tensor, Tensor]]:
+        """Yield, shard by shard, rows `[P, N * H * K]` and their places in `names`, `[P]`.
+
+        Raises:
+            InputError: as `copy_into`.
+        """
         places: list[list[int]] = [[] for _ in self._paths]
         for place, name in enumerate(names):
             places[shard_of(name, len(self._paths))].append(place)
@@ -293,6 +309,39 @@ class SavedRoutes:
         if not values.is_floating_point():
             raise InputError("a routing row must hold finite fractional numbers; check the values")
         return row
+
+
+def begin_routes(
+    folder: str | os.PathLike[str], like: str | os.PathLike[str], *, shards: int = 256
+) -> None:
+    """Make a folder with the skills of a saved inventory and a routing table without tasks.
+
+    It is an inventory like the other, and `SavedRoutes` fills it. Nothing of the other is changed.
+
+    Args:
+        folder: the new folder, which holds no inventory yet.
+        like: the saved inventory, with its `run.json` if it has one.
+        shards: of the table, a power of two; 256 hold two million tasks, or eight gigabytes.
+
+    Raises:
+        InputError: there is no inventory in `like`, or its tasks have no rows; or the folder holds
+            one already.
+    """
+    routes = SavedRoutes(like)
+    place = make_folder(folder)
+    if (place / DESCRIPTION).exists():
+        raise InputError(f"{place} holds an inventory already: choose another folder")
+    for name in (SKILLS, MODULES, "run.json"):
+        if (source := routes.folder / name).is_file():
+            with whole_file(place / name) as copy:
+                shutil.copyfile(source, copy)
+    description = read_description(routes.folder)
+    description["rows"] = {"shards": shards, "shape": list(routes.shape)}
+    rows = torch.empty(0, routes.width)
+    for path in shard_paths(place, shards):
+        Shard([], torch.empty(0, dtype=torch.long), rows, description["id"]).write(path)
+    description.pop(SHA256, None)
+    write_json(place / DESCRIPTION, {**description, SHA256: described_digest(description)})
 
 
 def _is_table(table: object) -> bool:

@@ -36,6 +36,7 @@ from polyroute.saved.hub import MODULES, SHARDS, SKILLS
 
 __all__ = [
     "BEFORE",
+    "DESCRIPTION",
     "DIGEST",
     "EXAMPLES",
     "RUNNING",

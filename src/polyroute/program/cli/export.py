@@ -9,10 +9,12 @@ __all__ = ["export"]
 
 @command(ExportOptions)
 def export(options: ExportOptions) -> Result:
-    """Write one task as an ordinary PEFT LoRA, equal in function, or all for another program.
+    """Write tasks as ordinary PEFT LoRAs, equal in function, or all for another program.
 
-    Example: `polyroute export runs/mhr --task mnli --out out/mnli`
+    Examples: `polyroute export runs/mhr --task mnli --out out/mnli`,
+    `polyroute export runs/mhr --all --out loras`
     """
     from polyroute.program.commands.exchange import export_run
+    from polyroute.program.commands.export_all import export_all
 
-    return export_run(options)
+    return export_all(options) if options.all_tasks else export_run(options)

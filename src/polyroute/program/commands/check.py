@@ -10,6 +10,7 @@ from rich.table import Table
 
 from polyroute.adapting.slot import read_slot
 from polyroute.errors import InputError, fault_of
+from polyroute.exchange.peft_folders import ADAPTERS, is_whole
 from polyroute.host.files import read_json
 from polyroute.host.output import Result
 from polyroute.host.paths import check_link, expanded
@@ -116,6 +117,8 @@ def _check_run(folder: Path) -> None:
         read_metrics(folder)
     if command == "adapt":
         _check_adaptations(folder, run["config"])
+    if command == "export":
+        _check_export(folder)
     for pattern, entries in TEXTS.items():
         for path in sorted(folder.glob(pattern)):
             found = read_json(path)
@@ -146,3 +149,20 @@ def _check_adaptations(folder: Path, config: Mapping[str, Any]) -> None:
         raise InputError(
             f"{path} is damaged: it has no result of {lacking[0][0]} with seed {lacking[0][1]}"
         )
+
+
+def _check_export(folder: Path) -> None:
+    """Make sure that an export of all tasks, if it is finished, has every adapter."""
+    path = folder / ADAPTERS
+    if not path.exists():
+        return
+    listed = read_json(path)
+    is_list = isinstance(listed, list) and all(
+        isinstance(one, dict) and isinstance(one.get("lora_path"), str) for one in listed
+    )
+    if not is_list:
+        raise InputError(f"{path} is damaged: it does not list adapters; --resume writes it anew")
+    for one in listed:
+        place = folder / Path(one["lora_path"]).name  # the whole folder may have been moved
+        if not is_whole(place):
+            raise InputError(f"{place} holds no adapter, though the export has one; use --resume")

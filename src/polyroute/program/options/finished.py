@@ -86,14 +86,39 @@ class ExportOptions(Options):
     """Options of `polyroute export`."""
 
     run: Path = setting(REQUIRED, argument=True, help=RUN_HELP)
-    out: Path = setting(REQUIRED, help="Folder to write to; for mttl also a name.ckpt.")
+    out: Path = setting(
+        REQUIRED, recorded=False, help="Folder to write to; for mttl also a name.ckpt."
+    )
     task: str | None = setting(
         None, help="Task name, or `mu` for the average of the skills; for peft alone."
     )
+    all_tasks: bool = setting(
+        False, flag(), option="all",
+        help="Write every task, and `mu`, to a folder of its own in --out; for peft alone.",
+    )  # fmt: skip
     format: str = setting(
         "peft", values=("peft", "mttl", "peft-mhr", "peft-poly"),
-        help="peft: one task as a LoRA. mttl, peft-mhr or peft-poly: skills and all routes.",
+        help="peft: tasks as LoRAs. mttl, peft-mhr or peft-poly: skills and all routes.",
     )  # fmt: skip
+    resume: bool = setting(
+        False, flag(), recorded=False, help="With --all: continue the export in --out."
+    )
+    overwrite: bool = setting(
+        False, flag(), recorded=False, help="With --all: replace the export in --out."
+    )
+
+    def __post_init__(self) -> None:
+        """Check every value, and that what is asked for goes together."""
+        super().__post_init__()
+        if self.all_tasks and self.task is not None:
+            raise InputError("--all and --task exclude each other")
+        if self.all_tasks and self.format != "peft":
+            raise InputError(
+                f"--all is for --format peft: leave it out, since {self.format} has all tasks"
+            )
+        for name in ("resume", "overwrite"):
+            if getattr(self, name) and not self.all_tasks:
+                raise InputError(f"--{name} goes with --all")
 
 
 @dataclass(frozen=True, kw_only=True)
