@@ -12,7 +12,7 @@ LOWEST_INSTALLED := $(LOWEST)/.installed
 LOWEST_TESTS := $(patsubst %,tests/test_%.py,model routing end_to_end runs adapt evaluate gguf chat \
 	shapes tabular peft_export suites cli_manners trainer mu_steps)
 
-.PHONY: demo demo-lm test test-lowest lint docs bench bench-paper study-lm fuzz soak lock clean
+.PHONY: demo demo-lm test test-lowest lint docs bench bench-paper bench-serve study-lm fuzz soak lock clean
 
 demo: $(INSTALLED)
 	$(BIN)/polyroute demo --out demo-out --overwrite
@@ -41,6 +41,11 @@ bench: $(INSTALLED)
 	$(BIN)/python benchmarks/step_time.py $(BENCH)
 	$(BIN)/python benchmarks/step_time.py --device cuda $(BENCH)
 	$(BIN)/python benchmarks/smollm2.py $(SMOLLM2)
+	$(BIN)/python benchmarks/page.py
+
+# Serving SmolLM2 to 1, 8 and 32 clients at once; SERVE='--cases throughput' for a part.
+bench-serve: $(INSTALLED)
+	$(BIN)/python benchmarks/serving.py $(SERVE)
 	$(BIN)/python benchmarks/page.py
 
 bench-paper: $(INSTALLED)

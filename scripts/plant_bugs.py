@@ -166,7 +166,7 @@ BUGS = (
         ("test_inventory.py::test_a_private_task_uses_exactly_its_own_skill",),
     ),
     Bug(
-        "packed examples begin one token late", KERNELS,
+        "packed examples begin one token late", "layer/segments.py",
         "        return list(zip([0, *ends[:-1]], ends, strict=True))\n",
         "        cuts = [min(end + 1, ends[-1]) for end in ends[:-1]]\n"
         "        return list(zip([0, *cuts], [*cuts, ends[-1]], strict=True))\n",

@@ -56,14 +56,18 @@ def base_and_kind(sort: str) -> tuple[Any, ModelKind]:
     with torch.no_grad():  # so that answers differ by prompt, and end at different lengths
         for parameter in base.parameters():
             parameter.add_(0.2 * torch.randn_like(parameter))
-    base.config._name_or_path = "tiny"
     prompt = {"prompt": "chat"} if sort == "causal" else {}
     return base.eval(), kind_of(base, tok, max_input=64, max_target=32, **prompt)  # type: ignore[arg-type]
 
 
 def write_run(folder: Path, sort: str = "causal", **settings: Any) -> RoutedModel:
-    """A run whose 50 tasks differ; returns its model, which answers one request at a time."""
-    base, _ = base_and_kind(sort)
+    """A run whose 50 tasks differ, with its base model beside it.
+
+    Returns its model, which answers one request at a time.
+    """
+    base, kind = base_and_kind(sort)
+    base.save_pretrained(folder.parent / "base")
+    kind.tokenizer.save_pretrained(folder.parent / "base")
     chosen = {"num_skills": 4, "num_heads": 4, "rank": 2, **settings}
     model = shake(pr.attach(base, pr.MHRConfig(**chosen), NAMES)).eval()
     with torch.no_grad():
@@ -73,8 +77,8 @@ def write_run(folder: Path, sort: str = "causal", **settings: Any) -> RoutedMode
             model.routes.logits.mul_(3.0)
     model.save_pretrained(folder)
     described = {
-        "model": "tiny", "max_input": 64, "max_target": 32, "dtype": "float32", "prompt": "auto",
-        "system": None,
+        "model": str(folder.parent / "base"), "max_input": 64, "max_target": 32,
+        "dtype": "float32", "prompt": "auto", "system": None,
     }  # fmt: skip
     record(folder, "train", described, resume=False)
     return model

@@ -131,7 +131,7 @@ def test_the_base_model_shares_a_batch_with_tasks(make: Any, settings: dict[str,
 
 def test_a_token_rule_and_the_base_model_share_no_batch() -> None:
     model = pr.attach(llama(), pr.MHRConfig(rank=2), TASKS, rule=TokenRule())
-    with pytest.raises(InputError, match="route them in batches of their own"):
+    with pytest.raises(InputError, match="None cannot share a batch with other tasks"):
         model(input_ids=torch.ones(2, 3).long(), tasks=["amber", None])
 
 

@@ -59,8 +59,8 @@ async def answered(service: ModelService, task: str, prompt: Any, **values: Any)
 
 @asynccontextmanager
 async def running(service: ModelService) -> AsyncIterator[ModelService]:
-    service.start()
     try:
+        await service.start()
         yield service
     finally:
         await asyncio.to_thread(service.stop)

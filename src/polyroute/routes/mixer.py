@@ -190,11 +190,12 @@ class Mixer(nn.Module):
         if rule is self.rule and route is not None:
             if rule.is_fixed or set(route.rows or ()) == {MU_ROW}:
                 return self._fixed(route, dtype, training=training)
-            if {MU_ROW, BASE_ROW} & set(route.rows or ()):
-                raise InputError(
-                    "'mu' and None cannot share a batch with other tasks under the rule "
-                    f"{rule.name!r}, which looks at the input: route them in batches of their own"
-                )
+            for row, shown in ((MU_ROW, "'mu'"), (BASE_ROW, "None")):
+                if row in (route.rows or ()):
+                    raise InputError(
+                        f"{shown} cannot share a batch with other tasks under the rule "
+                        f"{rule.name!r}, which looks at the input: route it in a batch of its own"
+                    )
         return self._chosen_by(rule, Batch(route, mask, training, dtype, self.gates))
 
     def _chosen_by(self, rule: RouteRule, batch: Batch) -> Mixture:

@@ -5,6 +5,7 @@ import io
 import tempfile
 import time
 import zipfile
+from collections import deque
 from collections.abc import AsyncIterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,6 +34,8 @@ from polyroute.serving.tasks import SavedTasks, row_of
 
 __all__ = ["ModelService", "ServedRun", "make_service"]
 
+WINDOW = 5.0
+"""Seconds whose tokens make the rate that is told."""
 Engine = ContinuousEngine | BatchedEngine | EmbeddingEngine
 
 
@@ -107,17 +110,25 @@ class ModelService:
         self.can_learn = learner is not None
         self.max_length = served.limits.most_tokens
         self.has_chat = self.writes and self._template is not None
-        self._tokens, self._since = 0, time.monotonic()
+        self.has_rows = tasks is not None
+        self._told: deque[float] = deque()
+        """When the tokens of the last seconds were told."""
 
     @property
     def _template(self) -> Any:
         return getattr(self.kind, "template", None)
 
-    def start(self) -> None:
-        """Begin to answer; called inside the event loop."""
+    async def start(self) -> None:
+        """Begin to answer, once a first answer has made all that later ones need."""
         self.engine.start()
         if self.learner is not None:
             self.learner.start()
+        if isinstance(self.engine, EmbeddingEngine):
+            await self.engine.embed(BASE, ["."])
+        else:
+            first = Generation(task=BASE, prompt_ids=self.prompt_ids("."), max_tokens=1)
+            async for _ in self.engine.answer(first):
+                pass
 
     def stop(self) -> None:
         """End everything, and wait until no forward runs."""
@@ -131,15 +142,15 @@ class ModelService:
 
     def load(self) -> Mapping[str, float]:
         """Numbers that say how busy it is."""
-        now = time.monotonic()
-        rate = self._tokens / max(1e-3, now - self._since)
-        self._tokens, self._since = 0, now
+        since = time.monotonic() - WINDOW
+        while self._told and self._told[0] < since:
+            self._told.popleft()
         learning = 0 if self.learner is None else len(self.learner)
         return {
             **self.engine.load(),
             "rows_in_memory": len(self.engine.places),
             "tasks_waiting": learning,
-            "tokens_per_second": round(rate, 1),
+            "tokens_per_second": round(len(self._told) / WINDOW, 1),
         }
 
     # ---------------------------------------------------------------- tasks
@@ -164,6 +175,16 @@ class ModelService:
         """
         row: list[Any] = self._saved.read(name).tolist()
         return row
+
+    def weights(self, name: str) -> tuple[list[Any], list[str]]:
+        """The weights by which a task mixes skills, nested `[N][H][K]`, and the routers' names.
+
+        Raises:
+            InputError: there is no such task, or it has no row.
+        """
+        row = self._saved.read(name).unsqueeze(0)
+        weights: list[Any] = self.model.mixer.weights_from(row)[0].tolist()
+        return weights, self.model.routers
 
     async def put_row(self, name: str, row: list[Any]) -> bool:
         """Write the row of a client's task; returns whether the task is new.
@@ -284,7 +305,8 @@ class ModelService:
         if isinstance(self.engine, EmbeddingEngine):
             raise InputError("this model writes no text: use /v1/embeddings")
         async for piece in self.engine.answer(generation):
-            self._tokens += 0 if piece.is_prompt else len(piece.tokens)
+            if not piece.is_prompt:
+                self._told.extend([time.monotonic()] * len(piece.tokens))
             yield piece
 
     async def embed(self, task: str, texts: Sequence[str]) -> tuple[list[list[float]], int]:

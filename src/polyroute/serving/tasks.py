@@ -19,6 +19,10 @@ from polyroute.task_names import check_name
 __all__ = ["SavedTasks", "row_of"]
 
 
+ENDINGS = ("/row", "/nearest", "/export")
+"""What follows the name of a task in addresses."""
+
+
 class SavedTasks:
     """The rows of all tasks, on the disk.
 
@@ -82,6 +86,10 @@ class SavedTasks:
         """
         self._writable()
         check_name(name)
+        if name.endswith(ENDINGS) or {".", ".."} & set(name.split("/")):
+            raise InputError(
+                f"the name {name!r} means something else in an address: choose another one"
+            )
         if name in (BASE, MU) or name in self.run:
             raise InputError(f"the name {name!r} is taken: choose another one")
 

@@ -29,13 +29,14 @@ from polyroute.program.cli.rank import rank
 from polyroute.program.cli.recompress import recompress
 from polyroute.program.cli.report import report
 from polyroute.program.cli.reproduce import reproduce
+from polyroute.program.cli.serve import serve
 from polyroute.program.cli.train import train
 
 __all__ = ["COMMANDS", "app", "main"]
 
 COMMANDS: tuple[Command[Any], ...] = (
     demo, demo_lm, train, adapt, evaluate, reproduce, export, push, import_, inspect, check, report,
-    library, merge, recompress, rank, compare, freeze,
+    library, merge, recompress, rank, compare, freeze, serve,
 )  # fmt: skip
 """In the order of the help."""
 DONE, FAILED, REFUSED = 0, 1, 2

@@ -1,0 +1,376 @@
+"""Serving many tasks at once, against one merged task, PEFT's mixed batches and single requests.
+
+    python benchmarks/serving.py [--cases throughput http rows learn memory] [--threads 2]
+
+`throughput`: clients each send one request after the other, at 1, 8 and 32 at a time; every request
+asks for 32 tokens after its prompt, a real one of its task. Contenders: the server with a different
+task for each client, the same server with one task merged into the base weights, and PEFT's
+`generate` with `adapter_names`, one batch after the other, with the same tasks exported. They take
+turns within a round. `http` sends the same requests over HTTP to `polyroute serve`. `rows` is what
+a task costs that is not in memory. `learn` adds a task from 16 examples over HTTP. `memory` is that
+of the server with 1,000 and with 100,000 tasks in its folder.
+
+`results/serving.json` keeps all, case by case; a case that is not run stays as it is there.
+"""
+
+import argparse
+import asyncio
+import json
+import os
+import re
+import signal
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from measure import STATUS
+
+import polyroute as pr
+from polyroute.data.open import open_suite
+from polyroute.host.files import write_json
+from polyroute.kinds.choose import kind_of
+from polyroute.saved.rows import begin_routes
+from polyroute.saved.runs import machine
+from polyroute.saved.shards import Shard, shard_of, shard_paths
+from polyroute.serving.answers import Limits
+from polyroute.serving.requests import Generation
+from polyroute.serving.service import ModelService, ServedRun, make_service
+from polyroute.study.examples import encoded
+
+RESULTS = Path(__file__).parent / "results"
+RUN = Path(__file__).parents[1] / "inventories" / "smollm2" / "grouped-s0"
+CLIENTS = (1, 8, 32)
+NEW = 32
+"""Tokens of every answer."""
+NEVER = 3
+"""A special token of SmolLM2 that it does not write, in place of its end token."""
+OURS, MERGED, PEFT = "32 tasks", "one merged task", "PEFT, adapter_names"
+
+
+@dataclass
+class Measured:
+    """What clients saw."""
+
+    seconds: float
+    tokens: int
+    latencies: list[float] = field(default_factory=list)
+
+    def to_dict(self) -> dict[str, float]:
+        """Numbers of one round."""
+        ordered = sorted(self.latencies)
+        return {
+            "tokens_per_second": self.tokens / self.seconds,
+            "p50": statistics.median(ordered),
+            "p95": ordered[min(len(ordered) - 1, round(0.95 * len(ordered)))],
+        }
+
+
+@dataclass
+class Work:
+    """What clients ask: a prompt of each task, in turn."""
+
+    tasks: Sequence[str]
+    prompts: Mapping[str, list[int]]
+
+    @classmethod
+    def of(cls, kind: Any, data: str, tasks: Sequence[str]) -> "Work":
+        """The first test prompt of each task."""
+        suite = open_suite(data)
+        prompts = {
+            task: list(encoded(suite, task, "test", kind)[0]["prompt_ids"]) for task in tasks
+        }
+        return cls(tasks, prompts)
+
+
+async def clients(service: ModelService, work: Work, count: int, *, task: str = "") -> Measured:
+    """So many clients, each with requests of its own task, or all of one."""
+    latencies: list[float] = []
+
+    async def client(number: int) -> int:
+        own = work.tasks[number % len(work.tasks)]
+        tokens = 0
+        for _ in range(2 if count > 1 else 4):
+            started = time.perf_counter()
+            given = Generation(
+                task=task or own, prompt_ids=work.prompts[own], max_tokens=NEW, temperature=0.0
+            )
+            async for piece in service.answer(given):
+                tokens += len(piece.tokens)
+            latencies.append(time.perf_counter() - started)
+        return tokens
+
+    started = time.perf_counter()
+    total = sum(await asyncio.gather(*(client(number) for number in range(count))))
+    return Measured(time.perf_counter() - started, total, latencies)
+
+
+def loaded() -> tuple[Any, Any]:
+    """SmolLM2 and its kind, in bfloat16."""
+    base, tokenizer = pr.load_base("smollm2", dtype="bfloat16")
+    return base, kind_of(base, tokenizer, max_input=256, max_target=64)
+
+
+def opened(tasks_dir: Path | None = None) -> ModelService:
+    """The service of the run, whose answers end at their length alone."""
+    base, kind = loaded()
+    service = make_service(ServedRun(run=RUN, tasks_dir=tasks_dir, limits=Limits()), base, kind)
+    service.engine.ends = {NEVER}  # type: ignore[union-attr]
+    return service
+
+
+def throughput(options: argparse.Namespace) -> dict[str, Any]:
+    """Tokens per second and latencies, contenders in turn."""
+    ours, merged = opened(), opened()
+    names = list(pr.SavedRoutes(RUN).names())[: max(CLIENTS)]
+    work = Work.of(ours.kind, options.data, names)
+    with tempfile.TemporaryDirectory() as folder:
+        by_peft = peft_batches(ours.kind, work, Path(folder))
+
+        async def measure() -> dict[str, Any]:
+            await ours.start()
+            await merged.start()
+            held = merged.engine.places.hold(names[0])
+            merged.model.merge(merged.model.tasks[held.route])
+            found: dict[str, Any] = {}
+            contenders: dict[str, Callable[[int], Any]] = {
+                OURS: lambda n: clients(ours, work, n),
+                MERGED: lambda n: clients(merged, work, n, task=names[0]),
+                PEFT: lambda n: asyncio.to_thread(by_peft, n),
+            }
+            for count in CLIENTS:
+                for run in contenders.values():
+                    await run(min(count, 2))  # warm
+                rounds: list[dict[str, Any]] = []
+                for number in range(options.rounds):
+                    order = list(contenders)[:: 1 if number % 2 == 0 else -1]
+                    rounds.append(
+                        {name: (await contenders[name](count)).to_dict() for name in order}
+                    )
+                    print(count, rounds[-1], flush=True)
+                found[str(count)] = rounds
+            await asyncio.to_thread(ours.stop)
+            await asyncio.to_thread(merged.stop)
+            return found
+
+        return {"rounds": asyncio.run(measure()), "new_tokens": NEW}
+
+
+def peft_batches(kind: Any, work: Work, folder: Path) -> Callable[[int], Measured]:
+    """PEFT's `generate` on a batch of so many tasks, again and again, as a user would."""
+    from peft import PeftModel
+
+    base, _ = loaded()
+    routed = pr.from_pretrained(base, RUN, tasks=list(work.tasks))
+    for number, task in enumerate(work.tasks):
+        routed.export_peft(task, folder / str(number))
+    base = routed.unload()
+    model: Any = PeftModel.from_pretrained(base, folder / "0", adapter_name="0")
+    for number in range(1, len(work.tasks)):
+        model.load_adapter(folder / str(number), adapter_name=str(number))
+    model.eval()
+
+    def run(count: int) -> Measured:
+        ids = [work.prompts[work.tasks[i % len(work.tasks)]] for i in range(count)]
+        batch = kind.tokenizer.pad(
+            {"input_ids": ids}, padding=True, padding_side="left", return_tensors="pt"
+        )
+        started, latencies, tokens = time.perf_counter(), [], 0
+        for _ in range(2 if count > 1 else 4):
+            begun = time.perf_counter()
+            with torch.no_grad():
+                out = model.generate(
+                    **batch, adapter_names=[str(i % len(work.tasks)) for i in range(count)],
+                    max_new_tokens=NEW, do_sample=False, eos_token_id=NEVER, pad_token_id=0,
+                )  # fmt: skip
+            latencies += [time.perf_counter() - begun] * count
+            tokens += count * (out.shape[1] - batch["input_ids"].shape[1])
+        return Measured(time.perf_counter() - started, tokens, latencies)
+
+    return run
+
+
+def rows(options: argparse.Namespace) -> dict[str, Any]:
+    """What a task costs that is not in memory."""
+    service = opened()
+    names = pr.SavedRoutes(RUN).names()
+    cold, warm = [], []
+    for _ in range(20):
+        for name in names:
+            started = time.perf_counter()
+            held = service.engine.places.hold(name)
+            cold.append(time.perf_counter() - started)
+            held.release()
+            started = time.perf_counter()
+            service.engine.places.hold(name).release()
+            warm.append(time.perf_counter() - started)
+            service.engine.places.forget(name)
+    return {"cold": statistics.median(cold), "warm": statistics.median(warm)}
+
+
+@contextmanager
+def server(*arguments: str) -> Iterator[tuple[int, int]]:
+    """`polyroute serve` in a process of its own: its port and its process id."""
+    program = [sys.executable, "-m", "polyroute", "serve", str(RUN), "--port", "0", *arguments]
+    with tempfile.NamedTemporaryFile("w+") as log:
+        process = subprocess.Popen(program, stderr=log)
+        try:
+            found = None
+            while found is None and process.poll() is None:
+                time.sleep(0.1)
+                text = Path(log.name).read_text(encoding="utf-8")
+                found = re.search(r"http://127\.0\.0\.1:(\d+)", text)
+            assert found is not None, text
+            yield int(found[1]), process.pid
+        finally:
+            process.send_signal(signal.SIGINT)
+            process.wait(60)
+
+
+def http(options: argparse.Namespace) -> dict[str, Any]:
+    """The same requests over HTTP, by the client of OpenAI; answers may end earlier."""
+    import openai
+
+    _, kind = loaded()
+    names = list(pr.SavedRoutes(RUN).names())[: max(CLIENTS)]
+    work = Work.of(kind, options.data, names)
+    found: dict[str, Any] = {}
+
+    async def measure(port: int, count: int) -> Measured:
+        latencies: list[float] = []
+        async with openai.AsyncOpenAI(
+            base_url=f"http://127.0.0.1:{port}/v1", api_key="none", timeout=600
+        ) as client:
+
+            async def one(number: int) -> int:
+                task, tokens = work.tasks[number % len(work.tasks)], 0
+                for _ in range(2 if count > 1 else 4):
+                    started = time.perf_counter()
+                    answer = await client.completions.create(
+                        model=task, prompt=work.prompts[task], max_tokens=NEW, temperature=0
+                    )
+                    tokens += answer.usage.completion_tokens if answer.usage else 0
+                    latencies.append(time.perf_counter() - started)
+                return tokens
+
+            started = time.perf_counter()
+            total = sum(await asyncio.gather(*(one(number) for number in range(count))))
+            return Measured(time.perf_counter() - started, total, latencies)
+
+    with server() as (port, _):
+        asyncio.run(measure(port, 2))
+        for count in CLIENTS:
+            found[str(count)] = asyncio.run(measure(port, count)).to_dict()
+            print(count, found[str(count)], flush=True)
+    return found
+
+
+def learn(options: argparse.Namespace) -> dict[str, Any]:
+    """The seconds from 16 examples to the first answer as the new task."""
+    import httpx
+
+    suite = open_suite(options.data)
+    task = "ag_news" if "ag_news" in suite.tasks else suite.tasks[0]
+    keys = ("instruction", "input", "target", "choices")
+    examples = [
+        {key: row[key] for key in keys if row[key] is not None}
+        for row in suite.split(task, "train").select(range(16))
+    ]
+    seconds = []
+    with tempfile.TemporaryDirectory() as folder, server("--tasks-dir", folder) as (port, _):
+        client = httpx.Client(base_url=f"http://127.0.0.1:{port}/v1", timeout=600)
+        for number in range(options.rounds):
+            name, started = f"new {number}", time.perf_counter()
+            client.post("/tasks", json={"name": name, "examples": examples}).raise_for_status()
+            status = ""
+            while status not in ("done", "failed"):
+                time.sleep(0.1)
+                status = client.get(f"/tasks/{name}").json()["job"]["status"]
+            assert status == "done"
+            asked = {"model": name, "prompt": "A prompt.", "max_tokens": 1}
+            client.post("/completions", json=asked).raise_for_status()
+            seconds.append(time.perf_counter() - started)
+            print(seconds, flush=True)
+        client.close()
+    return {"task": task, "examples": 16, "seconds": seconds}
+
+
+def memory(options: argparse.Namespace) -> dict[str, Any]:
+    """The memory of the server with few and with many tasks in its folder, after it used many."""
+    import httpx
+
+    found: dict[str, Any] = {}
+    shape = pr.SavedRoutes(RUN).shape
+    for count in (1_000, 100_000):
+        with tempfile.TemporaryDirectory(dir=options.scratch) as scratch:
+            folder = Path(scratch) / "tasks"
+            write_tasks(folder, count, shape)
+            with server("--tasks-dir", str(folder)) as (port, pid):
+                client = httpx.Client(base_url=f"http://127.0.0.1:{port}/v1", timeout=600)
+                before, waited = megabytes(pid), []
+                for number in range(400):
+                    name, started = f"user {number * (count // 400)}", time.perf_counter()
+                    asked = {"model": name, "prompt": "A prompt.", "max_tokens": 1}
+                    client.post("/completions", json=asked).raise_for_status()
+                    waited.append(time.perf_counter() - started)
+                after, request = megabytes(pid), statistics.median(waited)
+                client.close()
+            found[str(count)] = {"start": before, "after": after, "request": request}
+            print(count, found[str(count)], flush=True)
+    return found
+
+
+def write_tasks(folder: Path, count: int, shape: tuple[int, int, int]) -> None:
+    """A folder of tasks with random rows, written shard by shard."""
+    begin_routes(folder, RUN)
+    paths = shard_paths(folder, 256)
+    members: list[list[int]] = [[] for _ in paths]
+    for number in range(count):
+        members[shard_of(f"user {number}", len(paths))].append(number)
+    identity = json.loads((folder / "polyroute.json").read_text())["id"]
+    width = shape[0] * shape[1] * shape[2]
+    for path, numbers in zip(paths, members, strict=True):
+        names = [f"user {number}" for number in numbers]
+        Shard(names, torch.tensor(numbers), torch.randn(len(numbers), width), identity).write(path)
+
+
+def megabytes(pid: int) -> float:
+    """The memory of a process that is its own, without pages of files."""
+    text = Path(str(STATUS).replace("self", str(pid))).read_text()
+    found = re.search(r"RssAnon:\s+(\d+) kB", text)
+    assert found is not None
+    return int(found[1]) / 1024
+
+
+CASES: Mapping[str, Callable[[argparse.Namespace], dict[str, Any]]] = {
+    case.__name__: case for case in (throughput, http, rows, learn, memory)
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--cases", nargs="+", choices=CASES, default=list(CASES))
+    parser.add_argument("--data", default="../shared/suite")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--scratch", help="folder for 6 GB of rows")
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    os.environ["OMP_NUM_THREADS"] = str(options.threads)
+    path = RESULTS / "serving.json"
+    content = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    for case in options.cases:
+        content[case] = {"measured": CASES[case](options), "machine": machine()}
+        write_json(path, content)
+        print(case, json.dumps(content[case]["measured"])[:2000], flush=True)
+
+
+if __name__ == "__main__":
+    main()
