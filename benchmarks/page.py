@@ -18,6 +18,7 @@ from library_merging import merging_lines
 from library_page import library_lines, way_lines
 from measure import summarise
 from plots import draw_all, has_overview, has_peaks
+from serving_page import serving_lines
 from smollm2_page import smollm2_lines
 from token_routes import token_route_lines
 
@@ -284,7 +285,9 @@ def render(results: Path) -> str:
             lines += show(group, groups[group])
         elif group == "gpu":
             lines += ["## On a GPU", "", "Not measured yet.", ""]
-    for own_lines in (smollm2_lines, token_route_lines, merging_lines, library_lines):
+    for own_lines in (
+        smollm2_lines, serving_lines, token_route_lines, merging_lines, library_lines,
+    ):  # fmt: skip
         lines += own_lines(results, table)
     for name in INCLUDED:
         lines += included(results, name)

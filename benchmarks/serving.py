@@ -5,10 +5,10 @@
 `throughput`: clients each send one request after the other, at 1, 8 and 32 at a time; every request
 asks for 32 tokens after its prompt, a real one of its task. Contenders: the server with a different
 task for each client, the same server with one task merged into the base weights, and PEFT's
-`generate` with `adapter_names`, one batch after the other, with the same tasks exported. They take
-turns within a round. `http` sends the same requests over HTTP to `polyroute serve`. `rows` is what
-a task costs that is not in memory. `learn` adds a task from 16 examples over HTTP. `memory` is that
-of the server with 1,000 and with 100,000 tasks in its folder.
+`generate` with `adapter_names`, a batch of one request of each client, with the same tasks
+exported. They take turns within a round. `http` sends the same requests over HTTP to
+`polyroute serve`. `rows` is what a task costs that is not in memory. `learn` adds a task from 16
+examples over HTTP. `memory` is that of the server with 1,000 and with 100,000 tasks in its folder.
 
 `results/serving.json` keeps all, case by case; a case that is not run stays as it is there.
 """
@@ -97,7 +97,7 @@ async def clients(service: ModelService, work: Work, count: int, *, task: str = 
     async def client(number: int) -> int:
         own = work.tasks[number % len(work.tasks)]
         tokens = 0
-        for _ in range(2 if count > 1 else 4):
+        for _ in range(2):
             started = time.perf_counter()
             given = Generation(
                 task=task or own, prompt_ids=work.prompts[own], max_tokens=NEW, temperature=0.0
@@ -118,21 +118,67 @@ def loaded() -> tuple[Any, Any]:
     return base, kind_of(base, tokenizer, max_input=256, max_target=64)
 
 
-def opened(tasks_dir: Path | None = None) -> ModelService:
-    """The service of the run, whose answers end at their length alone."""
-    base, kind = loaded()
-    service = make_service(ServedRun(run=RUN, tasks_dir=tasks_dir, limits=Limits()), base, kind)
+def tiny() -> tuple[Any, Any]:
+    """A model of three million parameters, most of them the embeddings, with the same tokenizer."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    _, tokenizer = pr.load_base("smollm2", dtype="bfloat16")
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=len(tokenizer), hidden_size=64, intermediate_size=128, num_hidden_layers=2,
+        num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=2048,
+        eos_token_id=tokenizer.eos_token_id, pad_token_id=0,
+    )  # fmt: skip
+    base = LlamaForCausalLM(config).eval()
+    return base, kind_of(base, tokenizer, max_input=256, max_target=64)
+
+
+Loader = Callable[[], tuple[Any, Any]]
+
+
+def random_run(folder: Path, load: Loader, **settings: Any) -> Path:
+    """A run with the tasks of `RUN` and random skills, as costly as a trained one."""
+    base, _ = load()
+    config = pr.MHRConfig(num_skills=8, num_heads=8, rank=4, **settings)
+    model = pr.attach(base, config, pr.SavedRoutes(RUN).names())
+    model.set_phase("random")
+    model.save_pretrained(folder)
+    return folder
+
+
+def opened(run: Path = RUN, load: Loader = loaded) -> ModelService:
+    """The service of a run, whose answers end at their length alone."""
+    base, kind = load()
+    service = make_service(ServedRun(run=run, tasks_dir=None, limits=Limits()), base, kind)
     service.engine.ends = {NEVER}  # type: ignore[union-attr]
     return service
 
 
 def throughput(options: argparse.Namespace) -> dict[str, Any]:
     """Tokens per second and latencies, contenders in turn."""
-    ours, merged = opened(), opened()
-    names = list(pr.SavedRoutes(RUN).names())[: max(CLIENTS)]
+    with tempfile.TemporaryDirectory() as folder:
+        place = Path(folder)
+        setups: dict[str, tuple[Path, Loader]] = {
+            "SmolLM2, all linear layers": (RUN, loaded),
+            "SmolLM2, queries and values": (
+                random_run(place / "qv", loaded, target_modules=["q_proj", "v_proj"]), loaded,
+            ),
+            "a tiny model, all linear layers": (random_run(place / "tiny", tiny), tiny),
+        }  # fmt: skip
+        found = {}
+        for name, (run, load) in setups.items():
+            print(name, flush=True)
+            found[name] = compared(options, run, load)
+    return {"setups": found, "new_tokens": NEW}
+
+
+def compared(options: argparse.Namespace, run: Path, load: Loader) -> dict[str, Any]:
+    """By the number of clients, rounds of what each contender measured."""
+    ours, merged = opened(run, load), opened(run, load)
+    names = list(pr.SavedRoutes(run).names())[: max(CLIENTS)]
     work = Work.of(ours.kind, options.data, names)
     with tempfile.TemporaryDirectory() as folder:
-        by_peft = peft_batches(ours.kind, work, Path(folder))
+        by_peft = peft_batches(ours.kind, work, Path(folder), run, load)
 
         async def measure() -> dict[str, Any]:
             await ours.start()
@@ -145,30 +191,31 @@ def throughput(options: argparse.Namespace) -> dict[str, Any]:
                 MERGED: lambda n: clients(merged, work, n, task=names[0]),
                 PEFT: lambda n: asyncio.to_thread(by_peft, n),
             }
+            for contender in contenders.values():
+                await contender(1)  # warm
             for count in CLIENTS:
-                for run in contenders.values():
-                    await run(min(count, 2))  # warm
                 rounds: list[dict[str, Any]] = []
                 for number in range(options.rounds):
                     order = list(contenders)[:: 1 if number % 2 == 0 else -1]
-                    rounds.append(
-                        {name: (await contenders[name](count)).to_dict() for name in order}
-                    )
+                    seen = {name: await contenders[name](count) for name in order}
+                    rounds.append({name: one.to_dict() for name, one in seen.items()})
                     print(count, rounds[-1], flush=True)
                 found[str(count)] = rounds
             await asyncio.to_thread(ours.stop)
             await asyncio.to_thread(merged.stop)
             return found
 
-        return {"rounds": asyncio.run(measure()), "new_tokens": NEW}
+        return asyncio.run(measure())
 
 
-def peft_batches(kind: Any, work: Work, folder: Path) -> Callable[[int], Measured]:
-    """PEFT's `generate` on a batch of so many tasks, again and again, as a user would."""
+def peft_batches(
+    kind: Any, work: Work, folder: Path, run: Path, load: Loader
+) -> Callable[[int], Measured]:
+    """PEFT's `generate` on a batch of so many tasks, as a user would."""
     from peft import PeftModel
 
-    base, _ = loaded()
-    routed = pr.from_pretrained(base, RUN, tasks=list(work.tasks))
+    base, _ = load()
+    routed = pr.from_pretrained(base, run, tasks=list(work.tasks))
     for number, task in enumerate(work.tasks):
         routed.export_peft(task, folder / str(number))
     base = routed.unload()
@@ -177,24 +224,22 @@ def peft_batches(kind: Any, work: Work, folder: Path) -> Callable[[int], Measure
         model.load_adapter(folder / str(number), adapter_name=str(number))
     model.eval()
 
-    def run(count: int) -> Measured:
+    def generate(count: int) -> Measured:
         ids = [work.prompts[work.tasks[i % len(work.tasks)]] for i in range(count)]
         batch = kind.tokenizer.pad(
             {"input_ids": ids}, padding=True, padding_side="left", return_tensors="pt"
         )
-        started, latencies, tokens = time.perf_counter(), [], 0
-        for _ in range(2 if count > 1 else 4):
-            begun = time.perf_counter()
-            with torch.no_grad():
-                out = model.generate(
-                    **batch, adapter_names=[str(i % len(work.tasks)) for i in range(count)],
-                    max_new_tokens=NEW, do_sample=False, eos_token_id=NEVER, pad_token_id=0,
-                )  # fmt: skip
-            latencies += [time.perf_counter() - begun] * count
-            tokens += count * (out.shape[1] - batch["input_ids"].shape[1])
-        return Measured(time.perf_counter() - started, tokens, latencies)
+        started = time.perf_counter()
+        with torch.no_grad():
+            out = model.generate(
+                **batch, adapter_names=[str(i % len(work.tasks)) for i in range(count)],
+                max_new_tokens=NEW, do_sample=False, eos_token_id=NEVER, pad_token_id=0,
+            )  # fmt: skip
+        seconds = time.perf_counter() - started
+        tokens = count * (out.shape[1] - batch["input_ids"].shape[1])
+        return Measured(seconds, tokens, [seconds] * count)
 
-    return run
+    return generate
 
 
 def rows(options: argparse.Namespace) -> dict[str, Any]:

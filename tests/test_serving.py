@@ -214,6 +214,11 @@ def test_a_prompt_alone_can_be_scored(folder: Path) -> None:
     assert (found.tokens, found.text, found.finish) == ([], "", "length")
     assert len(found.prompt.tokens) == 3
 
+    async def one(service: ModelService) -> Answer:
+        return await answered(service, "mu", [5], max_tokens=0, echo=True, top_logprobs=1)
+
+    assert [token.logprob for token in serve(folder, one).prompt.tokens] == [None]
+
 
 def test_a_stop_text_ends_an_answer_before_it(folder: Path) -> None:
     async def ask(service: ModelService) -> None:
@@ -235,6 +240,9 @@ def test_what_does_not_fit_is_refused(folder: Path) -> None:
             await answered(service, "mu", [5] * 90, max_tokens=7)
         with pytest.raises(InputError, match="the prompt is empty"):
             await answered(service, "mu", [])
+        for token in (-1, 10**6):
+            with pytest.raises(InputError, match=f"the prompt has token {token}, and the model"):
+                await answered(service, "mu", [5, token])
         with pytest.raises(InputError, match="there is no task 'nobody'"):
             await answered(service, "nobody", [5])
         with pytest.raises(InputError, match="use /v1/completions"):

@@ -1,7 +1,7 @@
 """From the tokens that an engine chooses to the pieces of an answer."""
 
 import asyncio
-from collections.abc import AsyncIterator, Container, Sequence
+from collections.abc import AsyncGenerator, Container, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,7 +12,7 @@ from polyroute.serving.requests import Finish, Generation, Piece, ServingError, 
 from polyroute.serving.sampling import Chosen
 from polyroute.serving.text import TextStream
 
-__all__ = ["Event", "Failed", "Limits", "PromptTold", "ends_of", "pieces"]
+__all__ = ["Event", "Failed", "Limits", "PromptTold", "ends_of", "pieces", "vocabulary_of"]
 
 
 @dataclass(frozen=True)
@@ -49,21 +49,36 @@ class Limits:
     most_tokens: int = 2048
     most_batch_tokens: int = 512
 
-    def check(self, generation: Generation) -> None:
+    def check(self, generation: Generation, vocabulary: int) -> None:
         """Make sure that a request fits.
 
+        Args:
+            generation: the request.
+            vocabulary: the number of the model's tokens.
+
         Raises:
-            InputError: it has no prompt, or is too long.
+            InputError: it has no prompt, is too long, or has a token that the model has not.
         """
         prompt, more = len(generation.prompt_ids), generation.max_tokens
         if not prompt:
             raise InputError("the prompt is empty: give it at least one token")
+        for token in generation.prompt_ids:
+            if not 0 <= token < vocabulary:
+                raise InputError(
+                    f"the prompt has token {token}, and the model has tokens 0 to {vocabulary - 1}"
+                )
         if prompt + more > self.most_tokens:
             raise InputError(
                 f"the prompt has {prompt} tokens and max_tokens is {more}, more than the "
                 f"{self.most_tokens} tokens that the server takes together: shorten the prompt or "
                 "lower max_tokens"
             )
+
+
+def vocabulary_of(model: RoutedModel) -> int:
+    """The number of tokens that a base model reads."""
+    embeddings: Any = model.base_model.get_input_embeddings()  # type: ignore[operator]
+    return int(embeddings.weight.shape[0])
 
 
 def ends_of(model: RoutedModel, kind: ModelKind) -> set[int]:
@@ -76,7 +91,7 @@ async def pieces(
     events: "asyncio.Queue[Event]",
     tokenizer: Any,
     ends: Container[int],
-) -> AsyncIterator[Piece]:
+) -> AsyncGenerator[Piece]:
     """The pieces of one answer, from what an engine says of it.
 
     Args:

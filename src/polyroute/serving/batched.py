@@ -7,7 +7,8 @@ next batch.
 import asyncio
 import queue
 import threading
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncGenerator, Sequence
+from contextlib import aclosing
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -19,7 +20,7 @@ from polyroute.host.output import say
 from polyroute.kinds.batches import padded
 from polyroute.kinds.choose import ModelKind
 from polyroute.model import RoutedModel
-from polyroute.serving.answers import Event, Failed, Limits, ends_of, pieces
+from polyroute.serving.answers import Event, Failed, Limits, ends_of, pieces, vocabulary_of
 from polyroute.serving.places import Held, Places
 from polyroute.serving.requests import BusyError, Generation, Piece, StoppingError
 from polyroute.serving.sampling import Draws, chosen_tokens
@@ -54,6 +55,7 @@ class BatchedEngine:
     def __init__(self, model: RoutedModel, kind: ModelKind, places: Places, limits: Limits) -> None:
         self.model, self.kind, self.places, self.limits = model, kind, places, limits
         self.tokenizer, self.ends = kind.tokenizer, ends_of(model, kind)
+        self.vocabulary = vocabulary_of(model)
         self._queue: queue.SimpleQueue[_Waiting | None] = queue.SimpleQueue()
         self._count = self._running = 0
         self._is_stopping = False
@@ -80,9 +82,9 @@ class BatchedEngine:
         """How many requests there are."""
         return {"running": self._running, "waiting": max(0, self._count - self._running)}
 
-    async def answer(self, generation: Generation) -> AsyncIterator[Piece]:
+    async def answer(self, generation: Generation) -> AsyncGenerator[Piece]:
         """See `Answers`."""
-        self.limits.check(generation)
+        self.limits.check(generation, self.vocabulary)
         if generation.echo:
             raise InputError(
                 "this server's model reads the prompt apart from the answer: leave out echo"
@@ -95,8 +97,10 @@ class BatchedEngine:
         self._count += 1
         self._queue.put(waiting)
         try:
-            async for piece in pieces(generation, waiting.events, self.tokenizer, self.ends):
-                yield piece
+            answer = pieces(generation, waiting.events, self.tokenizer, self.ends)
+            async with aclosing(answer):
+                async for piece in answer:
+                    yield piece
         finally:
             waiting.is_over = True
             self._count -= 1

@@ -7,7 +7,8 @@ tokens, each as the request wants it.
 
 import asyncio
 import itertools
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncGenerator, Sequence
+from contextlib import aclosing
 from dataclasses import dataclass, field
 from types import SimpleNamespace
 from typing import Any
@@ -20,7 +21,15 @@ from polyroute.errors import InputError, reason
 from polyroute.host.output import say
 from polyroute.kinds.choose import ModelKind
 from polyroute.model import RoutedModel
-from polyroute.serving.answers import Event, Failed, Limits, PromptTold, ends_of, pieces
+from polyroute.serving.answers import (
+    Event,
+    Failed,
+    Limits,
+    PromptTold,
+    ends_of,
+    pieces,
+    vocabulary_of,
+)
 from polyroute.serving.packed_attention import NAME, PackedRow, can_pack, register
 from polyroute.serving.places import Held, Places
 from polyroute.serving.requests import BusyError, Generation, Piece, StoppingError
@@ -67,6 +76,7 @@ class ContinuousEngine:
     def __init__(self, model: RoutedModel, kind: ModelKind, places: Places, limits: Limits) -> None:
         self.model, self.places, self.limits = model, places, limits
         self.tokenizer, self.ends = kind.tokenizer, ends_of(model, kind)
+        self.vocabulary = vocabulary_of(model)
         self._numbers = itertools.count()
         self._running: dict[str, _Running] = {}
         self._loop: asyncio.AbstractEventLoop | None = None
@@ -96,9 +106,9 @@ class ContinuousEngine:
         active = 0 if processor is None else len(processor.scheduler.active_requests)
         return {"running": active, "waiting": max(0, len(self._running) - active)}
 
-    async def answer(self, generation: Generation) -> AsyncIterator[Piece]:
+    async def answer(self, generation: Generation) -> AsyncGenerator[Piece]:
         """See `Answers`."""
-        self.limits.check(generation)
+        self.limits.check(generation, self.vocabulary)
         if self._is_stopping:
             raise StoppingError
         if len(self._running) >= self.limits.most_requests:
@@ -115,8 +125,10 @@ class ContinuousEngine:
                 max_new_tokens=max(1, generation.max_tokens),
                 eos_token_id=sorted(self.ends),
             )
-            async for piece in pieces(generation, running.events, self.tokenizer, self.ends):
-                yield piece
+            answer = pieces(generation, running.events, self.tokenizer, self.ends)
+            async with aclosing(answer):
+                async for piece in answer:
+                    yield piece
         finally:
             self._leave(running)
 

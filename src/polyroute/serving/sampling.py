@@ -83,7 +83,8 @@ def logprobs_of(logits: Tensor, tokens: Sequence[int], top: int) -> list[Chosen]
         top: how many of the likeliest are told.
     """
     logprobs = torch.log_softmax(logits.float(), -1)
-    own = logprobs[torch.arange(len(tokens)), torch.tensor(tokens)].tolist()
+    places = torch.tensor(tokens, dtype=torch.long, device=logprobs.device)
+    own = logprobs.gather(1, places[:, None])[:, 0].tolist()
     values, ids = logprobs.topk(top, dim=-1)
     pairs = zip(ids.tolist(), values.tolist(), strict=True)
     return [

@@ -6,7 +6,8 @@ import tempfile
 import time
 import zipfile
 from collections import deque
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncGenerator, Mapping, Sequence
+from contextlib import aclosing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -300,14 +301,15 @@ class ModelService:
         ids: list[int] = template.ids([template.text(system, said)])[0]
         return ids
 
-    async def answer(self, generation: Generation) -> AsyncIterator[Piece]:
+    async def answer(self, generation: Generation) -> AsyncGenerator[Piece]:
         """See `Answers`."""
         if isinstance(self.engine, EmbeddingEngine):
             raise InputError("this model writes no text: use /v1/embeddings")
-        async for piece in self.engine.answer(generation):
-            if not piece.is_prompt:
-                self._told.extend([time.monotonic()] * len(piece.tokens))
-            yield piece
+        async with aclosing(self.engine.answer(generation)) as pieces:
+            async for piece in pieces:
+                if not piece.is_prompt:
+                    self._told.extend([time.monotonic()] * len(piece.tokens))
+                yield piece
 
     async def embed(self, task: str, texts: Sequence[str]) -> tuple[list[list[float]], int]:
         """The vectors of texts, and the number of their tokens.

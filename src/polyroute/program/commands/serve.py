@@ -85,7 +85,7 @@ async def _serve(service: "ModelService", settings: "HttpSettings", door: socket
     )  # fmt: skip
     server = uvicorn.Server(config)
     # Its own handlers would raise the signal again once all is drained, as if that had failed.
-    server.capture_signals = nullcontext  # type: ignore[method-assign]
+    server.capture_signals = nullcontext  # type: ignore[method-assign, assignment]
 
     def end() -> None:
         server.force_exit = server.should_exit  # by a second signal
