@@ -2,6 +2,8 @@
 
 import asyncio
 import random
+import threading
+import time
 from collections.abc import AsyncIterator, Sequence
 from contextlib import aclosing, asynccontextmanager
 from dataclasses import dataclass, field, replace
@@ -339,7 +341,9 @@ def test_rows_come_and_go_while_it_runs(
 
 @pytest.mark.parametrize(("name", "sentence"), [
     ("base", "the name 'base' is taken"), ("mu", "the name 'mu' is taken"),
-    (NAMES[0], "the name 'task 0' is taken"), ("", "task name"),
+    (NAMES[0], "the name 'task 0' is taken"), ("", "task name"), ("a" * 257, "shorten it"),
+    ("cafe\u0301", "form NFC"), ("a/row", "in an address"), ("a/mu", "in an address"),
+    ("../a", "in an address"),
 ])  # fmt: skip
 def test_names_that_mean_something_else_are_refused(
     folder: Path, tmp_path: Path, name: str, sentence: str
@@ -387,7 +391,7 @@ def test_a_task_is_learned_as_adapt_learns_it(folder: Path, kind: Any, tmp_path:
     (EXAMPLES, {"steps": 0}, "steps"),
     (EXAMPLES, {"steps": 10**6}, "at most 1000 steps"),
     (EXAMPLES, {"lr": 1.0}, "'lr' is no setting"),
-    (EXAMPLES, {"seed": -1}, "seed must be a whole number"),
+    (EXAMPLES, {"seed": -1}, "seed must not be negative"),
 ])  # fmt: skip
 def test_what_cannot_be_learned_is_refused_at_once(
     folder: Path, tmp_path: Path, examples: Any, settings: Any, sentence: str
@@ -396,6 +400,88 @@ def test_what_cannot_be_learned_is_refused_at_once(
         with pytest.raises(InputError, match=sentence):
             await service.learn("new", examples, settings)
         assert service.job("new") is None
+
+    serve(folder, ask, tasks_dir=tmp_path / "tasks")
+
+
+def test_nobody_writes_a_row_while_its_examples_are_read(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from polyroute.serving import learning
+
+    real, began = learning._check_examples, threading.Event()
+
+    def slow(*args: Any) -> None:
+        began.set()
+        time.sleep(0.3)
+        real(*args)
+
+    monkeypatch.setattr(learning, "_check_examples", slow)
+
+    async def ask(service: ModelService) -> None:
+        row = torch.zeros(service.tasks.run.shape).tolist()
+        learned = asyncio.create_task(service.learn("new", EXAMPLES, {"steps": 1}))
+        await asyncio.to_thread(began.wait)
+        with pytest.raises(InputError, match="is being learned"):
+            await service.put_row("new", row)
+        await learned
+        while service.learner.is_learning("new"):
+            await asyncio.sleep(0.01)
+        first = await answered(service, "new", [5, 6, 7])
+        assert not await service.put_row("new", service.model.routes["place 0"].tolist())
+        await service.delete("new")
+        assert service.job("new") is None
+        assert first.finish
+
+    serve(folder, ask, tasks_dir=tmp_path / "tasks")
+
+
+def test_a_prompt_is_scored_right_though_its_pages_were_taken(
+    folder: Path, model: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from polyroute.serving import continuous
+
+    monkeypatch.setattr(continuous, "_pages", lambda *_: 5)
+    asked = [(ids * 9)[:70] for ids in prompts(16, seed=2)]
+
+    async def ask(service: ModelService) -> list[Answer]:
+        return await asyncio.gather(
+            *(
+                answered(service, NAMES[i], ids, max_tokens=8, echo=True, top_logprobs=1)
+                for i, ids in enumerate(asked)
+            )
+        )
+
+    limits = replace(LIMITS, most_batch_tokens=16)
+    for i, found in enumerate(serve(folder, ask, limits=limits)):
+        whole = torch.tensor([[*asked[i], *found.ids]])
+        with torch.no_grad():
+            logprobs = model(input_ids=whole, tasks=NAMES[i]).logits[0].log_softmax(-1)
+        told = [token.logprob for token in (*found.prompt.tokens, *found.tokens)][1:]
+        own = logprobs[:-1].gather(1, whole[0, 1:, None])[:, 0]
+        assert told == pytest.approx(own.tolist(), abs=1e-3)
+
+
+def test_a_second_server_does_not_take_the_folder(folder: Path, tmp_path: Path) -> None:
+    first = service_of(folder / "run", tasks_dir=tmp_path / "tasks")
+    with pytest.raises(InputError, match="another server keeps its tasks in"):
+        service_of(folder / "run", tasks_dir=tmp_path / "tasks")
+    first.tasks.close()
+    service_of(folder / "run", tasks_dir=tmp_path / "tasks").tasks.close()
+
+
+def test_a_disk_that_fails_is_the_servers_fault(folder: Path, tmp_path: Path) -> None:
+    async def ask(service: ModelService) -> None:
+        row = torch.zeros(service.tasks.run.shape).tolist()
+        await service.put_row("mine", row)
+        for path in (tmp_path / "tasks").glob("routes-*"):
+            path.write_bytes(path.read_bytes()[:40])
+        for call in (service.put_row("mine", row), service.nearest("mine", 1)):
+            with pytest.raises(ServingError, match="its log says why"):
+                await call
+        with pytest.raises(ServingError, match="its log says why"):
+            service.task_names()
+        assert (await answered(service, "mu", [5])).finish
 
     serve(folder, ask, tasks_dir=tmp_path / "tasks")
 

@@ -134,7 +134,7 @@ class Mixer(nn.Module):
 
     def add_tasks(self, names: Sequence[str], init: str | Tensor) -> list[int]:
         """Append tasks; see `RoutedModel.add_tasks`."""
-        check_list(names)
+        check_list(names, "names must be a list of tasks")
         values: Tensor | None = None
         source: int | None = None
         if not isinstance(init, str | int | None):
@@ -155,7 +155,7 @@ class Mixer(nn.Module):
 
     def keep_tasks(self, names: Sequence[str]) -> None:
         """Drop all other tasks; see `RoutedModel.keep_tasks`."""
-        check_list(names)
+        check_list(names, "names must be a list of tasks")
         rows = self.table.keep(tuple(names))
         if self.rule.owns_skills:
             self.inventory.keep_skills(rows)

@@ -125,16 +125,20 @@ def _rule_alone(rules: Sequence[Any], *, per_example: bool) -> Route:
     return Route((MU_ROW,) * len(rules), per_example=per_example, rule=rule)
 
 
-def check_list(tasks: object) -> None:
+def check_list(tasks: object, wanted: str = "tasks must be a list of names") -> None:
     """Make sure that a list of names was given, since a single name is a sequence of letters.
+
+    Args:
+        tasks: what was given.
+        wanted: how the message begins, with the caller's name for it.
 
     Raises:
         InputError: it is a single name, or no list; None, for all tasks, is left to the caller.
     """
     if isinstance(tasks, str):
-        raise InputError(f"tasks must be a list of names, not the single string {tasks!r}")
+        raise InputError(f"{wanted}, not the single string {tasks!r}")
     if tasks is not None and not isinstance(tasks, Iterable):
-        raise InputError(f"tasks must be a list of names, not {tasks!r}")
+        raise InputError(f"{wanted}, not {tasks!r}")
 
 
 def named_inputs(call: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[str, Any]:

@@ -89,7 +89,7 @@ class BatchedEngine:
             raise InputError(
                 "this server's model reads the prompt apart from the answer: leave out echo"
             )
-        if self._is_stopping:
+        if not self.is_alive:
             raise StoppingError
         if self._count >= self.limits.most_requests:
             raise BusyError

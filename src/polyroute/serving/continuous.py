@@ -104,12 +104,14 @@ class ContinuousEngine:
         """How many requests there are."""
         processor = self._manager.batch_processor
         active = 0 if processor is None else len(processor.scheduler.active_requests)
-        return {"running": active, "waiting": max(0, len(self._running) - active)}
+        # The scheduler lets go of a request a little after its answer has ended.
+        active = min(active, len(self._running))
+        return {"running": active, "waiting": len(self._running) - active}
 
     async def answer(self, generation: Generation) -> AsyncGenerator[Piece]:
         """See `Answers`."""
         self.limits.check(generation, self.vocabulary)
-        if self._is_stopping:
+        if not self.is_alive:
             raise StoppingError
         if len(self._running) >= self.limits.most_requests:
             raise BusyError
@@ -119,12 +121,14 @@ class ContinuousEngine:
         )  # fmt: skip
         self._running[running.id] = running
         try:
-            self._manager.add_request(
+            taken = self._manager.add_request(
                 list(generation.prompt_ids),
                 request_id=running.id,
                 max_new_tokens=max(1, generation.max_tokens),
                 eos_token_id=sorted(self.ends),
             )
+            if taken is None:  # its thread ended since
+                raise StoppingError
             answer = pieces(generation, running.events, self.tokenizer, self.ends)
             async with aclosing(answer):
                 async for piece in answer:
@@ -229,6 +233,11 @@ class _Batches:
         if self._is_packed:
             (keys,) = batch["cu_seq_lens_k"].values()
             batch["packed_row"] = PackedRow(starts, keys.tolist())
+        positions = batch["position_ids"][0]
+        for (running, _), first in zip(requests, starts, strict=False):
+            if running is not None and running.wants_prompt:
+                # A request that gave its pages to others begins anew.
+                del running.prompt[int(positions[first]) + 1 :]
         told = [
             (running, first, length)
             for (running, _), first, length in zip(requests, starts, lengths, strict=False)

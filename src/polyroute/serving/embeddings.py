@@ -8,9 +8,11 @@ from dataclasses import dataclass
 import torch
 
 from polyroute.errors import InputError
+from polyroute.kinds.batches import token_ids
 from polyroute.kinds.encoder import EncoderKind
 from polyroute.model import RoutedModel
 from polyroute.serving.answers import Limits
+from polyroute.serving.learning import LONGEST_TOKEN
 from polyroute.serving.places import Held, Places
 from polyroute.serving.requests import BusyError, StoppingError
 
@@ -75,9 +77,14 @@ class EmbeddingEngine:
         """
         if not self.is_alive:
             raise StoppingError
-        ids = [self.kind.tokenizer(text)["input_ids"] for text in texts]
         most = min(self.limits.most_tokens, self.kind.max_positions)
+        for number, text in enumerate(texts):
+            if len(text) > LONGEST_TOKEN * most:
+                raise InputError(f"text {number} has {len(text)} characters: shorten it")
+        ids = await asyncio.to_thread(token_ids, self.kind.tokenizer, list(texts), special=True)
         for number, own in enumerate(ids):
+            if not own:
+                raise InputError(f"text {number} has no tokens: give it some text")
             if len(own) > most:
                 raise InputError(
                     f"text {number} has {len(own)} tokens, and the model reads {most}: shorten it"
@@ -90,10 +97,10 @@ class EmbeddingEngine:
         self._waiting += wanted
         self._has_texts.set()
         try:
-            return [await text.found for text in wanted], sum(map(len, ids))
+            return [await one.found for one in wanted], sum(map(len, ids))
         finally:
-            for text in wanted:
-                text.found.cancel()
+            for one in wanted:
+                one.found.cancel()
             held.release()
 
     async def _work(self) -> None:

@@ -16,10 +16,11 @@ from polyroute.adapting.slot_training import SlotTraining
 from polyroute.errors import InputError, reason
 from polyroute.kinds.choose import ModelKind
 from polyroute.model import RoutedModel
-from polyroute.serving.requests import BusyError
+from polyroute.serving.requests import BusyError, ServingError
+from polyroute.settings import SEEDS, whole
 from polyroute.study.examples import encoded_records
 
-__all__ = ["Learner"]
+__all__ = ["LONGEST_TOKEN", "Learner"]
 
 MOST_WAITING = 16
 MOST_KEPT = 1000
@@ -27,6 +28,8 @@ MOST_KEPT = 1000
 MOST_EXAMPLES, MOST_STEPS = 1000, 1000
 SETTINGS = ("steps", "batch_size", "route_lr", "seed")
 """What a client may set; other settings of an adaptation stay at their defaults."""
+LONGEST_TOKEN = 64
+"""Characters; a text that has so many for each token that is read is too long without a look."""
 DEFAULTS: Mapping[str, Any] = {"steps": 30, "batch_size": 8}
 
 
@@ -108,28 +111,38 @@ class Learner:
         seed = given.pop("seed", 0)
         given = {**DEFAULTS, **given}
         AdaptSettings(phase="z", **given)
-        if type(seed) is not int or seed < 0:
-            raise InputError(f"seed must be a whole number from 0 on, not {seed!r}")
+        whole(0, most=SEEDS - 1)("seed", seed)
         if given["steps"] > MOST_STEPS or len(examples) > MOST_EXAMPLES:
             raise InputError(
                 f"a server takes at most {MOST_STEPS} steps and {MOST_EXAMPLES} examples: use "
                 "`polyroute adapt` for more"
             )
-        _check_examples(name, examples, self.kind)
         job = Job(name, list(examples), given, seed)
         with self._changed:
-            known = self._jobs.get(name)
-            if known is not None and known.status in ("waiting", "running"):
+            if self.is_learning(name):
                 raise InputError(f"task {name!r} is being learned: wait until that is over")
             if len(self._waiting) >= MOST_WAITING:
                 raise BusyError
-            self._jobs.pop(name, None)
-            self._jobs[name] = job
+            before = self._jobs.pop(name, None)
+            self._jobs[name] = job  # from now on nobody else may write the row
+        try:
+            _check_examples(name, examples, self.kind)
+        except BaseException:
+            with self._changed:
+                self.forget(name)
+                if before is not None:
+                    self._jobs[name] = before
+            raise
+        with self._changed:
             while len(self._jobs) > MOST_KEPT + MOST_WAITING:
                 self._jobs.popitem(last=False)
             self._waiting.append(job)
             self._changed.notify_all()
         return job
+
+    def forget(self, name: str) -> None:
+        """Know nothing of a task any more."""
+        self._jobs.pop(name, None)
 
     def job(self, name: str) -> Job | None:
         """What is known of a task that was asked for."""
@@ -158,7 +171,7 @@ class Learner:
                 job.status = "done"
             except _StoppedError:
                 return
-            except InputError as error:
+            except (InputError, ServingError) as error:
                 job.status, job.error = "failed", str(error)
             except Exception as error:  # the tasks that wait must not suffer
                 job.status, job.error = "failed", f"learning failed ({reason(error)})"
@@ -188,11 +201,19 @@ class _StoppedError(Exception):
 
 
 def _check_examples(name: str, examples: Sequence[Mapping[str, Any]], kind: ModelKind) -> None:
+    longest = LONGEST_TOKEN * kind.max_input
     if not examples or not all(isinstance(example, Mapping) for example in examples):
         raise InputError(
             "examples must be a list of objects with 'input' and 'target' and, optionally, "
             "'instruction' and 'choices'"
         )
+    for number, example in enumerate(examples):
+        for field, text in example.items():
+            if isinstance(text, str) and len(text) > longest:  # to read it would take long
+                raise InputError(
+                    f"example {number} has {len(text)} characters as {field!r}, more than the "
+                    f"model reads: shorten it"
+                )
     with warnings.catch_warnings(record=True) as said:
         warnings.simplefilter("always")
         kind.collate(encoded_records(list(examples), name, kind))

@@ -12,6 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
+
 from polyroute.build import from_pretrained
 from polyroute.errors import InputError
 from polyroute.kinds.batches import token_ids
@@ -27,7 +29,7 @@ from polyroute.serving.answers import Limits
 from polyroute.serving.batched import BatchedEngine
 from polyroute.serving.continuous import ContinuousEngine
 from polyroute.serving.embeddings import EmbeddingEngine
-from polyroute.serving.learning import Learner
+from polyroute.serving.learning import LONGEST_TOKEN, Learner
 from polyroute.serving.places import Places, place_names
 from polyroute.serving.requests import BASE, Generation, Piece, StoppingError
 from polyroute.serving.shared_weights import shared_weights
@@ -73,10 +75,9 @@ def make_service(served: ServedRun, base: Any, kind: ModelKind) -> "ModelService
             "--tasks-dir"
         )
     tasks = SavedTasks(served.run, served.tasks_dir) if has_rows else None
-    learner = None
-    if tasks is not None and served.tasks_dir is not None:
-        other = from_pretrained(shared_weights(base), served.run, tasks=[]).eval()
-        learner = Learner(other, kind, tasks.put)
+    learned = None
+    if served.tasks_dir is not None:
+        learned = from_pretrained(shared_weights(base), served.run, tasks=[]).eval()
     model = from_pretrained(base, served.run, tasks=[] if has_rows else None).eval()
     if has_rows:
         model.add_tasks(place_names(served.limits.most_requests))
@@ -89,7 +90,7 @@ def make_service(served: ServedRun, base: Any, kind: ModelKind) -> "ModelService
         engine = ContinuousEngine(model, kind, places, served.limits)
     else:
         engine = BatchedEngine(model, kind, places, served.limits)
-    return ModelService(served, engine, kind, tasks, learner)
+    return ModelService(served, engine, kind, tasks, learned)
 
 
 class ModelService:
@@ -101,14 +102,15 @@ class ModelService:
         engine: Engine,
         kind: ModelKind,
         tasks: SavedTasks | None,
-        learner: Learner | None,
+        learned: RoutedModel | None,
     ) -> None:
         self.served, self.engine, self.kind = served, engine, kind
-        self.tasks, self.learner = tasks, learner
+        self.tasks = tasks
+        self.learner = None if learned is None else Learner(learned, kind, self._keep)
         self.model: RoutedModel = engine.model
         self.name = served.run.resolve().name
         self.writes = not isinstance(engine, EmbeddingEngine)
-        self.can_learn = learner is not None
+        self.can_learn = learned is not None
         self.max_length = served.limits.most_tokens
         self.has_chat = self.writes and self._template is not None
         self.has_rows = tasks is not None
@@ -136,6 +138,8 @@ class ModelService:
         if self.learner is not None:
             self.learner.stop()
         self.engine.stop()
+        if self.tasks is not None:
+            self.tasks.close()
 
     def is_healthy(self) -> bool:
         """Whether it answers."""
@@ -196,7 +200,10 @@ class ModelService:
         tasks = self._saved
         values = row_of(row, tasks.run.shape)
         self._check_idle(name)
-        is_new = await asyncio.to_thread(tasks.put, name, values)
+        return await asyncio.to_thread(self._keep, name, values)
+
+    def _keep(self, name: str, row: Tensor) -> bool:
+        is_new = self._saved.put(name, row)
         self.engine.places.forget(name)
         return is_new
 
@@ -209,6 +216,8 @@ class ModelService:
         self._check_idle(name)
         await asyncio.to_thread(self._saved.delete, name)
         self.engine.places.forget(name)
+        if self.learner is not None:
+            self.learner.forget(name)
 
     async def nearest(self, name: str, k: int, prefix: str = "") -> list[tuple[str, float]]:
         """The tasks that mix skills most like one, of those whose names begin so.
@@ -279,7 +288,12 @@ class ModelService:
     # ---------------------------------------------------------------- answers
 
     def prompt_ids(self, text: str) -> list[int]:
-        """The tokens of a prompt that is given as text."""
+        """The tokens of a prompt that is given as text.
+
+        Raises:
+            InputError: it is too long, whatever its tokens are.
+        """
+        self._check_length(len(text))
         ids: list[int] = token_ids(self.kind.tokenizer, [text], special=True)[0]
         eos = self.kind.tokenizer.eos_token_id
         if isinstance(self.kind, CausalKind):
@@ -296,10 +310,19 @@ class ModelService:
         template = self._template
         if template is None:
             raise InputError("this model has no chat template: use /v1/completions")
+        self._check_length(sum(len(message["content"]) for message in messages))
         said = list(messages)
         system = said.pop(0)["content"] if said and said[0]["role"] == "system" else None
         ids: list[int] = template.ids([template.text(system, said)])[0]
         return ids
+
+    def _check_length(self, characters: int) -> None:
+        """Refuse a long text at once; to find its tokens would keep others waiting."""
+        if characters > LONGEST_TOKEN * self.max_length:
+            raise InputError(
+                f"the prompt has {characters} characters, more than the {self.max_length} tokens "
+                "that the server takes: shorten it"
+            )
 
     async def answer(self, generation: Generation) -> AsyncGenerator[Piece]:
         """See `Answers`."""

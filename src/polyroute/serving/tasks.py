@@ -2,7 +2,8 @@
 
 import os
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import torch
@@ -10,17 +11,28 @@ from torch import Tensor
 
 from polyroute.config import MHRConfig
 from polyroute.errors import InputError
+from polyroute.host.files import make_folder
+from polyroute.host.locks import locked
+from polyroute.host.output import say
+from polyroute.routes.given_rows import flat_rows
 from polyroute.routes.nearest import nearest_rows
 from polyroute.routes.table import MU
+from polyroute.saved.hub import DESCRIPTION
 from polyroute.saved.rows import SavedRoutes, begin_routes, read_description
-from polyroute.serving.requests import BASE
-from polyroute.task_names import check_name
+from polyroute.serving.requests import BASE, ServingError
+from polyroute.task_names import check_name, composed
 
 __all__ = ["SavedTasks", "row_of"]
 
 
-ENDINGS = ("/row", "/nearest", "/export")
-"""What follows the name of a task in addresses."""
+ENDINGS = ("/row", "/nearest", "/export", f"/{MU}", f"/{BASE}")
+"""What follows the name of a task in addresses, or would look like a name that all share."""
+LONGEST_NAME = 256
+IN_USE = ".served"
+"""The file that a server locks in the folder of clients' tasks."""
+
+
+Part = tuple[list[str], Tensor]
 
 
 class SavedTasks:
@@ -42,14 +54,16 @@ class SavedTasks:
         self.run = SavedRoutes(run)
         self.added: SavedRoutes | None = None
         self._lock = threading.Lock()
+        self._held = ExitStack()
         if BASE in self.run:
             raise InputError(
                 f"the run has a task named {BASE!r}, which a server calls the base model alone: "
                 "rename the task"
             )
         if folder is not None:
-            place = Path(folder)
-            if not (place / "polyroute.json").exists():
+            place = make_folder(folder)
+            self._keep_others_out(place)
+            if not (place / DESCRIPTION).exists():
                 begin_routes(place, run)
             own, other = (read_description(each).get("id") for each in (run, place))
             if own != other:
@@ -58,24 +72,50 @@ class SavedTasks:
                 )
             self.added = SavedRoutes(place)
 
+    def _keep_others_out(self, folder: Path) -> None:
+        """Lock the folder for as long as this process lives: rows in memory must be those there.
+
+        Raises:
+            InputError: another server has it.
+        """
+        (folder / IN_USE).touch()
+        try:
+            self._held.enter_context(locked(folder / IN_USE, wait=False))
+        except BlockingIOError as error:
+            raise InputError(
+                f"another server keeps its tasks in {folder}: stop it, or choose another folder"
+            ) from error
+
+    def close(self) -> None:
+        """Let other servers have the folder of clients' tasks."""
+        self._held.close()
+
     def names(self, prefix: str = "") -> list[str]:
-        """The names of all tasks that begin so, sorted."""
+        """The names of all tasks that begin so, sorted.
+
+        Raises:
+            ServingError: the disk cannot be read.
+        """
         tables = [self.run, *([] if self.added is None else [self.added])]
-        return sorted(n for table in tables for n in table.names() if n.startswith(prefix))
+        with _on_disk():
+            return sorted(n for table in tables for n in table.names() if n.startswith(prefix))
 
     def __contains__(self, name: str) -> bool:
-        return name in self.run or (self.added is not None and name in self.added)
+        with _on_disk():
+            return name in self.run or (self.added is not None and name in self.added)
 
     def read(self, name: str) -> Tensor:
         """The logits of a task, `[N, H, K]`.
 
         Raises:
             InputError: there is no such task.
+            ServingError: the disk cannot be read.
         """
-        if self.added is not None and name in self.added:
-            return self.added.read(name)
-        if name in self.run:
-            return self.run.read(name)
+        with _on_disk():
+            if self.added is not None and name in self.added:
+                return self.added.read(name)
+            if name in self.run:
+                return self.run.read(name)
         raise InputError(f"there is no task {name!r}")  # other names may be of other users
 
     def check_new(self, name: str) -> None:
@@ -86,6 +126,12 @@ class SavedTasks:
         """
         self._writable()
         check_name(name)
+        if len(name) > LONGEST_NAME:
+            raise InputError(
+                f"the name has {len(name)} characters, and {LONGEST_NAME} are the most: shorten it"
+            )
+        if name != composed(name):  # another spelling of the same name would hide it
+            raise InputError(f"the name {name!r} is not composed: send it in Unicode's form NFC")
         if name.endswith(ENDINGS) or {".", ".."} & set(name.split("/")):
             raise InputError(
                 f"the name {name!r} means something else in an address: choose another one"
@@ -98,12 +144,14 @@ class SavedTasks:
 
         Raises:
             InputError: as `check_new`; or it is no row.
+            ServingError: the disk cannot be written.
         """
         self.check_new(name)
         table = self._writable()
-        with self._lock:
+        flat = flat_rows(row, table.shape, torch.float32)
+        with self._lock, _on_disk():
             is_new = name not in table
-            (table.add if is_new else table.write)(name, row)
+            (table.add if is_new else table.write)(name, flat)
         return is_new
 
     def delete(self, name: str) -> None:
@@ -111,16 +159,16 @@ class SavedTasks:
 
         Raises:
             InputError: there is no such task, or the run has it.
+            ServingError: the disk cannot be written.
         """
         table = self._writable()
+        if name in self.run:
+            raise InputError(f"task {name!r} belongs to the run and stays")
         with self._lock:
-            if name not in table:
-                raise InputError(
-                    f"task {name!r} belongs to the run and stays"
-                    if name in self.run
-                    else f"there is no task {name!r}"
-                )
-            table.delete(name)
+            if name not in self:
+                raise InputError(f"there is no task {name!r}")
+            with _on_disk():
+                table.delete(name)
 
     def nearest(
         self, name: str, k: int, config: MHRConfig, prefix: str = ""
@@ -142,7 +190,7 @@ class SavedTasks:
         tables = [self.run, *([] if self.added is None else [self.added])]
         best: list[tuple[str, float, Tensor]] = []
         for table in tables:
-            for names, rows in table.parts():
+            for names, rows in _read(table.parts()):
                 kept = [i for i, n in enumerate(names) if n.startswith(prefix) and n != name]
                 found = nearest_rows(rows[kept], row, -1, config, k) if kept else []
                 best += [(names[kept[i]], cosine, rows[kept[i]]) for i, cosine in found]
@@ -158,6 +206,21 @@ class SavedTasks:
                 "this server keeps no tasks of clients: start it with --tasks-dir FOLDER"
             )
         return self.added
+
+
+@contextmanager
+def _on_disk() -> Iterator[None]:
+    """What goes wrong inside is the server's fault, and tells clients nothing of its files."""
+    try:
+        yield
+    except (InputError, OSError) as error:
+        say(f"serve: {error}")
+        raise ServingError("the server cannot read or write its tasks; its log says why") from error
+
+
+def _read(parts: Iterator[Part]) -> Iterator[Part]:
+    with _on_disk():
+        yield from parts
 
 
 def row_of(values: Sequence[object], shape: tuple[int, int, int]) -> Tensor:

@@ -53,9 +53,9 @@ def serve_run(options: ServeOptions) -> Result:
             f"at {options.host} other machines can ask: give a file of keys with --api-keys, or "
             "listen at 127.0.0.1"
         )
-    settings = HttpSettings(
-        api_keys=keys, allowed_hosts=LOCAL if is_local else (), timeout=options.timeout
-    )
+    shown = f"[{options.host}]" if ":" in options.host else options.host
+    hosts = tuple({*LOCAL, shown}) if is_local else ()
+    settings = HttpSettings(api_keys=keys, allowed_hosts=hosts, timeout=options.timeout)
     run = Path(locate(options.run))
     inventory_of(run)
     with _listening(options.host, options.port) as door:
@@ -63,7 +63,6 @@ def serve_run(options: ServeOptions) -> Result:
         served = ServedRun(run=run, tasks_dir=options.tasks_dir, limits=_limits(options, kind))
         service = make_service(served, base, kind)
         port = door.getsockname()[1]
-        shown = f"[{options.host}]" if ":" in options.host else options.host
         say(f"serving {run} at http://{shown}:{port}; Ctrl-C ends")
         answered = asyncio.run(_serve(service, settings, door))
     return Result(
@@ -109,12 +108,15 @@ def _listening(host: str, port: int) -> socket.socket:
     """
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     try:
-        return socket.create_server((host, port), family=family)
+        door = socket.create_server((host, port), family=family)
     except OSError as error:
         raise InputError(
             f"cannot listen at {host}, port {port} ({error.strerror or error}): choose another one "
             "with --port"
         ) from error
+    # asyncio does so only where the protocol was named; without, each event of a stream waits.
+    door.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    return door
 
 
 def _is_local(host: str) -> bool:
