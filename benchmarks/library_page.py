@@ -69,7 +69,8 @@ def way_lines(results: Path, table: Table) -> list[str]:
         rows.append([call, trained, when, cost(name), *gaps])
     if found := frozen.get("found"):
         *_, gap = _frozen_scores(found)
-        rows.append([*FREEZE, cost("one"), "", f"{gap.signed} to Arrow"])
+        count = frozen["how"]["count"]
+        rows.append([*FREEZE, cost("one"), "", f"{gap.signed} to Arrow, of {count} LoRAs"])
     own = [r["score"] for r in merged["merges"]["individual"]["results"]]
     kept = {
         name: statistics.fmean(r["score"] for r in one["results"]) / statistics.fmean(own)
@@ -219,7 +220,7 @@ def _frozen(found: Mapping[str, Any], how: Mapping[str, Any], table: Table) -> l
         "### One plain LoRA in place of Arrow",
         "",
         f"For each of {len(found)} tasks that no LoRA learned, `pr.freeze` fits a LoRA of rank "
-        f"{how['rank']} to Arrow on {how['texts']} prompts. "
+        f"{how['rank']} to Arrow over a library of {how['count']} on {how['texts']} prompts. "
         "`python benchmarks/library_study.py frozen` measures it.",
         "",
         *table(head, [row]),

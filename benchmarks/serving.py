@@ -159,16 +159,17 @@ def throughput(options: argparse.Namespace) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder:
         place = Path(folder)
         setups: dict[str, tuple[Path, Loader]] = {
+            "a tiny model, all linear layers": (random_run(place / "tiny", tiny), tiny),
             "SmolLM2, all linear layers": (RUN, loaded),
             "SmolLM2, queries and values": (
                 random_run(place / "qv", loaded, target_modules=["q_proj", "v_proj"]), loaded,
             ),
-            "a tiny model, all linear layers": (random_run(place / "tiny", tiny), tiny),
         }  # fmt: skip
-        found = {}
+        found: dict[str, Any] = {}
         for name, (run, load) in setups.items():
             print(name, flush=True)
             found[name] = compared(options, run, load)
+            keep("throughput", {"setups": found, "new_tokens": NEW})
     return {"setups": found, "new_tokens": NEW}
 
 
@@ -399,22 +400,27 @@ CASES: Mapping[str, Callable[[argparse.Namespace], dict[str, Any]]] = {
 }
 
 
+def keep(case: str, measured: Mapping[str, Any]) -> None:
+    """Write what a case measured, beside what others did."""
+    path = RESULTS / "serving.json"
+    content = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    write_json(path, {**content, case: {"measured": measured, "machine": machine()}})
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--cases", nargs="+", choices=CASES, default=list(CASES))
     parser.add_argument("--data", default="../shared/suite")
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--threads", type=int, default=1, help="of torch")
     parser.add_argument("--scratch", help="folder for 6 GB of rows")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     os.environ["OMP_NUM_THREADS"] = str(options.threads)
-    path = RESULTS / "serving.json"
-    content = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
     for case in options.cases:
-        content[case] = {"measured": CASES[case](options), "machine": machine()}
-        write_json(path, content)
-        print(case, json.dumps(content[case]["measured"])[:2000], flush=True)
+        measured = CASES[case](options)
+        keep(case, measured)
+        print(case, json.dumps(measured)[:2000], flush=True)
 
 
 if __name__ == "__main__":

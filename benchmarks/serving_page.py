@@ -30,9 +30,10 @@ def _throughput(found: Mapping[str, Any], table: Callable[..., list[str]]) -> li
     lines = [
         "Clients that each send one request after the other, and ask for "
         f"{found['new_tokens']} tokens after a prompt of a real task: every client another task, "
-        "the same server with one task merged into the base weights, and a batch of the same tasks by "
-        "PEFT's `generate`. In bfloat16 for SmolLM2, float32 for the tiny model. Medians of rounds "
-        "in which contenders take turns; the ratio is the median within rounds.",
+        "the same server with one task merged into the base weights, and a batch of the same tasks "
+        "by PEFT's `generate`. In bfloat16 for SmolLM2, float32 for the tiny model. Medians of "
+        "rounds in which contenders take turns, torch with one thread; the ratio is the median "
+        "within rounds. A single client asks with a prompt that is shorter than the average.",
         "",
     ]
     rows = []
@@ -53,7 +54,7 @@ def _throughput(found: Mapping[str, Any], table: Callable[..., list[str]]) -> li
                 ])  # fmt: skip
     head = ["inventory", "clients", "served", "tokens/s", "of merged", "of one at a time"]
     head += ["p50, s", "p95, s"]
-    return [*lines, *table(head, rows), ""]
+    return [*lines, *table(head, rows)]
 
 
 def _median(rounds: Rounds, name: str, key: str) -> float:
