@@ -1,14 +1,14 @@
 """Serving many tasks at once, against one merged task, PEFT's mixed batches and single requests.
 
-    python benchmarks/serving.py [--cases throughput http rows learn memory] [--threads 2]
+    python benchmarks/serving.py [--cases throughput rows learn memory] [--threads 1]
 
 `throughput`: clients each send one request after the other, at 1, 8 and 32 at a time; every request
 asks for 32 tokens after its prompt, a real one of its task. Contenders: the server with a different
 task for each client, the same server with one task merged into the base weights, and PEFT's
 `generate` with `adapter_names`, a batch of one request of each client, with the same tasks
-exported. They take turns within a round. `http` sends the same requests over HTTP to
-`polyroute serve`. `rows` is what a task costs that is not in memory. `learn` adds a task from 16
-examples over HTTP. `memory` is that of the server with 1,000 and with 100,000 tasks in its folder.
+exported. They take turns within a round. `rows` is what a task costs that is not in memory. `learn`
+adds a task from 16 examples over HTTP. `memory` is that of the server with 1,000 and with 100,000
+tasks in its folder.
 
 `results/serving.json` keeps all, case by case; a case that is not run stays as it is there.
 """
@@ -266,7 +266,7 @@ def server(*arguments: str) -> Iterator[tuple[int, int]]:
     """`polyroute serve` in a process of its own: its port and its process id."""
     program = [sys.executable, "-m", "polyroute", "serve", str(RUN), "--port", "0", *arguments]
     with tempfile.NamedTemporaryFile("w+") as log:
-        process = subprocess.Popen(program, stderr=log)
+        process = subprocess.Popen(program, stdout=log, stderr=log)
         try:
             found = None
             while found is None and process.poll() is None:
@@ -278,44 +278,6 @@ def server(*arguments: str) -> Iterator[tuple[int, int]]:
         finally:
             process.send_signal(signal.SIGINT)
             process.wait(60)
-
-
-def http(options: argparse.Namespace) -> dict[str, Any]:
-    """The same requests over HTTP, by the client of OpenAI; answers may end earlier."""
-    import openai
-
-    _, kind = loaded()
-    names = list(pr.SavedRoutes(RUN).names())[: max(CLIENTS)]
-    work = Work.of(kind, options.data, names)
-    found: dict[str, Any] = {}
-
-    async def measure(port: int, count: int) -> Measured:
-        latencies: list[float] = []
-        async with openai.AsyncOpenAI(
-            base_url=f"http://127.0.0.1:{port}/v1", api_key="none", timeout=600
-        ) as client:
-
-            async def one(number: int) -> int:
-                task, tokens = work.tasks[number % len(work.tasks)], 0
-                for _ in range(2 if count > 1 else 4):
-                    started = time.perf_counter()
-                    answer = await client.completions.create(
-                        model=task, prompt=work.prompts[task], max_tokens=NEW, temperature=0
-                    )
-                    tokens += answer.usage.completion_tokens if answer.usage else 0
-                    latencies.append(time.perf_counter() - started)
-                return tokens
-
-            started = time.perf_counter()
-            total = sum(await asyncio.gather(*(one(number) for number in range(count))))
-            return Measured(time.perf_counter() - started, total, latencies)
-
-    with server() as (port, _):
-        asyncio.run(measure(port, 2))
-        for count in CLIENTS:
-            found[str(count)] = asyncio.run(measure(port, count)).to_dict()
-            print(count, found[str(count)], flush=True)
-    return found
 
 
 def learn(options: argparse.Namespace) -> dict[str, Any]:
@@ -396,7 +358,7 @@ def megabytes(pid: int) -> float:
 
 
 CASES: Mapping[str, Callable[[argparse.Namespace], dict[str, Any]]] = {
-    case.__name__: case for case in (throughput, http, rows, learn, memory)
+    case.__name__: case for case in (throughput, rows, learn, memory)
 }
 
 

@@ -70,10 +70,6 @@ def _sentences(found: Mapping[str, Any]) -> list[str]:
             f"A task that is not in memory takes {own['cold'] * 1000:.2f} ms more to be found and "
             "read."
         )
-    if "http" in found:
-        own = found["http"]["measured"]
-        each = ", ".join(f"{n}: {one['tokens_per_second']:.0f}" for n, one in own.items())
-        said.append(f"Over HTTP, by the client of OpenAI, in tokens per second by clients: {each}.")
     if "learn" in found:
         own = found["learn"]["measured"]
         seconds = statistics.median(own["seconds"])

@@ -30,7 +30,7 @@ SETTINGS = ("steps", "batch_size", "route_lr", "seed")
 """What a client may set; other settings of an adaptation stay at their defaults."""
 LONGEST_TOKEN = 64
 """Characters; a text that has so many for each token that is read is too long without a look."""
-DEFAULTS: Mapping[str, Any] = {"steps": 30, "batch_size": 8}
+DEFAULTS: Mapping[str, Any] = {"steps": 16, "batch_size": 8}
 
 
 @dataclass
