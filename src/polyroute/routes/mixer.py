@@ -217,14 +217,14 @@ class Mixer(nn.Module):
         if trains or is_noisy:
             per_example = is_noisy and route.per_example
             return self._mix_route(route, dtype, training=training, per_example=per_example)
-        stamp = (
-            [(id(p), p._version, p.data_ptr()) for p in self.learned()],
-            self.anneal_progress,
-        )
         if self._kept.fit(route, self):
             with torch.autocast(self.device.type, enabled=False):
                 found = self._kept.factors(route.rows or (), self, dtype)
             return self._mixture_of(found, len(found[0].a), route.segments)
+        stamp = (
+            [(id(p), p._version, p.data_ptr()) for p in self.learned()],
+            self.anneal_progress,
+        )
         key = (route, dtype)
         cached = self._cache.get(key)
         if cached is not None and cached[0] == stamp:

@@ -6,13 +6,11 @@ from dataclasses import dataclass
 from typing import Any
 
 from polyroute.errors import InputError
-from polyroute.kinds.choose import ModelKind
-from polyroute.model import RoutedModel
 from polyroute.serving.requests import Finish, Generation, Piece, ServingError, Token
 from polyroute.serving.sampling import Chosen
 from polyroute.serving.text import TextStream
 
-__all__ = ["Event", "Failed", "Limits", "PromptTold", "ends_of", "pieces", "vocabulary_of"]
+__all__ = ["Event", "Failed", "Limits", "PromptTold", "pieces"]
 
 
 @dataclass(frozen=True)
@@ -73,17 +71,6 @@ class Limits:
                 f"{self.most_tokens} tokens that the server takes together: shorten the prompt or "
                 "lower max_tokens"
             )
-
-
-def vocabulary_of(model: RoutedModel) -> int:
-    """The number of tokens that a base model reads."""
-    embeddings: Any = model.base_model.get_input_embeddings()  # type: ignore[operator]
-    return int(embeddings.weight.shape[0])
-
-
-def ends_of(model: RoutedModel, kind: ModelKind) -> set[int]:
-    """The tokens that end an answer of a base model."""
-    return set(kind.search(model, max_new_tokens=1).eos_token_id)
 
 
 async def pieces(

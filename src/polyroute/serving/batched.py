@@ -4,12 +4,10 @@ Requests that wait are answered together, each as its own task; those that come 
 next batch.
 """
 
-import asyncio
 import queue
 import threading
 from collections.abc import AsyncGenerator, Sequence
-from contextlib import aclosing
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
@@ -20,10 +18,11 @@ from polyroute.host.output import say
 from polyroute.kinds.batches import padded
 from polyroute.kinds.choose import ModelKind
 from polyroute.model import RoutedModel
-from polyroute.serving.answers import Event, Failed, Limits, ends_of, pieces, vocabulary_of
-from polyroute.serving.places import Held, Places
-from polyroute.serving.requests import BusyError, Generation, Piece, StoppingError
-from polyroute.serving.sampling import Draws, chosen_tokens
+from polyroute.serving.answers import Event, Failed, Limits
+from polyroute.serving.places import Places
+from polyroute.serving.requests import Generation, Piece
+from polyroute.serving.sampling import chosen_tokens
+from polyroute.serving.text_engine import Request, TextEngine
 
 __all__ = ["BatchedEngine"]
 
@@ -31,52 +30,35 @@ WAIT = 0.005
 """Seconds that the first request of a batch waits for others."""
 
 
-@dataclass(eq=False)
-class _Waiting:
-    """A request that waits or is computed."""
-
-    generation: Generation
-    draws: Draws
-    held: Held
-    events: "asyncio.Queue[Event]" = field(default_factory=asyncio.Queue)
+@dataclass(eq=False, kw_only=True)
+class _Waiting(Request):
     is_over: bool = False
 
 
-class BatchedEngine:
-    """Answers requests with any model that has `generate`, encoder-decoders above all.
-
-    Args:
-        model: the routed model, used by this engine alone.
-        kind: how its base model reads and answers.
-        places: the routes of tasks.
-        limits: of what it takes.
-    """
+class BatchedEngine(TextEngine):
+    """Answers requests with any model that has `generate`; see `TextEngine`."""
 
     def __init__(self, model: RoutedModel, kind: ModelKind, places: Places, limits: Limits) -> None:
-        self.model, self.kind, self.places, self.limits = model, kind, places, limits
-        self.tokenizer, self.ends = kind.tokenizer, ends_of(model, kind)
-        self.vocabulary = vocabulary_of(model)
+        super().__init__(model, kind, places, limits)
         self._queue: queue.SimpleQueue[_Waiting | None] = queue.SimpleQueue()
         self._count = self._running = 0
-        self._is_stopping = False
-        self._loop: asyncio.AbstractEventLoop | None = None
         self._thread = threading.Thread(target=self._work, name="polyroute serve", daemon=True)
 
     def start(self) -> None:
         """Begin to answer; called inside the event loop that asks."""
-        self._loop = asyncio.get_running_loop()
+        super().start()
         self._thread.start()
 
     def stop(self) -> None:
         """End all answers, and wait until no forward runs."""
-        self._is_stopping = True
+        self.is_stopping = True
         self._queue.put(None)
         self._thread.join()
 
     @property
     def is_alive(self) -> bool:
         """Whether it answers."""
-        return self._thread.is_alive() and not self._is_stopping
+        return self._thread.is_alive() and not self.is_stopping
 
     def load(self) -> dict[str, float]:
         """How many requests there are."""
@@ -84,23 +66,16 @@ class BatchedEngine:
 
     async def answer(self, generation: Generation) -> AsyncGenerator[Piece]:
         """See `Answers`."""
-        self.limits.check(generation, self.vocabulary)
         if generation.echo:
             raise InputError(
                 "this server's model reads the prompt apart from the answer: leave out echo"
             )
-        if not self.is_alive:
-            raise StoppingError
-        if self._count >= self.limits.most_requests:
-            raise BusyError
-        waiting = _Waiting(generation, Draws(generation.seed), self.places.hold(generation.task))
+        waiting = _Waiting(**self._admitted(generation, self._count))
         self._count += 1
         self._queue.put(waiting)
         try:
-            answer = pieces(generation, waiting.events, self.tokenizer, self.ends)
-            async with aclosing(answer):
-                async for piece in answer:
-                    yield piece
+            async for piece in self._pieces(waiting):
+                yield piece
         finally:
             waiting.is_over = True
             self._count -= 1
@@ -127,24 +102,9 @@ class BatchedEngine:
                 found.append(self._queue.get(timeout=WAIT))
             except queue.Empty:
                 break
-        if self._is_stopping or None in found:
+        if self.is_stopping or None in found:
             return None
         return [one for one in found if one is not None and not one.is_over]
-
-    @property
-    def is_stopping(self) -> bool:
-        """Whether answers are to end."""
-        return self._is_stopping
-
-    def tell(self, events: Sequence[tuple[_Waiting, Event]]) -> None:
-        """Hand events to the answers, all of a step at once; from the thread of the model."""
-
-        def put() -> None:
-            for waiting, event in events:
-                waiting.events.put_nowait(event)
-
-        if self._loop is not None and events and not self._loop.is_closed():
-            self._loop.call_soon_threadsafe(put)
 
 
 @torch.no_grad()

@@ -5,10 +5,8 @@ model is `_Batches`, which routes the tokens of each request as its own task and
 tokens, each as the request wants it.
 """
 
-import asyncio
 import itertools
 from collections.abc import AsyncGenerator, Sequence
-from contextlib import aclosing
 from dataclasses import dataclass, field
 from types import SimpleNamespace
 from typing import Any
@@ -21,19 +19,12 @@ from polyroute.errors import InputError, reason
 from polyroute.host.output import say
 from polyroute.kinds.choose import ModelKind
 from polyroute.model import RoutedModel
-from polyroute.serving.answers import (
-    Event,
-    Failed,
-    Limits,
-    PromptTold,
-    ends_of,
-    pieces,
-    vocabulary_of,
-)
+from polyroute.serving.answers import Event, Failed, Limits, PromptTold
 from polyroute.serving.packed_attention import NAME, PackedRow, can_pack, register
-from polyroute.serving.places import Held, Places
-from polyroute.serving.requests import BusyError, Generation, Piece, StoppingError
-from polyroute.serving.sampling import Chosen, Draws, chosen_tokens, logprobs_of
+from polyroute.serving.places import Places
+from polyroute.serving.requests import Generation, Piece, StoppingError
+from polyroute.serving.sampling import Chosen, chosen_tokens, logprobs_of
+from polyroute.serving.text_engine import Request, TextEngine
 
 __all__ = ["ContinuousEngine"]
 
@@ -43,15 +34,11 @@ SHARE_OF_MEMORY = 0.25
 """Of the free memory, the most that the cache takes."""
 
 
-@dataclass(eq=False)
-class _Running:
+@dataclass(eq=False, kw_only=True)
+class _Running(Request):
     """A request in the hands of the scheduler."""
 
     id: str
-    generation: Generation
-    draws: Draws
-    held: Held
-    events: "asyncio.Queue[Event]" = field(default_factory=asyncio.Queue)
     prompt: list[Chosen] = field(default_factory=list)
     """The tokens of the prompt with their log-probabilities, as far as they are computed."""
 
@@ -63,42 +50,31 @@ class _Running:
         return asked.echo and asked.top_logprobs is not None and missing
 
 
-class ContinuousEngine:
-    """Answers requests with a decoder-only model.
-
-    Args:
-        model: the routed model, used by this engine alone.
-        kind: how its base model reads and answers.
-        places: the routes of tasks.
-        limits: of what it takes.
-    """
+class ContinuousEngine(TextEngine):
+    """Answers requests with a decoder-only model; see `TextEngine`."""
 
     def __init__(self, model: RoutedModel, kind: ModelKind, places: Places, limits: Limits) -> None:
-        self.model, self.places, self.limits = model, places, limits
-        self.tokenizer, self.ends = kind.tokenizer, ends_of(model, kind)
-        self.vocabulary = vocabulary_of(model)
+        super().__init__(model, kind, places, limits)
         self._numbers = itertools.count()
         self._running: dict[str, _Running] = {}
-        self._loop: asyncio.AbstractEventLoop | None = None
-        self._is_stopping = False
         self._manager = self._make_manager()
 
     # ---------------------------------------------------------------- for the service
 
     def start(self) -> None:
         """Begin to answer; called inside the event loop that asks."""
-        self._loop = asyncio.get_running_loop()
+        super().start()
         self._manager.start()
 
     def stop(self) -> None:
         """End all answers, and wait until no forward runs."""
-        self._is_stopping = True
+        self.is_stopping = True
         self._manager.stop(block=True, hard_stop=True)
 
     @property
     def is_alive(self) -> bool:
         """Whether it answers."""
-        return bool(self._manager.is_running()) and not self._is_stopping
+        return bool(self._manager.is_running()) and not self.is_stopping
 
     def load(self) -> dict[str, float]:
         """How many requests there are."""
@@ -110,15 +86,8 @@ class ContinuousEngine:
 
     async def answer(self, generation: Generation) -> AsyncGenerator[Piece]:
         """See `Answers`."""
-        self.limits.check(generation, self.vocabulary)
-        if not self.is_alive:
-            raise StoppingError
-        if len(self._running) >= self.limits.most_requests:
-            raise BusyError
-        running = _Running(
-            f"request {next(self._numbers)}", generation, Draws(generation.seed),
-            self.places.hold(generation.task),
-        )  # fmt: skip
+        admitted = self._admitted(generation, len(self._running))
+        running = _Running(id=f"request {next(self._numbers)}", **admitted)
         self._running[running.id] = running
         try:
             taken = self._manager.add_request(
@@ -129,10 +98,8 @@ class ContinuousEngine:
             )
             if taken is None:  # its thread ended since
                 raise StoppingError
-            answer = pieces(generation, running.events, self.tokenizer, self.ends)
-            async with aclosing(answer):
-                async for piece in answer:
-                    yield piece
+            async for piece in self._pieces(running):
+                yield piece
         finally:
             self._leave(running)
 
@@ -178,16 +145,6 @@ class ContinuousEngine:
         """Tell a request, by its id, that there is no answer; from the thread of the model."""
         if (running := self._running.get(id)) is not None:
             self.tell([(running, Failed(sentence))])
-
-    def tell(self, events: Sequence[tuple[_Running, Event]]) -> None:
-        """Hand events to the answers, all of a forward at once; from the thread of the model."""
-
-        def put() -> None:
-            for running, event in events:
-                running.events.put_nowait(event)
-
-        if self._loop is not None and events and not self._loop.is_closed():
-            self._loop.call_soon_threadsafe(put)
 
     def _leave(self, running: _Running) -> None:
         """Let go of a request that ended or was cancelled.

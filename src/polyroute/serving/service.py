@@ -31,7 +31,7 @@ from polyroute.serving.continuous import ContinuousEngine
 from polyroute.serving.embeddings import EmbeddingEngine
 from polyroute.serving.learning import LONGEST_TOKEN, Learner
 from polyroute.serving.places import Places, place_names
-from polyroute.serving.requests import BASE, Generation, Piece, StoppingError
+from polyroute.serving.requests import BASE, Generation, Piece
 from polyroute.serving.shared_weights import shared_weights
 from polyroute.serving.tasks import SavedTasks, row_of
 
@@ -342,6 +342,4 @@ class ModelService:
         """
         if not isinstance(self.engine, EmbeddingEngine):
             raise InputError("this model gives no embeddings: use /v1/completions")
-        if not self.engine.is_alive:
-            raise StoppingError
         return await self.engine.embed(task, texts)
