@@ -7,6 +7,7 @@ next batch.
 import queue
 import threading
 from collections.abc import AsyncGenerator, Sequence
+from contextlib import aclosing
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -74,8 +75,9 @@ class BatchedEngine(TextEngine):
         self._count += 1
         self._queue.put(waiting)
         try:
-            async for piece in self._pieces(waiting):
-                yield piece
+            async with aclosing(self._pieces(waiting)) as answer:
+                async for piece in answer:
+                    yield piece
         finally:
             waiting.is_over = True
             self._count -= 1

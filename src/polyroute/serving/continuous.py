@@ -7,6 +7,7 @@ tokens, each as the request wants it.
 
 import itertools
 from collections.abc import AsyncGenerator, Sequence
+from contextlib import aclosing
 from dataclasses import dataclass, field
 from types import SimpleNamespace
 from typing import Any
@@ -98,8 +99,9 @@ class ContinuousEngine(TextEngine):
             )
             if taken is None:  # its thread ended since
                 raise StoppingError
-            async for piece in self._pieces(running):
-                yield piece
+            async with aclosing(self._pieces(running)) as answer:
+                async for piece in answer:
+                    yield piece
         finally:
             self._leave(running)
 

@@ -2,7 +2,6 @@
 
 import asyncio
 from collections.abc import AsyncGenerator, Sequence
-from contextlib import aclosing
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -77,12 +76,9 @@ class TextEngine:
         held = self.places.hold(generation.task)
         return {"generation": generation, "draws": Draws(generation.seed), "held": held}
 
-    async def _pieces(self, request: Request) -> AsyncGenerator[Piece]:
+    def _pieces(self, request: Request) -> AsyncGenerator[Piece]:
         """The pieces of the answer to a request, from what is told of it."""
-        answer = pieces(request.generation, request.events, self.tokenizer, self.ends)
-        async with aclosing(answer):
-            async for piece in answer:
-                yield piece
+        return pieces(request.generation, request.events, self.tokenizer, self.ends)
 
     def tell(self, events: Sequence[tuple[Request, Event]]) -> None:
         """Hand events to the answers, all of a forward at once; from the thread of the model."""
