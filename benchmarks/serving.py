@@ -2,11 +2,12 @@
 
     python benchmarks/serving.py [--cases throughput rows learn memory] [--threads 1]
 
-`throughput`: clients each send one request after the other, at 1, 8 and 32 at a time; every request
-asks for 32 tokens after its prompt, a real one of its task. Contenders: the server with a different
-task for each client, the same server with one task merged into the base weights, and PEFT's
-`generate` with `adapter_names`, a batch of one request of each client, with the same tasks
-exported. They take turns within a round. `rows` is what a task costs that is not in memory. `learn`
+`throughput`: 1, 8 and 32 clients each send one request after the other; every request asks for 32
+tokens after its prompt, a real one of its task. Together they ask each of 32 tasks equally often,
+so one client does the same work as many. Contenders: the server, with requests of different tasks
+at every moment; the same server with one task merged into the base weights; and PEFT's `generate`
+with `adapter_names`, on a batch of one request of each client, with the same tasks exported. They
+take turns within a round. `rows` is what a task costs that is not in memory. `learn`
 adds a task from 16 examples over HTTP. `memory` is that of the server with 1,000 and with 100,000
 tasks in its folder.
 
@@ -50,6 +51,8 @@ RUN = Path(__file__).parents[1] / "inventories" / "smollm2" / "grouped-s0"
 CLIENTS = (1, 8, 32)
 NEW = 32
 """Tokens of every answer."""
+TURNS = 2
+"""Requests of each client where there are as many clients as tasks."""
 NEVER = 3
 """A special token of SmolLM2 that it does not write, in place of its end token."""
 OURS, MERGED, PEFT = "32 tasks", "one merged task", "PEFT, adapter_names"
@@ -75,10 +78,15 @@ class Measured:
 
 @dataclass
 class Work:
-    """What clients ask: a prompt of each task, in turn."""
+    """What clients ask: a prompt of each task."""
 
     tasks: Sequence[str]
     prompts: Mapping[str, list[int]]
+
+    def turns(self, count: int) -> list[list[str]]:
+        """The tasks that so many clients ask in each of their turns, all different within one."""
+        asked = list(self.tasks) * max(1, TURNS * count // len(self.tasks))
+        return [asked[first : first + count] for first in range(0, len(asked), count)]
 
     @classmethod
     def of(cls, kind: Any, data: str, tasks: Sequence[str]) -> "Work":
@@ -91,14 +99,13 @@ class Work:
 
 
 async def clients(service: ModelService, work: Work, count: int, *, task: str = "") -> Measured:
-    """So many clients, each with requests of its own task, or all of one."""
+    """So many clients, with requests of different tasks, or of one task for the same prompts."""
     latencies: list[float] = []
 
     async def client(number: int) -> int:
-        own = work.tasks[number % len(work.tasks)]
         tokens = 0
-        for _ in range(2):
-            started = time.perf_counter()
+        for turn in work.turns(count):
+            own, started = turn[number], time.perf_counter()
             given = Generation(
                 task=task or own, prompt_ids=work.prompts[own], max_tokens=NEW, temperature=0.0
             )
@@ -193,7 +200,7 @@ def compared(options: argparse.Namespace, run: Path, load: Loader) -> dict[str, 
                 PEFT: lambda n: asyncio.to_thread(by_peft, n),
             }
             for contender in contenders.values():
-                await contender(1)  # warm
+                await contender(max(CLIENTS))  # warm
             for count in CLIENTS:
                 rounds: list[dict[str, Any]] = []
                 for number in range(options.rounds):
@@ -226,19 +233,23 @@ def peft_batches(
     model.eval()
 
     def generate(count: int) -> Measured:
-        ids = [work.prompts[work.tasks[i % len(work.tasks)]] for i in range(count)]
-        batch = kind.tokenizer.pad(
-            {"input_ids": ids}, padding=True, padding_side="left", return_tensors="pt"
-        )
-        started = time.perf_counter()
-        with torch.no_grad():
-            out = model.generate(
-                **batch, adapter_names=[str(i % len(work.tasks)) for i in range(count)],
-                max_new_tokens=NEW, do_sample=False, eos_token_id=NEVER, pad_token_id=0,
+        found = Measured(0.0, 0)
+        for turn in work.turns(count):
+            batch = kind.tokenizer.pad(
+                {"input_ids": [work.prompts[task] for task in turn]}, padding=True,
+                padding_side="left", return_tensors="pt",
             )  # fmt: skip
-        seconds = time.perf_counter() - started
-        tokens = count * (out.shape[1] - batch["input_ids"].shape[1])
-        return Measured(seconds, tokens, [seconds] * count)
+            started = time.perf_counter()
+            with torch.no_grad():
+                out = model.generate(
+                    **batch, adapter_names=[str(work.tasks.index(task)) for task in turn],
+                    max_new_tokens=NEW, do_sample=False, eos_token_id=NEVER, pad_token_id=0,
+                )  # fmt: skip
+            seconds = time.perf_counter() - started
+            found.seconds += seconds
+            found.tokens += count * (out.shape[1] - batch["input_ids"].shape[1])
+            found.latencies += [seconds] * count
+        return found
 
     return generate
 

@@ -9,7 +9,7 @@ from typing import Any
 __all__ = ["serving_lines"]
 
 OURS, MERGED, PEFT = "32 tasks", "one merged task", "PEFT, adapter_names"
-TITLES = {OURS: "a task for each client", MERGED: "one merged task", PEFT: "PEFT's `adapter_names`"}
+TITLES = {OURS: "32 tasks", MERGED: "one merged task", PEFT: "PEFT's `adapter_names`"}
 Rounds = Sequence[Mapping[str, Mapping[str, float]]]
 
 
@@ -29,11 +29,11 @@ def serving_lines(results: Path, table: Callable[..., list[str]]) -> list[str]:
 def _throughput(found: Mapping[str, Any], table: Callable[..., list[str]]) -> list[str]:
     lines = [
         "Clients that each send one request after the other, and ask for "
-        f"{found['new_tokens']} tokens after a prompt of a real task: every client another task, "
-        "the same server with one task merged into the base weights, and a batch of the same tasks "
-        "by PEFT's `generate`. In bfloat16 for SmolLM2, float32 for the tiny model. Medians of "
-        "rounds in which contenders take turns, torch with one thread; the ratio is the median "
-        "within rounds. A single client asks with a prompt that is shorter than the average.",
+        f"{found['new_tokens']} tokens after a prompt of a real task. Together they ask each of 32 "
+        "tasks equally often: at every moment different tasks, the same prompts of one task that "
+        "is merged into the base weights, and batches of the same tasks by PEFT's `generate`. In "
+        "bfloat16 for SmolLM2, float32 for the tiny model. Medians of rounds in which contenders "
+        "take turns, torch with one thread; ratios are medians within rounds.",
         "",
     ]
     rows = []

@@ -4,9 +4,9 @@ The shape of the factors decides which executor applies them:
 
 - one task in the batch: factors `[r, d]`, one 2-D product for all tokens of all examples;
 - several tasks: factors `[B, r, d]`, one batched product over the examples;
-- several tasks in packed rows: factors `[B, r, d]`, one 2-D product with the ranks of all examples,
-  of which each token keeps those of its own example; or, where these are too many, one 2-D product
-  for each example.
+- several tasks in packed rows of several lengths: factors `[B, r, d]`, one 2-D product with the
+  ranks of all examples, of which each token keeps those of its own example; or, where these are too
+  many, one 2-D product for each example.
 
 `polyroute.layer.gated` has the executors for weights that differ from token to token.
 
@@ -47,6 +47,9 @@ where each product of a loop has to be started."""
 
 RUNS = 8
 """Packed rows of no more runs of equal examples take a batched product for each run."""
+FEW = 8
+"""Products of 16-bit types with no more vectors are computed in fp32 on CPUs, where starting one of
+16 bits costs more than casting its factors: while a model writes, that is every product."""
 
 _plain_only = False
 
@@ -151,6 +154,21 @@ class LinearLoRAPacked(torch.autograd.Function):
         return dx, None, None, da if need_a else None, db if need_b else None, None
 
 
+def _add_update(y: Tensor, x: Tensor, a: Tensor, b: Tensor) -> Tensor:
+    """Add (x a^T) b to y in place, as one product or as a batch of them, and return y.
+
+    Args:
+        y: `[N, d_out]` or `[B, M, d_out]`.
+        x: `[N, d_in]` or `[B, M, d_in]`.
+        a: `[r, d_in]` or `[B, r, d_in]`.
+        b: `[r, d_out]` or `[B, r, d_out]`, scale included.
+    """
+    if x.shape[-2] <= FEW and x.is_cpu and x.dtype.itemsize == 2:
+        return y.add_(_down(x.float(), a.float()) @ b.float())
+    z = _down(x, a)
+    return y.addmm_(z, b) if a.dim() == 2 else y.baddbmm_(z, b)
+
+
 def _add_packed(y: Tensor, x: Tensor, a: Tensor, b: Tensor, segments: Segments) -> Tensor:
     """Add to y `[N, d_out]`, in place, the update of each example of packed rows.
 
@@ -181,7 +199,7 @@ def _add_runs(y: Tensor, x: Tensor, a: Tensor, b: Tensor, segments: Segments) ->
     for tokens, examples, length in segments.runs:
         own_a, own_b = a[examples], b[examples]
         h = x[tokens].view(len(own_a), length, -1)
-        y[tokens].view(len(own_a), length, -1).baddbmm_(_down(h, own_a), own_b)
+        _add_update(y[tokens].view(len(own_a), length, -1), h, own_a, own_b)
     return y
 
 
@@ -283,14 +301,16 @@ def apply_lora(
         segments: where the examples of packed rows lie; used with per-example factors only.
     """
     one_task = a.dim() == 2
-    is_packed = segments is not None and not one_task
+    # Examples of one length are a batch, packed or not.
+    is_packed = segments is not None and not one_task and len(segments.runs) > 1
+    segments = segments if is_packed else None
     rows = (-1, x.shape[-1]) if one_task or is_packed else (a.shape[0], -1, x.shape[-1])
     plain = None if dropout else _plain_weights(base, x, a)
     if plain is not None:
         # Avoid even a view that changes nothing: it costs two nodes of the graph.
         is_flat = x.dim() == len(rows) and (one_task or is_packed or x.shape[0] == a.shape[0])
         flat = x if is_flat else x.reshape(rows)
-        y = _whole_layer(flat, *plain, a, b, segments if is_packed else None)
+        y = _whole_layer(flat, *plain, a, b, segments)
         return y if is_flat else y.view(*x.shape[:-1], y.shape[-1])
     y = base(x)
     h = F.dropout(x, dropout) if dropout else x
@@ -331,10 +351,7 @@ def _whole_layer(
         function = LinearLoRA if one_task else LinearLoRAPerExample
         y: Tensor = function.apply(x, weight, bias, a, b)  # type: ignore[no-untyped-call]
         return y
-    fresh: Tensor = F.linear(x, weight, bias)
-    z = _down(x, a)
-    added: Tensor = fresh.addmm_(z, b) if one_task else fresh.baddbmm_(z, b)
-    return added
+    return _add_update(F.linear(x, weight, bias), x, a, b)
 
 
 def widened(x: Tensor, *tensors: Tensor) -> list[Tensor]:
