@@ -271,3 +271,26 @@ def skill_gradients(model: Any) -> list[Tensor]:
             name = f"base_model.model.{site.name}.lora_{kind[-1].upper()}.default.weight"
             by_name[name] = g if kind == "lora_a" else g.t()
     return [by_name[n] for n in sorted(by_name)]
+
+
+@pytest.mark.parametrize("rank", [1, 4, 20])
+@pytest.mark.parametrize("shape", [(1,), (8,), (9,), (3, 1), (3, 8), (3, 9)], ids=str)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@torch.no_grad()
+def test_an_update_of_few_vectors_in_halves_is_rounded_once(
+    dtype: torch.dtype, shape: tuple[int, ...], rank: int
+) -> None:
+    # The base layer computes 0, so only the update is seen.
+    base = nn.Linear(64, 48, bias=False).requires_grad_(False).to(dtype)
+    base.weight.zero_()
+    torch.manual_seed(0)
+    x = torch.randn(*shape, 64).to(dtype)
+    a, b = (torch.randn(*shape[:-1], rank, d).to(dtype) for d in (64, 48))
+    exact = (x.double() @ a.double().mT) @ b.double()
+    y = apply_lora(base, x, a, b, 0.0)
+    assert y.dtype == dtype
+    if shape[-1] <= 8:  # rounded once, at the very end; fp32 itself may be 1e-4 off
+        one_rounding = torch.finfo(dtype).eps / 2 * exact.abs()
+        assert ((y.double() - exact).abs() <= one_rounding * 1.02 + 1e-4).all()
+    else:
+        assert relative_error(y.double(), exact) < 10 * torch.finfo(dtype).eps

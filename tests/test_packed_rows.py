@@ -75,6 +75,18 @@ def test_outputs_and_gradients_are_those_of_the_unpacked_batch(
             torch.testing.assert_close(ours, theirs, rtol=1e-7, atol=1e-9)
 
 
+@pytest.mark.parametrize("adapter", ["lora", "ia3"])
+@pytest.mark.parametrize("has_gradients", [True, False])
+def test_examples_of_one_length_are_a_batch(adapter: str, has_gradients: bool) -> None:
+    model = routed(llama(), adapter=adapter).double()
+    rows = torch.randint(3, 40, (len(NAMES), 5))
+    with torch.set_grad_enabled(has_gradients):
+        expected = model(input_ids=rows, tasks=NAMES).logits
+        lengths = [[5] * len(NAMES)]
+        found = model(**packed(list(rows[:, None])), tasks=NAMES, segments=lengths).logits
+    torch.testing.assert_close(found.view(expected.shape), expected, rtol=1e-7, atol=1e-9)
+
+
 @pytest.mark.parametrize(("examples_", "rank", "dtype", "joins"), [
     (10, 4, torch.float32, True), (16, 16, torch.float32, False), (16, 4, torch.bfloat16, True),
     (64, 16, torch.bfloat16, False),
