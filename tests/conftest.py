@@ -1,6 +1,7 @@
 """Fixtures and settings of all tests."""
 
 import os
+from collections.abc import Iterator
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 # Tiny models gain nothing from more threads, and lose much on a busy machine. Commands that tests
@@ -9,6 +10,7 @@ os.environ |= {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
 os.environ.pop("COLUMNS", None)  # tables are as wide as in a pipe, wherever the tests run
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 import torch
@@ -16,6 +18,9 @@ from hypothesis import settings
 from tiny_runs import train_arguments, write_base, write_suite
 
 from polyroute.program.cli.app import main
+
+if TYPE_CHECKING:
+    from playwright.sync_api import Browser
 
 settings.register_profile("polyroute", derandomize=True, deadline=None, max_examples=25)
 settings.load_profile("polyroute")
@@ -61,3 +66,12 @@ def chat_base(place: Path) -> Path:
     LlamaForCausalLM(config).save_pretrained(place / "chat")
     tok.save_pretrained(place / "chat")
     return place / "chat"
+
+
+@pytest.fixture(scope="module")
+def browser() -> "Iterator[Browser]":
+    """A headless Chromium, for tests with the mark `in_browser.needs_chromium`."""
+    from in_browser import chromium
+
+    with chromium() as opened:
+        yield opened

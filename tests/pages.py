@@ -2,14 +2,12 @@
 
 import re
 import shlex
-import signal
-import subprocess
-import sys
-import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
+
+from serving_process import serving
 
 from polyroute.program.cli.app import main
 
@@ -51,29 +49,16 @@ def _run(blocks: list[tuple[str, str, str]], name: str, servers: ExitStack) -> d
         elif language == "sh":
             for line in text.replace("\\\n", " ").splitlines():
                 if line.startswith("polyroute serve "):
-                    port = servers.enter_context(_serving(shlex.split(line)[1:]))
+                    arguments = shlex.split(line.replace(f"--port {port}", ""))[2:]
+                    port = servers.enter_context(_served(arguments))
                 elif line.startswith("polyroute "):
                     main(shlex.split(line)[1:])
     return names
 
 
 @contextmanager
-def _serving(arguments: list[str]) -> Iterator[str]:
-    """A server in a process of its own, at a free port, which is returned."""
-    arguments = ["0" if one == PORT else one for one in arguments]
-    log = Path("serve.log")
-    with log.open("wb") as file:
-        program = [sys.executable, "-m", "polyroute", *arguments]
-        process = subprocess.Popen(program, stdout=file, stderr=file)
-    try:
-        found, end = None, time.monotonic() + 120
-        while found is None and process.poll() is None and time.monotonic() < end:
-            time.sleep(0.05)
-            found = re.search(r"http://\S+:(\d+)", log.read_text())
-        assert found is not None, log.read_text()
-        yield found[1]
-        process.send_signal(signal.SIGINT)
-        assert process.wait(60) == 0, log.read_text()
-    finally:
-        process.kill()
-        process.wait()
+def _served(arguments: list[str]) -> Iterator[str]:
+    """Serve in a process of its own, at a free port, which is returned; it must end well."""
+    with serving(Path("serve.log"), *arguments) as server:
+        yield server.url.rsplit(":", 1)[1]
+        assert server.end() == 0, server.log.read_text()

@@ -1,11 +1,17 @@
-"""A service without a model, for the tests of the HTTP interface."""
+"""A service without a model and a server of it, for the tests of the HTTP interface."""
 
 import asyncio
-from collections.abc import AsyncIterator, Mapping, Sequence
+import threading
+import time
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from math import exp
 from typing import Any
 
+import uvicorn
+
 from polyroute.errors import InputError
+from polyroute.serving.http.app import make_app
+from polyroute.serving.http.settings import HttpSettings
 from polyroute.serving.requests import BusyError, Generation, Piece, Token
 
 LIMIT = 64
@@ -126,3 +132,34 @@ class FakeService:
 
     async def export(self, name: str) -> bytes:
         return b"PK" + name.encode()
+
+
+class Served:
+    """A server of a service, on a free port."""
+
+    def __init__(self, service: FakeService, settings: HttpSettings | None = None) -> None:
+        self.service: Any = service
+        app = make_app(service, settings or HttpSettings())
+        self.server = uvicorn.Server(uvicorn.Config(app, port=0, log_level="critical"))
+        self.thread = threading.Thread(target=self.server.run)
+
+    def __enter__(self) -> "Served":
+        self.thread.start()
+        wait_until(lambda: self.server.started)
+        port = self.server.servers[0].sockets[0].getsockname()[1]
+        self.url = f"http://127.0.0.1:{port}"
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.server.should_exit = True
+        self.thread.join(10)
+        assert not self.thread.is_alive()
+
+
+def wait_until(is_so: Callable[[], bool], seconds: float = 10.0) -> float:
+    """How long it took."""
+    began = time.monotonic()
+    while not is_so():
+        assert time.monotonic() - began < seconds, "it never came to be"
+        time.sleep(0.005)
+    return time.monotonic() - began

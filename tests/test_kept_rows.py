@@ -107,6 +107,33 @@ def test_what_is_kept_follows_a_change_of_skills_and_rows() -> None:
     torch.testing.assert_close(found(), torch.cat(expected, 1), rtol=1e-7, atol=1e-9)
 
 
+@torch.no_grad()
+def test_rows_that_were_kept_by_half_are_mixed_anew(monkeypatch: pytest.MonkeyPatch) -> None:
+    from polyroute.routes import kept_rows
+
+    model = made(routed(llama(), num_heads=4))
+    apart = [torch.full((1, 1), 5), torch.full((1, 1), 7), torch.full((1, 1), 9)]
+
+    def run(*tasks: str | None) -> Tensor:
+        some = apart[: len(tasks)]
+        return model(**packed(some), tasks=list(tasks), segments=[[1] * len(some)]).logits
+
+    run("amber", "birch")
+    real, calls = kept_rows._written, iter(range(10**6))
+
+    def sometimes(*given: Any) -> Tensor:
+        if next(calls) == 3:
+            raise RuntimeError("out of memory")
+        return real(*given)
+
+    monkeypatch.setattr(kept_rows, "_written", sometimes)
+    tasks = ("amber", "mu", "cedar")
+    with pytest.raises(RuntimeError, match="out of memory"):
+        run(*tasks)
+    expected = [alone(model, ids, task) for ids, task in zip(apart, tasks, strict=True)]
+    torch.testing.assert_close(run(*tasks), torch.cat(expected, 1), rtol=1e-7, atol=1e-9)
+
+
 def test_gradients_take_the_usual_way() -> None:
     model = made(routed(llama(), num_heads=4))
     inputs = packed([torch.full((1, 2), 5), torch.full((1, 1), 7)])

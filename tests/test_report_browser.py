@@ -2,37 +2,21 @@
 
 import json
 import re
-import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from playwright.sync_api import Browser, Page, expect, sync_playwright
+from in_browser import luminance, needs_chromium
+from playwright.sync_api import Browser, Page, expect
 from report_runs import HELD_OUT, adapted, write, write_run, write_suite
 
 from polyroute.report_page.contents import collect
 from polyroute.report_page.page import render
 
-CHROMIUM = shutil.which("chromium")
-FLAGS = (
-    "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run",
-    "--disable-background-networking", "--disable-component-update", "--disable-sync",
-)  # fmt: skip
 HOSTILE = "</script><img src=x onerror=\"document.title='broken'\">"
 TASKS = [f"task{i}" for i in range(12)]
 
-pytestmark = pytest.mark.skipif(
-    CHROMIUM is None, reason="there is no chromium here; install the Debian package of that name"
-)
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Browser]:
-    with sync_playwright() as playwright:
-        # Each launch has a new folder for its profile.
-        opened = playwright.chromium.launch(executable_path=CHROMIUM, args=list(FLAGS))
-        yield opened
-        opened.close()
+pytestmark = needs_chromium
 
 
 @pytest.fixture(scope="module")
@@ -75,15 +59,6 @@ def means(page: Page) -> list[float]:
 
 def heat(page: Page) -> list[str]:
     return page.locator("#heat tbody td").all_inner_texts()
-
-
-def luminance(page: Page, what: str) -> float:
-    colour = page.evaluate(
-        "([selector, property]) => getComputedStyle(document.querySelector(selector))[property]",
-        what.split(),
-    )
-    red, green, blue = map(int, re.findall(r"\d+", colour)[:3])
-    return (0.2126 * red + 0.7152 * green + 0.0722 * blue) / 255
 
 
 def test_every_chart_is_drawn(page: Page) -> None:

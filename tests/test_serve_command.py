@@ -1,17 +1,14 @@
 """`polyroute serve` in a process of its own, asked by the clients that people have."""
 
 import json
-import re
 import shutil
 import signal
 import socket
 import subprocess
-import sys
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -19,41 +16,12 @@ import httpx
 import openai
 import pytest
 from commands_run import refused
+from serving_process import Server, serving
 from serving_runs import NAMES, alone, base_and_kind, write_run
 
 from polyroute.saved.rows import SavedRoutes
 
 EXAMPLES = [{"input": f"word {i}", "target": "yes" if i % 2 else "no"} for i in range(8)]
-
-
-@dataclass
-class Server:
-    """A running server."""
-
-    process: "subprocess.Popen[bytes]"
-    url: str
-    log: Path
-
-    def end(self, number: int = signal.SIGINT) -> int:
-        self.process.send_signal(number)
-        return self.process.wait(60)
-
-
-@contextmanager
-def serving(run: Path, log: Path, *arguments: str) -> Iterator[Server]:
-    program = [sys.executable, "-m", "polyroute", "serve", str(run), "--port", "0", *arguments]
-    with log.open("wb") as file:
-        process = subprocess.Popen(program, stdout=file, stderr=file)
-    try:
-        found, end = None, time.monotonic() + 120
-        while found is None and process.poll() is None and time.monotonic() < end:
-            time.sleep(0.05)
-            found = re.search(r"http://\S+:\d+", log.read_text())
-        assert found is not None, log.read_text()
-        yield Server(process, found[0], log)
-    finally:
-        process.kill()
-        process.wait()
 
 
 @pytest.fixture(scope="module")
@@ -66,7 +34,7 @@ def written(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Any]:
 def served(written: tuple[Path, Any]) -> Iterator[Server]:
     place = written[0].parent
     arguments = ["--tasks-dir", str(place / "tasks"), "--max-length", "128"]
-    with serving(written[0], place / "log", *arguments) as server:
+    with serving(place / "log", str(written[0]), *arguments) as server:
         yield server
 
 
@@ -165,7 +133,7 @@ def test_lm_eval_scores_a_task_over_http(
 def test_it_drains_and_ends_well(
     written: tuple[Path, Any], tmp_path: Path, number: signal.Signals
 ) -> None:
-    with serving(written[0], tmp_path / "log") as server:
+    with serving(tmp_path / "log", str(written[0])) as server:
         answers: list[int] = []
 
         def ask() -> None:
@@ -190,9 +158,8 @@ def test_rows_survive_a_kill_between_any_two_requests(
     row = written[1].routes[NAMES[0]].tolist()
     known: list[str] = []
     for turn in range(2):
-        with serving(
-            written[0], tmp_path / "log", "--tasks-dir", str(tmp_path / "tasks")
-        ) as server:
+        arguments = (str(written[0]), "--tasks-dir", str(tmp_path / "tasks"))
+        with serving(tmp_path / "log", *arguments) as server:
             told = {one.id for one in client(server).models.list().data}
             assert set(known) <= told
             killer = threading.Timer(0.3, server.process.send_signal, [signal.SIGKILL])
@@ -242,7 +209,7 @@ def test_keys_keep_tenants_apart(written: tuple[Path, Any], tmp_path: Path) -> N
     keys.chmod(0o600)
     row = written[1].routes[NAMES[0]].tolist()
     arguments = ["--tasks-dir", str(tmp_path / "tasks"), "--api-keys", str(keys)]
-    with serving(written[0], tmp_path / "log", *arguments) as server:
+    with serving(tmp_path / "log", str(written[0]), *arguments) as server:
 
         def ask(key: str, method: str, path: str, **body: Any) -> httpx.Response:
             headers = {"Authorization": f"Bearer {key}"}

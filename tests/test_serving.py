@@ -8,6 +8,7 @@ from collections.abc import AsyncIterator, Sequence
 from contextlib import aclosing, asynccontextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -254,6 +255,13 @@ def test_what_does_not_fit_is_refused(folder: Path) -> None:
     serve(folder, ask)
 
 
+def test_an_empty_prompt_is_read_as_examples_without_text_are(folder: Path, kind: Any) -> None:
+    end = kind.tokenizer.eos_token_id
+    service = service_of(folder / "run")
+    assert service.prompt_ids("") == [end]
+    assert service.prompt_ids("an") == kind.tokenizer("an")["input_ids"]
+
+
 def test_too_many_requests_are_told_to_wait(folder: Path) -> None:
     async def ask(service: ModelService) -> None:
         outcomes = await asyncio.gather(
@@ -343,7 +351,7 @@ def test_rows_come_and_go_while_it_runs(
     ("base", "the name 'base' is taken"), ("mu", "the name 'mu' is taken"),
     (NAMES[0], "the name 'task 0' is taken"), ("", "task name"), ("a" * 257, "shorten it"),
     ("cafe\u0301", "form NFC"), ("a/row", "in an address"), ("a/mu", "in an address"),
-    ("../a", "in an address"),
+    ("../a", "in an address"), ("a\nb", "U\\+000A"),
 ])  # fmt: skip
 def test_names_that_mean_something_else_are_refused(
     folder: Path, tmp_path: Path, name: str, sentence: str
@@ -595,3 +603,64 @@ def test_encoders_embed(tmp_path: Path) -> None:
             route = [None if task == "base" else task]
             expected = own.embedded(model, own.inputs([own_ids]), route)[0]
             torch.testing.assert_close(torch.tensor(vector), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_a_service_that_stops_gives_up_all_texts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_run(tmp_path / "run", "encoder")
+    service = service_of(tmp_path / "run", "encoder", limits=replace(LIMITS, most_at_once=1))
+
+    async def ask() -> None:
+        began, real = threading.Event(), service.engine._embed
+
+        def slow(batch: Any) -> Any:
+            began.set()
+            time.sleep(0.2)
+            return real(batch)
+
+        async with running(service):
+            monkeypatch.setattr(service.engine, "_embed", slow)
+            asked = [asyncio.create_task(service.embed("mu", ["a", "b"])) for _ in range(2)]
+            await asyncio.to_thread(began.wait)
+        for one in asked:  # one was computed, and the others waited
+            with pytest.raises(StoppingError):
+                await asyncio.wait_for(one, 5)
+        with pytest.raises(StoppingError):
+            await service.embed("mu", ["a"])
+
+    asyncio.run(ask())
+
+
+def test_a_batch_of_texts_that_fails_spoils_no_other(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_run(tmp_path / "run", "encoder")
+
+    async def ask(service: ModelService) -> None:
+        def fails(batch: Any) -> Any:
+            raise RuntimeError("out of memory")
+
+        with monkeypatch.context() as patched:
+            patched.setattr(service.engine, "_embed", fails)
+            with pytest.raises(ServingError, match="the model failed on this request"):
+                await service.embed("mu", ["a", "b"])
+        assert len((await service.embed("mu", ["a", "b"]))[0]) == 2
+        assert service.engine.load() == {"running": 0, "waiting": 0}
+
+    serve(tmp_path, ask, sort="encoder")
+
+
+def test_the_rate_counts_the_tokens_of_late(monkeypatch: pytest.MonkeyPatch) -> None:
+    from polyroute.serving import service
+
+    now = 100.0
+    monkeypatch.setattr(service, "time", SimpleNamespace(monotonic=lambda: now))
+    rate = service._TokenRate()
+    for _ in range(1000):
+        now += 1.0
+        rate.add(5)
+    assert len(rate._told) < 10  # nobody asked, and nothing piled up
+    assert rate.now() == pytest.approx(5.0, rel=0.3)
+    now += 60.0
+    assert rate.now() == 0.0

@@ -1,20 +1,16 @@
 """The page of `polyroute serve` in a real browser, with a server whose service needs no model."""
 
 import re
-import threading
-import time
-from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
 from contextlib import aclosing
 from dataclasses import replace
 from typing import Any
 
 import pytest
-import uvicorn
-from playwright.sync_api import Browser, BrowserContext, Page, expect, sync_playwright
-from serving_fake import FakeService
-from test_report_browser import CHROMIUM, FLAGS, luminance
+from in_browser import luminance, needs_chromium
+from playwright.sync_api import Browser, BrowserContext, Page, expect
+from serving_fake import FakeService, Served, wait_until
 
-from polyroute.serving.http.app import make_app
 from polyroute.serving.http.settings import HttpSettings
 from polyroute.serving.requests import Generation, Piece
 
@@ -23,9 +19,7 @@ TASKS = ["amber", "cedar", HOSTILE, *(f"task {i:03d}" for i in range(200))]
 REFUSED = "Failed to load resource: the server responded with a status of"
 """What Chromium writes about each response with an error, whatever the page does with it."""
 
-pytestmark = pytest.mark.skipif(
-    CHROMIUM is None, reason="there is no chromium here; install the Debian package of that name"
-)
+pytestmark = needs_chromium
 
 
 class PageService(FakeService):
@@ -71,45 +65,9 @@ class PageService(FakeService):
         return dict(job)
 
 
-class Served:
-    """A server on a free port."""
-
-    def __init__(self, settings: HttpSettings | None = None) -> None:
-        self.service = PageService()
-        app = make_app(self.service, settings or HttpSettings())
-        self.server = uvicorn.Server(uvicorn.Config(app, port=0, log_level="critical"))
-        self.thread = threading.Thread(target=self.server.run)
-
-    def __enter__(self) -> "Served":
-        self.thread.start()
-        wait_until(lambda: self.server.started)
-        port = self.server.servers[0].sockets[0].getsockname()[1]
-        self.url = f"http://127.0.0.1:{port}/"
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.server.should_exit = True
-        self.thread.join(10)
-
-
-def wait_until(is_so: Callable[[], bool], seconds: float = 10.0) -> None:
-    began = time.monotonic()
-    while not is_so():
-        assert time.monotonic() - began < seconds, "it never came to be"
-        time.sleep(0.01)
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Browser]:
-    with sync_playwright() as playwright:
-        opened = playwright.chromium.launch(executable_path=CHROMIUM, args=list(FLAGS))
-        yield opened
-        opened.close()
-
-
 @pytest.fixture(scope="module")
 def served() -> Iterator[Served]:
-    with Served() as running:
+    with Served(PageService()) as running:
         yield running
 
 
@@ -496,7 +454,7 @@ def test_the_load_is_looked_at_while_the_page_is_seen(
 
 
 def test_a_key_is_asked_for_and_forgotten(context: BrowserContext) -> None:
-    with Served(HttpSettings(api_keys={"right": "", "mine": "task 1"})) as served:
+    with Served(PageService(), HttpSettings(api_keys={"right": "", "mine": "task 1"})) as served:
         page = opened(context.new_page(), served)
         reason, field = page.locator("#key-reason"), page.locator("#key")
         expect(reason).to_have_text("This server asks for an API key.")
@@ -528,7 +486,7 @@ def test_a_key_is_asked_for_and_forgotten(context: BrowserContext) -> None:
 
 
 def test_only_what_the_server_can_do_is_offered(context: BrowserContext) -> None:
-    with Served() as served:
+    with Served(PageService()) as served:
         served.service.has_chat = False
         page = opened(context.new_page(), served)
         expect(page.locator("#prompt")).to_be_visible()
@@ -547,7 +505,7 @@ def test_only_what_the_server_can_do_is_offered(context: BrowserContext) -> None
 
 
 def test_a_server_that_went_away_is_told(context: BrowserContext) -> None:
-    with Served() as served:
+    with Served(PageService()) as served:
         page = context.new_page()
         page.clock.install()
         opened(page, served)

@@ -138,6 +138,13 @@ class ModelKind(ABC):
             ],
         }
 
+    def text_ids(self, texts: list[str]) -> list[Ids]:
+        """The token ids of prompts that are given as texts, which no chat template changes.
+
+        They have the special tokens that the model reads around a prompt, and are not cut.
+        """
+        return self._tokens(texts, special=True)
+
     def remedy(self, setting: Literal["max_input", "max_target"]) -> str:
         """What helps where prompts (`max_input`) or answers (`max_target`) are too long: a clause.
 
@@ -176,11 +183,7 @@ class ModelKind(ABC):
 
     def _prompt_ids(self, examples: Mapping[str, list[Any]]) -> list[Ids]:
         """The token ids of the prompts of examples, however long they are."""
-        return self._framed([joined(row.get("system"), turns(row)) for row in rows_of(examples)])
-
-    def _framed(self, texts: list[str]) -> list[Ids]:
-        """The token ids of texts that are no targets, with the special tokens around them."""
-        return self._tokens(texts, special=True)
+        return self.text_ids([joined(row.get("system"), turns(row)) for row in rows_of(examples)])
 
     @abstractmethod
     def _target_ids(self, texts: list[str]) -> list[Ids]:

@@ -112,6 +112,10 @@ class CausalKind(TextKind):
                 found.append((ids, len(ids)))
         return found
 
+    def text_ids(self, texts: list[str]) -> list[Ids]:
+        """See `ModelKind.text_ids`; an answer is to follow, so they have no end token."""
+        return PlainText(self.tokenizer).ids(texts)
+
     def remedy(self, setting: Literal["max_input", "max_target"]) -> str:
         """See `ModelKind.remedy`; a prompt and its answer share the positions."""
         has = f"the base model has {self.max_positions} positions for a prompt and its answer"

@@ -63,8 +63,9 @@ class Seq2SeqKind(TextKind):
     def _target_ids(self, texts: list[str]) -> list[Ids]:
         return [self._ended(ids) for ids in target_token_ids(self.tokenizer, texts)]
 
-    def _framed(self, texts: list[str]) -> list[Ids]:
-        return [self._ended(ids) for ids in super()._framed(texts)]
+    def text_ids(self, texts: list[str]) -> list[Ids]:
+        """See `ModelKind.text_ids`; the end token is there, whatever the tokenizer adds."""
+        return [self._ended(ids) for ids in super().text_ids(texts)]
 
     def _ended(self, ids: Ids) -> Ids:
         """Ids with an end token; mBART of 25 languages has the code of one behind it."""

@@ -46,7 +46,7 @@ class KeptRows:
     def __reduce__(self) -> tuple[type["KeptRows"], tuple[()]]:
         return KeptRows, ()
 
-    def fit(self, route: Route, mixer: "Mixer") -> bool:
+    def fits(self, route: Route, mixer: "Mixer") -> bool:
         """Whether a batch is of the kind whose tasks change; such a batch has no gradient."""
         inventory = mixer.inventory
         return (
@@ -70,7 +70,11 @@ class KeptRows:
         """
         # Not in inference mode, because what is kept changes in place later.
         with self._lock, torch.inference_mode(False), torch.no_grad():
-            return self._gathered(rows, mixer, dtype)
+            try:
+                return self._gathered(rows, mixer, dtype)
+            except BaseException:
+                self._stamp = None  # what was being written may be half done: mix all anew
+                raise
 
     def _gathered(
         self, rows: Sequence[int], mixer: "Mixer", dtype: torch.dtype
@@ -127,13 +131,14 @@ class KeptRows:
     ) -> None:
         """Write factors, and the logits that they were mixed from, into slots."""
         size = max(self._size, max(slots) + 1)
-        bank, self._bank = self._bank, []
+        bank: list[LoRAFactors] = []
         for i, own in enumerate(mixed):
             assert isinstance(own, LoRAFactors)
             a, b = (t.view(len(slots), *t.shape[-2:]) for t in (own.a, own.b))
-            kept = bank[i] if bank else LoRAFactors(a[:0], b[:0])
+            kept = self._bank[i] if self._bank else LoRAFactors(a[:0], b[:0])
             pairs = ((a, kept.a), (b, kept.b))
-            self._bank.append(LoRAFactors(*(_written(*pair, slots, size) for pair in pairs)))
+            bank.append(LoRAFactors(*(_written(*pair, slots, size) for pair in pairs)))
+        self._bank = bank
         if logits is not None:
             kept_logits = logits[:0] if self._logits is None else self._logits
             self._logits = _written(logits, kept_logits, slots, size)

@@ -217,7 +217,7 @@ class Mixer(nn.Module):
         if trains or is_noisy:
             per_example = is_noisy and route.per_example
             return self._mix_route(route, dtype, training=training, per_example=per_example)
-        if self._kept.fit(route, self):
+        if self._kept.fits(route, self):
             with torch.autocast(self.device.type, enabled=False):
                 found = self._kept.factors(route.rows or (), self, dtype)
             return self._mixture_of(found, len(found[0].a), route.segments)

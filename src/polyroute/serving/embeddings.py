@@ -7,14 +7,18 @@ from dataclasses import dataclass
 
 import torch
 
-from polyroute.errors import InputError
-from polyroute.kinds.batches import token_ids
+from polyroute.errors import InputError, reason
+from polyroute.host.output import say
 from polyroute.kinds.encoder import EncoderKind
 from polyroute.model import RoutedModel
 from polyroute.serving.answers import Limits
-from polyroute.serving.learning import LONGEST_TOKEN
 from polyroute.serving.places import Held, Places
-from polyroute.serving.requests import BusyError, StoppingError
+from polyroute.serving.requests import (
+    BusyError,
+    ServingError,
+    StoppingError,
+    check_characters,
+)
 
 __all__ = ["EmbeddingEngine"]
 
@@ -41,31 +45,31 @@ class EmbeddingEngine:
     ) -> None:
         self.model, self.kind, self.places, self.limits = model, kind, places, limits
         self._waiting: list[_Text] = []
+        self._running: list[_Text] = []
         self._has_texts = asyncio.Event()
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="polyroute serve")
         self._task: asyncio.Task[None] | None = None
-        self._running = 0
+        self._is_stopping = False
 
     def start(self) -> None:
         """Begin to embed; called inside the event loop that asks."""
         self._task = asyncio.get_running_loop().create_task(self._work())
 
     def stop(self) -> None:
-        """Give up what waits, and wait until no forward runs."""
+        """Give up all texts, and wait until no forward runs; called from any thread."""
+        self._is_stopping = True
         if self._task is not None:
-            self._task.cancel()
-        for text in self._waiting:
-            text.found.cancel()
+            self._task.get_loop().call_soon_threadsafe(self._task.cancel)
         self._thread.shutdown()
 
     @property
     def is_alive(self) -> bool:
         """Whether it embeds."""
-        return self._task is not None and not self._task.done()
+        return self._task is not None and not self._task.done() and not self._is_stopping
 
     def load(self) -> dict[str, float]:
         """How many texts there are."""
-        return {"running": self._running, "waiting": len(self._waiting)}
+        return {"running": len(self._running), "waiting": len(self._waiting)}
 
     async def embed(self, task: str, texts: Sequence[str]) -> tuple[list[list[float]], int]:
         """The vectors of texts, of length 1, and the number of their tokens.
@@ -74,21 +78,21 @@ class EmbeddingEngine:
             InputError: the task does not exist, or a text is too long.
             BusyError: too many texts wait.
             StoppingError: the server shuts down.
+            ServingError: the model failed.
         """
-        if not self.is_alive:
-            raise StoppingError
-        most = min(self.limits.most_tokens, self.kind.max_positions)
+        most = self.limits.most_tokens
         for number, text in enumerate(texts):
-            if len(text) > LONGEST_TOKEN * most:
-                raise InputError(f"text {number} has {len(text)} characters: shorten it")
-        ids = await asyncio.to_thread(token_ids, self.kind.tokenizer, list(texts), special=True)
+            check_characters(f"text {number}", len(text), most)
+        ids = await asyncio.to_thread(self.kind.text_ids, list(texts))
         for number, own in enumerate(ids):
             if not own:
                 raise InputError(f"text {number} has no tokens: give it some text")
             if len(own) > most:
                 raise InputError(
-                    f"text {number} has {len(own)} tokens, and the model reads {most}: shorten it"
+                    f"text {number} has {len(own)} tokens, and {most} are the most: shorten it"
                 )
+        if not self.is_alive:
+            raise StoppingError
         if len(self._waiting) + len(ids) > max(self.limits.most_requests, len(ids)):
             raise BusyError
         held = self.places.hold(task)
@@ -97,35 +101,39 @@ class EmbeddingEngine:
         self._waiting += wanted
         self._has_texts.set()
         try:
-            return [await one.found for one in wanted], sum(map(len, ids))
+            return await asyncio.gather(*(one.found for one in wanted)), sum(map(len, ids))
         finally:
             for one in wanted:
                 one.found.cancel()
             held.release()
 
     async def _work(self) -> None:
-        while True:
-            await self._has_texts.wait()
-            batch = [text for text in self._waiting if not text.found.done()]
-            batch, self._waiting = (
-                batch[: self.limits.most_at_once], batch[self.limits.most_at_once :],
-            )  # fmt: skip
-            if not self._waiting:
-                self._has_texts.clear()
-            if not batch:
-                continue
-            self._running = len(batch)
-            loop = asyncio.get_running_loop()
-            try:
-                vectors = await loop.run_in_executor(self._thread, self._embed, batch)
-                for text, vector in zip(batch, vectors, strict=True):
-                    if not text.found.done():
-                        text.found.set_result(vector)
-            except Exception as error:  # the texts to come must not suffer
-                for text in batch:
-                    if not text.found.done():
-                        text.found.set_exception(error)
-            self._running = 0
+        try:
+            while True:
+                await self._has_texts.wait()
+                await self._embed_batch()
+        finally:
+            _fail([*self._running, *self._waiting], StoppingError())
+
+    async def _embed_batch(self) -> None:
+        """Embed the first texts that wait. There may be none: whoever asked may have left."""
+        waiting = [text for text in self._waiting if not text.found.done()]
+        most = self.limits.most_at_once
+        self._running, self._waiting = waiting[:most], waiting[most:]
+        if not self._waiting:
+            self._has_texts.clear()
+        if not self._running:
+            return
+        loop = asyncio.get_running_loop()
+        try:
+            vectors = await loop.run_in_executor(self._thread, self._embed, self._running)
+            for text, vector in zip(self._running, vectors, strict=True):
+                if not text.found.done():
+                    text.found.set_result(vector)
+        except Exception as error:  # the texts to come must not suffer
+            say(f"serve: a batch failed ({reason(error)})")
+            _fail(self._running, ServingError("the model failed on this request"))
+        self._running = []
 
     @torch.no_grad()
     def _embed(self, batch: Sequence[_Text]) -> list[list[float]]:
@@ -133,3 +141,10 @@ class EmbeddingEngine:
         routes = [text.held.route for text in batch]
         vectors: list[list[float]] = self.kind.embedded(self.model, inputs, routes).tolist()
         return vectors
+
+
+def _fail(texts: Sequence[_Text], error: Exception) -> None:
+    """Answer texts with an error."""
+    for text in texts:
+        if not text.found.done():
+            text.found.set_exception(error)

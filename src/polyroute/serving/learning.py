@@ -16,11 +16,11 @@ from polyroute.adapting.slot_training import SlotTraining
 from polyroute.errors import InputError, reason
 from polyroute.kinds.choose import ModelKind
 from polyroute.model import RoutedModel
-from polyroute.serving.requests import BusyError, ServingError
+from polyroute.serving.requests import BusyError, ServingError, check_characters
 from polyroute.settings import SEEDS, whole
 from polyroute.study.examples import encoded_records
 
-__all__ = ["LONGEST_TOKEN", "Learner"]
+__all__ = ["Learner"]
 
 MOST_WAITING = 16
 MOST_KEPT = 1000
@@ -28,8 +28,6 @@ MOST_KEPT = 1000
 MOST_EXAMPLES, MOST_STEPS = 1000, 1000
 SETTINGS = ("steps", "batch_size", "route_lr", "seed")
 """What a client may set; other settings of an adaptation stay at their defaults."""
-LONGEST_TOKEN = 64
-"""Characters; a text that has so many for each token that is read is too long without a look."""
 DEFAULTS: Mapping[str, Any] = {"steps": 16, "batch_size": 8}
 
 
@@ -129,7 +127,7 @@ class Learner:
             _check_examples(name, examples, self.kind)
         except BaseException:
             with self._changed:
-                self.forget(name)
+                del self._jobs[name]
                 if before is not None:
                     self._jobs[name] = before
             raise
@@ -141,8 +139,10 @@ class Learner:
         return job
 
     def forget(self, name: str) -> None:
-        """Know nothing of a task any more."""
-        self._jobs.pop(name, None)
+        """Know nothing of a task any more, unless it is being learned again."""
+        with self._changed:
+            if not self.is_learning(name):
+                self._jobs.pop(name, None)
 
     def job(self, name: str) -> Job | None:
         """What is known of a task that was asked for."""
@@ -168,15 +168,16 @@ class Learner:
             started = time.perf_counter()
             try:
                 self._learn(job, started)
-                job.status = "done"
             except _StoppedError:
                 return
             except (InputError, ServingError) as error:
-                job.status, job.error = "failed", str(error)
+                job.error = str(error)
             except Exception as error:  # the tasks that wait must not suffer
-                job.status, job.error = "failed", f"learning failed ({reason(error)})"
+                job.error = f"learning failed ({reason(error)})"
             job.seconds = time.perf_counter() - started
             job.examples = [{}] * len(job.examples)  # they are not needed any more
+            # Last, since whoever waits for it reads the rest then.
+            job.status = "done" if job.error is None else "failed"
 
     def _learn(self, job: Job, started: float) -> None:
         def note(training: SlotTraining) -> None:
@@ -201,7 +202,6 @@ class _StoppedError(Exception):
 
 
 def _check_examples(name: str, examples: Sequence[Mapping[str, Any]], kind: ModelKind) -> None:
-    longest = LONGEST_TOKEN * kind.max_input
     if not examples or not all(isinstance(example, Mapping) for example in examples):
         raise InputError(
             "examples must be a list of objects with 'input' and 'target' and, optionally, "
@@ -209,11 +209,8 @@ def _check_examples(name: str, examples: Sequence[Mapping[str, Any]], kind: Mode
         )
     for number, example in enumerate(examples):
         for field, text in example.items():
-            if isinstance(text, str) and len(text) > longest:  # to read it would take long
-                raise InputError(
-                    f"example {number} has {len(text)} characters as {field!r}, more than the "
-                    f"model reads: shorten it"
-                )
+            if isinstance(text, str):
+                check_characters(f"{field!r} of example {number}", len(text), kind.max_input)
     with warnings.catch_warnings(record=True) as said:
         warnings.simplefilter("always")
         kind.collate(encoded_records(list(examples), name, kind))

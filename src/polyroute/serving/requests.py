@@ -4,8 +4,12 @@ from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
+from polyroute.errors import InputError
+from polyroute.routes.table import MU
+
 __all__ = [
     "BASE",
+    "SHARED",
     "Answers",
     "BusyError",
     "Finish",
@@ -14,10 +18,15 @@ __all__ = [
     "ServingError",
     "StoppingError",
     "Token",
+    "check_characters",
 ]
 
 BASE = "base"
 """The name of the base model alone, beside the tasks and `mu`."""
+SHARED = (MU, BASE)
+"""The names that all clients may ask for, and that none may give to a task."""
+LONGEST_TOKEN = 64
+"""Characters; a text that has so many for each token that fits is too long without a look."""
 Finish = Literal["stop", "length"]
 
 
@@ -94,6 +103,23 @@ class Piece:
     tokens: Sequence[Token] = ()
     finish: Finish | None = None
     is_prompt: bool = False
+
+
+def check_characters(what: str, count: int, most_tokens: int) -> None:
+    """Refuse a text at once that is too long whatever its tokens are; to find them takes long.
+
+    Args:
+        what: what the error calls the text.
+        count: its characters.
+        most_tokens: the most tokens that it may have.
+
+    Raises:
+        InputError: it is too long.
+    """
+    if count > LONGEST_TOKEN * most_tokens:
+        raise InputError(
+            f"{what} has {count} characters, and {most_tokens} tokens are the most: shorten it"
+        )
 
 
 class Answers(Protocol):

@@ -16,12 +16,11 @@ from torch import Tensor
 
 from polyroute.build import from_pretrained
 from polyroute.errors import InputError
-from polyroute.kinds.batches import token_ids
 from polyroute.kinds.causal import CausalKind
+from polyroute.kinds.chat import ChatTemplate
 from polyroute.kinds.choose import ModelKind
 from polyroute.kinds.encoder import EncoderKind
 from polyroute.model import RoutedModel
-from polyroute.routes.table import MU
 from polyroute.saved.peft_card import write_peft_card
 from polyroute.saved.rows import read_description
 from polyroute.saved.runs import read_run
@@ -29,16 +28,16 @@ from polyroute.serving.answers import Limits
 from polyroute.serving.batched import BatchedEngine
 from polyroute.serving.continuous import ContinuousEngine
 from polyroute.serving.embeddings import EmbeddingEngine
-from polyroute.serving.learning import LONGEST_TOKEN, Learner
+from polyroute.serving.learning import Learner
 from polyroute.serving.places import Places, place_names
-from polyroute.serving.requests import BASE, Generation, Piece
+from polyroute.serving.requests import BASE, SHARED, Generation, Piece, check_characters
 from polyroute.serving.shared_weights import shared_weights
 from polyroute.serving.tasks import SavedTasks, row_of
 
 __all__ = ["ModelService", "ServedRun", "make_service"]
 
 WINDOW = 5.0
-"""Seconds whose tokens make the rate that is told."""
+"""Seconds whose tokens make the rate that `load` tells."""
 Engine = ContinuousEngine | BatchedEngine | EmbeddingEngine
 
 
@@ -114,12 +113,11 @@ class ModelService:
         self.max_length = served.limits.most_tokens
         self.has_chat = self.writes and self._template is not None
         self.has_rows = tasks is not None
-        self._told: deque[float] = deque()
-        """When the tokens of the last seconds were told."""
+        self._rate = _TokenRate()
 
     @property
-    def _template(self) -> Any:
-        return getattr(self.kind, "template", None)
+    def _template(self) -> ChatTemplate | None:
+        return self.kind.template if isinstance(self.kind, CausalKind) else None
 
     async def start(self) -> None:
         """Begin to answer, once a first answer has made all that later ones need."""
@@ -147,15 +145,12 @@ class ModelService:
 
     def load(self) -> Mapping[str, float]:
         """Numbers that say how busy it is."""
-        since = time.monotonic() - WINDOW
-        while self._told and self._told[0] < since:
-            self._told.popleft()
         learning = 0 if self.learner is None else len(self.learner)
         return {
             **self.engine.load(),
             "rows_in_memory": len(self.engine.places),
             "tasks_waiting": learning,
-            "tokens_per_second": round(len(self._told) / WINDOW, 1),
+            "tokens_per_second": round(self._rate.now(), 1),
         }
 
     # ---------------------------------------------------------------- tasks
@@ -168,9 +163,7 @@ class ModelService:
 
     def has_task(self, name: str) -> bool:
         """Whether it answers as this task."""
-        if name in (MU, BASE):
-            return True
-        return name in (self.model.routes if self.tasks is None else self.tasks)
+        return name in SHARED or name in (self.model.routes if self.tasks is None else self.tasks)
 
     def row(self, name: str) -> list[Any]:
         """The logits of a task, nested `[N][H][K]`.
@@ -293,36 +286,24 @@ class ModelService:
         Raises:
             InputError: it is too long, whatever its tokens are.
         """
-        self._check_length(len(text))
-        ids: list[int] = token_ids(self.kind.tokenizer, [text], special=True)[0]
-        eos = self.kind.tokenizer.eos_token_id
-        if isinstance(self.kind, CausalKind):
-            # Some tokenizers end every text, where an answer is to follow.
-            return ids[:-1] if ids[-1:] == [eos] else ids
-        return ids if ids[-1:] == [eos] else [*ids, eos]
+        check_characters("the prompt", len(text), self.max_length)
+        return self.kind.text_ids([text])[0]
 
     def chat_ids(self, messages: Sequence[Mapping[str, str]]) -> list[int]:
         """The tokens of a conversation, up to where the assistant answers.
 
         Raises:
-            InputError: the model has no chat template, or it cannot render the conversation.
+            InputError: the model has no chat template, or it cannot render the conversation, or
+                that is too long.
         """
         template = self._template
         if template is None:
             raise InputError("this model has no chat template: use /v1/completions")
-        self._check_length(sum(len(message["content"]) for message in messages))
+        characters = sum(len(message["content"]) for message in messages)
+        check_characters("the conversation", characters, self.max_length)
         said = list(messages)
         system = said.pop(0)["content"] if said and said[0]["role"] == "system" else None
-        ids: list[int] = template.ids([template.text(system, said)])[0]
-        return ids
-
-    def _check_length(self, characters: int) -> None:
-        """Refuse a long text at once; to find its tokens would keep others waiting."""
-        if characters > LONGEST_TOKEN * self.max_length:
-            raise InputError(
-                f"the prompt has {characters} characters, more than the {self.max_length} tokens "
-                "that the server takes: shorten it"
-            )
+        return template.ids([template.text(system, said)])[0]
 
     async def answer(self, generation: Generation) -> AsyncGenerator[Piece]:
         """See `Answers`."""
@@ -331,7 +312,7 @@ class ModelService:
         async with aclosing(self.engine.answer(generation)) as pieces:
             async for piece in pieces:
                 if not piece.is_prompt:
-                    self._told.extend([time.monotonic()] * len(piece.tokens))
+                    self._rate.add(len(piece.tokens))
                 yield piece
 
     async def embed(self, task: str, texts: Sequence[str]) -> tuple[list[list[float]], int]:
@@ -343,3 +324,24 @@ class ModelService:
         if not isinstance(self.engine, EmbeddingEngine):
             raise InputError("this model gives no embeddings: use /v1/completions")
         return await self.engine.embed(task, texts)
+
+
+class _TokenRate:
+    """How many tokens a second were told of late."""
+
+    def __init__(self) -> None:
+        self._told: deque[tuple[float, int]] = deque()
+        """The time and the number of tokens of each piece of the last `WINDOW` seconds."""
+
+    def add(self, count: int) -> None:
+        self._told.append((time.monotonic(), count))
+        self._forget()
+
+    def now(self) -> float:
+        self._forget()
+        return sum(count for _, count in self._told) / WINDOW
+
+    def _forget(self) -> None:
+        since = time.monotonic() - WINDOW
+        while self._told and self._told[0][0] < since:
+            self._told.popleft()

@@ -16,21 +16,18 @@ from polyroute.host.locks import locked
 from polyroute.host.output import say
 from polyroute.routes.given_rows import flat_rows
 from polyroute.routes.nearest import nearest_rows
-from polyroute.routes.table import MU
 from polyroute.saved.hub import DESCRIPTION
 from polyroute.saved.rows import SavedRoutes, begin_routes, read_description
-from polyroute.serving.requests import BASE, ServingError
+from polyroute.serving.requests import BASE, SHARED, ServingError
 from polyroute.task_names import check_name, composed
 
 __all__ = ["SavedTasks", "row_of"]
 
-
-ENDINGS = ("/row", "/nearest", "/export", f"/{MU}", f"/{BASE}")
+ENDINGS = ("/row", "/nearest", "/export", *(f"/{name}" for name in SHARED))
 """What follows the name of a task in addresses, or would look like a name that all share."""
 LONGEST_NAME = 256
 IN_USE = ".served"
 """The file that a server locks in the folder of clients' tasks."""
-
 
 Part = tuple[list[str], Tensor]
 
@@ -136,7 +133,7 @@ class SavedTasks:
             raise InputError(
                 f"the name {name!r} means something else in an address: choose another one"
             )
-        if name in (BASE, MU) or name in self.run:
+        if name in SHARED or name in self.run:
             raise InputError(f"the name {name!r} is taken: choose another one")
 
     def put(self, name: str, row: Tensor) -> bool:

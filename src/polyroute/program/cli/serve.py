@@ -12,7 +12,7 @@ def serve(options: ServeOptions) -> Result:
     """Answer requests for every task of a run over OpenAI's HTTP interface.
 
     A task is the name of a model; `mu` is the average of the skills, and `base` the base model.
-    Ctrl-C lets running answers end, and a second one stops at once.
+    Ctrl-C lets running answers end, for 30 seconds at most, and a second one stops at once.
 
     Example: `polyroute serve runs/mhr --port 8000 --tasks-dir runs/mhr-tasks`
     """

@@ -16,13 +16,10 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from polyroute.errors import InputError
 from polyroute.host.texts import read_text
 from polyroute.serving.http.errors import Refusal
-from polyroute.serving.requests import BASE
+from polyroute.serving.requests import SHARED
 from polyroute.task_names import check_name
 
-__all__ = ["SHARED", "Access", "Names", "read_api_keys"]
-
-SHARED = ("mu", BASE)
-"""The models that every key may use, and none may change."""
+__all__ = ["Access", "Names", "read_api_keys"]
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,7 @@
 
 import asyncio
 import json
-from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Coroutine, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import aclosing
 from typing import Any, TypeVar, cast
 
@@ -41,7 +41,7 @@ class Deadline:
 
 
 async def until_gone(
-    receive: Receive, work: Coroutine[Any, Any, T], deadline: Deadline, *, grace: float = 0.0
+    receive: Receive, work: Awaitable[T], deadline: Deadline, *, grace: float = 0.0
 ) -> T:
     """What the work returns, unless the client leaves before; then the work is cancelled.
 

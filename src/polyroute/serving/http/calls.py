@@ -2,7 +2,7 @@
 
 import asyncio
 import json
-from collections.abc import Callable, Coroutine, Iterator, Sequence
+from collections.abc import Awaitable, Callable, Coroutine, Iterator, Sequence
 from concurrent.futures import Executor
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -11,11 +11,12 @@ from typing import Annotated, Any, TypeVar
 from fastapi import Depends, Request
 
 from polyroute.errors import InputError
-from polyroute.serving.http.access import SHARED, Names
+from polyroute.serving.http.access import Names
 from polyroute.serving.http.answering import Deadline, until_gone
 from polyroute.serving.http.errors import OverdueError, UnknownModelError, log, shown
 from polyroute.serving.http.observing import Seen
 from polyroute.serving.http.service import Service
+from polyroute.serving.requests import SHARED
 
 __all__ = ["Call", "Called"]
 
@@ -88,7 +89,7 @@ class Call:
 
     # -------------------------------------------------------------- waiting
 
-    async def while_there(self, work: Coroutine[Any, Any, T]) -> T:
+    async def while_there(self, work: Awaitable[T]) -> T:
         """What the work returns, if the client waits for it and it is there in time.
 
         Raises:
@@ -114,9 +115,15 @@ class Call:
     # -------------------------------------------------------------- prompts
 
     async def tokens(self, tokenize: Callable[[T], list[int]], of: T) -> list[int]:
-        """Tokens of a prompt, from a method of the service."""
+        """Tokens of a prompt, from a method of the service.
+
+        Raises:
+            InputError: the service refuses the prompt.
+            GoneError: the client left.
+            OverdueError: too many others were before it.
+        """
         loop = asyncio.get_running_loop()
-        return await loop.run_in_executor(self.tokenizing, tokenize, of)
+        return await self.while_there(loop.run_in_executor(self.tokenizing, tokenize, of))
 
     def writes(self) -> None:
         """Make sure that the model writes text.

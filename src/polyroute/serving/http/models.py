@@ -1,12 +1,13 @@
 """GET /v1/models: a model for each task, beside the average and the base model."""
 
+import asyncio
 from bisect import bisect_right
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Query
 
-from polyroute.serving.http.access import SHARED
 from polyroute.serving.http.calls import Call, Called
+from polyroute.serving.requests import SHARED
 
 __all__ = ["router"]
 
@@ -24,8 +25,9 @@ async def models(
 
     Of many these are the first ones, or those that follow `after` in the list.
     """
-    own = call.names.prefix + prefix
-    tasks = sorted(call.names.outer(name) for name in call.service.task_names(own))
+    # In a thread, since 100,000 names take so long to read that running streams would falter.
+    own = await asyncio.to_thread(call.service.task_names, call.names.prefix + prefix)
+    tasks = sorted(call.names.outer(name) for name in own)
     shared = list(SHARED)
     if after in SHARED:
         shared = shared[SHARED.index(after) + 1 :]

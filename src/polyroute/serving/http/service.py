@@ -34,7 +34,7 @@ class Service(Protocol):
         """Whether requests are being answered."""
 
     def task_names(self, prefix: str = "") -> Sequence[str]:
-        """The tasks that begin with a prefix, without `mu` and `base`."""
+        """The tasks that begin with a prefix, without `mu` and `base`; called from any thread."""
 
     def has_task(self, name: str) -> bool:
         """Whether a name can be asked for; `mu` and `base` are names too."""
@@ -110,7 +110,7 @@ class Service(Protocol):
         """
 
     def job(self, name: str) -> Mapping[str, Any] | None:
-        """How the learning of a task goes, as JSON values; None if it was not learnt here."""
+        """How the learning of a task goes, as JSON values; None if it was not learned here."""
 
     async def export(self, name: str) -> bytes:
         """A zip file of a task as a folder for PEFT.

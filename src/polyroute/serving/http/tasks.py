@@ -8,12 +8,11 @@ from fastapi import APIRouter, Query
 from fastapi.responses import JSONResponse, Response
 
 from polyroute.errors import InputError
-from polyroute.serving.http.access import SHARED
 from polyroute.serving.http.bodies import JsonRoute
 from polyroute.serving.http.calls import Call, Called
 from polyroute.serving.http.errors import UnknownModelError
 from polyroute.serving.http.schema import RowAsked, TaskAsked
-from polyroute.task_names import check_name
+from polyroute.serving.requests import SHARED
 
 __all__ = ["router"]
 
@@ -27,7 +26,6 @@ router = APIRouter(route_class=JsonRoute)
 async def learn(call: Called, asked: TaskAsked) -> Response:
     """Start to learn a task from examples."""
     inner = call.own(asked.name)
-    check_name(inner)
     given = asked.model_extra or {}
     settings = {name: value for name, value in given.items() if value is not None}
     with call.about(asked.name, exists=False):
@@ -70,7 +68,7 @@ async def nearest(
 
 @router.get("/v1/tasks/{name:path}")
 async def task(call: Called, name: str) -> dict[str, Any]:
-    """Whether a task answers, and how its learning goes if it was learnt here."""
+    """Whether a task answers, and how its learning goes if it was learned here."""
     inner = call.names.inner(name)
     job, answers = call.service.job(inner), call.service.has_task(inner)
     if job is None and not answers:
@@ -83,7 +81,6 @@ async def task(call: Called, name: str) -> dict[str, Any]:
 async def put(call: Called, name: str, asked: RowAsked) -> Response:
     """Give a task a row."""
     inner = call.own(name)
-    check_name(inner)
     with call.about(name, exists=False):
         is_new = await call.in_time(call.service.put_row(inner, asked.row))
     return JSONResponse({"name": name, "new": is_new}, 201 if is_new else 200)
@@ -102,7 +99,7 @@ async def delete(call: Called, name: str) -> dict[str, Any]:
 def _with_row(call: Call, name: str) -> str:
     """The service's name for a task that exists."""
     if name in SHARED:
-        raise InputError(f"{name!r} has no row, as a task has; name a task")
+        raise InputError(f"{name!r} has no row; name a task")
     return call.known(name)
 
 

@@ -9,8 +9,7 @@ import { askJson, offerKey } from "./page-server.js";
 import { startTasks } from "./page-tasks.js";
 
 async function start() {
-  const told = await askJson("/health");
-  const health = told;
+  const health = await askJson("/health");
   byId("run").textContent = health.name;
   document.title = `${health.name}: polyroute`;
   makePickers();
