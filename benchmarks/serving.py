@@ -156,7 +156,9 @@ def random_run(folder: Path, load: Loader, **settings: Any) -> Path:
 def opened(run: Path = RUN, load: Loader = loaded) -> ModelService:
     """The service of a run, whose answers end at their length alone."""
     base, kind = load()
-    service = make_service(ServedRun(run=run, tasks_dir=None, limits=Limits()), base, kind)
+    service = make_service(
+        ServedRun(name=run.name, run=run, tasks_dir=None, limits=Limits()), base, kind
+    )
     service.engine.ends = {NEVER}  # type: ignore[union-attr]
     return service
 

@@ -28,6 +28,7 @@ class FakeService:
     def __init__(self, tasks: Sequence[str] = ("amber", "cedar")) -> None:
         self.writes = self.has_chat = self.has_rows = self.can_learn = self.healthy = True
         self.max_length = LIMIT
+        self.most_requests = 1000
         self.rows: dict[str, list[Any]] = {name: [[[0.5]]] for name in tasks}
         self.jobs: dict[str, dict[str, Any]] = {}
         self.asked: list[Generation] = []

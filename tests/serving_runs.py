@@ -89,7 +89,9 @@ def service_of(
 ) -> ModelService:
     """The service of such a run."""
     base, kind = base_and_kind(sort)
-    return make_service(ServedRun(run=folder, tasks_dir=tasks_dir, limits=limits), base, kind)
+    return make_service(
+        ServedRun(name=folder.name, run=folder, tasks_dir=tasks_dir, limits=limits), base, kind
+    )
 
 
 @torch.no_grad()

@@ -26,7 +26,7 @@ from polyroute.serving.requests import (
     StoppingError,
     Token,
 )
-from polyroute.serving.service import ModelService
+from polyroute.serving.service import ModelService, ServedRun, make_service
 
 EXAMPLES = [{"input": f"word {i}", "target": "yes" if i % 2 else "no"} for i in range(8)]
 
@@ -162,6 +162,36 @@ def test_few_places_serve_many_tasks(folder: Path, model: Any, kind: Any) -> Non
         assert answer.ids == alone(model, kind, [5, 6, 7], task, 12)
 
 
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+def test_each_request_meets_its_own_keys_alone_on_a_cpu(
+    folder: Path, model: Any, kind: Any, attention: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # In bfloat16 `load_base` chooses eager attention, which trains faster.
+    base, own = base_and_kind("causal")
+    base.set_attn_implementation(attention)
+    served = ServedRun(name="run", run=folder / "run", tasks_dir=None, limits=LIMITS)
+    service = make_service(served, base, own)
+    seen, real = [], torch.nn.functional.scaled_dot_product_attention
+
+    def noted(query: Any, key: Any, *args: Any, **kwargs: Any) -> Any:
+        seen.append((query.shape[0] * query.shape[2], key.shape[2]))
+        return real(query, key, *args, **kwargs)
+
+    monkeypatch.setattr("torch.nn.functional.scaled_dot_product_attention", noted)
+    asked = prompts(20)
+
+    async def ask() -> list[Answer]:
+        async with running(service):
+            pairs = zip(NAMES, asked, strict=False)
+            return await asyncio.gather(*(answered(service, *pair) for pair in pairs))
+
+    for task, ids, answer in zip(NAMES, asked, asyncio.run(ask()), strict=False):
+        assert answer.ids == alone(model, kind, ids, task, 12)
+    longest = max(map(len, asked)) + 12
+    assert seen
+    assert all(keys <= longest for _, keys in seen)
+
+
 def test_draws_depend_on_the_seed_alone(folder: Path) -> None:
     async def ask(service: ModelService) -> None:
         drawn = {"temperature": 1.0, "top_p": 0.9}
@@ -286,6 +316,28 @@ def test_a_stopped_service_takes_nothing(folder: Path) -> None:
     assert not service.is_healthy()
 
 
+@pytest.mark.parametrize("sort", ["causal", "seq2seq"])
+def test_a_service_that_stops_ends_all_answers(tmp_path: Path, sort: str) -> None:
+    write_run(tmp_path / "run", sort)
+    service = service_of(tmp_path / "run", sort, limits=replace(LIMITS, most_at_once=1))
+
+    async def ask() -> None:
+        async with running(service):
+            asked = [
+                asyncio.create_task(
+                    answered(service, "mu", [5], max_tokens=40, temperature=1.0, seed=seed)
+                )
+                for seed in range(4)
+            ]
+            await asyncio.sleep(0.05)
+        done, waiting = await asyncio.wait(asked, timeout=5)
+        assert not waiting  # some may have been answered in time, the others were told
+        assert {type(one.exception()) for one in done} <= {type(None), StoppingError}
+        assert any(one.exception() is not None for one in done)
+
+    asyncio.run(ask())
+
+
 def test_a_forward_that_fails_spoils_no_other(
     folder: Path, model: Any, kind: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -400,6 +452,8 @@ def test_a_task_is_learned_as_adapt_learns_it(folder: Path, kind: Any, tmp_path:
     (EXAMPLES, {"steps": 10**6}, "at most 1000 steps"),
     (EXAMPLES, {"lr": 1.0}, "'lr' is no setting"),
     (EXAMPLES, {"seed": -1}, "seed must not be negative"),
+    ([{"input": "w " * 500, "target": "y"}], {}, "1 of 1 prompts are too long, by up to"),
+    ([{"input": "x", "target": "y", "choices": ["y", "z" * 10**5]}], {}, "'choices' of example 0"),
 ])  # fmt: skip
 def test_what_cannot_be_learned_is_refused_at_once(
     folder: Path, tmp_path: Path, examples: Any, settings: Any, sentence: str
@@ -436,10 +490,35 @@ def test_nobody_writes_a_row_while_its_examples_are_read(
         while service.learner.is_learning("new"):
             await asyncio.sleep(0.01)
         first = await answered(service, "new", [5, 6, 7])
+        with pytest.raises(InputError, match="'new' is taken"):
+            await service.learn("new", EXAMPLES, {"steps": 1})
         assert not await service.put_row("new", service.model.routes["place 0"].tolist())
         await service.delete("new")
         assert service.job("new") is None
         assert first.finish
+
+    serve(folder, ask, tasks_dir=tmp_path / "tasks")
+
+
+def test_a_row_that_is_being_written_is_not_learned_over(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def ask(service: ModelService) -> None:
+        real, began = service.tasks.put, threading.Event()
+
+        def slow(*args: Any) -> bool:
+            began.set()
+            time.sleep(0.3)
+            return real(*args)
+
+        monkeypatch.setattr(service.tasks, "put", slow)
+        row = torch.ones(service.tasks.run.shape).tolist()
+        written = asyncio.create_task(service.put_row("new", row))
+        await asyncio.to_thread(began.wait)
+        with pytest.raises(InputError, match="'new' is taken"):
+            await service.learn("new", EXAMPLES, {"steps": 1})
+        assert await written
+        assert service.row("new") == row
 
     serve(folder, ask, tasks_dir=tmp_path / "tasks")
 

@@ -350,6 +350,15 @@ def test_at_most_128_choices_are_made_for_one_request(client: TestClient) -> Non
     refused(ask(client, CHAT, n=129), 400, "more than the 128")
 
 
+def test_more_answers_than_can_ever_wait_are_refused(
+    client: TestClient, service: FakeService
+) -> None:
+    service.most_requests = 3
+    assert len(ask(client, prompt=["a"], n=3).json()["choices"]) == 3
+    refused(ask(client, prompt=["a", "b"], n=2), 400, "4 answers, more than the 3")
+    refused(ask(client, CHAT, n=4), 400, "more than the 3")
+
+
 def test_a_prompt_that_is_too_long_is_refused_with_the_limit(
     client: TestClient, service: FakeService
 ) -> None:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from polyroute.errors import InputError
-from polyroute.serving.requests import Finish, Generation, Piece, ServingError, Token
+from polyroute.serving.requests import Finish, Generation, Piece, Token
 from polyroute.serving.sampling import Chosen
 from polyroute.serving.text import TextStream
 
@@ -22,9 +22,9 @@ class PromptTold:
 
 @dataclass(frozen=True)
 class Failed:
-    """The model failed."""
+    """There is no answer, or no more of it."""
 
-    sentence: str
+    error: Exception
 
 
 Event = Chosen | PromptTold | Failed
@@ -89,6 +89,7 @@ async def pieces(
 
     Raises:
         ServingError: the model failed.
+        StoppingError: the server shuts down.
     """
     if generation.echo:
         told: Sequence[Chosen] = [Chosen(id) for id in generation.prompt_ids]
@@ -121,7 +122,7 @@ async def pieces(
 
 def _checked(event: Event) -> Event:
     if isinstance(event, Failed):
-        raise ServingError(event.sentence)
+        raise event.error
     return event
 
 

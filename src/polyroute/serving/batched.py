@@ -6,8 +6,7 @@ next batch.
 
 import queue
 import threading
-from collections.abc import AsyncGenerator, Sequence
-from contextlib import aclosing
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -21,8 +20,8 @@ from polyroute.kinds.choose import ModelKind
 from polyroute.model import RoutedModel
 from polyroute.serving.answers import Event, Failed, Limits
 from polyroute.serving.places import Places
-from polyroute.serving.requests import Generation, Piece
-from polyroute.serving.sampling import chosen_tokens
+from polyroute.serving.requests import Generation, ServingError
+from polyroute.serving.sampling import NOT_FINITE, chosen_tokens
 from polyroute.serving.text_engine import Request, TextEngine
 
 __all__ = ["BatchedEngine"]
@@ -36,25 +35,21 @@ class _Waiting(Request):
     is_over: bool = False
 
 
-class BatchedEngine(TextEngine):
+class BatchedEngine(TextEngine[_Waiting]):
     """Answers requests with any model that has `generate`; see `TextEngine`."""
+
+    request_class = _Waiting
 
     def __init__(self, model: RoutedModel, kind: ModelKind, places: Places, limits: Limits) -> None:
         super().__init__(model, kind, places, limits)
         self._queue: queue.SimpleQueue[_Waiting | None] = queue.SimpleQueue()
-        self._count = self._running = 0
+        self._running = 0
         self._thread = threading.Thread(target=self._work, name="polyroute serve", daemon=True)
 
     def start(self) -> None:
         """Begin to answer; called inside the event loop that asks."""
         super().start()
         self._thread.start()
-
-    def stop(self) -> None:
-        """End all answers, and wait until no forward runs."""
-        self.is_stopping = True
-        self._queue.put(None)
-        self._thread.join()
 
     @property
     def is_alive(self) -> bool:
@@ -63,25 +58,24 @@ class BatchedEngine(TextEngine):
 
     def load(self) -> dict[str, float]:
         """How many requests there are."""
-        return {"running": self._running, "waiting": max(0, self._count - self._running)}
+        return {"running": self._running, "waiting": max(0, len(self.requests) - self._running)}
 
-    async def answer(self, generation: Generation) -> AsyncGenerator[Piece]:
-        """See `Answers`."""
+    def _check(self, generation: Generation) -> None:
         if generation.echo:
             raise InputError(
                 "this server's model reads the prompt apart from the answer: leave out echo"
             )
-        waiting = _Waiting(**self._admitted(generation, self._count))
-        self._count += 1
-        self._queue.put(waiting)
-        try:
-            async with aclosing(self._pieces(waiting)) as answer:
-                async for piece in answer:
-                    yield piece
-        finally:
-            waiting.is_over = True
-            self._count -= 1
-            waiting.held.release()
+        super()._check(generation)
+
+    def _begin(self, request: _Waiting) -> None:
+        self._queue.put(request)
+
+    def _leave(self, request: _Waiting) -> None:
+        request.is_over = True
+
+    def _end(self) -> None:
+        self._queue.put(None)
+        self._thread.join()
 
     # ---------------------------------------------------------------- the thread of the model
 
@@ -93,7 +87,7 @@ class BatchedEngine(TextEngine):
                     _generate(self, batch)
             except Exception as error:  # the requests to come must not suffer
                 say(f"serve: a batch failed ({reason(error)})")
-                self.tell([(one, Failed("the model failed on this request")) for one in batch])
+                self.tell([(one, Failed(ServingError())) for one in batch])
             self._running = 0
 
     def _next_batch(self) -> list[_Waiting] | None:
@@ -148,8 +142,7 @@ class _Steps:
         events: list[tuple[_Waiting, Event]] = []
         for i, token in zip(known, chosen, strict=True):
             if not token.is_finite:
-                sentence = "the model computed numbers that are not finite"
-                events.append((self.batch[i], Failed(sentence)))
+                events.append((self.batch[i], Failed(ServingError(NOT_FINITE))))
                 self.over[i] = True
                 continue
             tokens[i] = token.id

@@ -6,8 +6,7 @@ tokens, each as the request wants it.
 """
 
 import itertools
-from collections.abc import AsyncGenerator, Sequence
-from contextlib import aclosing
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from types import SimpleNamespace
 from typing import Any
@@ -23,8 +22,8 @@ from polyroute.model import RoutedModel
 from polyroute.serving.answers import Event, Failed, Limits, PromptTold
 from polyroute.serving.packed_attention import NAME, PackedRow, can_pack, register
 from polyroute.serving.places import Places
-from polyroute.serving.requests import Generation, Piece, StoppingError
-from polyroute.serving.sampling import Chosen, chosen_tokens, logprobs_of
+from polyroute.serving.requests import ServingError, StoppingError
+from polyroute.serving.sampling import NOT_FINITE, Chosen, chosen_tokens, logprobs_of
 from polyroute.serving.text_engine import Request, TextEngine
 
 __all__ = ["ContinuousEngine"]
@@ -33,13 +32,15 @@ PAGE = 32
 """Tokens in a page of the cache."""
 SHARE_OF_MEMORY = 0.25
 """Of the free memory, the most that the cache takes."""
+_numbers = itertools.count()
+"""Of the requests of this process."""
 
 
 @dataclass(eq=False, kw_only=True)
 class _Running(Request):
     """A request in the hands of the scheduler."""
 
-    id: str
+    id: str = field(default_factory=lambda: f"request {next(_numbers)}")
     prompt: list[Chosen] = field(default_factory=list)
     """The tokens of the prompt with their log-probabilities, as far as they are computed."""
 
@@ -51,13 +52,14 @@ class _Running(Request):
         return asked.echo and asked.top_logprobs is not None and missing
 
 
-class ContinuousEngine(TextEngine):
+class ContinuousEngine(TextEngine[_Running]):
     """Answers requests with a decoder-only model; see `TextEngine`."""
+
+    request_class = _Running
 
     def __init__(self, model: RoutedModel, kind: ModelKind, places: Places, limits: Limits) -> None:
         super().__init__(model, kind, places, limits)
-        self._numbers = itertools.count()
-        self._running: dict[str, _Running] = {}
+        self._by_id: dict[str, _Running] = {}
         self._manager = self._make_manager()
 
     # ---------------------------------------------------------------- for the service
@@ -66,11 +68,6 @@ class ContinuousEngine(TextEngine):
         """Begin to answer; called inside the event loop that asks."""
         super().start()
         self._manager.start()
-
-    def stop(self) -> None:
-        """End all answers, and wait until no forward runs."""
-        self.is_stopping = True
-        self._manager.stop(block=True, hard_stop=True)
 
     @property
     def is_alive(self) -> bool:
@@ -82,28 +79,27 @@ class ContinuousEngine(TextEngine):
         processor = self._manager.batch_processor
         active = 0 if processor is None else len(processor.scheduler.active_requests)
         # The scheduler lets go of a request a little after its answer has ended.
-        active = min(active, len(self._running))
-        return {"running": active, "waiting": len(self._running) - active}
+        active = min(active, len(self.requests))
+        return {"running": active, "waiting": len(self.requests) - active}
 
-    async def answer(self, generation: Generation) -> AsyncGenerator[Piece]:
-        """See `Answers`."""
-        admitted = self._admitted(generation, len(self._running))
-        running = _Running(id=f"request {next(self._numbers)}", **admitted)
-        self._running[running.id] = running
-        try:
-            taken = self._manager.add_request(
-                list(generation.prompt_ids),
-                request_id=running.id,
-                max_new_tokens=max(1, generation.max_tokens),
-                eos_token_id=sorted(self.ends),
-            )
-            if taken is None:  # its thread ended since
-                raise StoppingError
-            async with aclosing(self._pieces(running)) as answer:
-                async for piece in answer:
-                    yield piece
-        finally:
-            self._leave(running)
+    def _begin(self, request: _Running) -> None:
+        self._by_id[request.id] = request
+        taken = self._manager.add_request(
+            list(request.generation.prompt_ids),
+            request_id=request.id,
+            max_new_tokens=max(1, request.generation.max_tokens),
+            eos_token_id=sorted(self.ends),
+        )
+        if taken is None:  # its thread ended since
+            raise StoppingError
+
+    def _leave(self, request: _Running) -> None:
+        # A forward that is running may still have its tokens; nobody sees what that computes.
+        self._manager.cancel_request(request.id)
+        self._by_id.pop(request.id, None)
+
+    def _end(self) -> None:
+        self._manager.stop(block=True, hard_stop=True)
 
     # ---------------------------------------------------------------- for the scheduler
 
@@ -141,21 +137,14 @@ class ContinuousEngine(TextEngine):
         A request that was cancelled since the forward was planned is None.
         """
         states = self._manager.batch_processor.inputs_and_outputs.requests_in_batch
-        return [(self._running.get(one.state.request_id), one.has_new_token) for one in states]
+        return [(self._by_id.get(one.state.request_id), one.has_new_token) for one in states]
 
-    def fail(self, id: str, sentence: str) -> None:
+    def fail(self, id: str) -> None:
         """Tell a request, by its id, that there is no answer; from the thread of the model."""
-        if (running := self._running.get(id)) is not None:
-            self.tell([(running, Failed(sentence))])
-
-    def _leave(self, running: _Running) -> None:
-        """Let go of a request that ended or was cancelled.
-
-        A forward that is running may still have its tokens; nobody sees what that computes.
-        """
-        self._manager.cancel_request(running.id)
-        del self._running[running.id]
-        running.held.release()
+        if (running := self._by_id.get(id)) is not None:
+            # Whoever stops the scheduler makes it give up what it has.
+            error = StoppingError() if self.is_stopping else ServingError()
+            self.tell([(running, Failed(error))])
 
 
 class _Batches:
@@ -181,7 +170,7 @@ class _Batches:
             say(f"serve: a forward failed ({reason(error)})")
             for running, _ in requests:
                 if running is not None:
-                    self._engine.fail(running.id, "the model failed on this request")
+                    self._engine.fail(running.id)
             logits = self._nothing(batch, keeps=keeps)
         return SimpleNamespace(logits=logits)
 
@@ -246,7 +235,7 @@ class _Batches:
                 tokens[i] = token.id
                 events.append((running, token))
             else:
-                events.append((running, Failed("the model computed numbers that are not finite")))
+                events.append((running, Failed(ServingError(NOT_FINITE))))
         logits[0, rows] = 0.0
         logits[0, rows, torch.tensor(tokens)] = 1.0
 
@@ -271,7 +260,7 @@ class _Outcomes:
     def deliver(self, output: Any) -> None:
         """Take one outcome."""
         if output.error is not None:
-            self._engine.fail(output.request_id, "the model failed on this request")
+            self._engine.fail(output.request_id)
 
     def deliver_batch(self, outputs: Sequence[Any]) -> None:
         """Take several."""
@@ -281,7 +270,7 @@ class _Outcomes:
     def fail_and_deliver(self, state: Any, error: Exception) -> None:
         """Take a request that failed."""
         del error
-        self._engine.fail(state.request_id, "the model failed on this request")
+        self._engine.fail(state.request_id)
 
 
 def _tell_prompt(running: _Running, logits: Tensor) -> list[tuple[_Running, Event]]:

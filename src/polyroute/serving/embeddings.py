@@ -132,7 +132,7 @@ class EmbeddingEngine:
                     text.found.set_result(vector)
         except Exception as error:  # the texts to come must not suffer
             say(f"serve: a batch failed ({reason(error)})")
-            _fail(self._running, ServingError("the model failed on this request"))
+            _fail(self._running, ServingError())
         self._running = []
 
     @torch.no_grad()

@@ -4,7 +4,8 @@ import threading
 import time
 import warnings
 from collections import OrderedDict, deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -37,6 +38,9 @@ class Job:
 
     name: str
     examples: Sequence[Mapping[str, Any]]
+    """Until the job is over."""
+    count: int
+    """Of the examples."""
     settings: Mapping[str, Any]
     seed: int
     status: str = "waiting"
@@ -50,7 +54,7 @@ class Job:
         """As JSON values."""
         return {
             "name": self.name, "status": self.status, "step": self.step,
-            "steps": self.settings["steps"], "examples": len(self.examples), "loss": self.loss,
+            "steps": self.settings["steps"], "examples": self.count, "loss": self.loss,
             "seconds": round(self.seconds, 3), "error": self.error,
         }  # fmt: skip
 
@@ -61,13 +65,18 @@ class Learner:
     Args:
         model: a routed model that nothing else uses.
         kind: how its base model reads and learns.
+        is_taken: whether there is a task of a name.
         keep: takes the row of a task that was learned.
     """
 
     def __init__(
-        self, model: RoutedModel, kind: ModelKind, keep: Callable[[str, Tensor], object]
+        self,
+        model: RoutedModel,
+        kind: ModelKind,
+        is_taken: Callable[[str], bool],
+        keep: Callable[[str, Tensor], object],
     ) -> None:
-        self.model, self.kind, self._keep = model, kind, keep
+        self.model, self.kind, self._is_taken, self._keep = model, kind, is_taken, keep
         self._waiting: deque[Job] = deque()
         self._jobs: OrderedDict[str, Job] = OrderedDict()
         self._changed = threading.Condition()
@@ -92,7 +101,8 @@ class Learner:
         """Have a task learned.
 
         Raises:
-            InputError: an example or a setting cannot be used, or the task is being learned.
+            InputError: an example or a setting cannot be used, or the task is there or is being
+                learned.
             BusyError: too many wait.
         """
         given = dict(settings)
@@ -115,11 +125,13 @@ class Learner:
                 f"a server takes at most {MOST_STEPS} steps and {MOST_EXAMPLES} examples: use "
                 "`polyroute adapt` for more"
             )
-        job = Job(name, list(examples), given, seed)
-        with self._changed:
-            if self.is_learning(name):
-                raise InputError(f"task {name!r} is being learned: wait until that is over")
-            if len(self._waiting) >= MOST_WAITING:
+        job = Job(name, list(examples), len(examples), given, seed)
+        with self.while_idle(name):
+            if self._is_taken(name):
+                raise InputError(
+                    f"the name {name!r} is taken: delete the task, or choose another one"
+                )
+            if sum(self.is_learning(other) for other in self._jobs) > MOST_WAITING:
                 raise BusyError
             before = self._jobs.pop(name, None)
             self._jobs[name] = job  # from now on nobody else may write the row
@@ -137,6 +149,18 @@ class Learner:
             self._waiting.append(job)
             self._changed.notify_all()
         return job
+
+    @contextmanager
+    def while_idle(self, name: str) -> Iterator[None]:
+        """While the row of a task is written by others, nobody begins to learn one.
+
+        Raises:
+            InputError: the task is being learned.
+        """
+        with self._changed:
+            if self.is_learning(name):
+                raise InputError(f"task {name!r} is being learned: wait until that is over")
+            yield
 
     def forget(self, name: str) -> None:
         """Know nothing of a task any more, unless it is being learned again."""
@@ -175,7 +199,7 @@ class Learner:
             except Exception as error:  # the tasks that wait must not suffer
                 job.error = f"learning failed ({reason(error)})"
             job.seconds = time.perf_counter() - started
-            job.examples = [{}] * len(job.examples)  # they are not needed any more
+            job.examples = ()
             # Last, since whoever waits for it reads the rest then.
             job.status = "done" if job.error is None else "failed"
 
@@ -208,11 +232,16 @@ def _check_examples(name: str, examples: Sequence[Mapping[str, Any]], kind: Mode
             "'instruction' and 'choices'"
         )
     for number, example in enumerate(examples):
-        for field, text in example.items():
-            if isinstance(text, str):
-                check_characters(f"{field!r} of example {number}", len(text), kind.max_input)
-    with warnings.catch_warnings(record=True) as said:
-        warnings.simplefilter("always")
-        kind.collate(encoded_records(list(examples), name, kind))
-    if said:  # what a command warns of, such as text that is cut, nobody would see here
-        raise InputError(str(said[0].message))
+        for field, value in example.items():
+            characters = max(map(len, _texts(value)), default=0)
+            check_characters(f"{field!r} of example {number}", characters, kind.max_input)
+    kind.collate(encoded_records(list(examples), name, kind, too_long="refuse"))
+
+
+def _texts(value: Any) -> Iterator[str]:
+    """The texts in a value of JSON."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, Mapping | list):
+        for part in value.values() if isinstance(value, Mapping) else value:
+            yield from _texts(part)

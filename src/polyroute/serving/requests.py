@@ -1,8 +1,8 @@
 """What a client asks of the server, and what it gets back, whichever engine computes it."""
 
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import Literal
 
 from polyroute.errors import InputError
 from polyroute.routes.table import MU
@@ -10,7 +10,6 @@ from polyroute.routes.table import MU
 __all__ = [
     "BASE",
     "SHARED",
-    "Answers",
     "BusyError",
     "Finish",
     "Generation",
@@ -31,7 +30,14 @@ Finish = Literal["stop", "length"]
 
 
 class ServingError(Exception):
-    """The model failed on a request; the message is one sentence without details of the code."""
+    """A request failed; the message is one sentence without details of the code.
+
+    Args:
+        sentence: what is wrong.
+    """
+
+    def __init__(self, sentence: str = "the model failed on this request") -> None:
+        super().__init__(sentence)
 
 
 class BusyError(Exception):
@@ -120,17 +126,3 @@ def check_characters(what: str, count: int, most_tokens: int) -> None:
         raise InputError(
             f"{what} has {count} characters, and {most_tokens} tokens are the most: shorten it"
         )
-
-
-class Answers(Protocol):
-    """An engine: answers requests, as many at once as it can."""
-
-    def answer(self, generation: Generation) -> AsyncIterator[Piece]:
-        """Answer one request. Whoever leaves the loop early (`aclose`) cancels it.
-
-        Raises:
-            BusyError: too many requests wait; before the first piece.
-            StoppingError: the server shuts down.
-            ServingError: the model failed.
-            InputError: the task does not exist (any more), or the prompt is too long.
-        """

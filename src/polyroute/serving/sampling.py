@@ -9,7 +9,11 @@ from torch import Tensor
 
 from polyroute.serving.requests import Generation
 
-__all__ = ["Chosen", "Draws", "chosen_tokens", "logprobs_of"]
+__all__ = ["NOT_FINITE", "Chosen", "Draws", "chosen_tokens", "logprobs_of"]
+
+
+NOT_FINITE = "the model computed numbers that are not finite"
+"""What a request is told whose next token nothing chooses."""
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ import time
 import zipfile
 from collections import deque
 from collections.abc import AsyncGenerator, Mapping, Sequence
-from contextlib import aclosing
+from contextlib import AbstractContextManager, aclosing, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -46,11 +46,13 @@ class ServedRun:
     """What is served.
 
     Attributes:
-        run: the folder of the run.
+        name: what clients are told that the run is called.
+        run: its folder.
         tasks_dir: where tasks of clients are kept; None if they can add none.
         limits: of what is taken.
     """
 
+    name: str
     run: Path
     tasks_dir: Path | None
     limits: Limits
@@ -105,12 +107,15 @@ class ModelService:
     ) -> None:
         self.served, self.engine, self.kind = served, engine, kind
         self.tasks = tasks
-        self.learner = None if learned is None else Learner(learned, kind, self._keep)
+        self.learner = None
+        if learned is not None and tasks is not None:
+            self.learner = Learner(learned, kind, tasks.__contains__, self._keep)
         self.model: RoutedModel = engine.model
-        self.name = served.run.resolve().name
+        self.name = served.name
         self.writes = not isinstance(engine, EmbeddingEngine)
         self.can_learn = learned is not None
         self.max_length = served.limits.most_tokens
+        self.most_requests = served.limits.most_requests
         self.has_chat = self.writes and self._template is not None
         self.has_rows = tasks is not None
         self._rate = _TokenRate()
@@ -191,9 +196,11 @@ class ModelService:
             InputError: the name is taken, or it is no row.
         """
         tasks = self._saved
-        values = row_of(row, tasks.run.shape)
-        self._check_idle(name)
-        return await asyncio.to_thread(self._keep, name, values)
+        return await asyncio.to_thread(self._put, name, row_of(row, tasks.run.shape))
+
+    def _put(self, name: str, row: Tensor) -> bool:
+        with self._while_idle(name):
+            return self._keep(name, row)
 
     def _keep(self, name: str, row: Tensor) -> bool:
         is_new = self._saved.put(name, row)
@@ -206,8 +213,11 @@ class ModelService:
         Raises:
             InputError: there is no such task, the run has it, or it is being learned.
         """
-        self._check_idle(name)
-        await asyncio.to_thread(self._saved.delete, name)
+        await asyncio.to_thread(self._delete, name)
+
+    def _delete(self, name: str) -> None:
+        with self._while_idle(name):
+            self._saved.delete(name)
         self.engine.places.forget(name)
         if self.learner is not None:
             self.learner.forget(name)
@@ -230,11 +240,8 @@ class ModelService:
             InputError: the name is taken, or an example or a setting cannot be used.
             BusyError: too many tasks wait.
         """
-        tasks = self._saved
-        tasks.check_new(name)
+        self._saved.check_new(name)
         assert self.learner is not None
-        if name in tasks:
-            raise InputError(f"the name {name!r} is taken: delete the task, or choose another one")
         return (await asyncio.to_thread(self.learner.ask, name, examples, settings)).to_dict()
 
     def job(self, name: str) -> Mapping[str, Any] | None:
@@ -255,7 +262,9 @@ class ModelService:
             raise InputError("the base model alone is no LoRA: name a task")
         held = self.engine.places.hold(name)
         try:
-            route = held.route if isinstance(held.route, str) else self.model.tasks[held.route or 0]
+            route = held.route
+            assert route is not None  # as that of the base model is
+            route = route if isinstance(route, str) else self.model.tasks[route]
             with tempfile.TemporaryDirectory() as folder:
                 self.model.export_peft(route, folder)
                 config = read_run(self.served.run)["config"]
@@ -274,9 +283,8 @@ class ModelService:
             raise InputError("the tasks of this run have no rows")
         return self.tasks
 
-    def _check_idle(self, name: str) -> None:
-        if self.learner is not None and self.learner.is_learning(name):
-            raise InputError(f"task {name!r} is being learned: wait until that is over")
+    def _while_idle(self, name: str) -> AbstractContextManager[None]:
+        return nullcontext() if self.learner is None else self.learner.while_idle(name)
 
     # ---------------------------------------------------------------- answers
 
@@ -306,7 +314,7 @@ class ModelService:
         return template.ids([template.text(system, said)])[0]
 
     async def answer(self, generation: Generation) -> AsyncGenerator[Piece]:
-        """See `Answers`."""
+        """See `TextEngine.answer`."""
         if isinstance(self.engine, EmbeddingEngine):
             raise InputError("this model writes no text: use /v1/embeddings")
         async with aclosing(self.engine.answer(generation)) as pieces:

@@ -1,13 +1,15 @@
 """What all engines that write text share: who is asked, what is taken, and how tokens are told."""
 
 import asyncio
+from abc import ABC, abstractmethod
 from collections.abc import AsyncGenerator, Sequence
+from contextlib import aclosing
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 from polyroute.kinds.choose import ModelKind
 from polyroute.model import RoutedModel
-from polyroute.serving.answers import Event, Limits, pieces
+from polyroute.serving.answers import Event, Failed, Limits, pieces
 from polyroute.serving.places import Held, Places
 from polyroute.serving.requests import BusyError, Generation, Piece, StoppingError
 from polyroute.serving.sampling import Draws
@@ -25,8 +27,11 @@ class Request:
     events: "asyncio.Queue[Event]" = field(default_factory=asyncio.Queue)
 
 
-class TextEngine:
-    """Answers requests.
+R = TypeVar("R", bound=Request)
+
+
+class TextEngine(ABC, Generic[R]):
+    """Answers requests, as many at once as it can.
 
     Args:
         model: the routed model, used by this engine alone.
@@ -36,7 +41,10 @@ class TextEngine:
 
     Attributes:
         ends: the tokens that end an answer.
+        requests: those that wait or are computed.
     """
+
+    request_class: type[R]
 
     def __init__(self, model: RoutedModel, kind: ModelKind, places: Places, limits: Limits) -> None:
         self.model, self.kind, self.places, self.limits = model, kind, places, limits
@@ -45,40 +53,50 @@ class TextEngine:
         embeddings: Any = model.base_model.get_input_embeddings()  # type: ignore[operator]
         self._vocabulary = int(embeddings.weight.shape[0])
         self._loop: asyncio.AbstractEventLoop | None = None
+        self.requests: set[R] = set()
         self.is_stopping = False
 
     def start(self) -> None:
         """Begin to answer; called inside the event loop that asks."""
         self._loop = asyncio.get_running_loop()
 
+    def stop(self) -> None:
+        """End all answers, and wait until no forward runs."""
+        self.is_stopping = True
+        self._end()
+        if self._loop is not None and not self._loop.is_closed():
+            self._loop.call_soon_threadsafe(self._tell_all)
+
     @property
+    @abstractmethod
     def is_alive(self) -> bool:
         """Whether it answers."""
-        raise NotImplementedError
 
-    def _admitted(self, generation: Generation, count: int) -> dict[str, Any]:
-        """What a new request is made of.
+    @abstractmethod
+    def load(self) -> dict[str, float]:
+        """How many requests there are."""
 
-        Args:
-            generation: what is asked.
-            count: of the requests that are there.
+    async def answer(self, generation: Generation) -> AsyncGenerator[Piece]:
+        """Answer one request. Whoever leaves the loop early (`aclose`) cancels it.
 
         Raises:
-            InputError: it does not fit, or its task does not exist.
-            StoppingError: this engine answers no more.
-            BusyError: too many are there.
+            InputError: it does not fit, or its task does not exist (any more).
+            BusyError: too many requests wait; before the first piece.
+            StoppingError: the server shuts down.
+            ServingError: the model failed.
         """
-        self.limits.check(generation, self._vocabulary)
-        if not self.is_alive:
-            raise StoppingError
-        if count >= self.limits.most_requests:
-            raise BusyError
-        held = self.places.hold(generation.task)
-        return {"generation": generation, "draws": Draws(generation.seed), "held": held}
-
-    def _pieces(self, request: Request) -> AsyncGenerator[Piece]:
-        """The pieces of the answer to a request, from what is told of it."""
-        return pieces(request.generation, request.events, self.tokenizer, self.ends)
+        request = self._admitted(generation)
+        self.requests.add(request)
+        try:
+            self._begin(request)
+            told = pieces(generation, request.events, self.tokenizer, self.ends)
+            async with aclosing(told) as answer:
+                async for piece in answer:
+                    yield piece
+        finally:
+            self._leave(request)
+            self.requests.discard(request)
+            request.held.release()
 
     def tell(self, events: Sequence[tuple[Request, Event]]) -> None:
         """Hand events to the answers, all of a forward at once; from the thread of the model."""
@@ -89,3 +107,42 @@ class TextEngine:
 
         if self._loop is not None and events and not self._loop.is_closed():
             self._loop.call_soon_threadsafe(put)
+
+    def _tell_all(self) -> None:
+        for request in self.requests:
+            request.events.put_nowait(Failed(StoppingError()))
+
+    # ---------------------------------------------------------------- for subclasses
+
+    def _check(self, generation: Generation) -> None:
+        """Make sure that a request can be answered.
+
+        Raises:
+            InputError: it does not fit.
+        """
+        self.limits.check(generation, self._vocabulary)
+
+    @abstractmethod
+    def _begin(self, request: R) -> None:
+        """Take a request.
+
+        Raises:
+            StoppingError: the engine stopped since.
+        """
+
+    @abstractmethod
+    def _leave(self, request: R) -> None:
+        """Let go of a request that ended or was cancelled."""
+
+    @abstractmethod
+    def _end(self) -> None:
+        """Compute no more, and wait until no forward runs."""
+
+    def _admitted(self, generation: Generation) -> R:
+        self._check(generation)
+        if not self.is_alive:
+            raise StoppingError
+        if len(self.requests) >= self.limits.most_requests:
+            raise BusyError
+        held = self.places.hold(generation.task)
+        return self.request_class(generation=generation, draws=Draws(generation.seed), held=held)

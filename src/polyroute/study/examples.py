@@ -3,7 +3,7 @@
 import hashlib
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import datasets
 import numpy as np
@@ -47,7 +47,13 @@ def encoded(suite: Suite, task: str, split: str, kind: ModelKind) -> datasets.Da
         )
 
 
-def encoded_records(records: Sequence[Mapping[str, Any]], task: str, kind: ModelKind) -> list[Row]:
+def encoded_records(
+    records: Sequence[Mapping[str, Any]],
+    task: str,
+    kind: ModelKind,
+    *,
+    too_long: Literal["cut", "refuse"] = "cut",
+) -> list[Row]:
     """Examples given as dictionaries, as rows with the columns of `ModelKind.features`.
 
     Args:
@@ -55,9 +61,10 @@ def encoded_records(records: Sequence[Mapping[str, Any]], task: str, kind: Model
             `choices`. One from a conversation may have `system` and `history`, a list of messages.
         task: the task that they are examples of.
         kind: how the base model reads them.
+        too_long: whether records that do not fit are cut, with a warning, or refused.
 
     Raises:
-        InputError: a record lacks a field, or a field has the wrong type.
+        InputError: a record lacks a field, a field has the wrong type, or a record is too long.
     """
     whole = []
     for number, record in enumerate(records):
@@ -69,7 +76,10 @@ def encoded_records(records: Sequence[Mapping[str, Any]], task: str, kind: Model
     columns = kind.encode(
         {name: [record.get(name) for record in whole] for name in (*COLUMNS, *CHAT)}
     )
-    warn_of_cuts([columns], kind)
+    if too_long == "cut":
+        warn_of_cuts([columns], kind)
+    elif said := _cuts([columns], kind, ""):
+        raise InputError(said[0])
     names = list(columns)
     return [dict(zip(names, row, strict=True)) for row in zip(*columns.values(), strict=True)]
 
@@ -96,6 +106,14 @@ def warn_of_cuts(
         kind: how they were encoded.
         which: what rows they are, for the warning.
     """
+    for sentence in _cuts(tables, kind, which):
+        warnings.warn(sentence, stacklevel=2)
+
+
+def _cuts(
+    tables: Iterable[datasets.Dataset | Mapping[str, Sequence[int]]], kind: ModelKind, which: str
+) -> list[str]:
+    """What `warn_of_cuts` says."""
     lost: dict[str, list[npt.NDArray[np.int64]]] = {"prompt_cut": [], "target_cut": []}
     for table in tables:
         for name, found in lost.items():
@@ -107,13 +125,12 @@ def warn_of_cuts(
         ("prompts", prompts, f"{kind.cut_part} is left out", kind.remedy("max_input")),
         ("answers", targets, "the rest is left out", kind.remedy("max_target")),
     )
-    for what, tokens, consequence, remedy in consequences:
-        if tokens.any():
-            warnings.warn(
-                f"{np.count_nonzero(tokens):,} of {len(tokens):,} {which}{what} are too long, by "
-                f"up to {tokens.max():,} tokens, and {consequence}: {remedy}",
-                stacklevel=2,
-            )
+    return [
+        f"{np.count_nonzero(tokens):,} of {len(tokens):,} {which}{what} are too long, by up to "
+        f"{tokens.max():,} tokens, and {consequence}: {remedy}"
+        for what, tokens, consequence, remedy in consequences
+        if tokens.any()
+    ]
 
 
 def digest_of(rows: datasets.Dataset) -> str:

@@ -54,13 +54,17 @@ def serve_run(options: ServeOptions) -> Result:
             "listen at 127.0.0.1"
         )
     shown = f"[{options.host}]" if ":" in options.host else options.host
-    hosts = tuple({*LOCAL, shown}) if is_local else ()
+    # A page of another site can have its name lead here, but it has no key.
+    hosts = tuple({*LOCAL, shown}) if is_local and not keys else ()
     settings = HttpSettings(api_keys=keys, allowed_hosts=hosts, timeout=options.timeout)
     run = Path(locate(options.run))
     inventory_of(run)
     with _listening(options.host, options.port) as door:
         base, kind = base_of(run)
-        served = ServedRun(run=run, tasks_dir=options.tasks_dir, limits=_limits(options, kind))
+        served = ServedRun(
+            name=Path(options.run).resolve().name, run=run, tasks_dir=options.tasks_dir,
+            limits=_limits(options, kind),
+        )  # fmt: skip
         service = make_service(served, base, kind)
         port = door.getsockname()[1]
         say(f"serving {run} at http://{shown}:{port}; Ctrl-C ends")

@@ -25,7 +25,7 @@ async def chat(call: Called, asked: ChatAsked) -> Response:
     """Answer a conversation."""
     call.writes()
     call.known(asked.model)
-    check_count(1, asked.n)
+    check_count(call, 1, asked.n)
     if not call.service.has_chat:
         raise InputError(
             f"the base model of {call.service.name} has no chat template; ask /v1/completions"

@@ -122,16 +122,17 @@ def finite(logprob: float) -> float:
     return max(logprob, UNLIKELY)
 
 
-def check_count(prompts: int, n: int) -> None:
+def check_count(call: Call, prompts: int, n: int) -> None:
     """Make sure that a request does not ask for too many answers.
 
     Raises:
         InputError: it does.
     """
-    if prompts * n > MOST_CHOICES:
+    most = min(MOST_CHOICES, call.service.most_requests)
+    if prompts * n > most:
         raise InputError(
             f"{prompts} prompts with n = {n} ask for {prompts * n} answers, more than the "
-            f"{MOST_CHOICES} that one request may have; send several requests"
+            f"{most} that one request may have; send several requests"
         )
 
 

@@ -25,7 +25,7 @@ async def complete(call: Called, asked: CompletionAsked) -> Response:
     """Answer one or more prompts."""
     call.writes()
     call.known(asked.model)
-    check_count(len(asked.prompt), asked.n)
+    check_count(call, len(asked.prompt), asked.n)
     prompts = []
     for prompt in asked.prompt:
         ids = (

@@ -18,6 +18,7 @@ class Service(Protocol):
         has_rows: whether tasks have rows, which can be looked at.
         can_learn: whether clients can add and remove tasks.
         max_length: the most tokens of a prompt and its answer together.
+        most_requests: the most answers that are computed or wait at once.
     """
 
     name: str
@@ -26,6 +27,7 @@ class Service(Protocol):
     has_rows: bool
     can_learn: bool
     max_length: int
+    most_requests: int
 
     def load(self) -> Mapping[str, float]:
         """Gauges for /metrics by name, such as how many requests run and how many wait."""
@@ -50,7 +52,7 @@ class Service(Protocol):
         """
 
     def answer(self, generation: Generation) -> AsyncIterator[Piece]:
-        """An async generator of one answer; see `polyroute.serving.requests.Answers`."""
+        """An async generator of one answer; see `serving.text_engine.TextEngine.answer`."""
 
     async def embed(self, task: str, texts: Sequence[str]) -> tuple[list[list[float]], int]:
         """A vector for each text, and how many tokens they have together.
