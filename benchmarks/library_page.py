@@ -90,8 +90,8 @@ def way_lines(results: Path, table: Table) -> list[str]:
 def library_lines(results: Path, table: Table) -> list[str]:
     """All that was measured, as Markdown."""
     sections = {
-        "judge": _judge, "draws": _draws, "shares": _shares, "frozen": _frozen,
-        "compiled": _compiled,
+        "judge": _judge, "draws": _draws, "zero": _zero, "shares": _shares,
+        "frozen": _frozen, "compiled": _compiled,
     }  # fmt: skip
     lines: list[str] = []
     for name, make in sections.items():
@@ -185,6 +185,38 @@ def _with_controls(scores: Mapping[str, Any], uses: Mapping[str, str], draw: int
         for control in range(1, CONTROLS + 1):
             found[f"{RANDOM}{use} {control}"] = scores[f"{RANDOM}{use} {draw + control}"]
     return found
+
+
+def _zero(found: Mapping[str, Any], how: Mapping[str, Any], table: Table) -> list[str]:
+    scores = {
+        name: [one[name]["score_normalised"] for one in found.values()]
+        for name in next(iter(found.values()))
+    }
+
+    def gap(name: str, other: str) -> str:
+        return (
+            ""
+            if name == other
+            else interval([a - b for a, b in zip(scores[name], scores[other], strict=True)]).signed
+        )
+
+    names = {BASE: "the base model", "MHR": "MHR: the average of its skills", **BY_USE}
+    rows = []
+    for name, own in scores.items():
+        control = f"{RANDOM}{name}"
+        shown = names.get(name) or f"a random library: {names[name.removeprefix(RANDOM)]}"
+        against = gap(name, control) if control in scores else ""
+        rows.append([shown, str(interval(own)), gap(name, BASE), gap(name, "MHR"), against])
+    head = ["used", "score per token", "minus base", "minus MHR", "minus a random library"]
+    return [
+        "### New tasks without an example",
+        "",
+        f"The same {how['count']} LoRAs, on {len(found)} held-out tasks, up to {how['test']} test "
+        "examples of each; MHR was trained on the same tasks with the same budget. Nothing was "
+        "chosen on these tasks. `python benchmarks/library_study.py zero` measures it.",
+        "",
+        *table(head, rows),
+    ]
 
 
 def _shares(found: Mapping[str, Any], how: Mapping[str, Any], table: Table) -> list[str]:

@@ -5,11 +5,12 @@
     python benchmarks/library_study.py shares --loras FOLDER --data SUITE
     python benchmarks/library_study.py compiled --loras FOLDER --data SUITE
     python benchmarks/library_study.py frozen --loras FOLDER --data SUITE
+    python benchmarks/library_study.py zero --loras FOLDER --data SUITE
 
 The LoRAs are those of the contender `private` of `paper.py lm`, one for each training task of the
 study on SmolLM2, all from one run that had the budget of each other contender. `--loras` names its
-folder. The tasks are the development tasks of that study. `draws` takes the eight LoRAs of
-`inventories/smollm2/loras`.
+folder. The tasks are the development tasks of that study, and the held-out ones for `zero`, which
+has nothing to choose. `draws` takes the eight LoRAs of `inventories/smollm2/loras`.
 
 Each stage writes `benchmarks/results/library_STAGE.json` as it goes, and goes on where it stopped;
 `python benchmarks/page.py` makes the tables of docs/benchmarks.md from them.
@@ -34,6 +35,7 @@ import polyroute as pr
 from polyroute.errors import InputError
 from polyroute.host.files import make_folder, write_json
 from polyroute.kinds.choose import ModelKind
+from polyroute.library.controls import Given, random_skills
 from polyroute.saved.runs import machine
 from polyroute.study.examples import encoded
 
@@ -52,6 +54,13 @@ RULES: Mapping[str, pr.RouteRule] = {
     "spectr": pr.SpectR(top_k=1),
     "spectr, weighted": pr.SpectR(top_k=1, weighted=True),
 }
+MHR = Path(__file__).parents[1] / "inventories" / "smollm2" / "grouped-s0"
+"""Trained on the same tasks as the LoRAs, with the same budget."""
+ZERO: Mapping[str, str | pr.RouteRule] = {
+    "average": "mu", "arrow": pr.Arrow(), "spectr": pr.SpectR(),
+}  # fmt: skip
+AGAINST = ("average", "arrow")
+"""What is also done with a random library."""
 Found = dict[str, Any]
 Stage = tuple[Sequence[str], Callable[[str], Found]]
 """What is measured, one after the other, and how."""
@@ -175,8 +184,30 @@ def frozen(place: Place) -> Stage:
     return place.study.develop, one
 
 
+def zero(place: Place) -> Stage:
+    """What needs no example, on every held-out task, and MHR's average beside it."""
+    model, kind = place.opened(exported(place.loras))
+    base, _ = place.study.base_and_kind()
+    inventory = pr.from_pretrained(base, MHR, tasks=[]).eval()
+
+    def score(own: pr.RoutedModel, task: str, route: str | pr.RouteRule) -> Found:
+        (found,) = pr.evaluate(
+            own, kind, place.study.suite, [task], route=route, max_examples=place.most
+        )
+        return found.to_dict()
+
+    def one(task: str) -> Found:
+        found = {"base": score(model, task, Given()), "MHR": score(inventory, task, "mu")}
+        found |= {name: score(model, task, route) for name, route in ZERO.items()}
+        with random_skills(model, 0):
+            found |= {f"random, {name}": score(model, task, ZERO[name]) for name in AGAINST}
+        return found
+
+    return place.study.test, one
+
+
 STAGES: Mapping[str, Callable[[Place], Stage]] = {
-    one.__name__: one for one in (judge, draws, shares, compiled, frozen)
+    one.__name__: one for one in (judge, draws, shares, compiled, frozen, zero)
 }
 
 

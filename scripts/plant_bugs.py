@@ -393,6 +393,48 @@ BUGS = (
         "(in_training_mode and draws_numbers(model, task))", "False",
         ("test_shared_beginnings.py::test_what_is_random_is_not_shared",),
     ),
+    # ------------------------------------------------------------- serving
+    Bug(
+        "a token is routed as the next request's task", "serving/continuous.py",
+        "tasks = [None if running is None else running.held.route for running, _ in requests]",
+        "tasks = [None if running is None else running.held.route for running, _ in requests]\n"
+        "        tasks = [*tasks[1:], tasks[0]]",
+        ("test_serving.py::test_each_request_meets_its_own_keys_alone_on_a_cpu",),
+    ),
+    Bug(
+        "requests attend to the keys of the next one", "serving/packed_attention.py",
+        "torch.where(is_own, first[:, None] + steps, first[:, None]), is_own",
+        "(first[:, None] + steps).clamp(max=int(first[-1])), is_own | True",
+        ("test_serving.py::test_each_request_meets_its_own_keys_alone_on_a_cpu",),
+    ),
+    Bug(
+        "a row that changed is served from memory", "serving/service.py",
+        "        is_new = self._saved.put(name, row)\n        self.engine.places.forget(name)\n",
+        "        is_new = self._saved.put(name, row)\n",
+        ("test_serving.py::test_rows_come_and_go_while_it_runs",),
+    ),
+    Bug(
+        "a place that a request holds is given away", "serving/places.py",
+        "            if not self._holders[place]:\n                del self._places[name]\n",
+        "            if True:\n                del self._places[name]\n",
+        ("test_serving.py",),
+    ),
+    Bug(
+        "a key reaches the tasks of another", "serving/http/access.py",
+        "return name if name in SHARED else self.prefix + name",
+        "return name",
+        ("test_serving_http.py::test_what_a_key_makes_and_removes_is_its_own",),
+    ),
+    Bug(
+        "any key will do", "serving/http/access.py",
+        "if hmac.compare_digest(given, known):", "if given:",
+        ("test_serving_http.py::test_nothing_is_told_without_a_key",),
+    ),
+    Bug(
+        "the queue has no bound", "serving/text_engine.py",
+        "if len(self.requests) >= self.limits.most_requests:", "if False:",
+        ("test_serving.py::test_too_many_requests_are_told_to_wait",),
+    ),
 )  # fmt: skip
 
 

@@ -16,6 +16,7 @@ from typing import Any
 import httpx
 import openai
 import pytest
+from fastapi import HTTPException
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from serving_fake import LIMIT, FakeService, Served, wait_until
@@ -24,7 +25,9 @@ from starlette.testclient import TestClient
 import polyroute.serving.http.page as page
 from polyroute.errors import InputError
 from polyroute.serving.http.access import read_api_keys
+from polyroute.serving.http.answering import Deadline, until_gone
 from polyroute.serving.http.app import make_app
+from polyroute.serving.http.bodies import BodyLimit
 from polyroute.serving.http.settings import HttpSettings
 from polyroute.serving.requests import BusyError, ServingError, StoppingError
 
@@ -1179,6 +1182,20 @@ def test_a_stream_that_takes_too_long_ends_with_an_error(service: FakeService) -
     *_, last, _ = response.text.split("\n\n")
     assert json.loads(last.removeprefix("data: "))["error"]["code"] == "timeout"
     assert (service.started, service.closed) == (1, 1)
+
+
+def test_a_body_that_nobody_reads_may_not_be_large_either() -> None:
+    async def endless() -> Any:
+        return {"type": "http.request", "body": b"x" * 1000, "more_body": True}
+
+    async def hang(scope: Any, receive: Any, send: Any) -> None:
+        await until_gone(receive, asyncio.sleep(60), Deadline(60.0))
+
+    async def ask() -> None:
+        await BodyLimit(hang, 5000)({"type": "http", "headers": []}, endless, None)  # type: ignore[arg-type]
+
+    with pytest.raises(HTTPException, match="larger than the 5000 bytes"):
+        asyncio.run(ask())
 
 
 def test_a_body_that_does_not_come_is_not_waited_for(caplog: pytest.LogCaptureFixture) -> None:

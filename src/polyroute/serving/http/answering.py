@@ -62,7 +62,10 @@ async def until_gone(
         await asyncio.wait((working, leaving), timeout=seconds, return_when=asyncio.FIRST_COMPLETED)
         if working.done():
             return working.result()
-        raise GoneError if leaving.done() else OverdueError(deadline.seconds)
+        if leaving.done():
+            leaving.result()  # raises if the client sent too much
+            raise GoneError
+        raise OverdueError(deadline.seconds)
     finally:
         await _cancelled(working, leaving)
 
