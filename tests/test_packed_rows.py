@@ -77,14 +77,21 @@ def test_outputs_and_gradients_are_those_of_the_unpacked_batch(
 
 @pytest.mark.parametrize("adapter", ["lora", "ia3"])
 @pytest.mark.parametrize("has_gradients", [True, False])
-def test_examples_of_one_length_are_a_batch(adapter: str, has_gradients: bool) -> None:
+@pytest.mark.parametrize("lengths", [
+    (5, 5, 5, 5), (1, 1, 1, 1), (1, 1, 1, 4, 3), (2, 1, 1, 3, 1), (1, 3, 3, 1), (1, 2) * 8,
+], ids=str)  # fmt: skip
+def test_single_tokens_and_longer_examples_are_what_they_are_alone(
+    lengths: tuple[int, ...], has_gradients: bool, adapter: str
+) -> None:
     model = routed(llama(), adapter=adapter).double()
-    rows = torch.randint(3, 40, (len(NAMES), 5))
+    torch.manual_seed(0)
+    apart = [torch.randint(3, 40, (1, length)) for length in lengths]
+    tasks = [NAMES[i * 5 % len(NAMES)] for i in range(len(lengths))]
     with torch.set_grad_enabled(has_gradients):
-        expected = model(input_ids=rows, tasks=NAMES).logits
-        lengths = [[5] * len(NAMES)]
-        found = model(**packed(list(rows[:, None])), tasks=NAMES, segments=lengths).logits
-    torch.testing.assert_close(found.view(expected.shape), expected, rtol=1e-7, atol=1e-9)
+        pairs = zip(apart, tasks, strict=True)
+        expected = torch.cat([model(input_ids=ids, tasks=task).logits for ids, task in pairs], 1)
+        found = model(**packed(apart), tasks=tasks, segments=[list(lengths)]).logits
+    torch.testing.assert_close(found, expected, rtol=1e-7, atol=1e-9)
 
 
 @pytest.mark.parametrize(("examples_", "rank", "dtype", "joins"), [

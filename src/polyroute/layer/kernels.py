@@ -45,8 +45,9 @@ JOINED_OTHERWISE = 0.75
 where each product of a loop has to be started."""
 
 
-RUNS = 8
-"""Packed rows of no more runs of equal examples take a batched product for each run."""
+BLOCKS = 8
+"""Without gradients, packed rows of no more blocks of single tokens and of longer examples are
+computed block by block."""
 FEW = 8
 """Products of 16-bit types with no more vectors are computed in fp32 on CPUs, where starting one of
 16 bits costs more than casting its factors: while a model writes, that is every product."""
@@ -194,12 +195,15 @@ def _add_packed(y: Tensor, x: Tensor, a: Tensor, b: Tensor, segments: Segments) 
     return z
 
 
-def _add_runs(y: Tensor, x: Tensor, a: Tensor, b: Tensor, segments: Segments) -> Tensor:
-    """`_add_packed` by runs of examples of one length, each in one batched product; returns y."""
-    for tokens, examples, length in segments.runs:
-        own_a, own_b = a[examples], b[examples]
-        h = x[tokens].view(len(own_a), length, -1)
-        _add_update(y[tokens].view(len(own_a), length, -1), h, own_a, own_b)
+def _add_blocks(y: Tensor, x: Tensor, a: Tensor, b: Tensor, segments: Segments) -> Tensor:
+    """`_add_packed` block by block, those of one length in a batched product; returns y."""
+    for tokens, examples, part in segments.blocks:
+        own_y, own_x, own_a, own_b = y[tokens], x[tokens], a[examples], b[examples]
+        if part.length is None:
+            _add_packed(own_y, own_x, own_a, own_b, part)
+        else:
+            shape = (len(own_a), part.length, -1)
+            _add_update(own_y.view(shape), own_x.view(shape), own_a, own_b)
     return y
 
 
@@ -302,7 +306,7 @@ def apply_lora(
     """
     one_task = a.dim() == 2
     # Examples of one length are a batch, packed or not.
-    is_packed = segments is not None and not one_task and len(segments.runs) > 1
+    is_packed = segments is not None and not one_task and segments.length is None
     segments = segments if is_packed else None
     rows = (-1, x.shape[-1]) if one_task or is_packed else (a.shape[0], -1, x.shape[-1])
     plain = None if dropout else _plain_weights(base, x, a)
@@ -342,8 +346,8 @@ def _whole_layer(
     """The layer and its update computed together, for flat `x`."""
     one_task = a.dim() == 2
     needs_grad = torch.is_grad_enabled() and (x.requires_grad or a.requires_grad or b.requires_grad)
-    if segments is not None and not needs_grad and len(segments.runs) <= RUNS:
-        return _add_runs(F.linear(x, weight, bias), x, a, b, segments)
+    if segments is not None and not needs_grad and len(segments.blocks) <= BLOCKS:
+        return _add_blocks(F.linear(x, weight, bias), x, a, b, segments)
     if segments is not None:
         packed: Tensor = LinearLoRAPacked.apply(x, weight, bias, a, b, segments)  # type: ignore[no-untyped-call]
         return packed

@@ -27,14 +27,24 @@ class Segments:
         return list(zip([0, *ends[:-1]], ends, strict=True))
 
     @cached_property
-    def runs(self) -> list[tuple[slice, slice, int]]:
-        """Examples of one length in a row: their tokens, which examples they are, the length."""
+    def length(self) -> int | None:
+        """The length of every example; None if they differ."""
+        return self.lengths[0] if len(set(self.lengths)) == 1 else None
+
+    @cached_property
+    def blocks(self) -> "list[tuple[slice, slice, Segments]]":
+        """Neighbours that all have one token, or all have more.
+
+        Returns:
+            For each block its tokens, which examples they are, and where these lie in the block.
+        """
         found, token, example = [], 0, 0
-        for length, group in groupby(self.lengths):
-            count = len(list(group))
-            tokens = slice(token, token + count * length)
-            found.append((tokens, slice(example, example + count), length))
-            token, example = tokens.stop, example + count
+        for _, group in groupby(self.lengths, lambda length: length == 1):
+            part = Segments(tuple(group))
+            tokens = slice(token, token + sum(part.lengths))
+            examples = slice(example, example + len(part.lengths))
+            found.append((tokens, examples, part))
+            token, example = tokens.stop, examples.stop
         return found
 
     def owners(self, like: Tensor, rank: int) -> Tensor:
