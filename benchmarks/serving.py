@@ -46,9 +46,9 @@ from polyroute.serving.requests import Generation
 from polyroute.serving.service import ModelService, ServedRun, make_service
 from polyroute.study.examples import encoded
 
-RESULTS = Path(__file__).parent / "results"
+PATH = Path(__file__).parent / "results" / "serving.json"
 RUN = Path(__file__).parents[1] / "inventories" / "smollm2" / "grouped-s0"
-CLIENTS = (1, 8, 32)
+CLIENTS = (32, 8, 1)
 NEW = 32
 """Tokens of every answer."""
 TURNS = 2
@@ -141,12 +141,18 @@ def tiny() -> tuple[Any, Any]:
 
 
 Loader = Callable[[], tuple[Any, Any]]
+SETUPS: Mapping[str, tuple[Loader, Mapping[str, Any]]] = {
+    "a tiny model, all linear layers": (tiny, {}),
+    "SmolLM2, all linear layers": (loaded, {}),
+    "SmolLM2, queries and values": (loaded, {"target_modules": ["q_proj", "v_proj"]}),
+}
+"""A model, and settings of an inventory."""
 
 
-def random_run(folder: Path, load: Loader) -> Path:
+def random_run(folder: Path, load: Loader, **settings: Any) -> Path:
     """A run with the tasks of `RUN` and random skills, as costly as a trained one."""
     base, _ = load()
-    config = pr.MHRConfig(num_skills=8, num_heads=8, rank=4)
+    config = pr.MHRConfig(num_skills=8, num_heads=8, rank=4, **settings)
     model = pr.attach(base, config, pr.SavedRoutes(RUN).names())
     model.set_phase("random")
     model.save_pretrained(folder)
@@ -164,18 +170,17 @@ def opened(run: Path = RUN, load: Loader = loaded) -> ModelService:
 
 
 def throughput(options: argparse.Namespace) -> dict[str, Any]:
-    """Tokens per second and latencies, contenders in turn."""
+    """Tokens per second and latencies, contenders in turn; setups that are left out stay."""
+    found = dict(kept("throughput").get("setups", {}))
     with tempfile.TemporaryDirectory() as folder:
         place = Path(folder)
-        setups: dict[str, tuple[Path, Loader]] = {
-            "a tiny model, all linear layers": (random_run(place / "tiny", tiny), tiny),
-            "SmolLM2, all linear layers": (RUN, loaded),
-        }
-        found: dict[str, Any] = {}
-        for name, (run, load) in setups.items():
-            print(name, flush=True)
-            found[name] = compared(options, run, load)
-            keep("throughput", {"setups": found, "new_tokens": NEW})
+        for name, (load, settings) in SETUPS.items():
+            if name in (options.setups or SETUPS):
+                print(name, flush=True)
+                is_trained = load is loaded and not settings
+                run = RUN if is_trained else random_run(place / name, load, **settings)
+                found[name] = compared(options, run, load)
+                keep("throughput", {"setups": found, "new_tokens": NEW})
     return {"setups": found, "new_tokens": NEW}
 
 
@@ -375,14 +380,24 @@ CASES: Mapping[str, Callable[[argparse.Namespace], dict[str, Any]]] = {
 
 def keep(case: str, measured: Mapping[str, Any]) -> None:
     """Write what a case measured, beside what others did."""
-    path = RESULTS / "serving.json"
-    content = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
-    write_json(path, {**content, case: {"measured": measured, "machine": machine()}})
+    write_json(PATH, {**_content(), case: {"measured": measured, "machine": machine()}})
+
+
+def kept(case: str) -> Mapping[str, Any]:
+    """What a case measured before."""
+    found: Mapping[str, Any] = _content().get(case, {}).get("measured", {})
+    return found
+
+
+def _content() -> dict[str, Any]:
+    content: dict[str, Any] = json.loads(PATH.read_text(encoding="utf-8")) if PATH.exists() else {}
+    return content
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--cases", nargs="+", choices=CASES, default=list(CASES))
+    parser.add_argument("--setups", nargs="+", choices=SETUPS, help="of throughput, all otherwise")
     parser.add_argument("--data", default="../shared/suite")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--threads", type=int, default=1, help="of torch")

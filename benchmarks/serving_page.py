@@ -33,13 +33,15 @@ def _throughput(found: Mapping[str, Any], table: Callable[..., list[str]]) -> li
         "tasks equally often: at every moment different tasks, the same prompts of one task that "
         "is merged into the base weights, and batches of the same tasks by PEFT's `generate`. In "
         "bfloat16 for SmolLM2, float32 for the tiny model. Medians of rounds in which contenders "
-        "take turns, torch with one thread; ratios are medians within rounds.",
+        "take turns, torch with one thread; ratios are medians within rounds. A LoRA of rank 4 on "
+        "all linear layers of SmolLM2 has 2.4 MB in 16 bits, so 32 of them add 29 % to the 269 MB "
+        "of weights that each step reads from memory; on queries and values they add 5 %.",
         "",
     ]
     rows = []
     for setup, by_clients in found["setups"].items():
         alone = _median(by_clients["1"], OURS, "tokens_per_second")
-        for clients, rounds in by_clients.items():
+        for clients, rounds in sorted(by_clients.items(), key=lambda item: int(item[0])):
             for name, title in TITLES.items():
                 speed = _median(rounds, name, "tokens_per_second")
                 ratio = statistics.median(
