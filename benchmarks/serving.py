@@ -6,8 +6,8 @@
 tokens after its prompt, a real one of its task. Together they ask each of 32 tasks equally often,
 so one client does the same work as many. Contenders: the server, with requests of different tasks
 at every moment; the same server with one task merged into the base weights; and PEFT's `generate`
-with `adapter_names`, on a batch of one request of each client, with the same tasks exported. They
-take turns within a round. `rows` is what a task costs that is not in memory. `learn`
+with `adapter_names`, on a batch of one request of each client, with the same tasks exported. The
+first two take turns, and PEFT follows. `rows` is what a task costs that is not in memory. `learn`
 adds a task from 16 examples over HTTP. `memory` is that of the server with 1,000 and with 100,000
 tasks in its folder.
 
@@ -186,39 +186,49 @@ def throughput(options: argparse.Namespace) -> dict[str, Any]:
 
 def compared(options: argparse.Namespace, run: Path, load: Loader) -> dict[str, Any]:
     """By the number of clients, rounds of what each contender measured."""
+    kind, work, found = by_servers(options, run, load)  # which have their memory for themselves
+    with tempfile.TemporaryDirectory() as folder:
+        by_peft = peft_batches(kind, work, Path(folder), run, load)
+        for count in CLIENTS:
+            for one in found[str(count)]:
+                one[PEFT] = by_peft(count).to_dict()
+                print(count, one[PEFT], flush=True)
+    return found
+
+
+def by_servers(
+    options: argparse.Namespace, run: Path, load: Loader
+) -> tuple[Any, Work, dict[str, list[dict[str, Any]]]]:
+    """The kind of the model, the work, and what the servers measured, by the number of clients."""
     ours, merged = opened(run, load), opened(run, load)
     names = list(pr.SavedRoutes(run).names())[: max(CLIENTS)]
-    work = Work.of(ours.kind, options.data, names)
-    with tempfile.TemporaryDirectory() as folder:
-        by_peft = peft_batches(ours.kind, work, Path(folder), run, load)
+    work, found = Work.of(ours.kind, options.data, names), dict[str, list[dict[str, Any]]]()
 
-        async def measure() -> dict[str, Any]:
-            await ours.start()
-            await merged.start()
-            held = merged.engine.places.hold(names[0])
-            merged.model.merge(merged.model.tasks[held.route])
-            found: dict[str, Any] = {}
-            contenders: dict[str, Callable[[int], Any]] = {
-                OURS: lambda n: clients(ours, work, n),
-                MERGED: lambda n: clients(merged, work, n, task=names[0]),
-                PEFT: lambda n: asyncio.to_thread(by_peft, n),
-            }
-            for contender in contenders.values():
-                await contender(max(CLIENTS))  # warm
-            for count in CLIENTS:
-                rounds: list[dict[str, Any]] = []
-                # A single client takes as long as all others together, and asks 32 times.
-                for number in range(options.rounds if count > 1 else 1):
-                    order = list(contenders)[:: 1 if number % 2 == 0 else -1]
-                    seen = {name: await contenders[name](count) for name in order}
-                    rounds.append({name: one.to_dict() for name, one in seen.items()})
-                    print(count, rounds[-1], flush=True)
-                found[str(count)] = rounds
-            await asyncio.to_thread(ours.stop)
-            await asyncio.to_thread(merged.stop)
-            return found
+    async def measure() -> None:
+        await ours.start()
+        await merged.start()
+        held = merged.engine.places.hold(names[0])
+        merged.model.merge(merged.model.tasks[held.route])
+        contenders: dict[str, Callable[[int], Any]] = {
+            OURS: lambda n: clients(ours, work, n),
+            MERGED: lambda n: clients(merged, work, n, task=names[0]),
+        }
+        for contender in contenders.values():
+            await contender(max(CLIENTS))  # warm
+        for count in CLIENTS:
+            rounds: list[dict[str, Any]] = []
+            # A single client takes as long as all others together, and asks 32 times.
+            for number in range(options.rounds if count > 1 else 1):
+                order = list(contenders)[:: 1 if number % 2 == 0 else -1]
+                seen = {name: await contenders[name](count) for name in order}
+                rounds.append({name: one.to_dict() for name, one in seen.items()})
+                print(count, rounds[-1], flush=True)
+            found[str(count)] = rounds
+        await asyncio.to_thread(ours.stop)
+        await asyncio.to_thread(merged.stop)
 
-        return asyncio.run(measure())
+    asyncio.run(measure())
+    return ours.kind, work, found
 
 
 def peft_batches(
