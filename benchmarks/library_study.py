@@ -21,7 +21,7 @@ import json
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -84,6 +84,15 @@ class Place:
         """A library on its base model."""
         base, kind = self.study.base_and_kind()
         return pr.attach(base, pr.Library.from_peft(loras)).eval(), kind
+
+    def scored(
+        self, kind: ModelKind, model: pr.RoutedModel, task: str, route: str | pr.RouteRule | None
+    ) -> Found:
+        """The score of one task; its LoRA's own if `route` is None."""
+        (found,) = pr.evaluate(
+            model, kind, self.study.suite, [task], route=route, max_examples=self.most
+        )
+        return found.to_dict()
 
 
 def exported(run: Path) -> Path:
@@ -162,11 +171,7 @@ def frozen(place: Place) -> Stage:
     """One plain LoRA in place of Arrow, for each development task."""
     model, kind = place.opened(exported(place.loras))
 
-    def score(own: pr.RoutedModel, task: str, route: pr.RouteRule | None) -> Found:
-        (found,) = pr.evaluate(
-            own, kind, place.study.suite, [task], route=route, max_examples=place.most
-        )
-        return found.to_dict()
+    score = partial(place.scored, kind)
 
     def one(task: str) -> Found:
         rows = list(encoded(place.study.suite, task, "train", kind).select(range(TEXTS)))
@@ -190,11 +195,7 @@ def zero(place: Place) -> Stage:
     base, _ = place.study.base_and_kind()
     inventory = pr.from_pretrained(base, MHR, tasks=[]).eval()
 
-    def score(own: pr.RoutedModel, task: str, route: str | pr.RouteRule) -> Found:
-        (found,) = pr.evaluate(
-            own, kind, place.study.suite, [task], route=route, max_examples=place.most
-        )
-        return found.to_dict()
+    score = partial(place.scored, kind)
 
     def one(task: str) -> Found:
         found = {"base": score(model, task, Given()), "MHR": score(inventory, task, "mu")}

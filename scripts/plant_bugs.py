@@ -417,7 +417,7 @@ BUGS = (
         "a place that a request holds is given away", "serving/places.py",
         "            if not self._holders[place]:\n                del self._places[name]\n",
         "            if True:\n                del self._places[name]\n",
-        ("test_serving.py",),
+        ("test_serving.py::test_a_place_that_a_request_holds_is_given_to_no_other",),
     ),
     Bug(
         "a key reaches the tasks of another", "serving/http/access.py",

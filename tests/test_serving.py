@@ -162,6 +162,22 @@ def test_few_places_serve_many_tasks(folder: Path, model: Any, kind: Any) -> Non
         assert answer.ids == alone(model, kind, [5, 6, 7], task, 12)
 
 
+def test_a_place_that_a_request_holds_is_given_to_no_other(folder: Path, model: Any) -> None:
+    places = service_of(folder / "run", limits=replace(LIMITS, most_requests=2)).engine.places
+    held = places.hold(NAMES[0])
+    for name in NAMES[1:6]:
+        other = places.hold(name)
+        assert other.route != held.route
+        torch.testing.assert_close(places.model.routes[other.route], model.routes[name])
+        other.release()
+    torch.testing.assert_close(places.model.routes[held.route], model.routes[NAMES[0]])
+    last = places.hold(NAMES[7])
+    with pytest.raises(BusyError):
+        places.hold(NAMES[8])
+    last.release()
+    held.release()
+
+
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
 def test_each_request_meets_its_own_keys_alone_on_a_cpu(
     folder: Path, model: Any, kind: Any, attention: str, monkeypatch: pytest.MonkeyPatch

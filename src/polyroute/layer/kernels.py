@@ -305,9 +305,9 @@ def apply_lora(
         segments: where the examples of packed rows lie; used with per-example factors only.
     """
     one_task = a.dim() == 2
-    # Examples of one length are a batch, packed or not.
-    is_packed = segments is not None and not one_task and segments.length is None
-    segments = segments if is_packed else None
+    if segments is not None and (one_task or segments.length is not None):
+        segments = None  # examples of one length are a batch, packed or not
+    is_packed = segments is not None
     rows = (-1, x.shape[-1]) if one_task or is_packed else (a.shape[0], -1, x.shape[-1])
     plain = None if dropout else _plain_weights(base, x, a)
     if plain is not None:

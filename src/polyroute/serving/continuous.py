@@ -32,15 +32,12 @@ PAGE = 32
 """Tokens in a page of the cache."""
 SHARE_OF_MEMORY = 0.25
 """Of the free memory, the most that the cache takes."""
-_numbers = itertools.count()
-"""Of the requests of this process."""
 
 
 @dataclass(eq=False, kw_only=True)
 class _Running(Request):
     """A request in the hands of the scheduler."""
 
-    id: str = field(default_factory=lambda: f"request {next(_numbers)}")
     prompt: list[Chosen] = field(default_factory=list)
     """The tokens of the prompt with their log-probabilities, as far as they are computed."""
 
@@ -59,7 +56,6 @@ class ContinuousEngine(TextEngine[_Running]):
 
     def __init__(self, model: RoutedModel, kind: ModelKind, places: Places, limits: Limits) -> None:
         super().__init__(model, kind, places, limits)
-        self._by_id: dict[str, _Running] = {}
         self._manager = self._make_manager()
 
     # ---------------------------------------------------------------- for the service
@@ -83,7 +79,6 @@ class ContinuousEngine(TextEngine[_Running]):
         return {"running": active, "waiting": len(self.requests) - active}
 
     def _begin(self, request: _Running) -> None:
-        self._by_id[request.id] = request
         taken = self._manager.add_request(
             list(request.generation.prompt_ids),
             request_id=request.id,
@@ -96,7 +91,6 @@ class ContinuousEngine(TextEngine[_Running]):
     def _leave(self, request: _Running) -> None:
         # A forward that is running may still have its tokens; nobody sees what that computes.
         self._manager.cancel_request(request.id)
-        self._by_id.pop(request.id, None)
 
     def _end(self) -> None:
         self._manager.stop(block=True, hard_stop=True)
@@ -137,11 +131,11 @@ class ContinuousEngine(TextEngine[_Running]):
         A request that was cancelled since the forward was planned is None.
         """
         states = self._manager.batch_processor.inputs_and_outputs.requests_in_batch
-        return [(self._by_id.get(one.state.request_id), one.has_new_token) for one in states]
+        return [(self.requests.get(one.state.request_id), one.has_new_token) for one in states]
 
     def fail(self, id: str) -> None:
         """Tell a request, by its id, that there is no answer; from the thread of the model."""
-        if (running := self._by_id.get(id)) is not None:
+        if (running := self.requests.get(id)) is not None:
             # Whoever stops the scheduler makes it give up what it has.
             error = StoppingError() if self.is_stopping else ServingError()
             self.tell([(running, Failed(error))])

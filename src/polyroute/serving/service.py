@@ -113,7 +113,7 @@ class ModelService:
         self.model: RoutedModel = engine.model
         self.name = served.name
         self.writes = not isinstance(engine, EmbeddingEngine)
-        self.can_learn = learned is not None
+        self.can_learn = self.learner is not None
         self.max_length = served.limits.most_tokens
         self.most_requests = served.limits.most_requests
         self.has_chat = self.writes and self._template is not None

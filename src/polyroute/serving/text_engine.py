@@ -1,6 +1,7 @@
 """What all engines that write text share: who is asked, what is taken, and how tokens are told."""
 
 import asyncio
+import itertools
 from abc import ABC, abstractmethod
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
@@ -16,6 +17,9 @@ from polyroute.serving.sampling import Draws
 
 __all__ = ["Request", "TextEngine"]
 
+_numbers = itertools.count()
+"""Of the requests of this process."""
+
 
 @dataclass(eq=False, kw_only=True)
 class Request:
@@ -24,6 +28,7 @@ class Request:
     generation: Generation
     draws: Draws
     held: Held
+    id: str = field(default_factory=lambda: f"request {next(_numbers)}")
     events: "asyncio.Queue[Event]" = field(default_factory=asyncio.Queue)
 
 
@@ -41,7 +46,7 @@ class TextEngine(ABC, Generic[R]):
 
     Attributes:
         ends: the tokens that end an answer.
-        requests: those that wait or are computed.
+        requests: by id, those that wait or are computed.
     """
 
     request_class: type[R]
@@ -53,7 +58,7 @@ class TextEngine(ABC, Generic[R]):
         embeddings: Any = model.base_model.get_input_embeddings()  # type: ignore[operator]
         self._vocabulary = int(embeddings.weight.shape[0])
         self._loop: asyncio.AbstractEventLoop | None = None
-        self.requests: set[R] = set()
+        self.requests: dict[str, R] = {}
         self.is_stopping = False
 
     def start(self) -> None:
@@ -86,7 +91,7 @@ class TextEngine(ABC, Generic[R]):
             ServingError: the model failed.
         """
         request = self._admitted(generation)
-        self.requests.add(request)
+        self.requests[request.id] = request
         try:
             self._begin(request)
             told = pieces(generation, request.events, self.tokenizer, self.ends)
@@ -95,7 +100,7 @@ class TextEngine(ABC, Generic[R]):
                     yield piece
         finally:
             self._leave(request)
-            self.requests.discard(request)
+            del self.requests[request.id]
             request.held.release()
 
     def tell(self, events: Sequence[tuple[Request, Event]]) -> None:
@@ -109,7 +114,7 @@ class TextEngine(ABC, Generic[R]):
             self._loop.call_soon_threadsafe(put)
 
     def _tell_all(self) -> None:
-        for request in self.requests:
+        for request in self.requests.values():
             request.events.put_nowait(Failed(StoppingError()))
 
     # ---------------------------------------------------------------- for subclasses

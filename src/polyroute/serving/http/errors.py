@@ -124,7 +124,7 @@ def refusal_of(error: Exception, request_id: str) -> Refusal:
         case GoneError():
             return Refusal(GONE, "the client left")
         case ServingError():
-            return Refusal(500, str(error) or "the model failed on this request", "model_failed")
+            return Refusal(500, str(error), "model_failed")
     trace = "".join(traceback.format_exception(error))
     log.error(json.dumps({"request_id": request_id, "error": type(error).__name__, "trace": trace}))
     return Refusal(
