@@ -274,10 +274,10 @@ def skill_gradients(model: Any) -> list[Tensor]:
 
 
 @pytest.mark.parametrize("rank", [1, 4, 20])
-@pytest.mark.parametrize("shape", [(1,), (8,), (9,), (3, 1), (3, 8), (3, 9)], ids=str)
+@pytest.mark.parametrize("shape", [(1,), (4,), (5,), (3, 1), (3, 4), (3, 5)], ids=str)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @torch.no_grad()
-def test_an_update_of_few_vectors_in_halves_is_rounded_once(
+def test_an_update_of_vectors_in_halves_is_exact_but_for_rounding(
     dtype: torch.dtype, shape: tuple[int, ...], rank: int
 ) -> None:
     # The base layer computes 0, so only the update is seen.
@@ -289,8 +289,5 @@ def test_an_update_of_few_vectors_in_halves_is_rounded_once(
     exact = (x.double() @ a.double().mT) @ b.double()
     y = apply_lora(base, x, a, b, 0.0)
     assert y.dtype == dtype
-    if shape[-1] <= 8:  # rounded once, at the very end; fp32 itself may be 1e-4 off
-        one_rounding = torch.finfo(dtype).eps / 2 * exact.abs()
-        assert ((y.double() - exact).abs() <= one_rounding * 1.02 + 1e-4).all()
-    else:
-        assert relative_error(y.double(), exact) < 10 * torch.finfo(dtype).eps
+    # The product with a is rounded, the update, and its sum with the output of the base layer.
+    assert relative_error(y.double(), exact) < 2 * torch.finfo(dtype).eps

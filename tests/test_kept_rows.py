@@ -1,17 +1,19 @@
 """Packed rows whose tasks change from forward to forward, and the base model beside tasks."""
 
+import copy
 from typing import Any
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from models import TASKS, batch, gpt2, llama, routed, t5
+from models import TASKS, batch, gpt2, llama, relative_error, routed, t5
 from test_packed_rows import packed
 from torch import Tensor
 
 import polyroute as pr
 from polyroute import InputError, RoutedModel
+from polyroute.layer import kernels
 
 ROUTED = [
     {"num_heads": 4, "rank": 2, "alpha": 5.0},
@@ -139,6 +141,84 @@ def test_gradients_take_the_usual_way() -> None:
     inputs = packed([torch.full((1, 2), 5), torch.full((1, 1), 7)])
     model(**inputs, tasks=["amber", "birch"], segments=[[2, 1]]).logits.sum().backward()
     assert all(p.grad is not None for p in model.inventory.parameters())
+
+
+class TestHalves:
+    """Examples of packed rows look kept factors up where a CPU computes in 16 bits."""
+
+    TASKS = ("amber", "birch", "mu", "cedar", None, "birch", "dune", "amber", "cedar", "dune")
+    LENGTHS = (
+        pytest.param((1,) * 10, id="one token each"),
+        pytest.param((1, 7, 1, 2, 1, 30, 1, 1, 5, 3), id="mixed"),
+    )
+
+    @pytest.fixture(params=[torch.bfloat16, torch.float16], ids=str)
+    def model(self, request: pytest.FixtureRequest) -> RoutedModel:
+        model = routed(llama(), num_heads=4, rank=2, alpha=5.0).to(request.param).eval()
+        return model.requires_grad_(False)
+
+    def run(self, model: RoutedModel, tasks: Any, lengths: tuple[int, ...]) -> Tensor:
+        torch.manual_seed(1)
+        inputs = packed([torch.randint(3, 40, (1, length)) for length in lengths])
+        inputs["attention_mask"] = inputs["attention_mask"].to(model.base_model.dtype)
+        return model(**inputs, tasks=list(tasks), segments=[list(lengths)]).logits
+
+    def looked_up(self, model: RoutedModel, monkeypatch: pytest.MonkeyPatch) -> list[int]:
+        """Grows by one for each layer whose factors were looked up."""
+        seen: list[int] = []
+        real = kernels.add_to_few
+
+        def noted(*given: Any) -> Tensor:
+            seen.append(len(given))
+            return real(*given)
+
+        monkeypatch.setattr(kernels, "add_to_few", noted)
+        return seen
+
+    @pytest.mark.parametrize("lengths", LENGTHS)
+    @torch.no_grad()
+    def test_each_example_is_what_it_is_in_fp32(
+        self, model: RoutedModel, lengths: tuple[int, ...], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        seen = self.looked_up(model, monkeypatch)
+        found = [self.run(model, self.TASKS, lengths)]
+        found.append(self.run(model, self.TASKS[::-1], lengths))
+        assert len(seen) == 2 * len(model.sites)
+        exact = copy.deepcopy(model).float()
+        for logits, tasks in zip(found, (self.TASKS, self.TASKS[::-1]), strict=True):
+            expected = self.run(exact, tasks, lengths)
+            other = self.run(exact, tasks[1:] + tasks[:1], lengths)
+            error, of_others = (relative_error(y, expected) for y in (logits.float(), other))
+            assert 10 * error < of_others
+
+    @torch.no_grad()
+    def test_a_layer_that_is_watched_gets_the_same(
+        self, model: RoutedModel, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        expected = self.run(model, self.TASKS, (1,) * 10)
+        seen = self.looked_up(model, monkeypatch)
+        calls: list[Any] = []
+        for site in model.sites:
+            site.layer.register_forward_hook(lambda *given: calls.append(given))
+        found = self.run(model, self.TASKS, (1,) * 10)
+        assert len(calls) == len(model.sites)
+        assert not seen
+        assert relative_error(found.float(), expected.float()) < 0.03
+
+    def test_with_gradients_nothing_that_may_change_is_looked_up(
+        self, model: RoutedModel, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        seen = self.looked_up(model, monkeypatch)
+        embeddings = model.base_model.get_input_embeddings().weight.requires_grad_()
+        self.run(model, self.TASKS, (1,) * 10).sum().backward()
+        expected, embeddings.grad = embeddings.grad, None
+        loss = self.run(model, self.TASKS, (1,) * 10).sum()
+        model.routes["amber"] = 5.0 + model.routes["birch"]
+        with torch.no_grad():
+            self.run(model, ("dune", "amber", *self.TASKS[2:]), (1,) * 10)
+        assert seen
+        loss.backward()
+        assert torch.equal(embeddings.grad, expected)
 
 
 @pytest.mark.parametrize("settings", [*ROUTED, *OTHERS], ids=str)

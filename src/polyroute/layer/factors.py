@@ -10,6 +10,7 @@ from typing import Protocol, Self
 import torch
 from torch import Tensor, nn
 
+from polyroute.layer.few_vectors import Places
 from polyroute.layer.gated import (
     Gate,
     apply_output_space,
@@ -18,12 +19,13 @@ from polyroute.layer.gated import (
     sorting_pays,
     weights_of_tokens,
 )
-from polyroute.layer.kernels import apply_ia3, apply_lora
+from polyroute.layer.kernels import apply_ia3, apply_kept_lora, apply_lora
 from polyroute.layer.segments import Segments
 
 __all__ = [
     "Factors",
     "IA3Factors",
+    "KeptFactors",
     "LoRAFactors",
     "OutputSpaceFactors",
     "PlainFactors",
@@ -104,6 +106,39 @@ class LoRAFactors:
 
     def to(self, device: torch.device) -> Self:
         """Both factors on another device."""
+        return replace(self, a=self.a.to(device), b=self.b.to(device))
+
+
+@dataclass(frozen=True)
+class KeptFactors:
+    """LoRA factors of many examples, among which those of packed rows look up their own."""
+
+    a: Tensor
+    """`[S, r, d_in]`."""
+    b: Tensor
+    """`[S, r, d_out]`, scale included."""
+    examples: Tensor
+    """Which of them each example has, `[B]`."""
+    places: Places
+    """The same for each token."""
+
+    @property
+    def num_examples(self) -> int:
+        """B."""
+        return len(self.examples)
+
+    def apply(
+        self, base: nn.Module, x: Tensor, dropout: float, segments: Segments | None = None
+    ) -> Tensor:
+        """base(x) + x a^T b."""
+        found = None if dropout else apply_kept_lora(base, x, self.a, self.b, self.places)
+        if found is not None:
+            return found
+        own = LoRAFactors(self.a[self.examples], self.b[self.examples])
+        return own.apply(base, x, dropout, segments)
+
+    def to(self, device: torch.device) -> Self:
+        """The same factors on another device."""
         return replace(self, a=self.a.to(device), b=self.b.to(device))
 
 

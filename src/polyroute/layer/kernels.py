@@ -28,11 +28,13 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F  # noqa: N812 (its name everywhere)
 
+from polyroute.layer.few_vectors import Places, add_to_few, can_look_up, is_few
 from polyroute.layer.segments import Segments
 from polyroute.layer.sites import weight_matrix
 
 __all__ = [
     "apply_ia3",
+    "apply_kept_lora",
     "apply_lora",
     "plain_executors",
     "widened",
@@ -48,10 +50,6 @@ where each product of a loop has to be started."""
 BLOCKS = 8
 """Without gradients, packed rows of no more blocks of single tokens and of longer examples are
 computed block by block."""
-FEW = 8
-"""Products of 16-bit types with no more vectors are computed in fp32 on CPUs, where starting one of
-16 bits costs more than casting its factors: while a model writes, that is every product."""
-
 _plain_only = False
 
 
@@ -164,8 +162,8 @@ def _add_update(y: Tensor, x: Tensor, a: Tensor, b: Tensor) -> Tensor:
         a: `[r, d_in]` or `[B, r, d_in]`.
         b: `[r, d_out]` or `[B, r, d_out]`, scale included.
     """
-    if x.shape[-2] <= FEW and x.is_cpu and x.dtype.itemsize == 2:
-        return y.add_(_down(x.float(), a.float()) @ b.float())
+    if is_few(x):
+        return add_to_few(y, x, a, b)
     z = _down(x, a)
     return y.addmm_(z, b) if a.dim() == 2 else y.baddbmm_(z, b)
 
@@ -333,6 +331,27 @@ def apply_lora(
         delta = torch.bmm(torch.bmm(h, a.transpose(1, 2)), b)
     updated: Tensor = y + delta.view(y.shape).to(y.dtype)
     return updated
+
+
+def apply_kept_lora(
+    base: nn.Module, x: Tensor, a: Tensor, b: Tensor, places: Places
+) -> Tensor | None:
+    """base(x) plus an update whose factors are looked up, without gradients.
+
+    Args:
+        base: the frozen layer.
+        x: `[..., d_in]`, as many vectors as there are places.
+        a: `[S, r, d_in]`.
+        b: `[S, r, d_out]`, scale included.
+        places: which of them each vector has.
+
+    Returns:
+        The output; None if the layer is not an ordinary one, or looking up is slow.
+    """
+    plain = _plain_weights(base, x, a)
+    if plain is None or not can_look_up(x.device, x.dtype):
+        return None
+    return add_to_few(F.linear(x, *plain), x, a, b, places)
 
 
 def _whole_layer(

@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from polyroute.layer.factors import LoRAFactors, PlainFactors
+from polyroute.layer.factors import KeptFactors, LoRAFactors, PlainFactors, Segments
+from polyroute.layer.few_vectors import Places, are_few, can_look_up
 from polyroute.routes.index import index_on
 from polyroute.routes.ragged import RaggedInventory
 from polyroute.routes.tasks import Route
@@ -36,8 +37,10 @@ class KeptRows:
         """`[S, N * H * K]`, what each kept row was mixed from."""
         self._bank: list[LoRAFactors] = []
         """For each site, factors `[S, r, d]`."""
-        self._last: tuple[Any, Sequence[LoRAFactors]] | None = None
-        """The rows of the last batch, and what they gathered."""
+        self._last: tuple[Any, Tensor] | None = None
+        """The rows of the last batch, and the slot of each example."""
+        self._copies: Sequence[LoRAFactors] | None = None
+        """What the last batch gathered, if it did."""
         self._lock = threading.Lock()
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "KeptRows":
@@ -59,26 +62,53 @@ class KeptRows:
         )
 
     def factors(
-        self, rows: Sequence[int], mixer: "Mixer", dtype: torch.dtype
-    ) -> Sequence[LoRAFactors]:
-        """The factors of each site, `[B, r, d]`.
+        self, route: Route, mixer: "Mixer", dtype: torch.dtype
+    ) -> Sequence[LoRAFactors | KeptFactors]:
+        """The factors of each site.
 
         Args:
-            rows: the row of each example, at least two different ones.
+            route: of a batch that fits.
             mixer: has the skills and the table.
             dtype: the type that the layers compute in.
         """
+        rows, segments = route.rows or (), route.segments
+        assert segments is not None
+        # With gradients, a block of layers may be recomputed after what is kept has changed.
+        are_read = (
+            are_few(segments) and can_look_up(mixer.device, dtype) and not torch.is_grad_enabled()
+        )
         # Not in inference mode, because what is kept changes in place later.
         with self._lock, torch.inference_mode(False), torch.no_grad():
             try:
+                if are_read:
+                    return self._read(rows, segments, mixer, dtype)
                 return self._gathered(rows, mixer, dtype)
             except BaseException:
                 self._stamp = None  # what was being written may be half done: mix all anew
                 raise
 
+    def _read(
+        self, rows: Sequence[int], segments: Segments, mixer: "Mixer", dtype: torch.dtype
+    ) -> Sequence[KeptFactors]:
+        """What is kept, and where each token finds its own."""
+        index = self._kept(rows, mixer, dtype)
+        places = Places.of(segments.spread(index), self._bank[0].a.shape[1])
+        return [KeptFactors(own.a, own.b, index, places) for own in self._bank]
+
     def _gathered(
         self, rows: Sequence[int], mixer: "Mixer", dtype: torch.dtype
     ) -> Sequence[LoRAFactors]:
+        """A copy `[B, r, d]` for each site, made once while batches have the same rows."""
+        index = self._kept(rows, mixer, dtype)
+        if self._copies is None:
+            self._copies = [
+                LoRAFactors(own.a.index_select(0, index), own.b.index_select(0, index))
+                for own in self._bank
+            ]
+        return self._copies
+
+    def _kept(self, rows: Sequence[int], mixer: "Mixer", dtype: torch.dtype) -> Tensor:
+        """The slot of each example's row, `[B]`; what is not kept is mixed before."""
         skills = [*mixer.inventory.parameters(), *mixer.rule.parameters()]
         stamp = ([(id(p), p._version, p.data_ptr()) for p in skills], mixer.anneal_progress, dtype)
         if self._stamp != stamp:
@@ -86,13 +116,10 @@ class KeptRows:
         logits = mixer.table.logits
         key = tuple(rows), None if logits is None else (id(logits), logits._version)
         if self._last is None or self._last[0] != key:
+            self._copies = None
             self._mix_new(list(dict.fromkeys(rows)), mixer, dtype)
-            index = index_on(mixer.device, tuple(self._slots[row] for row in rows))
-            found = [
-                LoRAFactors(own.a.index_select(0, index), own.b.index_select(0, index))
-                for own in self._bank
-            ]
-            self._last = key, found
+            slots = tuple(self._slots[row] for row in rows)
+            self._last = key, index_on(mixer.device, slots)
         return self._last[1]
 
     def _mix_new(self, rows: Sequence[int], mixer: "Mixer", dtype: torch.dtype) -> None:

@@ -219,8 +219,8 @@ class Mixer(nn.Module):
             return self._mix_route(route, dtype, training=training, per_example=per_example)
         if self._kept.fits(route, self):
             with torch.autocast(self.device.type, enabled=False):
-                found = self._kept.factors(route.rows or (), self, dtype)
-            return self._mixture_of(found, len(found[0].a), route.segments)
+                found = self._kept.factors(route, self, dtype)
+            return self._mixture_of(found, len(route.rows or ()), route.segments)
         stamp = (
             [(id(p), p._version, p.data_ptr()) for p in self.learned()],
             self.anneal_progress,
