@@ -194,7 +194,8 @@ main(sys.argv[1:])
 """
 
 
-@pytest.mark.parametrize("function", ["load_suite", pytest.param("plan", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("function", ["load_suite", "plan"])
 def test_a_process_that_refuses_its_input_ends_all(
     place: Path, alone: Path, tmp_path: Path, function: str
 ) -> None:

@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from polyroute import InputError, RoutedModel
-from polyroute.layer.kernels import LinearLoRA, LinearLoRAPerExample, apply_ia3, apply_lora
+from polyroute.layer.ia3 import apply_ia3
+from polyroute.layer.kernels import LinearLoRA, LinearLoRAPerExample, apply_lora
 
 TOLERANCE = 1e-6  # relative to the largest entry; gates are fp32 also in a float64 model
 

@@ -184,6 +184,7 @@ def test_every_stage_of_the_generated_study_runs_and_resumes(tmp_path: Path) -> 
     assert kept["parameters"]["inventory"] == kept["parameters"]["one_adapter"]
 
 
+@pytest.mark.slow
 def test_a_part_of_the_held_out_table_trains_only_where_a_result_is_missing(
     tmp_path: Path,
 ) -> None:

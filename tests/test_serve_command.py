@@ -129,7 +129,9 @@ def test_lm_eval_scores_a_task_over_http(
             assert float(told) == pytest.approx(float(own), abs=1e-3)
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize(
+    "number", [signal.SIGINT, pytest.param(signal.SIGTERM, marks=pytest.mark.slow)]
+)
 def test_it_drains_and_ends_well(
     written: tuple[Path, Any], tmp_path: Path, number: signal.Signals
 ) -> None:

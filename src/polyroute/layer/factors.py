@@ -19,7 +19,8 @@ from polyroute.layer.gated import (
     sorting_pays,
     weights_of_tokens,
 )
-from polyroute.layer.kernels import apply_ia3, apply_kept_lora, apply_lora
+from polyroute.layer.ia3 import apply_ia3
+from polyroute.layer.kernels import apply_kept_lora, apply_lora
 from polyroute.layer.segments import Segments
 
 __all__ = [

@@ -8,7 +8,8 @@ The shape of the factors decides which executor applies them:
   ranks of all examples, of which each token keeps those of its own example; or, where these are too
   many, one 2-D product for each example.
 
-`polyroute.layer.gated` has the executors for weights that differ from token to token.
+`polyroute.layer.gated` has the executors for weights that differ from token to token, and
+`polyroute.layer.few_vectors` those for few vectors of 16 bits on CPUs, which look factors up.
 
 If the base layer is an ordinary frozen linear layer, `LinearLoRA`, `LinearLoRAPerExample` and
 `LinearLoRAPacked` compute the whole layer. They add the update in place to the fresh output, and in
@@ -33,7 +34,6 @@ from polyroute.layer.segments import Segments
 from polyroute.layer.sites import weight_matrix
 
 __all__ = [
-    "apply_ia3",
     "apply_kept_lora",
     "apply_lora",
     "plain_executors",
@@ -390,23 +390,3 @@ def widened(x: Tensor, *tensors: Tensor) -> list[Tensor]:
         if tensor.dtype != wide:
             wide = torch.promote_types(wide, tensor.dtype)
     return [tensor if tensor.dtype == wide else tensor.to(wide) for tensor in tensors]
-
-
-def apply_ia3(
-    base: nn.Module, x: Tensor, scale: Tensor, segments: Segments | None = None
-) -> Tensor:
-    """base(x) times a scale for each output unit, bias included ((IA)^3).
-
-    Args:
-        base: the frozen layer.
-        x: `[..., d_in]`, as in `apply_lora`.
-        scale: `[1, d_out]` or `[B, 1, d_out]`.
-        segments: as in `apply_lora`.
-    """
-    y: Tensor = base(x)
-    scale = scale.to(y.dtype)
-    if scale.dim() == 2:
-        return y * scale.squeeze(0)
-    if segments is not None:
-        return (y.reshape(-1, y.shape[-1]) * segments.spread(scale.squeeze(1))).view(y.shape)
-    return (y.reshape(scale.shape[0], -1, y.shape[-1]) * scale).view(y.shape)
