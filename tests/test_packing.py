@@ -14,10 +14,11 @@ from torch.testing import assert_close
 
 import polyroute as pr
 from polyroute.adapting.row_batches import losses_of
-from polyroute.kinds import packing
+from polyroute.kinds import packing, shared_prompts
 from polyroute.kinds.batches import IGNORED, rounded
 from polyroute.kinds.objectives import OBJECTIVES, Objective
 from polyroute.kinds.packing import Packing, _filled, can_pack, packed_rows
+from polyroute.kinds.shared_prompts import longest_shared
 
 Maker = Callable[..., nn.Module]
 PACKING = {name: SHARING[name] for name in ("llama", "qwen", "gemma", "gpt2")}
@@ -121,6 +122,22 @@ def test_a_model_whose_examples_see_each_other_is_noticed() -> None:
 
     inner.forward = leaking
     assert not can_pack(model, "a")
+
+
+@pytest.mark.parametrize("found", [can_pack, lambda *given: longest_shared(*given) > 0])
+def test_rounding_that_differs_now_and_then_is_not_taken_for_seeing_another_example(
+    found: Callable[[Any, str], bool], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # The logits of a model depend, in the last bit, on where its tensors lie in memory.
+    calls = iter(range(100))
+    for module in (packing, shared_prompts):
+        real = module.logits_of
+
+        def rounded(*given: Any, real: Any = real) -> Tensor:
+            return real(*given) * (1 if next(calls) else 1 + 2**-20)
+
+        monkeypatch.setattr(module, "logits_of", rounded)
+    assert found(routed(llama), "a")
 
 
 def test_what_compares_choices_is_not_packed() -> None:

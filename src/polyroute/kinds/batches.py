@@ -3,7 +3,7 @@
 Shape letters are those of `polyroute.kinds.base`.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, Literal
 
@@ -27,6 +27,7 @@ __all__ = [
     "evaluating",
     "flat_choices",
     "flat_tasks",
+    "have_same_logits",
     "logits_of",
     "on_device_of",
     "padded",
@@ -45,6 +46,8 @@ IGNORED = -100  # losses of transformers ignore this label
 FAILURES = (IndexError, RuntimeError, TypeError, ValueError)
 """What a model raises that cannot run on a batch of an unusual form."""
 
+TRIES = 5
+"""How often logits are compared that may differ by how they are rounded."""
 
 UNIT, LARGE = 64, 512
 """Batches of `LARGE` tokens or more have a multiple of `UNIT` tokens, or a few more.
@@ -191,6 +194,15 @@ def logits_of(model: nn.Module, inputs: Mapping[str, Tensor], tasks: list[str]) 
     with evaluating(model):
         found: Tensor = model(**on_device_of(model, inputs), tasks=tasks, use_cache=False).logits
     return found[0]
+
+
+def have_same_logits(one: Callable[[], Tensor], other: Callable[[], Tensor]) -> bool:
+    """Whether two computations of logits agree bit for bit.
+
+    Where tensors happen to lie in memory can change how a library rounds (on a CPU in bfloat16,
+    about once in ten times), so what differs is tried again.
+    """
+    return any(torch.equal(one(), other()) for _ in range(TRIES))
 
 
 @contextmanager
