@@ -20,7 +20,7 @@ from polyroute.kinds.batches import (
     FAILURES,
     IGNORED,
     Ids,
-    have_same_logits,
+    agree,
     logits_of,
     padded,
 )
@@ -193,8 +193,9 @@ def can_pack(model: nn.Module, task: str) -> bool:
         return logits([*other, 8, 9, 10], 0, 1, 2, 0, 1, 2)
 
     try:
-        is_apart = have_same_logits(lambda: behind([5, 6, 7]), lambda: behind([7, 5, 6]))
-        gap = (behind([5, 6, 7]) - (alone := logits([8, 9, 10], 0, 1, 2))).abs().max()
+        is_apart = agree(lambda: behind([5, 6, 7]), lambda: behind([7, 5, 6]))
+        return is_apart and agree(
+            lambda: behind([5, 6, 7]), lambda: logits([8, 9, 10], 0, 1, 2), 0.05
+        )
     except FAILURES:  # it takes no such rows
         return False
-    return is_apart and bool(gap <= 0.05 * alone.abs().max())

@@ -23,7 +23,7 @@ from polyroute.kinds.batches import (
     FAILURES,
     IGNORED,
     Ids,
-    have_same_logits,
+    agree,
     logits_of,
     on_device_of,
     padded,
@@ -170,7 +170,7 @@ def _keeps_apart(model: nn.Module, task: str) -> bool:
         return logits([5, 6, 7], [8, 9, 10])
 
     try:
-        sees_other = not have_same_logits(usual, lambda: logits([5, 6, 7], [9, 8, 10]))
+        sees_other = not agree(usual, lambda: logits([5, 6, 7], [9, 8, 10]))
         found = usual()
         sees_prompt = not torch.equal(found, logits([8, 6, 7], [8, 9, 10]))
         has_positions = not torch.equal(found, logits([5, 6, 7], [8, 9, 10], positions=False))
