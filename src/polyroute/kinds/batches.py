@@ -3,7 +3,7 @@
 Shape letters are those of `polyroute.kinds.base`.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, Literal
 
@@ -20,7 +20,6 @@ __all__ = [
     "IGNORED",
     "Ids",
     "Row",
-    "agree",
     "choice_counts",
     "choice_index",
     "choice_labels",
@@ -46,9 +45,6 @@ IGNORED = -100  # losses of transformers ignore this label
 FAILURES = (IndexError, RuntimeError, TypeError, ValueError)
 """What a model raises that cannot run on a batch of an unusual form."""
 
-TRIES = 10
-"""How often logits are compared that may differ by how they are rounded. A tenth to a third of the
-comparisons in bfloat16 fail by rounding alone."""
 
 UNIT, LARGE = 64, 512
 """Batches of `LARGE` tokens or more have a multiple of `UNIT` tokens, or a few more.
@@ -195,25 +191,6 @@ def logits_of(model: nn.Module, inputs: Mapping[str, Tensor], tasks: list[str]) 
     with evaluating(model):
         found: Tensor = model(**on_device_of(model, inputs), tasks=tasks, use_cache=False).logits
     return found[0]
-
-
-def agree(one: Callable[[], Tensor], other: Callable[[], Tensor], share: float = 0.0) -> bool:
-    """Whether two computations of logits agree.
-
-    Where tensors happen to lie in memory can change how a library rounds, and in bfloat16 such a
-    difference grows from layer to layer: to a tenth of the largest logit, with SmolLM2. So what
-    differs is tried again.
-
-    Args:
-        one: computes logits.
-        other: computes those that should be the same.
-        share: the largest difference, as a share of the largest logit; 0 for the same bits.
-    """
-    for _ in range(TRIES):
-        found, expected = one().float(), other().float()
-        if bool((found - expected).abs().max() <= share * expected.abs().max()):
-            return True
-    return False
 
 
 @contextmanager

@@ -16,14 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from polyroute.kinds.batches import (
-    FAILURES,
-    IGNORED,
-    Ids,
-    agree,
-    logits_of,
-    padded,
-)
+from polyroute.kinds.batches import FAILURES, IGNORED, Ids, logits_of, padded
 from polyroute.kinds.trees import Tree, laid_out
 
 __all__ = ["Packing", "can_pack", "packed_rows"]
@@ -35,6 +28,10 @@ ATTENTION = 1000
 OVERHEAD = 1.2
 """The cost of a token of a packed row of several tasks, whose update is computed in another layout,
 in tokens of a padded one. Measured with SmolLM2 in bfloat16 on a CPU, as is `ATTENTION`."""
+
+ROUNDING, ROUNDING_OF_16_BITS = 0.05, 0.25
+"""What rounding may change, as a share of the largest logit. With SmolLM2 in bfloat16 it is up to a
+tenth, and depends on numbers as small as a start drawn at random."""
 
 
 @dataclass(frozen=True)
@@ -187,15 +184,14 @@ def can_pack(model: nn.Module, task: str) -> bool:
 
     def logits(ids: Ids, *positions: int) -> Tensor:
         inputs = {"input_ids": torch.tensor([ids]), "position_ids": torch.tensor([positions])}
-        return logits_of(model, inputs, [task] * positions.count(0))[-3:].float()
-
-    def behind(other: Ids) -> Tensor:
-        return logits([*other, 8, 9, 10], 0, 1, 2, 0, 1, 2)
+        return logits_of(model, inputs, [task] * positions.count(0))[-3:]
 
     try:
-        is_apart = agree(lambda: behind([5, 6, 7]), lambda: behind([7, 5, 6]))
-        return is_apart and agree(
-            lambda: behind([5, 6, 7]), lambda: logits([8, 9, 10], 0, 1, 2), 0.05
-        )
+        found = logits([5, 6, 7, 8, 9, 10], 0, 1, 2, 0, 1, 2)
+        other = logits([7, 5, 6, 8, 9, 10], 0, 1, 2, 0, 1, 2)
+        alone = logits([8, 9, 10], 0, 1, 2)
     except FAILURES:  # it takes no such rows
         return False
+    share = ROUNDING_OF_16_BITS if alone.dtype.itemsize == 2 else ROUNDING
+    gap = (found.float() - alone.float()).abs().max()
+    return torch.equal(found, other) and bool(gap <= share * alone.float().abs().max())
