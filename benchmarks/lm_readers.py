@@ -2,8 +2,8 @@
 
 A reader is a task. Texts are the requests of data sets with topics, and a reader is interested in
 half of the topics, drawn at random. Is a request for this reader: yes or no? The prompt has the
-request alone, so nothing but the reader tells which answer is right. The texts and their topics are
-real, the interests are drawn.
+request alone, so nothing but the reader tells which answer is right. Or it names the reader, too,
+which is the other way to tell a model. The texts and topics are real, the interests are drawn.
 """
 
 from collections.abc import Mapping
@@ -28,11 +28,13 @@ class Readers:
     """Readers of a suite's texts; see `polyroute.data.suite.Suite`."""
 
     suite: Suite
+    are_named: bool = False
+    """Whether prompts name the reader."""
 
     @property
     def name(self) -> str:
         """What reports call it."""
-        return f"readers of {self.suite.name}"
+        return f"{'named ' if self.are_named else ''}readers of {self.suite.name}"
 
     @cached_property
     def interests(self) -> dict[str, tuple[str, frozenset[str]]]:
@@ -73,6 +75,7 @@ class Readers:
 
         def answered(row: Mapping[str, Any]) -> dict[str, Any]:
             answer = "yes" if row["target"] in chosen else "no"
-            return {"task": task, "instruction": "", "target": answer, "choices": ["yes", "no"]}
+            asked = f"Is this for {task}?" if self.are_named else ""
+            return {"task": task, "instruction": asked, "target": answer, "choices": ["yes", "no"]}
 
         return rows.map(answered, features=rows.features)

@@ -80,6 +80,13 @@ def readers(study: Study) -> Study:
     )
 
 
+def named_readers(study: Study) -> Study:
+    """The same readers, named in every prompt."""
+    study = readers(study)
+    suite = replace(study.suite, are_named=True)
+    return replace(study, name="lm-named-readers", suite=suite, results=study.results / "named")
+
+
 @dataclass(frozen=True)
 class Contender:
     """An inventory: how it starts, and how it is adapted once it is trained.

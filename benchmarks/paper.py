@@ -32,6 +32,7 @@ from lm_studies import (
     Contender,
     Plan,
     language_model,
+    named_readers,
     readers,
     unsaid,
 )
@@ -62,7 +63,7 @@ CONTINUED = ("shared", "poly", "mhr")
 """Whose average is also trained on, for zero-shot use."""
 CONTROLLED = ("shared", "shared-matched", "poly", "mhr", "private")
 """Inventories of the real tasks that are scored untuned and whose gradients are compared."""
-STUDIES = ("generated", "real", "seq2seq", "lm", "lm-unsaid", "lm-readers")
+STUDIES = ("generated", "real", "seq2seq", "lm", "lm-unsaid", "lm-readers", "lm-named-readers")
 STAGES = ("train", "own", "develop", "test", "text", "controls", "continued")
 """`own` scores inventories on the tasks that they learned, and `text` those that ask for text; the
 language model alone has them. Its `continued` goes with `develop` or `test`."""
@@ -327,6 +328,8 @@ def main() -> None:
             study = unsaid(study)
         elif options.study == "lm-readers":
             study, plan = readers(study), READERS_PLAN
+        elif options.study == "lm-named-readers":
+            study = named_readers(study)
         elif chosen or not options.only:
             run_apart(study, options.stages, chosen)
         own = {n: c for n, c in CONTENDERS.items() if not options.only or n in options.only}

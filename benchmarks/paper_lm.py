@@ -36,6 +36,7 @@ BY_TEXTS = """. Routes by texts are the mean of the training tasks' routes, in w
 prompts have the cosine c to those of the new one (the mean all-MiniLM-L6-v2 embeddings of 32) has
 the share softmax(c / 0.1); no answer is seen"""
 GROUPED = "grouped"
+OTHER_READERS = "Other new readers, on whom nothing was chosen"
 NEW_READERS = """
 New readers whose interests no inventory has seen, with 32 examples and 16 steps of 8; rates were
 chosen here:
@@ -195,7 +196,19 @@ topics are real, interests are drawn. 48 readers are learned from the same texts
 contradicting answers.
 
 {_trainings(_trained(folder), CONTENDER_TITLES)}
-{own}{chosen}{held_out(folder, "Other new readers, on whom nothing was chosen")}"""
+{own}{_named(folder / "named")}{chosen}{held_out(folder, OTHER_READERS)}"""
+
+
+def _named(folder: Path) -> str:
+    """The same readers with their names in the prompt; empty before anything was measured."""
+    own = _own_tasks(folder)
+    return (
+        own
+        and f"""
+The same with the name of the reader in every prompt, as an instruction (`Is this for clinc_domain
+reader 07?`), which is the other way to tell a model who reads:
+{own}"""
+    )
 
 
 def _rates(folder: Path, prefix: str) -> str:
