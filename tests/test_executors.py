@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from polyroute.layer.factors import LoRAFactors, WeightSpaceFactors
+from polyroute.layer.few_vectors import Places, add_to_few
 from polyroute.layer.kernels import apply_lora, plain_executors
 from polyroute.routes.mixing import mix_skills as _mix
 from polyroute.routes.weighted_sum import WeightedSum
@@ -271,6 +272,17 @@ def skill_gradients(model: Any) -> list[Tensor]:
             name = f"base_model.model.{site.name}.lora_{kind[-1].upper()}.default.weight"
             by_name[name] = g if kind == "lora_a" else g.t()
     return [by_name[n] for n in sorted(by_name)]
+
+
+@given(st.lists(st.integers(0, 4), min_size=1, max_size=12), st.integers(1, 5))
+@torch.no_grad()
+def test_what_is_looked_up_is_the_factors_of_its_owner(owners: list[int], rank: int) -> None:
+    torch.manual_seed(rank)
+    y, x = torch.randn(len(owners), 6).double(), torch.randn(len(owners), 7).double()
+    a, b = (torch.randn(5, rank, d).double() for d in (7, 6))
+    expected = [y[i] + (x[i] @ a[k].mT) @ b[k] for i, k in enumerate(owners)]
+    found = add_to_few(y.clone(), x, a, b, Places.of(torch.tensor(owners), rank))
+    torch.testing.assert_close(found, torch.stack(expected), rtol=1e-12, atol=1e-12)
 
 
 @pytest.mark.parametrize("rank", [1, 4, 20])
