@@ -1,6 +1,7 @@
 """Packed rows whose tasks change from forward to forward, and the base model beside tasks."""
 
 import copy
+import threading
 from typing import Any
 
 import pytest
@@ -8,6 +9,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from models import TASKS, batch, gpt2, llama, relative_error, routed, t5
+from test_lora_import import llava
 from test_packed_rows import packed
 from torch import Tensor
 
@@ -205,6 +207,66 @@ class TestHalves:
         assert not seen
         assert relative_error(found.float(), expected.float()) < 0.03
 
+    @torch.no_grad()
+    def test_another_thread_changes_nothing_that_is_being_read(self, model: RoutedModel) -> None:
+        ours, others = self.TASKS, (*reversed(self.TASKS[:4]), *(["birch"] * 6))
+        expected, of_others = (self.run(model, tasks, (1,) * 10) for tasks in (ours, others))
+        found: list[Tensor] = []
+
+        def run() -> None:
+            with torch.no_grad():
+                found.append(self.run(model, others, (1,) * 10))
+
+        def meanwhile(*_: Any) -> None:
+            if not found and threading.current_thread() is threading.main_thread():
+                model.routes["birch"] = -3.0 * model.routes["birch"]  # mixed into its old place
+                thread = threading.Thread(target=run)
+                thread.start()
+                thread.join()
+
+        hook = model.base_model.model.layers[0].register_forward_pre_hook(meanwhile)
+        assert torch.equal(self.run(model, ours, (1,) * 10), expected)
+        hook.remove()
+        assert not torch.equal(found[0], of_others)
+        assert torch.equal(self.run(model, others, (1,) * 10), found[0])
+
+    @torch.no_grad()
+    def test_layers_that_see_images_have_other_vectors_than_tokens(
+        self, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        modules = ["q_proj", "v_proj", "linear_1"]
+        model = routed(llava(), num_heads=4, rank=2, alpha=5.0, target_modules=modules)
+        model.to(torch.bfloat16).eval().requires_grad_(False)
+        assert any(site.sees_media for site in model.sites)
+        ids = torch.randint(3, 60, (10, 6))
+        ids[:, 1:5] = 63
+        images = torch.randn(10, 3, 8, 8, dtype=torch.bfloat16)
+        inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "pixel_values": images}
+        tasks = [*TASKS, *TASKS, "amber", "birch"]
+        expected = model(**inputs, tasks=tasks).logits
+        seen = self.looked_up(model, monkeypatch)
+        found = model(**inputs, tasks=tasks, segments=[[6]] * 10).logits
+        assert seen
+        assert relative_error(found.float(), expected.float()) < 0.03
+
+    def test_gradients_may_be_wanted_within(self, model: RoutedModel) -> None:
+        embeddings = model.base_model.get_input_embeddings().weight.requires_grad_()
+        inner = model.base_model.model
+        states: list[Tensor] = []
+        plain = inner.forward
+
+        def forward(*args: Any, **kwargs: Any) -> Any:
+            with torch.enable_grad():
+                found = plain(*args, **kwargs)
+                states.append(found.last_hidden_state)
+                return found
+
+        inner.forward = forward
+        with torch.no_grad():
+            self.run(model, self.TASKS, (1,) * 10)
+        states[0].float().pow(2).sum().backward()
+        assert float(embeddings.grad.abs().sum()) > 0
+
     def test_with_gradients_nothing_that_may_change_is_looked_up(
         self, model: RoutedModel, monkeypatch: pytest.MonkeyPatch
     ) -> None:
@@ -213,6 +275,7 @@ class TestHalves:
         self.run(model, self.TASKS, (1,) * 10).sum().backward()
         expected, embeddings.grad = embeddings.grad, None
         loss = self.run(model, self.TASKS, (1,) * 10).sum()
+        assert not seen
         model.routes["amber"] = 5.0 + model.routes["birch"]
         with torch.no_grad():
             self.run(model, ("dune", "amber", *self.TASKS[2:]), (1,) * 10)

@@ -29,9 +29,10 @@ OVERHEAD = 1.2
 """The cost of a token of a packed row of several tasks, whose update is computed in another layout,
 in tokens of a padded one. Measured with SmolLM2 in bfloat16 on a CPU, as is `ATTENTION`."""
 
-ROUNDING, ROUNDING_OF_16_BITS = 0.05, 0.25
-"""What rounding may change, as a share of the largest logit. With SmolLM2 in bfloat16 it is up to a
-tenth, and depends on numbers as small as a start drawn at random."""
+ROUNDING, ROUNDINGS = 0.05, 32
+"""What rounding may change, as a share of the largest logit, and in roundings of one number; the
+larger one counts. With SmolLM2 in bfloat16 it is up to a tenth, which is 12 roundings, and depends
+on numbers as small as a start drawn at random."""
 
 
 @dataclass(frozen=True)
@@ -192,6 +193,8 @@ def can_pack(model: nn.Module, task: str) -> bool:
         alone = logits([8, 9, 10], 0, 1, 2)
     except FAILURES:  # it takes no such rows
         return False
-    share = ROUNDING_OF_16_BITS if alone.dtype.itemsize == 2 else ROUNDING
+    types = {p.dtype for p in model.parameters() if p.dtype.is_floating_point}
+    coarsest = max(torch.finfo(dtype).eps for dtype in types if dtype.itemsize > 1)
+    share = max(ROUNDING, ROUNDINGS * coarsest)
     gap = (found.float() - alone.float()).abs().max()
     return torch.equal(found, other) and bool(gap <= share * alone.float().abs().max())

@@ -3,9 +3,10 @@
 A matrix product of 16 bits that has few vectors takes longer to start than to compute, and casting
 its factors to fp32 writes twice as much memory as it reads. Looking up rows of a table is what
 `embedding_bag` is made for: (x a^T) b is a sum of the rows of b with the weights z = x a^T, and the
-gradient of such a sum to its weights is a product with rows, as z is. Both read each factor once,
-as it is, and sum in fp32. The rows may be anywhere, so examples need not lie side by side. For the
-measurement see docs/design.md, "Executors".
+gradient of such a sum to its weights is a product with rows, as z is. Both read factors as they
+are, once for each vector, and sum in fp32; z itself is rounded to 16 bits, as in other products.
+The rows may be anywhere, so examples need not lie side by side. For the measurement see
+docs/design.md, "Executors".
 
 Shape letters: B examples, M vectors of each, N vectors of all, S kept examples, r rank.
 """
@@ -21,11 +22,11 @@ from polyroute.layer.segments import Segments
 __all__ = ["Places", "add_to_few", "are_few", "can_look_up", "is_few"]
 
 MOST = 4
-"""Vectors of each example in a batched product; larger ones pay."""
+"""Vectors of each example of a batch; with more, batched products are faster."""
 MOST_PACKED = 64
-"""Vectors of the mean example in packed rows, where products are computed one by one."""
-FEWEST_PACKED = 8
-"""Examples in packed rows, of which less are better computed in a joined product."""
+"""Vectors of the mean example of packed rows; with more, a product for each example is faster."""
+MOST_JOINED = 8
+"""Examples of packed rows that one joined product computes as fast."""
 _SUM = 0
 """The number of the mode in which `embedding_bag` sums."""
 _products = torch.ops.aten._embedding_bag_per_sample_weights_backward.default
@@ -44,10 +45,10 @@ def is_few(x: Tensor) -> bool:
 def are_few(segments: Segments) -> bool:
     """Whether `add_to_few` is the fastest way to update packed rows."""
     count, total = len(segments.lengths), sum(segments.lengths)
-    return segments.length == 1 or (count > FEWEST_PACKED and total <= MOST_PACKED * count)
+    return segments.length == 1 or (count > MOST_JOINED and total <= MOST_PACKED * count)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Places:
     """Where the factors of each vector lie among the rows of all factors."""
 
@@ -62,10 +63,9 @@ class Places:
     def of(cls, owners: Tensor, rank: int) -> "Places":
         """The places of vectors by the example whose factors each has, `[N]`."""
         with torch.inference_mode(False):
-            rows = (owners[:, None] * rank + torch.arange(rank)).flatten()
-            begins = torch.arange(0, len(rows), rank)
-            vectors = torch.arange(len(owners)).repeat_interleave(rank)
-            return cls(rows, begins, vectors)
+            numbers = torch.arange(len(owners), device=owners.device)
+            rows = owners[:, None] * rank + torch.arange(rank, device=owners.device)
+            return cls(rows.flatten(), numbers * rank, numbers.repeat_interleave(rank))
 
 
 def add_to_few(y: Tensor, x: Tensor, a: Tensor, b: Tensor, places: Places | None = None) -> Tensor:
@@ -97,4 +97,4 @@ def _in_order(count: int, length: int, rank: int) -> Places:
         length: the number M of vectors of each example.
         rank: the rank r.
     """
-    return Places.of(torch.arange(count).repeat_interleave(length), rank)
+    return Places.of(torch.arange(count, device="cpu").repeat_interleave(length), rank)

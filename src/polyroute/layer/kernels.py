@@ -340,16 +340,22 @@ def apply_kept_lora(
 
     Args:
         base: the frozen layer.
-        x: `[..., d_in]`, as many vectors as there are places.
+        x: `[..., d_in]`.
         a: `[S, r, d_in]`.
         b: `[S, r, d_out]`, scale included.
         places: which of them each vector has.
 
     Returns:
-        The output; None if the layer is not an ordinary one, or looking up is slow.
+        The output; None where that cannot be done: the layer is not an ordinary one, sees other
+        vectors than those with places (of images), or is on another device, or needs a gradient.
     """
     plain = _plain_weights(base, x, a)
-    if plain is None or not can_look_up(x.device, x.dtype):
+    if (
+        plain is None
+        or not can_look_up(x.device, x.dtype)
+        or x.numel() != len(places.begins) * x.shape[-1]
+        or (torch.is_grad_enabled() and x.requires_grad)
+    ):
         return None
     return add_to_few(F.linear(x, *plain), x, a, b, places)
 

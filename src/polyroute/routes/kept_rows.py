@@ -2,7 +2,8 @@
 
 While many answers are generated at once, tasks join the batch and leave it all the time. Mixing all
 of them again for each forward would cost more than the forward. So the mixture of each row of the
-last batches is kept, and a batch gathers those that it needs; only a new row is mixed.
+last batches is kept, and only a new row is mixed. A batch gathers what it needs, or its tokens look
+it up where it is kept.
 
 Shape letters: U distinct tasks, B examples, S kept rows, r rank.
 """
@@ -10,6 +11,7 @@ Shape letters: U distinct tasks, B examples, S kept rows, r rank.
 import threading
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
+from weakref import WeakSet
 
 import torch
 from torch import Tensor
@@ -41,6 +43,8 @@ class KeptRows:
         """The rows of the last batch, and the slot of each example."""
         self._copies: Sequence[LoRAFactors] | None = None
         """What the last batch gathered, if it did."""
+        self._in_use: WeakSet[Places] = WeakSet()
+        """Those of forwards, also of other threads, that still read what is kept."""
         self._lock = threading.Lock()
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "KeptRows":
@@ -75,7 +79,10 @@ class KeptRows:
         assert segments is not None
         # With gradients, a block of layers may be recomputed after what is kept has changed.
         are_read = (
-            are_few(segments) and can_look_up(mixer.device, dtype) and not torch.is_grad_enabled()
+            are_few(segments)
+            and can_look_up(mixer.device, dtype)
+            and dtype == mixer.sites[0].dtype  # under autocast layers would gather, one by one
+            and not torch.is_grad_enabled()
         )
         # Not in inference mode, because what is kept changes in place later.
         with self._lock, torch.inference_mode(False), torch.no_grad():
@@ -93,6 +100,7 @@ class KeptRows:
         """What is kept, and where each token finds its own."""
         index = self._kept(rows, mixer, dtype)
         places = Places.of(segments.spread(index), self._bank[0].a.shape[1])
+        self._in_use.add(places)
         return [KeptFactors(own.a, own.b, index, places) for own in self._bank]
 
     def _gathered(
@@ -158,6 +166,8 @@ class KeptRows:
     ) -> None:
         """Write factors, and the logits that they were mixed from, into slots."""
         size = max(self._size, max(slots) + 1)
+        if self._in_use:
+            self._bank = [LoRAFactors(own.a.clone(), own.b.clone()) for own in self._bank]
         bank: list[LoRAFactors] = []
         for i, own in enumerate(mixed):
             assert isinstance(own, LoRAFactors)
