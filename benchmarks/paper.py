@@ -329,7 +329,7 @@ def main() -> None:
         elif options.study == "lm-readers":
             study, plan = readers(study), READERS_PLAN
         elif options.study == "lm-named-readers":
-            study = named_readers(study)
+            study, plan = named_readers(study), READERS_PLAN
         elif chosen or not options.only:
             run_apart(study, options.stages, chosen)
         own = {n: c for n, c in CONTENDERS.items() if not options.only or n in options.only}

@@ -202,13 +202,12 @@ contradicting answers.
 def _named(folder: Path) -> str:
     """The same readers with their names in the prompt; empty before anything was measured."""
     own = _own_tasks(folder)
-    return (
-        own
-        and f"""
+    if not own:
+        return ""
+    return f"""
 The same with the name of the reader in every prompt, as an instruction (`Is this for clinc_domain
 reader 07?`), which is the other way to tell a model who reads:
 {own}"""
-    )
 
 
 def _rates(folder: Path, prefix: str) -> str:

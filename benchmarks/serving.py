@@ -333,7 +333,7 @@ def learn(options: argparse.Namespace) -> dict[str, Any]:
             seconds.append(time.perf_counter() - started)
             print(seconds, flush=True)
         client.close()
-    return {"task": task, "examples": 16, "seconds": seconds, "threads": options.threads}
+    return {"task": task, "examples": 16, "seconds": seconds}
 
 
 def memory(options: argparse.Namespace) -> dict[str, Any]:

@@ -78,7 +78,7 @@ def _sentences(found: Mapping[str, Any]) -> list[str]:
         seconds = statistics.median(own["seconds"])
         said.append(
             f"A task that is added from {own['examples']} examples (`{own['task']}`) answers after "
-            f"{seconds:.0f} s, with {own['threads']} threads of torch."
+            f"{seconds:.0f} s, with {found['learn']['machine']['threads']} threads of torch."
         )
     if "memory" in found:
         own = found["memory"]["measured"]

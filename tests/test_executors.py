@@ -291,7 +291,9 @@ def test_what_is_looked_up_is_the_factors_of_its_owner(owners: list[int], rank: 
 
 
 @pytest.mark.parametrize("rank", [1, 4, 20])
-@pytest.mark.parametrize("shape", [(1,), (4,), (5,), (3, 1), (3, 4), (3, 5)], ids=str)
+@pytest.mark.parametrize(
+    "shape", [(n,) for n in (1, 4, 5, 8, 9)] + [(3, n) for n in (1, 4, 5, 8, 9)], ids=str
+)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @torch.no_grad()
 def test_an_update_of_vectors_in_halves_is_exact_but_for_rounding(

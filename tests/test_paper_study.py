@@ -59,7 +59,7 @@ def test_readers_were_looked_at_in_their_parts_alone() -> None:
     folder = paper_page.RESULTS / "lm" / "readers"
     training = set(paper_page.read(folder.parent, "tasks")["train"])
     for pattern, remainders in (("own-tasks-*", {0, 1, 2}), ("develop-*", {3}), ("test-*", {4})):
-        for path in folder.glob(f"{pattern}.json"):
+        for path in folder.rglob(f"{pattern}.json"):  # of named readers, too
             for each in json.loads(path.read_text(encoding="utf-8")):
                 source, number = each["task"].split(" reader ")
                 assert source in training  # texts of no task that is held out

@@ -82,10 +82,8 @@ def add_to_few(y: Tensor, x: Tensor, a: Tensor, b: Tensor, places: Places | None
         places = _in_order(1 if a.dim() == 2 else len(a), x.shape[-2], a.shape[-2])
     flat_x, flat_a, flat_b = (t.reshape(-1, t.shape[-1]) for t in (x, a, b))
     z = _products(flat_x, flat_a, places.rows, places.begins, places.vectors, _SUM)
-    update = torch.embedding_bag(
-        flat_b, places.rows, places.begins, False, _SUM, False, z, False
-    )  # fmt: skip
-    return y.add_(update[0].view(y.shape))
+    found = torch.embedding_bag(flat_b, places.rows, places.begins, False, _SUM, False, z, False)
+    return y.add_(found[0].view(y.shape))
 
 
 @lru_cache(maxsize=256)
